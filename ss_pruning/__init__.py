@@ -1,0 +1,1 @@
+"""Prune CNNs by synaptic strength."""
