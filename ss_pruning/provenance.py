@@ -1,0 +1,452 @@
+"""The label probe: which channels of which layers feed each channel of each layer, for any architecture.
+
+The model is run once with the output of every layer (convolution, linear, norm) cut loose: replaced by a fresh
+leaf tensor near a constant operating point. What lies between two layers (adds, concatenations, splits, shuffles,
+pools, gates, any functional code) is then a small differentiable function from the leaves to a layer's input.
+Pulling labels back through it says which leaf channel feeds which input channel: with a random cotangent `r` the
+gradient at a leaf element is `sum r J`, with `r * channel` it is `channel * sum r J` if just one input channel
+listens, so the ratio of the two *is* that channel; a third pull with permuted labels confirms it. Elements whose
+ratio is no channel number feed several channels at once (a broadcast gate, a softmax, attention).
+
+No table of operators, no trace: the cost is one forward pass and three local backward passes a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.layers import Kind, channel_axis, kind_of, width
+
+#: Stands for the model's input in lists of sources.
+INPUT = "<input>"
+
+# Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
+# stay below the knees of ReLU6 and of hard gates; spread, so that a softmax over equal values has no zero slope.
+_CENTRE, _SPREAD = 0.4, 0.1
+_SEED = 20181811
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the channel graph.
+
+    Attributes:
+        path: Module path.
+        kind: Its role, see `ss_pruning.layers.Kind`.
+        inputs: Number of input channels (for a positional layer: of positions).
+        outputs: Number of output channels.
+        in_axis: Axis of its input tensor that holds the channels.
+    """
+
+    path: str
+    kind: Kind
+    inputs: int
+    outputs: int
+    in_axis: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one source hands to one call of one layer.
+
+    Attributes:
+        source: Path of the source layer, name of a loose tensor, or `INPUT`.
+        call: Which call of the consumer this is (a module may run several times).
+        pairs: `[n, 2]`, source channel and consumer channel.
+        broadcast: Source channels of which one element feeds several channels at once.
+    """
+
+    source: str
+    call: int
+    pairs: Tensor
+    broadcast: Tensor
+
+
+@dataclass(frozen=True)
+class LooseTensor:
+    """A parameter or buffer that no layer owns (layer scale, PReLU slope, learned affine) and its channel axis."""
+
+    name: str
+    axis: int
+    size: int
+
+
+@dataclass
+class Wiring:
+    """Everything the label probe found.
+
+    Attributes:
+        layers: By path, in the order in which they run.
+        feeds: By consumer path.
+        loose: Loose tensors whose elements lie along channels, by name.
+        reaches_output: By source: its channels from which the model's output is reached without another layer.
+        uncalled: Paths of layers that the forward pass never ran.
+    """
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    feeds: dict[str, list[Feed]] = field(default_factory=dict)
+    loose: dict[str, LooseTensor] = field(default_factory=dict)
+    reaches_output: dict[str, Tensor] = field(default_factory=dict)
+    uncalled: tuple[str, ...] = ()
+
+    def sources(self, path: str) -> list[list[tuple[str, int]]]:
+        """The (layer path, output channel) pairs that feed each input channel of the layer `path`.
+
+        A channel of the model's input appears as `(INPUT, channel)`; a channel that nothing feeds (padding) has an
+        empty list. Gates count: they feed what they multiply.
+
+        Raises:
+            InputError: `path` names no layer that ran.
+        """
+        if path not in self.layers:
+            raise InputError(f"no layer '{path}' ran in the traced model; see Wiring.layers for the paths")
+        found: list[set[tuple[str, int]]] = [set() for _ in range(self.layers[path].inputs)]
+        for feed in self.feeds[path]:
+            if feed.source in self.layers or feed.source == INPUT:
+                for source_channel, channel in feed.pairs.tolist():
+                    found[channel].add((feed.source, source_channel))
+        return [sorted(pairs) for pairs in found]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Wiring:
+    """Find which channels feed which, by running `model` on labels.
+
+    The model is left as it was: no hook, flag, gradient, buffer or random state changes. It is run in eval mode;
+    layers that only run in training (auxiliary heads) are found by a second pass in train mode.
+
+    Args:
+        model: Any module.
+        example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        The wiring between layers.
+
+    Raises:
+        ModelError: The model does not run on the inputs, or has no layer.
+    """
+    paths = {module: name for name, module in model.named_modules() if kind_of(module) is not None}
+    if not paths:
+        raise ModelError("the model has no convolution or linear layer that could be pruned")
+    wiring = Wiring()
+    _probe(model, example_inputs, paths, wiring, training=False)
+    if set(paths.values()) - set(wiring.layers):
+        # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
+        with contextlib.suppress(ModelError):
+            _probe(model, example_inputs, paths, wiring, training=True)
+    wiring.uncalled = tuple(sorted(set(paths.values()) - set(wiring.layers)))
+    return wiring
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run `model` on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    args, kwargs = _as_arguments(example_inputs)
+    return model(*args, **kwargs)
+
+
+def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    return (example_inputs,), {}
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for module, _ in flags:
+                module.training = training
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@dataclass
+class _Leaf:
+    """A tensor that was cut loose, and the axis that holds its channels (-1: not yet known, a loose tensor)."""
+
+    source: str
+    tensor: Tensor
+    axis: int
+
+
+@dataclass
+class _Arrival:
+    """The input of one layer call (path None: an output of the model), still attached to the leaves before it."""
+
+    path: str | None
+    tensor: Tensor
+    axis: int
+    index: int
+
+
+class _Recorder:
+    """Forward hooks that cut every layer loose and remember what arrived at it."""
+
+    def __init__(self, paths: Mapping[nn.Module, str], wiring: Wiring, offset: Mapping[str, int]) -> None:
+        self.paths, self.wiring = paths, wiring
+        self.leaves: list[_Leaf] = []
+        self.arrivals: list[_Arrival] = []
+        self.calls = dict(offset)
+        self.current: str | None = None
+        self.generator = torch.Generator().manual_seed(_SEED)
+
+    def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
+        """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
+        noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float32) * 2 - 1
+        tensor = (_CENTRE + _SPREAD * noise).to(device=like.device, dtype=like.dtype).requires_grad_()
+        self.leaves.append(_Leaf(source, tensor, axis))
+        return tensor.clone()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        path = self.current = self.paths[module]
+        x = _first_tensor((args, kwargs))
+        if x is None:
+            raise ModelError(f"layer '{path}' was called without a tensor")
+        kind = kind_of(module)
+        assert kind is not None
+        axis = channel_axis(module, x)
+        if path not in self.wiring.layers:
+            positional = kind == "positional"
+            inputs, outputs = (
+                (x.shape[axis],) * 2 if positional else (width(module, "in"), width(module, "out"))
+            )
+            self.wiring.layers[path] = Layer(path, kind, inputs, outputs, axis)
+            self.wiring.feeds[path] = []
+        index = self.calls[path] = self.calls.get(path, -1) + 1
+        # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
+        if x.is_floating_point():
+            self.arrivals.append(_Arrival(path, x.clone(), axis, index))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        return self.leaf(self.paths[module], output, channel_axis(module, output))
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    return next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+
+
+def _probe(
+    model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], wiring: Wiring, *, training: bool
+) -> None:
+    """One labelled pass; adds what it finds to `wiring`."""
+    known = set(wiring.layers)
+    offset = {path: max((f.call for f in feeds), default=-1) for path, feeds in wiring.feeds.items()}
+    recorder = _Recorder(paths, wiring, offset)
+    output = _run(model, example_inputs, recorder, training)
+    labels = _Labels(recorder.generator)
+    for arrival in recorder.arrivals:
+        if arrival.path not in known:
+            _pull(arrival, recorder.leaves, labels, wiring)
+    for tensor in pytree.tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            _pull_output(tensor, recorder.leaves, wiring)
+
+
+def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
+    """The forward pass with hooks, and with loose tensors replaced by leaves; everything is undone afterwards."""
+    handles = []
+    replaced: dict[str, Tensor] = {}
+    with preserved(model, training), torch.inference_mode(False), torch.enable_grad():
+        for name, tensor in _loose_tensors(model, recorder.paths):
+            replaced[name] = recorder.leaf(name, tensor, -1)
+        if training:  # the pass must not update running statistics, and batch norms refuse a single value
+            replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
+            example_inputs = pytree.tree_map_only(Tensor, _at_least_two, example_inputs)
+        inputs = pytree.tree_map_only(Tensor, lambda t: _input_leaf(t, recorder), example_inputs)
+        args, kwargs = _as_arguments(inputs)
+        try:
+            for module in recorder.paths:
+                handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
+                handles.append(module.register_forward_hook(recorder.after))
+            return torch.func.functional_call(model, replaced, args, kwargs)
+        except ModelError:
+            raise
+        except Exception as error:
+            where = f"; the last layer reached was '{recorder.current}'" if recorder.current else ""
+            raise ModelError(
+                f"the model does not run on the example inputs{where} ({type(error).__name__}: {error}); "
+                "check their shape, dtype and device: call model(*example_inputs) yourself first"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _at_least_two(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.dim() > 1 and len(tensor) == 1 else tensor
+
+
+def _input_leaf(tensor: Tensor, recorder: _Recorder) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    leaf = tensor.detach().clone().requires_grad_()
+    recorder.leaves.append(_Leaf(INPUT, leaf, 0 if tensor.dim() == 3 else min(1, tensor.dim() - 1)))
+    return leaf.clone()
+
+
+def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point parameters and (non-scalar) buffers outside the layers."""
+    owned = {id(t) for m in paths for t in (*m.parameters(), *m.buffers())}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in owned and parameter.is_floating_point():
+            yield name, parameter
+    for name, buffer in model.named_buffers():
+        if id(buffer) not in owned and buffer.is_floating_point() and buffer.numel() > 1:
+            yield name, buffer
+
+
+class _Labels:
+    """Random cotangents, channel labels and a permutation of them, cached by shape."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, like: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The three cotangents, and the permuted labels (`[channels]`, numbered from 1)."""
+        key = (like.shape, axis, like.dtype, like.device)
+        if key not in self.cache:
+            n = like.shape[axis]
+            r = torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype) + 0.5
+            shape = [n if a == axis else 1 for a in range(like.dim())]
+            permuted = torch.randperm(n, generator=self.generator).to(like.device) + 1
+            first = torch.arange(1, n + 1, device=like.device, dtype=like.dtype).reshape(shape)
+            self.cache[key] = (r, r * first, r * permuted.to(like.dtype).reshape(shape), permuted)
+        return self.cache[key]
+
+
+def _reachable(root: Tensor, leaves: Sequence[_Leaf]) -> list[_Leaf]:
+    """The leaves in the history of `root`, so that a pull costs what lies between and not the whole model."""
+    by_id = {id(leaf.tensor): leaf for leaf in leaves}
+    found: list[_Leaf] = []
+    seen: set[Any] = set()
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in by_id:
+            found.append(by_id[id(variable)])
+        stack.extend(function for function, _ in node.next_functions)
+    return found
+
+
+def _pull(arrival: _Arrival, leaves: Sequence[_Leaf], labels: _Labels, wiring: Wiring) -> None:
+    """Pull labels from what arrived at a layer back to the leaves, and note who feeds whom."""
+    assert arrival.path is not None
+    near = _reachable(arrival.tensor, leaves)
+    if not near:
+        return
+    *cotangents, permuted = labels(arrival.tensor, arrival.axis)
+    tensors = [leaf.tensor for leaf in near]
+    pulls = [
+        torch.autograd.grad(arrival.tensor, tensors, c, retain_graph=True, allow_unused=True)
+        for c in cotangents
+    ]
+    for leaf, g, g_label, g_permuted in zip(near, *pulls, strict=True):
+        if g is None or g_label is None or g_permuted is None or not g.numel():
+            continue
+        _note(arrival, leaf, (g, g_label, g_permuted), permuted, wiring)
+
+
+def _note(
+    arrival: _Arrival, leaf: _Leaf, pulled: tuple[Tensor, ...], permuted: Tensor, wiring: Wiring
+) -> None:
+    assert arrival.path is not None
+    axis = leaf.axis
+    if axis < 0:  # a loose tensor: the axis along which its elements follow the channels
+        aligned = _aligned_axis(pulled, permuted)
+        if aligned is None:
+            return
+        axis = aligned
+        wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
+    pairs, broadcast = _decode(pulled, permuted, axis)
+    if len(pairs) or len(broadcast):
+        wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
+
+
+def _decode(pulled: tuple[Tensor, ...], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
+    moved = [g.movedim(axis, 0).flatten(1) for g in pulled]
+    touched = moved[0].ne(0).any(1)
+    channel, clean = _channel_of([g.sum(1, dtype=torch.float64) for g in moved], permuted)
+    rows = torch.arange(len(touched), device=touched.device)
+    one = touched & clean
+    pairs = torch.stack([rows[one], channel[one]], 1)
+    rest = rows[touched & ~clean]
+    if not len(rest):
+        return pairs.cpu(), rest.cpu()
+    # Different elements of one source channel may go to different channels (a flatten): decode each by itself.
+    elements = [g[rest] for g in moved]
+    channel, clean = _channel_of(elements, permuted)
+    touched_elements = elements[0].ne(0)
+    mixed = (touched_elements & ~clean).any(1)
+    single = touched_elements & ~mixed[:, None]
+    row, column = single.nonzero(as_tuple=True)
+    more = torch.stack([rest[row], channel[row, column]], 1).unique(dim=0)
+    return torch.cat([pairs, more]).cpu(), rest[mixed].cpu()
+
+
+def _channel_of(pulled: Sequence[Tensor], permuted: Tensor) -> tuple[Tensor, Tensor]:
+    """The channel that listens to each element, and whether it is the only one (both labels agree on it)."""
+    g, g_label, g_permuted = (p.double() for p in pulled)
+    safe = torch.where(g == 0, torch.ones_like(g), g)
+    label, check = g_label / safe, g_permuted / safe
+    channel = label.round().clamp(1, len(permuted)).long() - 1
+    tolerance = 0.02 + 1e-5 * len(permuted)
+    clean = (label - (channel + 1)).abs().lt(tolerance) & (check - permuted[channel]).abs().lt(tolerance)
+    return channel, clean & g.ne(0)
+
+
+def _aligned_axis(pulled: tuple[Tensor, ...], permuted: Tensor) -> int | None:
+    """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
+    channel, clean = _channel_of(pulled, permuted)
+    if not clean.any():
+        return None
+    for axis, size in enumerate(channel.shape):
+        rows = channel.movedim(axis, 0).flatten(1)
+        mask = clean.movedim(axis, 0).flatten(1)
+        used = mask.any(1)
+        low = torch.where(mask, rows, len(permuted)).amin(1)[used]
+        high = torch.where(mask, rows, -1).amax(1)[used]
+        if size > 1 and len(low) and low.equal(high) and len(low.unique()) == len(low):
+            return axis
+    return None
+
+
+def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> None:
+    """Note the source channels from which an output of the model is reached."""
+    near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
+    if not near or not tensor.is_floating_point():
+        return
+    r = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device, tensor.dtype)
+    grads = torch.autograd.grad(
+        tensor, [leaf.tensor for leaf in near], r + 0.5, retain_graph=True, allow_unused=True
+    )
+    for leaf, g in zip(near, grads, strict=True):
+        if g is None:
+            continue
+        touched = g.movedim(leaf.axis, 0).flatten(1).ne(0).any(1).nonzero().flatten().cpu()
+        before = wiring.reaches_output.get(leaf.source, touched)
+        wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()
+
+
+Progress = Callable[[str, int, int], None]
