@@ -29,8 +29,9 @@ from ss_pruning.layers import Kind, channel_axis, kind_of, width
 INPUT = "<input>"
 
 # Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
-# stay below the knees of ReLU6 and of hard gates; spread, so that a softmax over equal values has no zero slope.
-_CENTRE, _SPREAD = 0.4, 0.1
+# stay below the knees of ReLU6 and of hard gates; different from channel to channel, so that what compares channels
+# (a softmax over branches) has a slope that does not vanish in the sum over positions.
+_LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
 _SEED = 20181811
 
 
@@ -206,8 +207,10 @@ class _Recorder:
 
     def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
         """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
-        noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float32) * 2 - 1
-        tensor = (_CENTRE + _SPREAD * noise).to(device=like.device, dtype=like.dtype).requires_grad_()
+        shape = [n if axis in (a, -1) else 1 for a, n in enumerate(like.shape)]
+        centre = torch.empty(shape).uniform_(_LOW, _HIGH, generator=self.generator)
+        jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
+        tensor = (centre + jitter).to(device=like.device, dtype=like.dtype).requires_grad_()
         self.leaves.append(_Leaf(source, tensor, axis))
         return tensor.clone()
 
@@ -383,9 +386,14 @@ def _note(
         wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
 
 
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    """`[channels, elements]`: the tensor with one row for each index along `axis`."""
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
 def _decode(pulled: tuple[Tensor, ...], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
-    moved = [g.movedim(axis, 0).flatten(1) for g in pulled]
+    moved = [_rows(g, axis) for g in pulled]
     touched = moved[0].ne(0).any(1)
     channel, clean = _channel_of([g.sum(1, dtype=torch.float64) for g in moved], permuted)
     rows = torch.arange(len(touched), device=touched.device)
@@ -422,8 +430,7 @@ def _aligned_axis(pulled: tuple[Tensor, ...], permuted: Tensor) -> int | None:
     if not clean.any():
         return None
     for axis, size in enumerate(channel.shape):
-        rows = channel.movedim(axis, 0).flatten(1)
-        mask = clean.movedim(axis, 0).flatten(1)
+        rows, mask = _rows(channel, axis), _rows(clean, axis)
         used = mask.any(1)
         low = torch.where(mask, rows, len(permuted)).amin(1)[used]
         high = torch.where(mask, rows, -1).amax(1)[used]
@@ -444,7 +451,7 @@ def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> Non
     for leaf, g in zip(near, grads, strict=True):
         if g is None:
             continue
-        touched = g.movedim(leaf.axis, 0).flatten(1).ne(0).any(1).nonzero().flatten().cpu()
+        touched = _rows(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
         before = wiring.reaches_output.get(leaf.source, touched)
         wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()
 
