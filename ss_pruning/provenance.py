@@ -169,8 +169,8 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            for module, _ in flags:
-                module.training = training
+            for module, _ in flags:  # dropout would hide who feeds whom
+                module.training = training and not isinstance(module, nn.modules.dropout._DropoutNd)
             yield
     finally:
         for module, flag in flags:

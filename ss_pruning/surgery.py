@@ -1,0 +1,314 @@
+"""Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape.
+
+Single layers are cut by Torch-Pruning. What it cannot cut is gathered here: grouped convolutions that lose other
+positions in each group, further tensors of subclasses (the gain of a scaled convolution), frozen batch norms, loose
+tensors, and channels that change places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning.coupling import Key, Side
+from ss_pruning.errors import PlanError
+from ss_pruning.layers import groups_of, is_depthwise, width
+
+#: Name under which a pruned model carries the plan that made it.
+PLAN_ATTRIBUTE = "ss_pruning_plan"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The channels of one layer side that stay, in their new order.
+
+    Attributes:
+        path: Module path, or the name of a loose tensor.
+        side: "in" or "out" of a convolution or linear layer, "through" a norm, or "tensor".
+        width: Number of channels before.
+        kept: The channels that stay.
+        axis: Axis of a loose tensor; 0 otherwise.
+    """
+
+    path: str
+    side: Side
+    width: int
+    kept: tuple[int, ...]
+    axis: int = 0
+
+    @property
+    def removed(self) -> list[int]:
+        """The channels that go, ascending."""
+        return sorted(set(range(self.width)) - set(self.kept))
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number that a module's `forward` relies on and that follows the cut.
+
+    Attributes:
+        path: Module path.
+        name: Attribute name.
+        position: Place in a list or tuple, or None for a plain number.
+        before: Old value.
+        after: New value.
+    """
+
+    path: str
+    name: str
+    position: int | None
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Immutable, serialisable: which channels stay, and which stored numbers follow."""
+
+    cuts: tuple[Cut, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Cut `model` in place and note the plan on it (composed with the plan of an earlier cut).
+
+        Checks every width first, so that a plan for another model changes nothing. Optimisers keep the old
+        tensors: build them after pruning.
+
+        Raises:
+            PlanError: The plan does not fit the model.
+        """
+        self._check(model)
+        for cut in self.cuts:
+            _cut(model, cut)
+        for attribute in self.attributes:
+            _set_number(model.get_submodule(attribute.path), attribute)
+        before = getattr(model, PLAN_ATTRIBUTE, None)
+        setattr(model, PLAN_ATTRIBUTE, before.then(self) if isinstance(before, Plan) else self)
+        return model
+
+    def then(self, later: Plan) -> Plan:
+        """The one plan that does first this and then `later`."""
+        cuts: dict[Key, Cut] = {(cut.path, cut.side): cut for cut in self.cuts}
+        for cut in later.cuts:
+            first = cuts.get((cut.path, cut.side))
+            if first is not None:
+                if cut.width != len(first.kept):
+                    raise PlanError(f"'{cut.path}' has {len(first.kept)} channels, not {cut.width}")
+                kept = tuple(first.kept[i] for i in cut.kept)
+                cut = Cut(cut.path, cut.side, first.width, kept, first.axis)
+            cuts[cut.path, cut.side] = cut
+        numbers = {(a.path, a.name, a.position): a for a in self.attributes}
+        for a in later.attributes:
+            key = (a.path, a.name, a.position)
+            before = numbers[key].before if key in numbers else a.before
+            numbers[key] = Attribute(a.path, a.name, a.position, before, a.after)
+        return Plan(tuple(cuts.values()), tuple(numbers.values()))
+
+    def to_json(self) -> str:
+        """A JSON text that `from_json` reads."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PlanError: The text is no plan, or of a format that this version does not know.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise PlanError(f"plan format {data['format']!r} is unknown here; this version reads {_FORMAT}")
+            cuts = tuple(_cut_from(c) for c in data["cuts"])
+            return Plan(cuts, tuple(Attribute(**a) for a in data["attributes"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
+
+    def _check(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        tensors = _tensors(model)
+        for cut in self.cuts:
+            if cut.side == "tensor":
+                tensor = tensors.get(cut.path)
+                now = None if tensor is None or tensor.dim() <= cut.axis else tensor.shape[cut.axis]
+            else:
+                module = modules.get(cut.path)
+                now = None if module is None else _side_width(module, cut.side)
+            if now != cut.width:
+                raise PlanError(
+                    f"the plan expects {cut.width} channels on side '{cut.side}' of '{cut.path}', the model has "
+                    f"{now or 'no such layer'}; apply a plan to a fresh copy of the architecture it was made for"
+                )
+        for attribute in self.attributes:
+            if attribute.path not in modules or not hasattr(modules[attribute.path], attribute.name):
+                raise PlanError(f"the plan expects an attribute '{attribute.path}.{attribute.name}'")
+
+
+def _cut_from(data: Mapping[str, Any]) -> Cut:
+    kept = tuple(int(i) for i in data["kept"])
+    cut = Cut(str(data["path"]), data["side"], int(data["width"]), kept, int(data["axis"]))
+    if cut.side not in ("in", "out", "through", "tensor"):
+        raise PlanError(f"unknown side {cut.side!r} for '{cut.path}'")
+    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= cut.width:
+        raise PlanError(f"the kept channels of '{cut.path}' are not distinct numbers below {cut.width}")
+    return cut
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _side_width(module: nn.Module, side: Side) -> int | None:
+    try:
+        return width(module, "in" if side == "in" else "out")
+    except (AttributeError, TypeError, AssertionError):
+        return None
+
+
+def _cut(model: nn.Module, cut: Cut) -> None:
+    if cut.side == "tensor":
+        owner, _, name = cut.path.rpartition(".")
+        _gather(model.get_submodule(owner), name, cut.axis, cut.kept)
+    else:
+        cut_layer(model.get_submodule(cut.path), cut)
+
+
+def cut_layer(module: nn.Module, cut: Cut) -> None:
+    """Keep the channels `cut.kept` of one side of a layer, in that order."""
+    before = {name: t for name, t in _own_tensors(module)}
+    with _same_flags(module):
+        if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
+            _cut_tensors(module, cut)
+    if cut.side != "in":  # further tensors of a subclass, such as the gain of a weight-standardised convolution
+        for name, tensor in _own_tensors(module):
+            if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
+                _gather(module, name, 0, cut.kept)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _cut_tensors(module: nn.Module, cut: Cut) -> None:
+    import torch_pruning as tp
+
+    removed = cut.removed
+    in_order = list(cut.kept) == sorted(cut.kept)
+    if isinstance(module, _ConvNd) and groups_of(module) > 1:
+        _cut_grouped(module, cut)
+    elif isinstance(module, _ConvNd) and in_order:
+        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, removed)
+    elif isinstance(module, nn.Linear) and in_order:
+        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, removed)
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and in_order:
+        tp.prune_batchnorm_out_channels(module, removed)
+    elif isinstance(module, nn.GroupNorm) and in_order:
+        tp.prune_groupnorm_out_channels(module, removed)
+    else:
+        _gather_layer(module, cut)
+
+
+def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
+    """A grouped convolution: each group keeps positions of its own; a depthwise one keeps whole groups."""
+    if is_depthwise(conv):
+        multiplier = conv.out_channels // conv.groups
+        _gather_out(conv, cut.kept, 0)
+        conv.out_channels = len(cut.kept)
+        conv.in_channels = conv.groups = len(cut.kept) // multiplier
+        return
+    groups = conv.groups
+    if cut.side == ("out" if not conv.transposed else "in"):  # these channels lie along axis 0 of the weight
+        if cut.side == "out":
+            _gather_out(conv, cut.kept, 0)
+        else:
+            _gather(conv, "weight", 0, cut.kept)
+    else:  # these lie along axis 1, one group's block of rows after the other
+        kept = torch.tensor(cut.kept, device=conv.weight.device).reshape(groups, -1) % (cut.width // groups)
+        blocks = conv.weight.detach().reshape(groups, -1, *conv.weight.shape[1:])
+        weight = torch.cat([block.index_select(1, k) for block, k in zip(blocks, kept, strict=True)])
+        conv.weight = nn.Parameter(weight)
+        if cut.side == "out" and conv.bias is not None:
+            _gather(conv, "bias", 0, cut.kept)
+    setattr(conv, f"{cut.side}_channels", len(cut.kept))
+
+
+def _gather_out(conv: _ConvNd, kept: tuple[int, ...], axis: int) -> None:
+    _gather(conv, "weight", axis, kept)
+    if conv.bias is not None:
+        _gather(conv, "bias", 0, kept)
+
+
+def _gather_layer(module: nn.Module, cut: Cut) -> None:
+    """Every layer that Torch-Pruning does not know, or whose channels change places."""
+    n = len(cut.kept)
+    if isinstance(module, nn.Linear):
+        _gather(module, "weight", 1 if cut.side == "in" else 0, cut.kept)
+        if cut.side == "out" and module.bias is not None:
+            _gather(module, "bias", 0, cut.kept)
+        setattr(module, f"{cut.side}_features", n)
+    elif isinstance(module, _ConvNd):
+        _gather(module, "weight", int((cut.side == "in") != module.transposed), cut.kept)
+        if cut.side == "out" and module.bias is not None:
+            _gather(module, "bias", 0, cut.kept)
+        setattr(module, f"{cut.side}_channels", n)
+    else:
+        for name, tensor in list(_own_tensors(module)):
+            if tensor.dim() == 1 and tensor.shape[0] == cut.width:
+                _gather(module, name, 0, cut.kept)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.normalized_shape = (n,)
+        elif isinstance(module, _NormBase):
+            module.num_features = n
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = n
+        elif isinstance(getattr(module, "num_features", None), int):
+            setattr(module, "num_features", n)  # noqa: B010
+
+
+def _gather(module: nn.Module, name: str, axis: int, kept: Iterable[int]) -> None:
+    """Replace a parameter or buffer (and its gradient) by its selected indices."""
+    tensor = getattr(module, name)
+    index = torch.tensor(list(kept), device=tensor.device)
+    selected = tensor.detach().index_select(axis, index)
+    if isinstance(tensor, nn.Parameter):
+        parameter = nn.Parameter(selected, requires_grad=tensor.requires_grad)
+        if tensor.grad is not None:
+            parameter.grad = tensor.grad.index_select(axis, index)
+        setattr(module, name, parameter)
+        if isinstance(module, nn.PReLU):
+            module.num_parameters = parameter.numel()
+    else:
+        setattr(module, name, selected)
+
+
+@contextlib.contextmanager
+def _same_flags(module: nn.Module) -> Iterator[None]:
+    """Torch-Pruning makes fresh parameters: carry over `requires_grad` and the memory format."""
+    flags = {name: p.requires_grad for name, p in module.named_parameters(recurse=False)}
+    weight = getattr(module, "weight", None)
+    last = isinstance(weight, Tensor) and weight.dim() == 4 and not weight.is_contiguous()
+    yield
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter.requires_grad_(flags.get(name, True))
+        if last and parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _set_number(module: nn.Module, attribute: Attribute) -> None:
+    if attribute.position is None:
+        setattr(module, attribute.name, attribute.after)
+        return
+    values = getattr(module, attribute.name)
+    changed = list(values)
+    changed[attribute.position] = attribute.after
+    setattr(module, attribute.name, type(values)(changed))
