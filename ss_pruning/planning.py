@@ -1,0 +1,259 @@
+"""Choosing what goes: scores and a budget in, a selection of channels out.
+
+Every unit shrinks in equal steps, least important families first. All steps of all units are put in one order and a
+prefix of it is taken: the shortest that meets the budget. The cost of a prefix is exact and cheap, since MACs and
+parameters of a layer are bilinear in its input and output widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ss_pruning.coupling import Coupling, Key, Unit
+from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
+from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.surgery import Cut, Plan
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+#: Channels that stay, by layer side.
+Selection = dict[Key, tuple[int, ...]]
+Scope = Literal["global", "local"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What to reach.
+
+    Attributes:
+        kind: "macs" or "params" to keep, or "ratio" of channels to remove.
+        value: As a share of the dense model's, in (0, 1).
+    """
+
+    kind: Literal["macs", "params", "ratio"]
+    value: float
+
+    @staticmethod
+    def of(macs: float | None, params: float | None, ratio: float | None) -> Budget:
+        """Make one from the three keyword arguments of which exactly one is given.
+
+        Raises:
+            InputError: None or several are given, or a value outside (0, 1).
+        """
+        given = [(k, v) for k, v in (("macs", macs), ("params", params), ("ratio", ratio)) if v is not None]
+        if len(given) != 1:
+            raise InputError("give exactly one of macs=, params= (shares to keep) and ratio= (share to remove)")
+        kind, value = given[0]
+        if not 0 < value < 1:
+            raise InputError(f"{kind}={value} must lie strictly between 0 and 1; for example {kind}=0.5")
+        return Budget(kind, float(value))  # type: ignore[arg-type]
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass, in all and by module path, by torch's own counter (FLOPs / 2)."""
+    counter = FlopCounterMode(display=False)
+    with preserved(model, training=False), torch.no_grad(), counter:
+        call(model, example_inputs)
+    root = type(model).__name__
+    by_path = {
+        name[len(root) + 1 :]: sum(ops.values()) // 2
+        for name, ops in counter.get_flop_counts().items()
+        if name.startswith(f"{root}.")
+    }
+    return counter.get_total_flops() // 2, by_path
+
+
+class Costs:
+    """MACs and parameters of the model as functions of how far each unit has shrunk."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
+        self.keys = list(coupling.widths)
+        self.number = {key: i for i, key in enumerate(self.keys)}
+        self.widths: Floats = np.array([coupling.widths[key] for key in self.keys], dtype=np.float64)
+        self.macs, by_path = count_macs(model, example_inputs)
+        self.params = sum(p.numel() for p in model.parameters())
+        # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
+        self.mac_terms: list[tuple[float, int, int]] = []
+        self.param_terms: list[tuple[float, int, int]] = []
+        self._collect(model, wiring, by_path)
+
+    def _collect(self, model: nn.Module, wiring: Wiring, by_path: Mapping[str, int]) -> None:
+        full = len(self.keys)
+        modules = dict(model.named_modules())
+        for path, layer in wiring.layers.items():
+            if layer.kind == "positional":
+                continue
+            out = self.number[(path, "through") if layer.kind == "norm" else (path, "out")]
+            into = self.number[path, "in"] if layer.kind == "synaptic" else full
+            self.mac_terms.append((by_path.get(path, 0), into, out))
+            for name, parameter in modules[path].named_parameters(recurse=False):
+                both = layer.kind == "synaptic" and name == "weight"
+                self.param_terms.append((parameter.numel(), into if both else full, out))
+        parameters = dict(model.named_parameters())
+        for name in wiring.loose:
+            if name in parameters:
+                self.param_terms.append((parameters[name].numel(), full, self.number[name, "tensor"]))
+
+    def removed_per_step(self, units: Sequence[Unit]) -> Floats:
+        """`[units, sides]`: how many channels of each side one step of each unit removes."""
+        removed = np.zeros((len(units), len(self.keys)))
+        for u, unit in enumerate(units):
+            for cell in unit.cells:
+                for member in cell.members:
+                    removed[u, self.number[member.path, member.side]] += member.index.size / unit.steps
+        return removed
+
+    def after(self, kind: Literal["macs", "params"], removed: Floats) -> float:
+        """Cost when `removed` (`[sides]`) channels are gone."""
+        terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
+        share = np.append((self.widths - removed) / self.widths, 1.0)
+        into, out = terms[:, 1].astype(np.int64), terms[:, 2].astype(np.int64)
+        saved = float((terms[:, 0] * (1 - share[into] * share[out])).sum())
+        return (self.macs if kind == "macs" else self.params) - saved
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The moves of all units in the order in which they would be taken; a move is one step or, with rounding, several.
+
+    Attributes:
+        unit: `[moves]`, which unit each move shrinks.
+        steps: `[moves]`, by how many steps.
+        families: `[moves]`, how many families that removes.
+        ranked: By unit and cell, the families in ascending order of importance.
+    """
+
+    unit: Ints
+    steps: Ints
+    families: Ints
+    ranked: list[list[Ints]]
+
+    def taken(self, moves: int) -> Ints:
+        """`[units]`: steps of each unit among the first `moves`."""
+        weights = self.steps[:moves].astype(np.float64)
+        return np.bincount(self.unit[:moves], weights, minlength=len(self.ranked)).astype(np.int64)
+
+
+def schedule(
+    units: Sequence[Unit],
+    scores: Sequence[Sequence[Floats]],
+    *,
+    scope: Scope = "global",
+    max_ratio: float = 0.9,
+    round_to: int | None = None,
+) -> Schedule:
+    """Order the moves of all units.
+
+    Args:
+        units: What may shrink.
+        scores: By unit and cell, one score a family; higher stays longer.
+        scope: "global" compares scores across units; "local" shrinks all units evenly.
+        max_ratio: No unit loses a larger share than this; one step of every unit always stays.
+        round_to: Widths that remain are multiples of this.
+    """
+    keys: list[float] = []
+    moves: list[tuple[int, int, int]] = []
+    ranked: list[list[Ints]] = []
+    for u, (unit, cell_scores) in enumerate(zip(units, scores, strict=True)):
+        ranked.append([np.argsort(s, kind="stable") for s in cell_scores])
+        summed = sum(
+            s[rank].reshape(unit.steps, -1).sum(1) for s, rank in zip(cell_scores, ranked[-1], strict=True)
+        )
+        per_step = sum(cell.size for cell in unit.cells) // unit.steps
+        begin = 0
+        for end in _stops(unit, max_ratio, round_to):
+            mean = float(np.asarray(summed)[begin:end].mean()) / per_step
+            keys.append(end / unit.steps if scope == "local" else mean)
+            moves.append((u, end - begin, (end - begin) * per_step))
+            begin = end
+    order = np.argsort(np.array(keys), kind="stable")
+    table = np.array(moves, dtype=np.int64).reshape(-1, 3)[order]
+    return Schedule(table[:, 0], table[:, 1], table[:, 2], ranked)
+
+
+def _stops(unit: Unit, max_ratio: float, round_to: int | None) -> list[int]:
+    """Numbers of steps after which the unit may stop shrinking."""
+    size, allowed = unit.cells[0].size, min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1)
+    per_step = size // unit.steps
+    return [t for t in range(1, allowed + 1) if (size - t * per_step) % (round_to or 1) == 0]
+
+
+def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> Ints:
+    """`[units]`: how many steps each unit takes, for the shortest prefix of moves that meets the budget.
+
+    Raises:
+        NothingToPruneError: No move is possible.
+        BudgetError: All moves together do not reach the budget; says the smallest that can be reached.
+    """
+    total = len(plan.unit)
+    if not total:
+        raise NothingToPruneError(
+            "the model has no channel that may go: every one reaches the output, is ignored, or is left whole "
+            "(print ss_pruning.couple(...).left_whole for the reasons)"
+        )
+    if budget.kind == "ratio":
+        goal = budget.value * sum(cell.size for unit in units for cell in unit.cells)
+        moves = int(np.searchsorted(plan.families.cumsum(), goal + 1e-9, side="right"))
+        if not moves:
+            raise BudgetError(f"ratio={budget.value} is less than one step; the smallest is {plan.families[0]} channels")
+        if moves == total and plan.families.sum() < goal - plan.families.max():
+            reachable = plan.families.sum() / (goal / budget.value)
+            raise BudgetError(f"ratio={budget.value} is out of reach; the largest is {reachable:.4f} (see max_ratio)")
+        return plan.taken(moves)
+    return plan.taken(_search(plan, units, costs, budget))
+
+
+def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> int:
+    """The smallest number of moves whose cost is within the budget, by bisection."""
+    per_step = costs.removed_per_step(units)
+    kind: Literal["macs", "params"] = "macs" if budget.kind == "macs" else "params"
+    dense = costs.macs if kind == "macs" else costs.params
+
+    def cost(moves: int) -> float:
+        return costs.after(kind, plan.taken(moves) @ per_step)
+
+    goal, low, high = budget.value * dense, 0, len(plan.unit)
+    if cost(high) > goal:
+        raise BudgetError(
+            f"{kind}={budget.value} is below what is reachable; the smallest is {kind}={cost(high) / dense:.4f} "
+            "(raise max_ratio, or ignore less)"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) <= goal else (middle, high)
+    return high
+
+
+def select(plan: Schedule, units: Sequence[Unit], steps: Ints, coupling: Coupling) -> Selection:
+    """The channels that stay, by layer side, when each unit takes so many steps."""
+    removed: dict[Key, list[Ints]] = {}
+    for unit, ranks, count in zip(units, plan.ranked, steps.tolist(), strict=True):
+        for cell, rank in zip(unit.cells, ranks, strict=True):
+            gone = rank[: count * (cell.size // unit.steps)]
+            for member in cell.members if len(gone) else ():
+                removed.setdefault((member.path, member.side), []).append(member.index[gone].reshape(-1))
+    selection: Selection = {}
+    for key, parts in removed.items():
+        stays = np.ones(coupling.widths[key], dtype=bool)
+        stays[np.concatenate(parts)] = False
+        selection[key] = tuple(np.flatnonzero(stays).tolist())
+    return selection
+
+
+def to_plan(selection: Selection, coupling: Coupling, wiring: Wiring) -> Plan:
+    """The selection as an immutable plan, in the order in which the layers run."""
+    cuts = []
+    for path, side in coupling.widths:
+        if (path, side) not in selection or (path in wiring.layers and wiring.layers[path].kind == "positional"):
+            continue
+        axis = wiring.loose[path].axis if side == "tensor" else 0
+        cuts.append(Cut(path, side, coupling.widths[path, side], selection[path, side], axis))
+    return Plan(tuple(cuts))

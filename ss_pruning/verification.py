@@ -1,0 +1,305 @@
+"""Cut == masked: the definition of correct surgery, checked on a copy before the user's model is touched.
+
+The *masked* model is the dense one with the removed channels' contributions zeroed: in every consumer the weights that
+read them. Layers that compute statistics or slide across channels (layer and group norms, efficient channel attention)
+are masked in the only sense that a smaller layer can have: they run on the kept channels alone.
+
+The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
+a branch that contributes nothing would hide a wrong cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from ss_pruning.coupling import Unit
+from ss_pruning.errors import ModelError, VerificationError
+from ss_pruning.layers import groups_of, is_depthwise
+from ss_pruning.planning import Selection
+from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
+
+#: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
+TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A plan that was applied to a copy and found right.
+
+    Attributes:
+        plan: The plan, with the stored numbers that have to follow.
+        max_error: Largest difference between cut and masked outputs, relative to the largest output.
+    """
+
+    plan: Plan
+    max_error: float
+
+
+def verify(
+    model: nn.Module,
+    plan: Plan,
+    selection: Selection,
+    example_inputs: Any,
+    wiring: Wiring,
+    units: Sequence[Unit] = (),
+    *,
+    follow: bool = True,
+) -> Verified:
+    """Apply `plan` to a float64 copy of `model` and compare with the masked copy.
+
+    Args:
+        model: The dense model; not changed.
+        plan: What to cut.
+        selection: The same as channels by layer side (positional layers included).
+        example_inputs: What `forward` takes.
+        wiring: The wiring of `model`.
+        units: The units of the plan; the sizes of their cells are numbers that modules may store.
+        follow: Let stored numbers follow the cut.
+
+    Raises:
+        VerificationError: The cut model does not run, or differs from the masked one.
+        ModelError: The model cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(f"the model cannot be copied for verification ({type(error).__name__}: {error})") from error
+    inputs, tolerance = _prepare(twin, example_inputs)
+    _stir(twin)
+    parts = _part_sizes(units, selection)
+    with torch.no_grad(), preserved(twin, training=False):
+        arrivals: dict[str, list[tuple[int, ...]]] = {}
+        undo = _mask(twin, selection, wiring)
+        with _watching(twin, lambda path, module, shapes: arrivals.setdefault(path, []).extend(shapes)):
+            masked = call(twin, inputs)
+        for restore in undo:
+            restore()
+        plan.apply_(twin)
+        follower = _Follower(twin, plan, arrivals, parts)
+        try:
+            with _watching(twin, follower if follow else lambda *_: None):
+                cut = call(twin, inputs)
+        except Exception as error:
+            raise VerificationError(
+                f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})"
+            ) from error
+    return Verified(Plan(plan.cuts, tuple(follower.found)), _compare(masked, cut, tolerance))
+
+
+def _prepare(twin: nn.Module, example_inputs: Any) -> tuple[Any, float]:
+    """Bring the copy and the inputs to float64 where the model allows."""
+    state = {name: t.clone() for name, t in twin.state_dict().items()}
+    double = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs)
+    try:
+        with torch.no_grad(), preserved(twin.double(), training=False):
+            call(twin, double)
+        return double, TOLERANCE
+    except Exception:
+        dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+        twin.to(dtype=next(iter(dtypes)) if dtypes else torch.float32)
+        twin.load_state_dict(state)
+        return example_inputs, COARSE_TOLERANCE
+
+
+def _stir(twin: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.detach().aminmax()
+        if low == high:
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+            tensor.data.add_(0.1 * noise)
+
+
+def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> list[Callable[[], None]]:
+    """Zero what reads removed channels; returns what undoes the patches of layers that mix channels."""
+    undo: list[Callable[[], None]] = []
+    for (path, side), kept in selection.items():
+        layer = wiring.layers.get(path)
+        if layer is None:
+            continue
+        module = twin.get_submodule(path)
+        if side == "in" and not is_depthwise(module):
+            gone = torch.ones(layer.inputs, dtype=torch.bool)
+            gone[list(kept)] = False
+            _zero_inputs(module, gone)
+        elif side == "through" and _mixes_channels(module, layer.kind):
+            module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
+            undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
+    return undo
+
+
+def _zero_inputs(module: nn.Module, gone: Tensor) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    gone = gone.to(weight.device)
+    if isinstance(module, _ConvNd) and module.transposed:
+        weight.data[gone] = 0
+    elif groups_of(module) == 1:
+        weight.data[:, gone] = 0
+    else:
+        rows = gone.reshape(groups_of(module), -1).repeat_interleave(len(weight) // groups_of(module), 0)
+        weight.data[rows] = 0
+
+
+def _mixes_channels(module: nn.Module, kind: str) -> bool:
+    return kind == "positional" or isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
+
+
+def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
+    small = copy.deepcopy(module)
+    if not isinstance(module, _ConvNd):
+        cut_layer(small, cut)
+
+    def forward(x: Tensor) -> Tensor:
+        kept = torch.tensor(cut.kept, device=x.device)
+        return torch.zeros_like(x).index_copy(axis, kept, small(x.index_select(axis, kept)))
+
+    return forward
+
+
+class _watching:  # noqa: N801 - a context manager, used as a verb
+    """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
+
+    def __init__(self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]) -> None:
+        self.handles = [
+            module.register_forward_pre_hook(self._hook(path, visit), with_kwargs=True)
+            for path, module in model.named_modules()
+        ]
+
+    @staticmethod
+    def _hook(path: str, visit: Callable[..., Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
+
+        return hook
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Follower:
+    """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
+
+    A number follows if it equals one old width that is known at this module, and that width became one new one:
+    first the widths that arrive here, else those of the layers inside and the parts into which their outputs split.
+    """
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        plan: Plan,
+        arrivals: Mapping[str, list[tuple[int, ...]]],
+        parts: Mapping[str, list[tuple[int, int]]],
+    ) -> None:
+        self.arrivals, self.found, self.current = arrivals, [], ""  # type: tuple[Any, list[Attribute], str]
+        self.done: set[str] = set()
+        self.inside: dict[str, list[tuple[int, int]]] = {}
+        for cut in plan.cuts:
+            changes = [(cut.width, len(cut.kept)), *(parts.get(cut.path, []) if cut.side == "out" else [])]
+            path = cut.path
+            while path:
+                path = path.rpartition(".")[0]
+                self.inside.setdefault(path, []).extend(changes)
+
+    def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+        self.current = path
+        if path in self.done or type(module).__module__.startswith("torch.nn.modules.conv"):
+            return
+        self.done.add(path)
+        arrived = [
+            (old, new)
+            for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
+            if len(before) == len(after)
+            for old, new in zip(before, after, strict=True)
+        ]
+        self._follow(path, module, _changes(arrived), _changes(self.inside.get(path, [])))
+
+    def _follow(self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]) -> None:
+        for name, position, value in _stored_numbers(module):
+            after = near.get(value, inside.get(value))
+            if after is not None and after != value:
+                self.found.append(Attribute(path, name, position, value, after))
+                _apply_now(module, name, position, after)
+
+
+def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Old widths that became one new width everywhere."""
+    seen: dict[int, set[int]] = {}
+    for old, new in pairs:
+        seen.setdefault(old, set()).add(new)
+    return {old: new.pop() for old, new in seen.items() if len(new) == 1}
+
+
+def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    layer_names = {"in_channels", "out_channels", "in_features", "out_features", "groups", "num_channels"}
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training" or (hasattr(module, "weight") and name in layer_names):
+            continue
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            yield name, None, int(value)
+        elif type(value) in (list, tuple):
+            for position, item in enumerate(value):
+                if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+                    yield name, position, int(item)
+
+
+def _apply_now(module: nn.Module, name: str, position: int | None, after: int) -> None:
+    if position is None:
+        setattr(module, name, after)
+    else:
+        values = list(getattr(module, name))
+        values[position] = after
+        setattr(module, name, type(getattr(module, name))(values))
+
+
+def _part_sizes(units: Sequence[Unit], selection: Selection) -> dict[str, list[tuple[int, int]]]:
+    """By producer: old and new sizes of the parts into which its output splits."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for unit in units:
+        for cell in unit.cells:
+            for member in cell.members:
+                kept = selection.get((member.path, member.side))
+                if member.side == "out" and kept is not None and len(unit.cells) > 1:
+                    stays = set(kept)
+                    left = sum(channel in stays for channel in member.index[:, 0].tolist())
+                    parts.setdefault(member.path, []).append((cell.size, left))
+    return parts
+
+
+def _compare(masked: Any, cut: Any, tolerance: float) -> float:
+    """Largest difference relative to the largest output.
+
+    Raises:
+        VerificationError: Shapes differ, or the difference exceeds the tolerance.
+    """
+    worst = 0.0
+    pairs = list(zip(pytree.tree_leaves(masked), pytree.tree_leaves(cut), strict=False))
+    if len(pytree.tree_leaves(masked)) != len(pytree.tree_leaves(cut)):
+        raise VerificationError("the cut model returns another number of outputs than the masked one")
+    for a, b in pairs:
+        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
+            continue
+        if a.shape != b.shape:
+            raise VerificationError(f"the cut model's output has shape {tuple(b.shape)}, not {tuple(a.shape)}")
+        error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        worst = max(worst, error)
+    if not worst <= tolerance:
+        raise VerificationError(f"the cut model differs from the masked one by {worst:.2e} (relative)")
+    return worst
