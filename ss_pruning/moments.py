@@ -1,0 +1,191 @@
+"""Variance of what arrives at each synaptic input channel: from the norms' scales, from noise, or from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.layers import channel_axis
+from ss_pruning.provenance import Wiring, call, preserved
+
+#: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
+MomentSource = str | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per-channel mean and variance at the input of one layer.
+
+    Attributes:
+        mean: `[in_channels]`; None where the source only knows variances.
+        variance: `[in_channels]`.
+        unscaled: `[in_channels]`, True where no norm stands behind the channel (its variance is then taken as 1).
+    """
+
+    mean: Tensor | None
+    variance: Tensor
+    unscaled: Tensor
+
+
+def measure(
+    model: nn.Module, wiring: Wiring, source: MomentSource, example_inputs: Any, paths: Sequence[str]
+) -> dict[str, Moments]:
+    """Moments of the inputs of the layers `paths`.
+
+    Raises:
+        InputError: `source` is an unknown name, or an iterable without a batch.
+        ModelError: The model does not run on a batch.
+    """
+    if isinstance(source, str):
+        if source == "batchnorm":
+            scales = _norm_scales(model, wiring)
+            return {path: from_norms(wiring, path, scales) for path in paths}
+        if source == "gaussian":
+            with _gaussian_norms(model, wiring):
+                return _observe(model, wiring, [example_inputs], paths)
+        raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
+    return _observe(model, wiring, source, paths)
+
+
+def _norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+    """Squared scale of every norm channel; 1 for a norm without a scale."""
+    scales = {}
+    for path, layer in wiring.layers.items():
+        if layer.kind == "norm":
+            weight = getattr(model.get_submodule(path), "weight", None)
+            scales[path] = torch.ones(layer.outputs) if weight is None else weight.square()
+    return scales
+
+
+def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
+    """The paper's case: a channel's variance is the sum of the squared scales of the norms that feed it.
+
+    Where a norm and a layer without a norm meet (a gate, a shortcut), only the norm is counted; where no norm feeds a
+    channel its variance is 1, and `unscaled` says so. A module that runs several times gets the mean over its calls.
+    Differentiable in the scales. See `ss_pruning.strength` for what gamma means if it is negative or the activation
+    is not homogeneous.
+    """
+    inputs = wiring.layers[path].inputs
+    calls: dict[int, Tensor] = {}
+    covered: dict[int, Tensor] = {}
+    device = next(iter(scales.values())).device if scales else torch.device("cpu")
+    for feed in wiring.feeds[path]:
+        before = calls.get(feed.call, torch.zeros(inputs, device=device))
+        seen = covered.setdefault(feed.call, torch.zeros(inputs, dtype=torch.bool, device=device))
+        if feed.source in scales:
+            pairs = feed.pairs.to(device)
+            before = before.to(scales[feed.source]).index_add(0, pairs[:, 1], scales[feed.source][pairs[:, 0]])
+            seen[pairs[:, 1]] = True
+        calls[feed.call] = before
+    if not calls:
+        ones = torch.ones(inputs, device=device)
+        return Moments(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
+    variance = torch.stack([torch.where(covered[c], calls[c], torch.ones_like(calls[c])) for c in calls]).mean(0)
+    return Moments(None, variance, ~torch.stack(list(covered.values())).all(0))
+
+
+class _gaussian_norms:  # noqa: N801 - a context manager, used as a verb
+    """Every norm gets stratified standard noise as its (normalised) input, so that it puts out `gamma z + beta`."""
+
+    def __init__(self, model: nn.Module, wiring: Wiring) -> None:
+        self.model, self.wiring = model, wiring
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for path, layer in self.wiring.layers.items():
+            if layer.kind == "norm":
+                module = self.model.get_submodule(path)
+                hook = _noise_hook(layer.in_axis, generator)
+                self.handles.append(module.register_forward_pre_hook(hook))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _noise_hook(axis: int, generator: torch.Generator) -> Callable[[nn.Module, Any], Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        z = stratified_normal(args[0], axis, generator)
+        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):  # undo the normalisation that will be applied
+            shape = [-1 if a == axis else 1 for a in range(z.dim())]
+            eps = float(getattr(module, "eps", 0.0))
+            z = z * (var + eps).sqrt().reshape(shape) + mean.reshape(shape)
+        return (z.to(args[0].dtype), *args[1:])
+
+    return hook
+
+
+def stratified_normal(like: Tensor, axis: int, generator: torch.Generator) -> Tensor:
+    """Standard normal noise whose values along each channel are one quantile from each of `n` equal strata."""
+    channels = like.shape[axis]
+    n = like.numel() // max(channels, 1)
+    strata = torch.stack([torch.randperm(n, generator=generator) for _ in range(channels)])
+    u = (strata + torch.rand(channels, n, generator=generator)) / n
+    z = torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12)).to(like.device, torch.float32)
+    rest = [size for a, size in enumerate(like.shape) if a != axis]
+    return z.reshape(channels, *rest).movedim(0, axis)
+
+
+def _observe(
+    model: nn.Module, wiring: Wiring, batches: Iterable[Any], paths: Sequence[str]
+) -> dict[str, Moments]:
+    """Mean and variance of each layer's input over all positions of all batches, in one pass (float64 sums)."""
+    sums = {path: [0, 0.0, 0.0] for path in paths}  # type: dict[str, list[Any]]
+
+    def record(path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            rows = x.movedim(channel_axis(module, x), 0).reshape(wiring.layers[path].inputs, -1).double()
+            total = sums[path]
+            total[0] += rows.shape[1]
+            total[1] = total[1] + rows.sum(1)
+            total[2] = total[2] + rows.square().sum(1)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
+    try:
+        _run_all(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: _moments(path, model, *total) for path, total in sums.items()}
+
+
+def _run_all(model: nn.Module, batches: Iterable[Any]) -> None:
+    if isinstance(batches, Tensor):
+        raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
+    seen = 0
+    with preserved(model, training=False), torch.no_grad():
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+            try:
+                call(model, inputs)
+            except Exception as error:
+                raise ModelError(
+                    f"the model does not run on a calibration batch ({type(error).__name__}: {error}); batches are "
+                    "inputs, or tuples that start with them"
+                ) from error
+            seen += 1
+    if not seen:
+        raise InputError("the calibration batches are empty")
+
+
+def _moments(path: str, model: nn.Module, count: int, total: Any, squares: Any) -> Moments:
+    if not count:
+        raise ModelError(f"layer '{path}' did not run on the calibration batches")
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    weight = model.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype
+    return Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
+
+
