@@ -1,0 +1,308 @@
+"""Torch-Pruning: `SynapticImportance`, and channel-graph cells dressed as Torch-Pruning groups."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning.coupling import Cell, Member
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.layers import is_depthwise
+from ss_pruning.moments import MomentSource, measure
+from ss_pruning.provenance import Wiring, trace
+from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
+
+Score = Literal["share", "strength", "entropy"]
+Reduction = Literal["sum", "mean", "max"]
+Normalizer = Literal["mean", "max", "sum"]
+
+
+class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
+    """Importance of a channel: what its synapses transport to everything that reads it.
+
+    Works without arguments and data in every Torch-Pruning pruner. For each consumer of the channel in the group the
+    scores of its synapses are reduced over the consumer's outputs, then added over the consumers. Scores follow the
+    model: they are taken from the current weights, and who feeds whom is traced anew when a width has changed.
+
+    Args:
+        moments: Where variances come from, see `ss_pruning.synaptic_strength`.
+        score: "share" of each output's variance (default), "strength" itself, or its Gaussian "entropy".
+        reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
+        normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
+            across layers as they are, which is what shares are for.
+        example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
+            with is recovered; that needs a model with one image input that its first convolution reads.
+
+    Raises:
+        InputError: An option is unknown.
+    """
+
+    def __init__(
+        self,
+        moments: MomentSource = "batchnorm",
+        score: Score = "share",
+        reduce: Reduction = "sum",
+        normalizer: Normalizer | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        _check("score", score, ("share", "strength", "entropy"))
+        _check("reduce", reduce, ("sum", "mean", "max"))
+        _check("normalizer", normalizer, (None, "mean", "max", "sum"))
+        if isinstance(moments, str):
+            _check("moments", moments, ("batchnorm", "gaussian"))
+        self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
+        self.example_inputs = example_inputs
+        self._wiring: tuple[Any, Any, Wiring] | None = None
+        self._pass = _Pass()
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Scores of the group's channels, `[len(group[0].idxs)]`, not negative; None where nothing reads them.
+
+        Raises:
+            InputError: The group belongs to no model that can be traced.
+        """
+        graph = group._DG
+        model: nn.Module = graph.model
+        wiring = self._trace(model, graph)
+        self._pass.enter(group[0].dep.target.module)
+        place = {index: i for i, index in enumerate(group[0].root_idxs)}
+        total: Tensor | None = None
+        with torch.no_grad():
+            for item in group:
+                module = item.dep.target.module
+                if not _is_consumer(item.dep, graph):
+                    continue
+                scores = self._layer_scores(model, module, wiring, graph)
+                if scores is None:
+                    continue
+                if total is None:
+                    total = torch.zeros(len(place), device=scores.device)
+                at = [(i, place.get(r)) for i, r in zip(item.idxs, item.root_idxs, strict=True)]
+                rows = torch.tensor([i for i, r in at if r is not None], device=scores.device, dtype=torch.long)
+                roots = torch.tensor([r for _, r in at if r is not None], device=scores.device, dtype=torch.long)
+                total.index_add_(0, roots, scores[rows].to(total))
+        return None if total is None else _normalized(total, self.normalizer)
+
+    def _trace(self, model: nn.Module, graph: Any) -> Wiring:
+        """The wiring of the model as it is now; kept until a width changes."""
+        given = getattr(graph, "wiring", None)
+        if isinstance(given, Wiring):
+            return given
+        shapes = tuple(p.shape for p in model.parameters())
+        if self._wiring is not None and self._wiring[0]() is model and self._wiring[1] == shapes:
+            return self._wiring[2]
+        wiring = trace(model, self._inputs(graph))
+        self._wiring = (weakref.ref(model), shapes, wiring)
+        self._pass = _Pass()
+        return wiring
+
+    def _inputs(self, graph: Any) -> Any:
+        if self.example_inputs is not None:
+            return self.example_inputs
+        given = getattr(graph, "example_inputs", None)
+        return given if given is not None else _recover_inputs(graph)
+
+    def _layer_scores(self, model: nn.Module, module: nn.Module, wiring: Wiring, graph: Any) -> Tensor | None:
+        """`[in_channels]` scores of a consumer's input channels."""
+        known = self._pass.scores
+        if module not in known:
+            paths = self._pass.paths or {m: name for name, m in model.named_modules()}
+            self._pass.paths = paths
+            if module not in paths:
+                raise InputError(
+                    "the importance was asked about a layer that is not in the group's model; use one "
+                    "SynapticImportance per model, or build the pruner anew after replacing layers"
+                )
+            path = paths[module]
+            if path not in wiring.layers:
+                return None
+            variance = self._variances(model, wiring, path, graph)
+            power = synaptic_power(module, variance)
+            known[module] = self._reduced(by_input_channel(module, _scored(power, self.score)))
+        return known[module]
+
+    def _variances(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Tensor:
+        if not self._pass.variances:
+            inputs = None if self.moments == "batchnorm" else self._inputs(graph)
+            measured = measure(model, wiring, self.moments, inputs, synaptic_paths(wiring))
+            self._pass.variances = {p: m.variance for p, m in measured.items()}
+        return self._pass.variances[path]
+
+    def _reduced(self, scores: Tensor) -> Tensor:
+        if self.reduce == "max":
+            return scores.amax(1)
+        return scores.sum(1) if self.reduce == "sum" else scores.mean(1)
+
+
+def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass
+class _Pass:
+    """What one round over all groups shares: scores and variances of layers.
+
+    Torch-Pruning gives no sign when a round begins; it has begun when a root comes by that was seen before. Weights
+    may have changed since, so everything is dropped then.
+    """
+
+    roots: set[nn.Module] = field(default_factory=set)
+    scores: dict[nn.Module, Tensor] = field(default_factory=dict)
+    variances: dict[str, Tensor] = field(default_factory=dict)
+    paths: dict[nn.Module, str] = field(default_factory=dict)
+
+    def enter(self, root: nn.Module) -> None:
+        if root in self.roots:
+            self.roots.clear()
+            self.scores.clear()
+            self.variances.clear()
+            self.paths.clear()
+        self.roots.add(root)
+
+
+def _scored(power: Tensor, score: Score) -> Tensor:
+    """Scores of synapses, not negative: pruners take roots of sums."""
+    if score == "share":
+        return share(power)
+    if score == "strength":
+        return power.sqrt()
+    # Differential entropy may be negative. Only its order and differences mean something, so it is counted from the
+    # weakest living synapse of the layer; a dead one stays at 0.
+    nats = entropy(power)
+    alive = torch.isfinite(nats)
+    if not alive.any():
+        return torch.zeros_like(power)
+    return torch.where(alive, nats - nats[alive].min() + 1e-6, torch.zeros_like(nats))
+
+
+def _normalized(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
+    if normalizer is None:
+        return scores
+    scale = {"mean": scores.mean(), "max": scores.max(), "sum": scores.sum()}[normalizer]
+    return scores / scale.clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def _is_consumer(dep: Any, graph: Any) -> bool:
+    """True for the input side of a layer that mixes channels (a depthwise one hands its single input on)."""
+    module = dep.target.module
+    if not isinstance(module, (_ConvNd, nn.Linear)) or is_depthwise(module):
+        return False
+    return bool(graph.is_in_channel_pruning_fn(dep.handler)) and not graph.is_out_channel_pruning_fn(dep.handler)
+
+
+def _recover_inputs(graph: Any) -> Tensor:
+    """The example input that Torch-Pruning's graph was built with, from what autograd saved at the first layer."""
+    fix = "pass it: SynapticImportance(example_inputs=x)"
+    stems = []
+    for node in getattr(graph, "module2node", {}).values():
+        saved = getattr(node.grad_fn, "_saved_input", None) if isinstance(node.module, _ConvNd) else None
+        if isinstance(saved, Tensor) and saved.grad_fn is None:
+            stems.append(saved)
+    distinct = {s.data_ptr(): s for s in stems}
+    if len(distinct) != 1:
+        raise InputError(f"the example input cannot be recovered from Torch-Pruning's graph; {fix}")
+    stem = next(iter(distinct.values())).detach()
+    try:
+        trace(graph.model, stem)
+    except ModelError as error:
+        raise InputError(
+            f"the model does not run on what reaches its first convolution ({error}); to score it, {fix}"
+        ) from error
+    return stem
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A layer as Torch-Pruning's dependencies present it."""
+
+    module: Any
+    name: str
+    pruning_dim: int = 1
+
+    @property
+    def type(self) -> Any:
+        return tp.ops.module2type(self.module)
+
+
+@dataclass
+class CellGraph:
+    """Stands for Torch-Pruning's `DependencyGraph` in groups made from cells."""
+
+    model: nn.Module
+    example_inputs: Any
+    wiring: Wiring
+
+    def is_in_channel_pruning_fn(self, handler: Any) -> bool:
+        """As in Torch-Pruning: norms and depthwise layers count on both sides."""
+        return handler not in (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+
+    def is_out_channel_pruning_fn(self, handler: Any) -> bool:
+        """As in Torch-Pruning: norms and depthwise layers count on both sides."""
+        return handler not in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+
+
+def as_group(cell: Cell, graph: CellGraph) -> Any:
+    """A cell as a Torch-Pruning group, for any importance; `root_idxs` number the cell's families from 0."""
+    group = tp.dependency.Group()
+    group._DG = graph
+    modules = dict(graph.model.named_modules())
+    members = sorted(cell.members, key=lambda m: not (m.side == "out" and m.index.shape[1] == 1))
+    for member in members:
+        handler = _handler(modules.get(member.path), member)
+        if handler is None:
+            continue
+        node = _Node(modules[member.path], member.path)
+        group.add_dep(tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist())
+        width = member.index.shape[1]
+        group[-1].root_idxs = [i for i in range(cell.size) for _ in range(width)]
+    return group
+
+
+def _handler(module: nn.Module | None, member: Member) -> Any:
+    """The Torch-Pruning function that importances know this layer side by; None where they know none."""
+    if module is None:
+        return None
+    if isinstance(module, _ConvNd):
+        if is_depthwise(module):
+            return tp.prune_depthwise_conv_out_channels if member.side == "out" else None
+        return tp.prune_conv_in_channels if member.side == "in" else tp.prune_conv_out_channels
+    if isinstance(module, nn.Linear):
+        return tp.prune_linear_in_channels if member.side == "in" else tp.prune_linear_out_channels
+    if isinstance(module, _BatchNorm):
+        return tp.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return tp.prune_layernorm_out_channels
+    if isinstance(module, nn.GroupNorm):
+        return tp.prune_groupnorm_out_channels
+    return None
+
+
+def cell_scores(importance: Any, cells: Iterator[Cell] | list[Cell], graph: CellGraph) -> list[Tensor]:
+    """Score every cell with a Torch-Pruning importance; one value a family.
+
+    Raises:
+        InputError: The importance returns scores of the wrong length, or NaN.
+    """
+    scores = []
+    name = type(importance).__name__
+    for cell in cells:
+        values = importance(as_group(cell, graph))
+        if values is None:  # Torch-Pruning's sign for "knows nothing here"
+            values = torch.full((cell.size,), float("inf"))
+        values = torch.as_tensor(values).detach().double().cpu().flatten()
+        if len(values) < cell.size or values.isnan().any():
+            raise InputError(
+                f"{name} gave {len(values)} scores ({int(values.isnan().sum())} of them NaN) for the {cell.size} "
+                f"channels of '{cell.root.path}'"
+            )
+        scores.append(values[: cell.size])
+    return scores
