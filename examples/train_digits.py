@@ -1,7 +1,7 @@
 """Train the demo network on scikit-learn's digits; takes about a minute on one core.
 
-An L1 penalty on the scales of the norms lets channels that are not needed fade, so that pruning finds some to
-take away: the usual way to prepare a network for pruning without fine-tuning. `--sparsity 0` trains without it.
+An L1 penalty on the scales of the norms lets channels that are not needed fade, so that pruning finds some
+to take away, which is the usual preparation where no fine-tuning follows. `--sparsity 0` trains without it.
 
 python examples/train_digits.py            # writes digits_resnet.safetensors into the current folder
 
@@ -34,7 +34,7 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, epochs: int, rate: float, sparsity: float) -> None:
-    """Train `model` in place with SGD on a one-cycle schedule, with `sparsity` times the L1 norm of the norm scales."""
+    """Train `model` in place with SGD on a one-cycle schedule and a penalty on norm scales."""
     scales = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     images, labels = digits_data("train").tensors
     steps = epochs * (len(images) // BATCH)
