@@ -1,32 +1,27 @@
 """Images to measure on: named sets, folders and tars of images, as evaluation and calibration loaders.
 
-torchvision does the loading; it is imported when called. A tar is decoded once, straight from the archive,
-and kept as one tensor file in the user's cache folder; nothing is ever extracted to disk.
+torchvision does the loading; it is imported when called.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from ss_pruning._atomic import make_writable_folder, replacing
-from ss_pruning.errors import InputError
+from ss_pruning._decode import SPLITS, Progress, check_split, open_rgb, stack, tar_images
+from ss_pruning.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(what, done, total)`."""
+    Loader = DataLoader[Any]
 
 CIFAR10_CLASSES = (  # alphabetical, which is the order of the labels
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -35,8 +30,260 @@ CIFAR10_CLASSES = (  # alphabetical, which is the order of the labels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-_SPLITS = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How images become a model's input.
+
+    Attributes:
+        size: channels, height and width of the input.
+        mean: subtracted from images in [0, 1], one per channel.
+        std: divides them then.
+        crop: side of the centre crop relative to the resized image's shorter side.
+        interpolation: `"bilinear"`, `"bicubic"` or `"nearest"`.
+    """
+
+    size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop: float = 0.875
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `open_data` returns.
+
+    Attributes:
+        name: as the user gave it.
+        evaluation: labelled batches to measure accuracy on.
+        calibration: images to read statistics from; labels come along but need not be used.
+        classes: number of classes.
+    """
+
+    name: str
+    evaluation: Loader
+    calibration: Loader
+    classes: int
+
+    def calibration_images(self) -> Iterator[Tensor]:
+        """Yield the batches of calibration images."""
+        for images, _ in _batches(self.calibration):
+            yield images
+
+
+def open_data(
+    spec: str,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 64,
+    calibration_size: int = 512,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Data:
+    """Open a set of images.
+
+    Args:
+        spec: `digits`; `cifar10:PATH` (a torchvision root, a folder or a tar; `cifar10` alone looks in the
+            usual places); a folder `PATH/<class>/*` or `PATH/{train,test or val}/<class>/*`; or a `.tar` of
+            the latter layout.
+        preprocess: size and normalisation; digits come normalised.
+        batch_size: images a batch.
+        calibration_size: how many images to calibrate on, drawn from the training split, or from the
+            evaluation images where there is none.
+        seed: draws the calibration images.
+        progress: called while a tar is decoded for the first time.
+
+    Raises:
+        InputError: nothing usable there; the message names what is missing and how to get it.
+    """
+    evaluation, calibration, classes = _datasets(spec, preprocess, progress)
+    generator = torch.Generator().manual_seed(seed)
+    size = len(calibration)  # type: ignore[arg-type]
+    chosen = torch.randperm(size, generator=generator)[:calibration_size].tolist()
+    return Data(
+        name=spec,
+        evaluation=_loader(evaluation, batch_size),
+        calibration=_loader(Subset(calibration, chosen), batch_size),
+        classes=classes,
+    )
+
+
+def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None) -> float:
+    """Return the fraction of images whose largest output is their label (top-1).
+
+    Args:
+        model: classifier with outputs `[n, classes]`; run in eval mode on the device of its parameters, and
+            left in the mode it was in.
+        loader: batches of (images, labels).
+        progress: called after each batch.
+
+    Raises:
+        InputError: the outputs are no class scores, or a label has no output.
+        ModelError: the model does not run on these images.
+    """
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    right, seen, total = 0, 0, len(loader.dataset)  # type: ignore[arg-type]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for images, labels in _batches(loader):
+                right += _right(model, images.to(device), labels.to(device))
+                seen += len(labels)
+                if progress is not None:
+                    progress("accuracy", seen, total)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise InputError("no images to measure accuracy on.")
+    return right / seen
+
+
+def _batches(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    try:
+        yield from loader
+    except InputError as error:
+        # A worker process sends its whole traceback as the message; the last part is what was said.
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+
+
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    try:
+        outputs = model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"the model does not run on images of shape {list(images.shape)}: {error}. "
+            "Check the input size (--input-size)."
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        what = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"accuracy needs a classifier with outputs [n, classes]; this model returns {what}.")
+    if len(labels) and int(labels.max()) >= outputs.shape[1]:
+        raise InputError(
+            f"the images have labels up to {int(labels.max())}, but the model has {outputs.shape[1]} "
+            "outputs: these images are not of the classes that it was trained on."
+        )
+    return int((outputs.argmax(1) == labels).sum())
+
+
+def _datasets(
+    spec: str, preprocess: Preprocess, progress: Progress | None
+) -> tuple[Dataset[Any], Dataset[Any], int]:
+    """Return evaluation images, calibration images and the number of classes."""
+    if spec == "digits":
+        return (*_digits(preprocess), 10)
+    if spec == "cifar10" or spec.startswith("cifar10:"):
+        place = spec.partition(":")[2] or _find_cifar10()
+        test, train = (
+            _Normalised(cifar10(place, split, progress), preprocess) for split in ("test", "train")
+        )
+        return test, train, 10
+    path = Path(spec)
+    if path.is_file() and path.suffix == ".tar":
+        stored, classes = tar_images(path, "test", progress)
+        train = _Normalised(tar_images(path, "train", progress)[0], preprocess)
+        return _Normalised(stored, preprocess), train, len(classes)
+    if path.is_dir():
+        return _folders(path, preprocess)
+    raise InputError(
+        f"no data at {spec!r}. Give digits, cifar10:PATH, a folder with one folder of images per class, "
+        "or a .tar with train/<class>/* and test/<class>/*."
+    )
+
+
+def _digits(preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any]]:
+    from ss_pruning.demo import digits_data
+
+    if preprocess.size != (1, 8, 8):
+        raise InputError(f"digits are 1x8x8 images; this model takes {_times(preprocess.size)}.")
+    return digits_data("test"), digits_data("calibration")
+
+
+def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any], int]:
+    from torchvision.datasets import ImageFolder
+
+    evaluation = _split_folder(root, "test") or root
+    training = _split_folder(root, "train")
+    transform = _transform(preprocess)
+    try:
+        test = ImageFolder(str(evaluation), transform=transform, loader=open_rgb)
+        train = (
+            ImageFolder(str(training), transform=transform, loader=open_rgb) if training is not None else test
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no images by class in {str(evaluation)!r}: {error}. One folder of images per class is needed."
+        ) from error
+    return test, train, len(test.classes)
+
+
+def _transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
+    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise."""
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode
+
+    channels, height, width = preprocess.size
+    resized = [round(side / preprocess.crop) for side in (height, width)]
+    steps = [
+        transforms.Resize(
+            resized[0] if height == width else resized, InterpolationMode(preprocess.interpolation)
+        ),
+        transforms.CenterCrop((height, width)),
+        *([transforms.Grayscale()] if channels == 1 else []),
+        transforms.ToTensor(),
+        transforms.Normalize(preprocess.mean, preprocess.std),
+    ]
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    return composed
+
+
+class _Normalised(Dataset[tuple[Tensor, Tensor]]):
+    """Stored uint8 images, normalised and resized when asked for.
+
+    Args:
+        stored: uint8 images and labels.
+        preprocess: the size and normalisation to bring them to.
+    """
+
+    def __init__(self, stored: TensorDataset, preprocess: Preprocess) -> None:
+        channels = stored.tensors[0].shape[1]
+        if preprocess.size[0] != channels:
+            size = _times(preprocess.size)
+            raise InputError(f"the images have {channels} channels; this model takes {size}.")
+        self.stored, self.preprocess = stored, preprocess
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.stored[index]
+        image = normalise(image, self.preprocess.mean, self.preprocess.std)
+        size = self.preprocess.size[1:]
+        if image.shape[1:] != size:
+            mode = self.preprocess.interpolation
+            image = nn.functional.interpolate(image[None], size, mode=mode, antialias=mode != "nearest")[0]
+        return image, label
+
+
+def _loader(dataset: Dataset[Any], batch_size: int) -> Loader:
+    # Decoding photos is worth processes of its own; tensors in memory are not.
+    in_memory = isinstance(dataset, TensorDataset | _Normalised) or (
+        isinstance(dataset, Subset) and isinstance(dataset.dataset, TensorDataset | _Normalised)
+    )
+    return DataLoader(
+        dataset, batch_size=batch_size, num_workers=0 if in_memory else min(4, os.cpu_count() or 1)
+    )
+
+
+def _find_cifar10() -> Path:
+    for place in (Path("data"), Path("../shared/data/cifar10-png.tar")):
+        if place.is_file() or (place / "cifar-10-batches-py").is_dir():
+            return place
+    raise InputError(
+        f"no CIFAR-10 found; say where it is with cifar10:PATH. {_how_to_download(Path('data'))}"
+    )
 
 
 def cifar10(
@@ -58,7 +305,7 @@ def cifar10(
         InputError: nothing there that is CIFAR-10; the message says how to get it.
     """
     path = Path(root_or_tar)
-    _check_split(split)
+    check_split(split)
     if path.is_file():
         dataset, classes = tar_images(path, split, progress)
     elif (path / "cifar-10-batches-py").is_dir():
@@ -105,124 +352,13 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().div_(255).sub_(centre).div_(scale)
 
 
-def tar_images(
-    path: str | os.PathLike[str], split: str, progress: Progress | None = None
-) -> tuple[TensorDataset, list[str]]:
-    """Decode `split` of a tar in ImageFolder layout, or read it from the cache if that was done before.
-
-    The cache is `~/.cache/ss_pruning` (`$XDG_CACHE_HOME` is respected) and is keyed by the tar's content;
-    where it cannot be written, the tar is decoded anew each time.
-
-    Args:
-        path: the tar; its members are `[anything/]<split>/<class>/<image>`.
-        split: `"train"` or `"test"` (`val` and `validation` count as test).
-        progress: called while images are decoded.
-
-    Returns:
-        `TensorDataset` of uint8 images `[n, 3, height, width]` and int64 labels, and the class names, sorted.
-
-    Raises:
-        InputError: not a tar, truncated, without that split, or with images of several sizes.
-    """
-    path = Path(path)
-    _check_split(split)
-    cached = cache_folder() / f"{path.stem[:40]}-{split}-{_digest(path)}.safetensors"
-    found = _read_cache(cached)
-    if found is None:
-        images, labels, classes = _decode_tar(path, split, progress)
-        _write_cache(cached, images, labels, classes)
-    else:
-        images, labels, classes = found
-    return TensorDataset(images, labels), classes
-
-
-def cache_folder() -> Path:
-    """Return the folder where decoded tars are kept; it need not exist."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".cache") / "ss_pruning"
-
-
-def _decode_tar(path: Path, split: str, progress: Progress | None) -> tuple[Tensor, Tensor, list[str]]:
-    try:
-        with tarfile.open(path) as archive:
-            members = _members(archive, split)
-            if not members:
-                raise InputError(
-                    f"{str(path)!r} has no images under {'/, '.join(_SPLITS[split])}/<class>/. "
-                    "The layout needed is train/<class>/*.png and test/<class>/*.png."
-                )
-            classes = sorted({name for name, _ in members})
-            opened = (
-                (f"{path}:{member.name}", io.BytesIO(_member_bytes(archive, member))) for _, member in members
-            )
-            images = _stack(opened, len(members), f"decoding {path.name} ({split})", progress)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"cannot read {str(path)!r} as a tar of images: {error}.") from error
-    labels = torch.tensor([classes.index(name) for name, _ in members], dtype=torch.int64)
-    return images, labels, classes
-
-
-def _members(archive: tarfile.TarFile, split: str) -> list[tuple[str, tarfile.TarInfo]]:
-    """List (class, member) of one split in ImageFolder's order: by class, then by name."""
-    found = []
-    for member in archive:
-        parts = PurePosixPath(member.name).parts
-        is_image = member.isreg() and PurePosixPath(member.name).suffix.lower() in _IMAGE_SUFFIXES
-        if is_image and len(parts) >= 3 and parts[-3] in _SPLITS[split]:
-            found.append((parts[-2], member))
-    return sorted(found, key=lambda pair: (pair[0], pair[1].name))
-
-
-def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    data = file.read() if file is not None else b""
-    if len(data) != member.size:
-        raise EOFError(f"{member.name} is cut off (the file is truncated)")
-    return data
-
-
 def _folder_images(root: Path, split: str, progress: Progress | None) -> tuple[TensorDataset, list[str]]:
     from torchvision.datasets import ImageFolder
 
     folder = ImageFolder(str(_split_folder(root, split)))
     opened = ((path, path) for path, _ in folder.samples)
-    images = _stack(opened, len(folder.samples), f"decoding {root.name} ({split})", progress)
+    images = stack(opened, len(folder.samples), f"decoding {root.name} ({split})", progress)
     return TensorDataset(images, torch.tensor(folder.targets, dtype=torch.int64)), list(folder.classes)
-
-
-def _stack(
-    files: Iterator[tuple[str, str | io.BytesIO]], total: int, what: str, progress: Progress | None
-) -> Tensor:
-    """Decode named image files of one size into `[n, 3, height, width]` uint8."""
-    from PIL import Image
-
-    images: Tensor | None = None
-    for index, (name, file) in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                pixels = _pixels(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"cannot decode the image {name!r}: {error}.") from error
-        if images is None:
-            images = torch.empty((total, *pixels.shape), dtype=torch.uint8)
-        if pixels.shape != images.shape[1:]:
-            raise InputError(
-                f"{name!r} is {pixels.shape[2]}x{pixels.shape[1]} where the images before it are "
-                f"{images.shape[3]}x{images.shape[2]}. Images of several sizes are read from a folder: "
-                "unpack them and give that folder."
-            )
-        images[index] = pixels
-        if progress is not None and (index % 256 == 0 or index + 1 == total):
-            progress(what, index + 1, total)
-    if images is None:
-        raise InputError(f"no images found while {what}.")
-    return images
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _torchvision_cifar10(root: Path, split: str) -> TensorDataset:
@@ -246,52 +382,14 @@ def _how_to_download(root: Path) -> str:
     )
 
 
-def _check_split(split: str) -> None:
-    if split not in _SPLITS:
-        raise InputError(f"split must be 'train' or 'test', not {split!r}.")
-
-
 def _split_folder(root: Path, split: str) -> Path | None:
-    return next((root / name for name in _SPLITS[split] if (root / name).is_dir()), None)
+    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
     listed = ", ".join(repr(name) for name in names[:most])
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
-
-
-def _digest(path: Path) -> str:
-    """Digest the file's content: the same tar at another path or with another date is decoded only once."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
-    return digest.hexdigest()[:20]
-
-
-def _read_cache(path: Path) -> tuple[Tensor, Tensor, list[str]] | None:
-    """Return what is cached, or None where there is nothing or it is damaged (it is then written anew)."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            classes = (file.metadata() or {})["classes"].split("\n")
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (SafetensorError, KeyError, OSError):
-        return None
-    return images, labels, classes
-
-
-def _write_cache(path: Path, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    from safetensors.torch import save_file
-
-    # A cache that cannot be written costs time, not the result: decoding again is right, failing is not.
-    with contextlib.suppress(InputError):
-        make_writable_folder(path.parent)
-        with replacing(path) as temporary:
-            save_file({"images": images, "labels": labels}, temporary, {"classes": "\n".join(classes)})
