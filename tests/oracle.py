@@ -1,14 +1,15 @@
 """Slow twins of the package's mathematics, written from the definitions with plain loops.
 
-Nothing is imported from the package under test. Everything runs in float64 and in Python numbers where that is
-feasible; the nets are tiny.
+Nothing is imported from the package under test. Everything runs in float64 and in Python numbers where that
+is feasible; the nets are tiny.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,90 @@ NORMS = (
     nn.GroupNorm,
     nn.LayerNorm,
 )
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+INPUT = "<input>"
 
 Sources = list[set[tuple[str, int]]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Who feeds whom, channel by channel, by autograd
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that stands in for a layer's output, with the axis of its channels."""
+
+    path: str
+    tensor: Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What one call of a layer received, and all the leaves that it may depend on."""
+
+    path: str
+    tensor: Tensor
+    axis: int
+    leaves: list[Leaf]
+
+    @property
+    def width(self) -> int:
+        """Its number of channels."""
+        return self.tensor.shape[self.axis]
+
+
+def channel_axis(module: nn.Module, value: Tensor) -> int:
+    """The axis of the channels: 1; the last for linear layers, layer norms, convolutions along channels."""
+    along = isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1
+    last = value.shape[-1] == module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else along
+    return value.dim() - 1 if last or isinstance(module, nn.Linear) else 1
+
+
+def arrivals(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Arrival]:
+    """Runs a copy of a model, in float64, with every layer's output replaced by a positive random leaf."""
+    twin = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(3)
+    leaves: list[Leaf] = []
+    found: list[Arrival] = []
+
+    def leaf(path: str, value: Tensor, axis: int) -> Tensor:
+        fresh = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.1
+        leaves.append(Leaf(path, fresh.requires_grad_(), axis))
+        return fresh * 1.0  # in-place operations may not touch a leaf
+
+    def cut(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> Tensor:
+            if isinstance(module, LAYERS):
+                found.append(Arrival(path, args[0], channel_axis(module, args[0]), leaves))
+            return leaf(path, value, channel_axis(module, value))
+
+        return hook
+
+    for path, module in twin.named_modules():
+        if isinstance(module, (*LAYERS, *NORMS)):
+            module.register_forward_hook(cut(path))
+    twin(*(leaf(INPUT, x, 1) for x in inputs))
+    return found
+
+
+def feeders(arrival: Arrival, channel: int) -> set[tuple[str, int]]:
+    """The output channels of all layers that one channel of an arrival depends on."""
+    value = arrival.tensor.select(arrival.axis, channel)
+    weights = torch.rand(value.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    tensors = [leaf.tensor for leaf in arrival.leaves]
+    grads = torch.autograd.grad((value * weights).sum(), tensors, retain_graph=True, allow_unused=True)
+    found = set()
+    for leaf, grad in zip(arrival.leaves, grads, strict=True):
+        if grad is not None:
+            strong = grad.abs().amax([d for d in range(grad.dim()) if d != leaf.axis]) > 1e-14
+            found |= {(leaf.path, int(c)) for c in strong.nonzero().flatten()}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Strength
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -77,7 +160,7 @@ def variances(model: nn.Module, calls: Sequence[Sources]) -> list[float]:
 
 
 def strength(layer: nn.Module, scales: Sequence[float]) -> list[list[float]]:
-    """`s[k][j] = sqrt(v_c) * ||W[k, c]||` for the synapses of every output; `scales` are the variances `v_c`."""
+    """`s[k][j] = sqrt(v_c) * ||W[k, c]||` for the synapses of every output; `scales[c]` is `v_c`."""
     outputs, inputs = widths(layer)
     table = []
     for k in range(outputs):

@@ -1,17 +1,19 @@
 """Tiny nets that carry their own truth: who feeds whom, and which channels must be cut together.
 
-Everything here is written by hand from the architectures. Nothing is imported from the package under test, so that
-no mistake of it can slip into the truth. `tests/test_zoo.py` checks this file itself, against autograd.
+Everything here is written by hand from the architectures. Nothing is imported from the package under test, so
+that no mistake of it can slip into the truth. `tests/test_zoo.py` checks this file itself, against autograd.
 
 Words used:
 
-* A *member* is `(path, side, channel)`. Side `"in"` is an (absolute) input channel of a convolution or linear layer;
-  everything else, including norms, depthwise convolutions, PReLUs and loose parameters or buffers that hold one entry
-  per channel, has side `"out"`. Loose tensors go by their own dotted name.
-* A *family* is the frozenset of all members that must be cut together. Families that reach the model's output, and
-  channels that are broadcast over others, may not be cut and are not listed.
-* The *sources* of an input channel are the nearest convolution, linear or norm outputs that reach it without passing
-  another such layer; `("<input>", c)` stands for channel `c` of an image.
+* A *member* is `(path, side, channel)`. Side `"in"` is an (absolute) input channel of a convolution or linear
+  layer; everything else, including norms, depthwise convolutions, PReLUs and loose parameters or buffers that
+  hold one entry per channel, has side `"out"`. Loose tensors go by their own dotted name.
+* A *family* is the frozenset of all members that must be cut together. Families that reach the model's
+  output, and channels that are broadcast over others, may not be cut and are not listed.
+* The *sources* of an input channel are the nearest convolution, linear or norm outputs that reach it without
+  passing another such layer; `("<input>", c)` stands for channel `c` of an image. A convolution with one
+  input and one output that slides along the channels (efficient channel attention) counts its positions as
+  channels.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Family = frozenset[Member]
 Place = Callable[[int], Iterable[Member]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The truth's small alphabet
 
 
@@ -88,7 +90,7 @@ def parts(path: str, *sizes: int) -> list[set[Source]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The record
 
 
@@ -100,15 +102,17 @@ class Net:
         name: The name of the pattern.
         build: Builds the model, not yet randomised.
         shapes: The shapes of its inputs.
-        sources: For every convolution and linear layer that runs, and each absolute input channel, what feeds it; the
-            union over its calls.
-        families: The families that may be cut; `None` where the truth is a matter of policy (mixed channels).
+        sources: For every convolution and linear layer that runs, and each absolute input channel, what feeds
+            it; the union over its calls.
+        families: The families that may be cut; `None` where that is a matter of policy (channels that mix).
         calls: The sources call by call, for modules that run more than once.
-        mixed: Input channels in which several channels of one source mix; a probe may return all of them or none, but
-            never some.
-        balanced: Lists of parts, each a set of producers' output channels; every part of a list must lose the same
-            number of channels.
-        exact: Whether cutting equals masking (not where channels are normalised, averaged or convolved together).
+        broadcast: Source channels that feed several input channels of one layer through one and the same
+            element (a gate for all channels, a mean over channels); a probe may leave them out of the
+            sources.
+        balanced: Lists of parts, each a set of producers' output channels; every part of a list must lose the
+            same number of channels.
+        exact: Whether cutting equals masking (not where channels are normalised, averaged or convolved
+            together).
         static: Whether `forward` reads stored channel numbers that must follow the cut.
         gammas: Fixed gammas, set after randomising: norm path to values.
     """
@@ -119,7 +123,7 @@ class Net:
     families: set[Family] | None
     shapes: tuple[tuple[int, ...], ...] = ((2, 3, 16, 16),)
     calls: dict[str, list[Sources]] = field(default_factory=dict)
-    mixed: dict[str, set[int]] = field(default_factory=dict)
+    broadcast: set[Source] = field(default_factory=set)
     balanced: list[list[set[Source]]] = field(default_factory=list)
     exact: bool = True
     static: bool = False
@@ -180,7 +184,7 @@ def pooled(x: Tensor) -> Tensor:
     return x.flatten(2).mean(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Plain nets and their activations
 
 
@@ -311,7 +315,7 @@ PLAIN = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Residual nets
 
 
@@ -393,7 +397,7 @@ class PreActivation(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of the CIFAR ResNets: the shortcut is subsampled and padded on the channel axis, `pad` on each side."""
+    """Option A of the CIFAR ResNets: the shortcut is subsampled, and padded by `pad` channels on each side."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +432,7 @@ class PartialAdd(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A residual branch without a norm, scaled per channel by a loose parameter; a learned offset on the stream."""
+    """A branch without a norm, scaled per channel by a loose parameter; a learned offset on the stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,7 +519,7 @@ RESIDUAL = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Concatenations, splits and permutations
 
 
@@ -774,12 +778,11 @@ JOINED = [
             into("conv1"),
         )
         | couple(6, out("conv1"), out("bn1"), into("fc")),
-        mixed={"conv1": {0, 1, 2}},
     ),
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Grouped, depthwise and transposed convolutions
 
 
@@ -897,7 +900,7 @@ CONVOLUTIONS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Gates
 
 
@@ -940,7 +943,7 @@ def squeeze_excite(name: str, *, linear: bool) -> Net:
 
 
 class SpatialGate(nn.Module):
-    """One gate per pixel, the same for all channels; computed by a convolution, or from the mean over channels."""
+    """One gate per pixel for all channels, computed by a convolution or from the mean over channels."""
 
     def __init__(self, *, mean: bool) -> None:
         super().__init__()
@@ -970,7 +973,7 @@ def spatial_gate(name: str, *, mean: bool) -> Net:
         },
         families=couple(8, *(inner if mean else [*inner, into("gate")]))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
-        mixed={"gate": {0}} if mean else {},
+        broadcast={("gate", 0)},
         exact=not mean,
     )
 
@@ -1022,13 +1025,12 @@ GATES = [
         EfficientChannelAttention,
         sources={
             "conv0": image(),
-            "eca": whole("bn0", 8, over=1),
-            "conv1": meet(fed("bn0", 8), [{("eca", 0)}] * 8),
+            "eca": fed("bn0", 8),
+            "conv1": meet(fed("bn0", 8), fed("eca", 8)),
             "fc": fed("bn1", 6),
         },
         families=couple(8, out("conv0"), out("bn0"), into("conv1"))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
-        mixed={"eca": {0}},
         exact=False,
     ),
     Net(
@@ -1053,7 +1055,7 @@ GATES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Nets without batch norms, or with other norms
 
 
@@ -1070,7 +1072,7 @@ class NormFree(nn.Module):
 
 
 class StandardisedConv(nn.Conv2d):
-    """A convolution that standardises its weight and scales it by a learned gain per output, as NF-Nets do."""
+    """Standardises its weight and scales it by a learned gain per output, as NF-Nets do."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
@@ -1122,7 +1124,7 @@ def other_norm(name: str, norm: Callable[[int], nn.Module], **more: object) -> N
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise, layer norm over the channels, two linear layers, layer scale; the channels last in between."""
+    """Depthwise, layer norm over the channels, two linear layers, layer scale; channels last in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1143,7 +1145,7 @@ class ConvNeXt(nn.Module):
 
 
 class FunctionalNorm(nn.Module):
-    """A norm over the channels without a module: every channel of its output depends on every one of its input."""
+    """A mean over the channels without a module: every output channel depends on every input channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1211,13 +1213,13 @@ NORMS = [
         FunctionalNorm,
         sources={"conv1": image(), "conv2": whole("conv1", 8, over=8), "fc": fed("conv2", 6)},
         families=None,
-        mixed={"conv2": set(range(8))},
+        broadcast={("conv1", c) for c in range(8)},
         exact=False,
     ),
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Heads, dimensions, several inputs and outputs, shared modules
 
 
@@ -1254,7 +1256,7 @@ class SharedHead(nn.Module):
 
 
 class Flattened(nn.Module):
-    """A VGG head: 2x2 maps flattened into a linear layer, a norm on vectors, dropout, a second linear layer."""
+    """A VGG head: 2x2 maps flattened into a linear layer, a norm on vectors, dropout, another layer."""
 
     def __init__(self) -> None:
         super().__init__()
