@@ -397,7 +397,7 @@ class PreActivation(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of the CIFAR ResNets: the shortcut is subsampled, and padded by `pad` channels on each side."""
+    """Option A of the CIFAR ResNets: subsampled, padded by `pad` channels on each side."""
 
     def __init__(self) -> None:
         super().__init__()
