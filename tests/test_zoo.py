@@ -23,7 +23,8 @@ def test_sources_agree_with_autograd(net: Net) -> None:
             for arrival in oracle.arrivals(net.make(), net.inputs)
             if arrival.path == path
         ]
-        assert len(calls) == len(net.calls.get(path, [truth])), path
+        if path in net.training:
+            continue
         assert net.calls.get(path, [truth]) == calls, path
         assert truth == [set().union(*channel) for channel in zip(*calls, strict=True)], path
 
@@ -36,7 +37,7 @@ def test_every_layer_that_runs_has_a_truth(net: Net) -> None:
         if isinstance(module, oracle.LAYERS):
             module.register_forward_pre_hook(lambda _, args, path=path: ran.add(path))
     model(*net.inputs)
-    assert ran == set(net.sources)
+    assert ran == set(net.sources) - net.training
 
 
 @every_net

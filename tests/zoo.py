@@ -109,6 +109,7 @@ class Net:
         broadcast: Source channels that feed several input channels of one layer through one and the same
             element (a gate for all channels, a mean over channels); a probe may leave them out of the
             sources.
+        training: Layers that run in training only.
         balanced: Lists of parts, each a set of producers' output channels; every part of a list must lose the
             same number of channels.
         exact: Whether cutting equals masking (not where channels are normalised, averaged or convolved
@@ -124,6 +125,7 @@ class Net:
     shapes: tuple[tuple[int, ...], ...] = ((2, 3, 16, 16),)
     calls: dict[str, list[Sources]] = field(default_factory=dict)
     broadcast: set[Source] = field(default_factory=set)
+    training: set[str] = field(default_factory=set)
     balanced: list[list[set[Source]]] = field(default_factory=list)
     exact: bool = True
     static: bool = False
@@ -309,8 +311,9 @@ PLAIN = [
     Net(
         "unused_head",
         Unused,
-        sources={"conv1": image(), "fc": fed("bn1", 8)},
-        families=couple(8, out("conv1"), out("bn1"), into("fc")),
+        sources={"conv1": image(), "fc": fed("bn1", 8), "aux": fed("bn1", 8)},
+        families=couple(8, out("conv1"), out("bn1"), into("fc"), into("aux")),
+        training={"aux"},
     ),
 ]
 
@@ -960,8 +963,11 @@ class SpatialGate(nn.Module):
 
 
 def spatial_gate(name: str, *, mean: bool) -> Net:
-    """The record of a `SpatialGate` net."""
-    inner = [out("conv0"), out("bn0"), into("conv1")]
+    """The record of a `SpatialGate` net.
+
+    Where the gate sees the mean, all channels meet in its one input, so none of them can go alone.
+    """
+    inner = couple(8, out("conv0"), out("bn0"), into("conv1"), into("gate"))
     return Net(
         name,
         lambda: SpatialGate(mean=mean),
@@ -971,10 +977,8 @@ def spatial_gate(name: str, *, mean: bool) -> Net:
             "conv1": meet(fed("bn0", 8), [{("gate", 0)}] * 8),
             "fc": fed("bn1", 6),
         },
-        families=couple(8, *(inner if mean else [*inner, into("gate")]))
-        | couple(6, out("conv1"), out("bn1"), into("fc")),
+        families=(set() if mean else inner) | couple(6, out("conv1"), out("bn1"), into("fc")),
         broadcast={("gate", 0)},
-        exact=not mean,
     )
 
 
