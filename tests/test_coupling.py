@@ -32,9 +32,9 @@ def families_of(model: nn.Module, cell: Cell) -> list[Family]:
 
 
 def words(model: nn.Module, path: str, side: str) -> list[tuple[str, str]]:
-    """The zoo names a depthwise layer once, a PReLU by its module, and a layer's further tensors one by one."""
+    """The zoo names a depthwise layer once, a PReLU by its module, and further tensors one by one."""
     if side == "tensor":
-        owner, _, name = path.rpartition(".")
+        owner = path.rpartition(".")[0]
         prelu = isinstance(model.get_submodule(owner), nn.PReLU) if owner else False
         return [(owner if prelu else path, "out")]
     module = model.get_submodule(path)

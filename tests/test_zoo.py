@@ -150,7 +150,7 @@ def cut_grouped(layer: nn.Module, gone_in: set[int], gone_out: set[int]) -> None
 
 @pytest.mark.parametrize("net", [n for n in ZOO if n.families and not n.static], ids=lambda net: net.name)
 def test_families_are_enough_to_slice(net: Net) -> None:
-    """Slicing all members of some families leaves a net that runs, and equals the masked one where defined."""
+    """Slicing all members of some families leaves a net that runs, equal to the masked one where defined."""
     model, families = net.make(), removable(net)
     assert families
     removed: dict[str, set[int]] = defaultdict(set)
