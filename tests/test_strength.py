@@ -1,4 +1,4 @@
-"""Strength, shares, entropy and moments against slow twins, and the invariances that the definition promises."""
+"""Strength, shares, entropy and moments against slow twins, and the invariances of the definition."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_permuting_channels_permutes_strengths(moments: str) -> None:
     "name", ["plain", "residual_chain", "dense", "grouped", "separable", "transposed_grouped"]
 )
 def test_rescaling_weights_before_a_norm_changes_no_share(name: str) -> None:
-    """The same function, written with other weights: every output of every layer before a norm is rescaled."""
+    """The same function in other weights: every output of every layer before a norm is rescaled."""
     net = BY_NAME[name]
     model, twin = net.make(), net.make()
     norms = dict(twin.named_modules())
@@ -193,7 +193,7 @@ def test_rescaling_weights_before_a_norm_changes_no_share(name: str) -> None:
 
 
 def pairs_before_norms(model: nn.Module, family: frozenset[tuple[str, str, int]]) -> list[tuple[str, str]]:
-    """`(layer, norm)` where a family holds one channel of each, by name: conv1 with bn1, dw with bn1.0, and so on."""
+    """`(layer, norm)` where a family holds a channel of each, by name: conv1 with bn1, dw with bn1.0."""
     table = {"conv0": "bn0", "conv1": "bn1", "conv2": "bn2", "pw": "bn2", "dw": "bn1.0", "up": "bn2"}
     layers = {path for path, side, _ in family if side == "out"}
     found = []
