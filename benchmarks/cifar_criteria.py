@@ -1,8 +1,8 @@
-"""Which importance keeps a trained CIFAR-10 ResNet alive? One-shot pruning, no fine-tuning, all at the same MACs.
+"""Which importance keeps a trained CIFAR-10 ResNet alive? One shot, no fine-tuning, all at the same MACs.
 
-Every criterion prunes through the same call, `prune_(model, x, macs=..., importance=...)`: the same groups, the
-same search for the budget, the same cut. Only the scores differ. The residual stream stays whole for all of them
-unless `--residual` is given.
+Every criterion prunes through the same call, `prune_(model, x, macs=..., importance=...)`: the same groups,
+the same search for the budget, the same cut. Only the scores differ. The residual stream stays whole for all
+of them unless `--residual` is given.
 
     python -m benchmarks.cifar_criteria
     python -m benchmarks.cifar_criteria --model resnet20 --residual

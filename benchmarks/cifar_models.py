@@ -22,9 +22,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class PaddedShortcut(nn.Module):
     """Option A: take every second pixel and put zero channels before and after.
 
-    How many is kept as plain integers on the module and read in `forward`. A cut of the stream changes how many of
-    the padding channels are left on each side, and not by the same number: numbers that are stored can follow the
-    cut; numbers that are computed from a width in `forward`, or hidden in a lambda, could not.
+    How many is kept as plain integers on the module and read in `forward`. A cut of the stream changes how
+    many of the padding channels are left on each side, and not by the same number: numbers that are stored
+    can follow the cut; numbers that are computed from a width in `forward`, or hidden in a lambda, could not.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -93,8 +93,9 @@ def load_checkpoint(name: str, folder: str | os.PathLike[str]) -> CifarResNet:
     path = Path(folder) / CHECKPOINTS[name]
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint '{path}': it is '{CHECKPOINTS[name]}' of github.com/akamaster/pytorch_resnet_cifar10; "
-            "put it there, or say where it is with --data (it is looked for in DATA/pretrained)"
+            f"no checkpoint '{path}'. It is '{CHECKPOINTS[name]}' of
+            github.com/akamaster/pytorch_resnet_cifar10: " "put it there, or say with --data where it is (it
+            is looked for in DATA/pretrained)."
         )
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = cifar_resnet(name)
@@ -103,6 +104,6 @@ def load_checkpoint(name: str, folder: str | os.PathLike[str]) -> CifarResNet:
 
 
 def stream_layers(model: CifarResNet) -> list[str]:
-    """Paths of the layers that write the residual stream: the stem, and the last convolution of every block."""
+    """Paths of the layers that write the residual stream: the stem and the last layer of every block."""
     stages = {"layer1": model.layer1, "layer2": model.layer2, "layer3": model.layer3}
     return ["conv1", *(f"{stage}.{i}.conv2" for stage, blocks in stages.items() for i in range(len(blocks)))]

@@ -16,13 +16,15 @@ DATA = HERE.parent / ".." / "shared" / "data"
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "torch-pruning", "timm", "ss-pruning"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("torch", "torchvision", "torch-pruning", "timm", "ss-pruning")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -1,8 +1,9 @@
-"""How long scoring and provenance take, beside Torch-Pruning's group magnitude, in one process on one machine.
+"""How long scoring and provenance take, beside Torch-Pruning's group magnitude, in one process.
 
-(a) Scoring all groups of a torchvision ResNet-50 with `SynapticImportance` and with `GroupMagnitudeImportance`: the
-    same groups, in turns, the median of the ratios. The first call finds the wiring and is timed by itself, each
-    time on a model that no importance has seen.
+(a) Scoring all groups of a torchvision ResNet-50 with `SynapticImportance` and with
+`GroupMagnitudeImportance`: the
+    same groups, in turns, the median of the ratios. The first call finds the wiring and is timed by itself,
+    each time on a model that no importance has seen.
 (b) `trace`, the provenance of every channel, on DenseNet-121 at 64 pixels.
 
     OMP_NUM_THREADS=2 python -m benchmarks.speed
