@@ -1,0 +1,187 @@
+"""Which importance keeps a trained CIFAR-10 ResNet alive? One shot, no fine-tuning, all at the same MACs.
+
+Every criterion prunes through the same call, `prune_(model, x, macs=..., importance=...)`: the same groups,
+the same search for the budget, the same cut. Only the scores differ. The residual stream stays whole for all
+of them unless `--residual` is given.
+
+    python -m benchmarks.cifar_criteria
+    python -m benchmarks.cifar_criteria --model resnet20 --residual
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from ss_pruning.data import cifar10, normalise
+from torch import Tensor, nn
+
+from benchmarks.cifar_models import CHECKPOINTS, MEAN, STD, load_checkpoint, stream_layers
+from benchmarks.common import DATA, write
+from ss_pruning import SynapticImportance, prune_
+from ss_pruning.errors import InputError
+
+Images = tuple[Tensor, Tensor]
+Criterion = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """What one criterion left; several values where it is random."""
+
+    criterion: str
+    top1: list[float] = field(default_factory=list)
+    macs: list[float] = field(default_factory=list)
+    params: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def criteria() -> dict[str, Criterion]:
+    """Ours and Torch-Pruning's, each with its own defaults."""
+    return {
+        "SynapticImportance": SynapticImportance,
+        "GroupMagnitude (L2)": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "BNScale": tp.importance.BNScaleImportance,
+        "LAMP": lambda: tp.importance.LAMPImportance(p=2),
+        "Random": tp.importance.RandomImportance,
+    }
+
+
+def our_options() -> dict[str, Criterion]:
+    """Every combination of the options of `SynapticImportance` that need no data."""
+
+    def option(moments: str, score: str, reduce: str, normalizer: str | None) -> Criterion:
+        return lambda: SynapticImportance(moments=moments, score=score, reduce=reduce, normalizer=normalizer)
+
+    scores, reductions = ("share", "strength", "entropy"), ("sum", "mean", "max")
+    choices = itertools.product(("batchnorm", "gaussian"), scores, reductions, (None, "mean", "sum"))
+    return {" ".join(str(part) for part in choice): option(*choice) for choice in choices}
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, images: Images, batch: int = 500) -> float:
+    """Top-1 accuracy in percent."""
+    pixels, labels = images
+    model.eval()
+    right = 0
+    for start in range(0, len(pixels), batch):
+        chosen = slice(start, start + batch)
+        right += int((model(normalise(pixels[chosen], MEAN, STD)).argmax(1) == labels[chosen]).sum())
+    return 100 * right / len(pixels)
+
+
+def measure(name: str, criterion: Criterion, seeds: int, options: argparse.Namespace, images: Images) -> Row:
+    """Prune a fresh net by a criterion, once for each seed, and measure what is left."""
+    row = Row(name)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = load_checkpoint(options.model, options.data / "pretrained")
+        ignore = () if options.residual else stream_layers(model)
+        started = time.perf_counter()
+        report = prune_(
+            model, torch.randn(1, 3, 32, 32), macs=options.macs, importance=criterion(), ignore=ignore
+        )
+        row.seconds.append(time.perf_counter() - started)
+        row.macs.append(report.macs_after / report.macs_before)
+        row.params.append(report.params_after / report.params_before)
+        row.top1.append(top1(model, images))
+    return row
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean, and standard deviation where there are several values."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(dense: float, rows: list[Row], title: str) -> Table:
+    """The result for people."""
+    result = Table(title=title, caption=f"dense: {dense:.2f} % top-1; ± is the standard deviation over seeds")
+    for column in ("criterion", "top-1 %", "MACs kept", "parameters kept", "seconds to prune"):
+        result.add_column(column, justify="left" if column == "criterion" else "right")
+    for row in rows:
+        result.add_row(
+            row.criterion, spread(row.top1), spread(row.macs, 4), spread(row.params, 4), spread(row.seconds)
+        )
+    return result
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=sorted(CHECKPOINTS), default="resnet56")
+    parser.add_argument(
+        "--macs", type=float, default=0.7, help="fraction of the multiply-accumulates to keep"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many times Random is drawn")
+    parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
+    parser.add_argument("--options", action="store_true", help="compare our own options instead")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="how many test images, from a fixed shuffle"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="folder with cifar10-png.tar (or CIFAR-10) and pretrained/"
+    )
+    return parser.parse_args()
+
+
+def test_images(folder: Path, count: int) -> Images:
+    """The test images as they are stored, shuffled in a fixed way where not all are asked for.
+
+    Raises:
+        InputError: They are not there.
+    """
+    tar = folder / "cifar10-png.tar"
+    pixels, labels = cifar10(tar if tar.is_file() else folder, "test").tensors
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return pixels[chosen], labels[chosen]
+
+
+def main() -> int:
+    """Run the comparison."""
+    options, console = arguments(), Console()
+    try:
+        images = test_images(options.data, options.images)
+        model = load_checkpoint(options.model, options.data / "pretrained")
+    except (InputError, FileNotFoundError) as error:
+        Console(stderr=True).print(
+            f"[red]{error}[/red]\nSay where the data is with --data FOLDER.", markup=True
+        )
+        return 2
+    compared = our_options() if options.options else criteria()
+    rows: list[Row] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("dense", total=len(compared) + 1)
+        dense = top1(model, images)
+        for name, criterion in compared.items():
+            progress.update(task, advance=1, description=name)
+            rows.append(measure(name, criterion, options.seeds if name == "Random" else 1, options, images))
+    rows.sort(key=lambda row: -statistics.mean(row.top1))
+    stream = "with the residual stream" if options.residual else "residual stream whole"
+    title = (
+        f"CIFAR-10 {options.model} at {options.macs:g} of its MACs, {stream}, {len(images[0])} test images"
+    )
+    console.print(table(dense, rows, title))
+    settings = {key: value for key, value in vars(options).items() if key != "data"}
+    name = f"cifar_{'options' if options.options else 'criteria'}_{options.model}_{options.macs:g}"
+    name += "_residual" if options.residual else ""
+    path = write(name, {"settings": settings, "dense": dense, "rows": [asdict(row) for row in rows]})
+    console.print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The CIFAR-10 ResNets of He et al. (2016), section 4.2: 6n+2 layers, parameter-free shortcuts ("option A").
+
+The module names are those of the checkpoints that go around for these nets, so that those load as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
+
+#: Images are scaled to [0, 1], then normalised with these.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PaddedShortcut(nn.Module):
+    """Option A: take every second pixel and put zero channels before and after.
+
+    How many is kept as plain integers on the module and read in `forward`. A cut of the stream changes how
+    many of the padding channels are left on each side, and not by the same number: numbers that are stored
+    can follow the cut; numbers that are computed from a width in `forward`, or hidden in a lambda, could not.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.before = (outputs - inputs) // 2
+        self.after = outputs - inputs - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if stride == 1 else PaddedShortcut(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Three stages of `blocks` basic blocks, of widths 16, 32 and 64."""
+
+    def __init__(self, blocks: int, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, 1)
+        self.layer2 = _stage(16, 32, blocks, 2)
+        self.layer3 = _stage(32, 64, blocks, 2)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
+def cifar_resnet(name: str) -> CifarResNet:
+    """Build `resnet20`, `resnet32`, `resnet44`, `resnet56` or `resnet110`, untrained."""
+    return CifarResNet(BLOCKS[name])
+
+
+def load_checkpoint(name: str, folder: str | os.PathLike[str]) -> CifarResNet:
+    """Build a net and load its published weights; it comes in evaluation mode.
+
+    Args:
+        name: `resnet20` or `resnet56`.
+        folder: Where the checkpoints lie.
+
+    Raises:
+        FileNotFoundError: The checkpoint is not there; the message says where it is from.
+    """
+    path = Path(folder) / CHECKPOINTS[name]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint '{path}'. It is '{CHECKPOINTS[name]}' of the GitHub repository "
+            "akamaster/pytorch_resnet_cifar10: put it there, or say with --data where it is (it is looked for "
+            "in DATA/pretrained)."
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    model = cifar_resnet(name)
+    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    return model.eval()
+
+
+def stream_layers(model: CifarResNet) -> list[str]:
+    """Paths of the layers that write the residual stream: the stem and the last layer of every block."""
+    stages = {"layer1": model.layer1, "layer2": model.layer2, "layer3": model.layer3}
+    return ["conv1", *(f"{stage}.{i}.conv2" for stage, blocks in stages.items() for i in range(len(blocks)))]

@@ -1,0 +1,37 @@
+"""What the benchmark scripts share: where the data is, which versions ran, and how results are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+DATA = HERE.parent / ".." / "shared" / "data"
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "torchvision", "torch-pruning", "timm", "ss-pruning")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result as JSON; a reader never sees half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({**result, "versions": versions()}, indent=2) + "\n")
+    os.replace(part, path)
+    return path

@@ -1,0 +1,129 @@
+"""How long scoring and provenance take, beside Torch-Pruning's group magnitude, in one process.
+
+(a) Scoring all groups of a torchvision ResNet-50 with `SynapticImportance` and with
+`GroupMagnitudeImportance`: the
+    same groups, in turns, the median of the ratios. The first call finds the wiring and is timed by itself,
+    each time on a model that no importance has seen.
+(b) `trace`, the provenance of every channel, on DenseNet-121 at 64 pixels.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.common import write
+from ss_pruning import SynapticImportance, trace
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def score_all(importance: Any, groups: list[Any]) -> None:
+    """Score every group, as a pruner does in one step."""
+    for group in groups:
+        importance(group)
+
+
+def groups_of(model: nn.Module, example: torch.Tensor) -> list[Any]:
+    """All groups of Torch-Pruning's dependency graph, the classifier left out as every pruner is told to."""
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+    return list(graph.get_all_groups(ignored_layers=[model.fc], root_module_types=[nn.Conv2d, nn.Linear]))
+
+
+def scoring(repeats: int, pixels: int) -> dict[str, Any]:
+    """Times of scoring all groups of ResNet-50."""
+    example = torch.randn(1, 3, pixels, pixels)
+    model = torchvision.models.resnet50(weights=None).eval()
+    groups = groups_of(model, example)
+    ours, theirs = SynapticImportance(), tp.importance.GroupMagnitudeImportance()
+    first = seconds(lambda: score_all(ours, groups))
+    score_all(theirs, groups)
+    pairs = [
+        (seconds(lambda: score_all(ours, groups)), seconds(lambda: score_all(theirs, groups)))
+        for _ in range(repeats)
+    ]
+    fresh = [first_call(example) for _ in range(max(1, repeats // 4))]
+    ratio = statistics.median(a / b for a, b in pairs)
+    return {
+        "groups": len(groups),
+        "pixels": pixels,
+        "repeats": repeats,
+        "ours": statistics.median(a for a, _ in pairs),
+        "group_magnitude": statistics.median(b for _, b in pairs),
+        "ratio": ratio,
+        "first_call": statistics.median([first, *fresh]),
+        "first_ratio": statistics.median([first, *fresh]) / statistics.median(b for _, b in pairs),
+    }
+
+
+def first_call(example: torch.Tensor) -> float:
+    """Time of scoring a model that was never seen: provenance and scores."""
+    model = torchvision.models.resnet50(weights=None).eval()
+    groups = groups_of(model, example)
+    return seconds(lambda: score_all(SynapticImportance(), groups))
+
+
+def provenance(repeats: int, pixels: int = 64) -> dict[str, Any]:
+    """Times of `trace` on DenseNet-121, each on a fresh model."""
+    example = torch.randn(1, 3, pixels, pixels)
+    times = []
+    for _ in range(repeats):
+        model = torchvision.models.densenet121(weights=None).eval()
+        times.append(seconds(lambda model=model: trace(model, example)))
+    return {
+        "pixels": pixels,
+        "repeats": repeats,
+        "seconds": statistics.median(times),
+        "slowest": max(times),
+    }
+
+
+def table(score: dict[str, Any], wiring: dict[str, Any]) -> Table:
+    """The result for people."""
+    result = Table(title=f"Speed, {torch.get_num_threads()} threads")
+    for column, justify in (("what", "left"), ("seconds", "right"), ("ratio", "right")):
+        result.add_column(column, justify=justify)
+    groups = f"{score['groups']} groups of ResNet-50"
+    result.add_row(f"GroupMagnitudeImportance, {groups}", f"{score['group_magnitude']:.4f}", "1.00")
+    result.add_row(f"SynapticImportance, {groups}", f"{score['ours']:.4f}", f"{score['ratio']:.2f}")
+    first, first_ratio = f"{score['first_call']:.4f}", f"{score['first_ratio']:.2f}"
+    result.add_row("the same on a model never seen, with its provenance", first, first_ratio)
+    result.add_row(f"trace, DenseNet-121 at {wiring['pixels']} pixels", f"{wiring['seconds']:.2f}", "")
+    return result
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--pixels", type=int, default=224, help="input size of ResNet-50")
+    options = parser.parse_args()
+    score = scoring(options.repeats, options.pixels)
+    wiring = provenance(max(3, options.repeats // 5))
+    console = Console()
+    console.print(table(score, wiring))
+    path = write("speed", {"threads": torch.get_num_threads(), "scoring": score, "provenance": wiring})
+    console.print(f"written: {path.name} in {path.parent.name}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

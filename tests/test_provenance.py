@@ -1,0 +1,187 @@
+"""Provenance against the zoo's hand-written truth, and against autograd on real nets."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.provenance import trace
+from tests import oracle
+from tests.snapshot import Bomb, snapshot
+from tests.zoo import BY_NAME, ZOO, Net
+
+every_net = pytest.mark.parametrize("net", ZOO, ids=lambda net: net.name)
+
+
+def check_against_truth(net: Net, model: nn.Module, example: object) -> None:
+    wiring = trace(model, example)
+    for path, truth in net.sources.items():
+        found = wiring.sources(path)
+        assert len(found) == len(truth), path
+        for channel, expected in enumerate(truth):
+            assert len(found[channel]) == len(set(found[channel])), (path, channel)
+            assert set(found[channel]) in (expected, expected - net.broadcast), (path, channel)
+
+
+@every_net
+def test_sources_equal_the_truth(net: Net) -> None:
+    check_against_truth(net, net.make(), net.example)
+
+
+@every_net
+def test_sources_do_not_depend_on_dtype_mode_or_weights(net: Net) -> None:
+    model = net.make(seed=5).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1000)
+    example = tuple(x.double() for x in net.inputs)
+    check_against_truth(net, model, example if len(example) > 1 else example[0])
+
+
+@every_net
+def test_a_call_leaves_the_model_alone(net: Net) -> None:
+    model = net.make()
+    sum(x.sum() for x in oracle.tensors(model.train()(*net.inputs))).backward()
+    before = snapshot(model)
+    trace(model, net.example)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["plain", "residual_chain", "shared", "layer_scale", "blur_pool_wide"])
+def test_a_call_leaves_the_model_alone_when_forward_raises(name: str) -> None:
+    net = BY_NAME[name]
+    model = Bomb(net.make()).train()
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"does not run on the example inputs.*boom"):
+        trace(model, net.example)
+    assert snapshot(model) == before
+
+
+def test_example_inputs_are_left_alone() -> None:
+    net = BY_NAME["two_inputs"]
+    example = net.inputs
+    for x in example:
+        x.requires_grad_()
+    copies = [x.detach().clone() for x in example]
+    trace(net.make(), example)
+    assert all(
+        torch.equal(x, y) and x.grad is None and x.requires_grad for x, y in zip(example, copies, strict=True)
+    )
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_works_inside_no_grad_and_inference_mode(guard: type[torch.no_grad]) -> None:
+    net = BY_NAME["residual_chain"]
+    model = net.make()
+    with guard():
+        check_against_truth(net, model, net.example)
+
+
+def test_frozen_parameters_and_inputs_by_keyword() -> None:
+    net = BY_NAME["two_inputs"]
+    model = net.make().requires_grad_(False)
+    x, y = net.inputs
+    check_against_truth(net, model, {"y": y, "x": x})
+
+
+@every_net
+def test_a_batch_of_one_is_enough(net: Net) -> None:
+    example = tuple(x[:1] for x in net.inputs)
+    check_against_truth(net, net.make(), example if len(example) > 1 else example[0])
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="no convolution or linear layer"):
+        trace(nn.Sequential(nn.ReLU()), torch.zeros(1, 3))
+
+
+def test_wrong_input_shape_names_the_layer_and_the_remedy() -> None:
+    with pytest.raises(ModelError, match=r"'conv1'.*check their shape"):
+        trace(BY_NAME["plain"].make(), torch.zeros(1, 4, 16, 16))
+
+
+def test_an_unknown_path_is_refused() -> None:
+    net = BY_NAME["plain"]
+    with pytest.raises(InputError, match="no layer 'conv9'"):
+        trace(net.make(), net.example).sources("conv9")
+
+
+def test_a_layer_that_never_runs_is_listed() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.idle = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.fc(x))
+
+    assert trace(Idle(), torch.randn(2, 4)).uncalled == ("idle",)
+
+
+def test_layers_that_run_in_training_only_are_found() -> None:
+    net = BY_NAME["unused_head"]
+    wiring = trace(net.make(), net.example)
+    assert [set(found) for found in wiring.sources("aux")] == net.sources["fc"]
+
+
+def test_layers_come_in_the_order_in_which_they_run() -> None:
+    net = BY_NAME["projection"]
+    order = [path for path in trace(net.make(), net.example).layers if path in net.sources]
+    assert order == ["conv0", "conv1", "conv2", "down.0", "fc"]
+
+
+REAL = [
+    ("torchvision", "resnet18"),
+    ("torchvision", "mobilenet_v3_small"),
+    ("torchvision", "shufflenet_v2_x0_5"),
+    ("torchvision", "squeezenet1_1"),
+    ("timm", "test_resnet"),
+    ("timm", "test_efficientnet"),
+    ("timm", "test_convnext"),
+    ("timm", "test_nfnet"),
+    ("timm", "resnetv2_18"),
+    ("timm", "regnety_002"),
+]
+
+
+@pytest.mark.parametrize(("library", "name"), REAL, ids=lambda value: value)
+def test_sources_agree_with_autograd_on_real_nets(library: str, name: str) -> None:
+    model, size = build(library, name), 64
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    wiring = trace(model, x)
+    draw = random.Random(1)
+    arrivals = oracle.arrivals(model, (x,))
+    once = [a for a in arrivals if sum(b.path == a.path for b in arrivals) == 1]
+    for arrival in draw.sample(once, min(25, len(once))):
+        for channel in draw.sample(range(arrival.width), min(3, arrival.width)):
+            truth = oracle.feeders(arrival, channel)
+            assert set(wiring.sources(arrival.path)[channel]) == truth, (arrival.path, channel)
+
+
+def build(library: str, name: str) -> nn.Module:
+    """A real net with random weights and random norms."""
+    from tests.zoo import randomise
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if library == "timm":
+            timm = pytest.importorskip("timm")
+            return randomise(timm.create_model(name)).eval()
+        torchvision = pytest.importorskip("torchvision")
+        return randomise(torchvision.models.get_model(name, weights=None)).eval()
+
+
+def test_deep_copies_agree() -> None:
+    net = BY_NAME["dense"]
+    model = net.make()
+    twin = copy.deepcopy(model)
+    assert all(
+        trace(model, net.example).sources(path) == trace(twin, net.example).sources(path)
+        for path in net.sources
+    )
