@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning._atomic import write_text
+from ss_pruning.coupling import LeftWhole
 from ss_pruning.errors import FileFormatError
 
 if TYPE_CHECKING:
@@ -54,21 +55,6 @@ class LayerReport:
         if math.isnan(self.share_cut):
             kept = self.synapses_after / self.synapses_before if self.synapses_before else 1.0
             object.__setattr__(self, "share_cut", 1.0 - kept)
-
-
-@dataclass(frozen=True)
-class LeftWhole:
-    """Channels that no criterion was asked about.
-
-    Attributes:
-        paths: the modules that produce them.
-        channels: how many channels.
-        reason: why they stay.
-    """
-
-    paths: tuple[str, ...]
-    channels: int
-    reason: str
 
 
 @dataclass
