@@ -336,18 +336,24 @@ def _block_count(module: nn.Module | None, key: Key) -> int:
 
 
 def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, ...]:
-    """Tie the cells that share a grouped layer side or a producer whose output is split."""
+    """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle."""
     by_side: dict[Key, list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
         for member in cell.members:
             key = (member.path, member.side)
             split = member.side == "out"
-            if split or _block_count(modules.get(member.path), key) > 1:
+            if split or _block_count(modules.get(member.path), key) > 1 or _interleaved(member):
                 by_side[key].append(i)
     ties = [(group[0], other) for group in by_side.values() for other in group[1:]]
     pairs = np.array(ties, dtype=np.int64).reshape(-1, 2)
     label = _components(len(cells), pairs)
     return tuple(Unit(tuple(cells[i] for i in np.flatnonzero(label == n))) for n in np.unique(label))
+
+
+def _interleaved(member: Member) -> bool:
+    """True where neighbours of the producer arrive with others in between: a channel shuffle."""
+    channels = member.index[:, 0]
+    return member.index.shape[1] == 1 and int(np.ptp(channels)) + 1 != len(channels)
 
 
 def _left_whole(wiring: Wiring, slots: _Slots, family: Ints, reasons: Ints) -> tuple[LeftWhole, ...]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning.errors import ModelError
+
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`); a *positional* convolution slides along an axis of positions that
 #: may itself hold channels, as efficient channel attention does.
@@ -97,6 +99,17 @@ def _layer_norm_axis(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> int:
         if moved.numel() and not moved[:, axis].any():
             return axis
     return x.dim() - 1
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf weights.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 
 def kernel_norms(module: nn.Module) -> Tensor:

@@ -288,12 +288,15 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         if training:  # the pass must not update running statistics, and batch norms refuse a single value
             replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
             example_inputs = pytree.tree_map_only(Tensor, _at_least_two, example_inputs)
-        inputs = pytree.tree_map_only(Tensor, lambda t: _input_leaf(t, recorder), example_inputs)
+        inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
         args, kwargs = _as_arguments(inputs)
         try:
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
+            for module in model.modules():
+                if isinstance(module, nn.PReLU):  # its slope is flat at the operating point
+                    handles.append(module.register_forward_hook(_slope_times_input))
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -308,16 +311,22 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 handle.remove()
 
 
+def _slope_times_input(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+    (x,) = args
+    return x * module.weight.reshape([-1 if axis == 1 else 1 for axis in range(max(x.dim(), 1))])
+
+
 def _at_least_two(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() > 1 and len(tensor) == 1 else tensor
 
 
-def _input_leaf(tensor: Tensor, recorder: _Recorder) -> Tensor:
-    if not tensor.is_floating_point():
+def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return tensor
     dtype = torch.float64 if recorder.double else tensor.dtype
     leaf = tensor.detach().to(dtype, copy=True).requires_grad_()
-    recorder.leaves.append(_Leaf(INPUT, leaf, 0 if tensor.dim() == 3 else min(1, tensor.dim() - 1)))
+    single = len(at) > 0 and tensor.dim() == 3  # a list of images, as detectors take, has no batch axis
+    recorder.leaves.append(_Leaf(INPUT, leaf, 0 if single else min(1, tensor.dim() - 1)))
     return leaf.clone()
 
 
@@ -376,32 +385,83 @@ def _pull(arrival: _Arrival, leaves: Sequence[_Leaf], labels: _Labels, wiring: W
     near = _reachable(arrival.tensor, leaves)
     if not near:
         return
+    first, last = 0, arrival.tensor.shape[arrival.axis]
+    for leaf, found in zip(near, _pull_range(arrival, near, labels, first, last), strict=True):
+        if found is None:
+            continue
+        axis, pairs, broadcast = found
+        if leaf.axis < 0:
+            wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
+        elif len(broadcast):
+            pairs, broadcast = _pull_parts(arrival, leaf, labels, (first, last), pairs, broadcast)
+        wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
+
+
+_Found = tuple[int, Tensor, Tensor]
+
+
+def _pull_range(
+    arrival: _Arrival, near: Sequence[_Leaf], labels: _Labels, first: int, last: int
+) -> list[_Found | None]:
+    """For each leaf: axis, pairs and broadcast channels, seen from the channels `first ... last` of what arrived."""
     *cotangents, permuted = labels(arrival.tensor, arrival.axis)
+    if last - first < arrival.tensor.shape[arrival.axis]:
+        inside = torch.zeros_like(cotangents[0])
+        inside.narrow(arrival.axis, first, last - first).fill_(1)
+        cotangents = [c * inside for c in cotangents]
     tensors = [leaf.tensor for leaf in near]
     pulls = [
         torch.autograd.grad(arrival.tensor, tensors, c, retain_graph=True, allow_unused=True)
         for c in cotangents
     ]
-    for leaf, g, g_label, g_permuted in zip(near, *pulls, strict=True):
-        if g is None or g_label is None or g_permuted is None or not g.numel():
+    return [_found(leaf, pulled, permuted) for leaf, *pulled in zip(near, *pulls, strict=True)]
+
+
+def _found(leaf: _Leaf, pulled: Sequence[Tensor | None], permuted: Tensor) -> _Found | None:
+    known = [g for g in pulled if g is not None and g.numel()]
+    if len(known) < len(pulled):
+        return None
+    # A loose tensor counts if its elements follow the channels along some axis.
+    axis = leaf.axis if leaf.axis >= 0 else _aligned_axis(known, permuted)
+    if axis is None:
+        return None
+    pairs, broadcast = _decode(known, permuted, axis)
+    return (axis, pairs, broadcast) if len(pairs) or len(broadcast) else None
+
+
+def _pull_parts(
+    arrival: _Arrival,
+    leaf: _Leaf,
+    labels: _Labels,
+    span: tuple[int, int],
+    pairs: Tensor,
+    broadcast: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Tell apart several listeners of one channel (a stream that is concatenated twice) by looking at half of them.
+
+    Goes on while that resolves channels; a gate or attention, which everything listens to, stays a broadcast.
+    """
+    middle = (span[0] + span[1]) // 2
+    if span[1] - span[0] < 2:
+        return pairs, broadcast
+    spans = ((span[0], middle), (middle, span[1]))
+    halves = [_pull_range(arrival, [leaf], labels, *half)[0] for half in spans]
+    mixed = torch.cat([found[2] for found in halves if found is not None]).unique()
+    if not set(broadcast.tolist()) - set(mixed.tolist()):
+        return pairs, broadcast
+    resolved = [pairs]
+    still: list[Tensor] = [broadcast[:0]]
+    for half, found in zip(spans, halves, strict=True):
+        if found is None:
             continue
-        _note(arrival, leaf, (g, g_label, g_permuted), permuted, wiring)
-
-
-def _note(
-    arrival: _Arrival, leaf: _Leaf, pulled: tuple[Tensor, ...], permuted: Tensor, wiring: Wiring
-) -> None:
-    assert arrival.path is not None
-    axis = leaf.axis
-    if axis < 0:  # a loose tensor: the axis along which its elements follow the channels
-        aligned = _aligned_axis(pulled, permuted)
-        if aligned is None:
-            return
-        axis = aligned
-        wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
-    pairs, broadcast = _decode(pulled, permuted, axis)
-    if len(pairs) or len(broadcast):
-        wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
+        _, more, rest = found
+        if len(rest):
+            more, rest = _pull_parts(arrival, leaf, labels, half, more, rest)
+        resolved.append(more)
+        still.append(rest)
+    left = torch.cat(still).unique()
+    merged = torch.cat(resolved).unique(dim=0)
+    return merged[~torch.isin(merged[:, 0], left)], left
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
@@ -409,7 +469,7 @@ def _rows(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
-def _decode(pulled: tuple[Tensor, ...], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _decode(pulled: Sequence[Tensor], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
     moved = [_rows(g, axis) for g in pulled]
     touched = moved[0].ne(0).any(1)
@@ -443,7 +503,7 @@ def _channel_of(pulled: Sequence[Tensor], permuted: Tensor) -> tuple[Tensor, Ten
     return channel, clean & g.ne(0)
 
 
-def _aligned_axis(pulled: tuple[Tensor, ...], permuted: Tensor) -> int | None:
+def _aligned_axis(pulled: Sequence[Tensor], permuted: Tensor) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
     channel, clean = _channel_of(pulled, permuted)
     if not clean.any():

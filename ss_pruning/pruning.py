@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ss_pruning.coupling import IGNORED_REASON, Coupling, LeftWhole, couple
-from ss_pruning.errors import InputError, ModelError, VerificationError
+from ss_pruning.errors import InputError, VerificationError
+from ss_pruning.layers import check_finite
 from ss_pruning.planning import (
     Budget,
     Costs,
@@ -81,7 +82,7 @@ def prune_(
     """
     budget = Budget.of(macs, params, ratio)
     _check_options(scope, max_ratio, round_to)
-    _check_finite(model)
+    check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):
         wiring = trace(model, example_inputs)
@@ -145,12 +146,6 @@ def _check_options(scope: str, max_ratio: float, round_to: int | None) -> None:
         raise InputError(f"max_ratio={max_ratio} must lie in (0, 1]")
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8")
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ModelError(f"'{name}' holds NaN or Inf; load sound weights before pruning")
 
 
 def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:

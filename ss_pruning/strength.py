@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ss_pruning.layers import groups_of, kernel_powers
+from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import Wiring, trace
 
@@ -72,7 +72,7 @@ def synaptic_strength(
 
     Raises:
         InputError: Unknown moments, or no batch.
-        ModelError: The model does not run on the inputs.
+        ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
 
     Example:
         >>> import torch
@@ -85,6 +85,7 @@ def synaptic_strength(
         >>> strengths.unscaled["0"].all().item()  # the image has no norm behind it
         True
     """
+    check_finite(model)
     wiring = wiring or trace(model, example_inputs)
     paths = synaptic_paths(wiring)
     with torch.no_grad():

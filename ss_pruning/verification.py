@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from ss_pruning.coupling import Unit
+from ss_pruning.coupling import Side, Unit
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.planning import Selection
-from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.provenance import Wiring, call, preserved, trace
 from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
@@ -54,6 +54,7 @@ def verify(
     units: Sequence[Unit] = (),
     *,
     follow: bool = True,
+    reorder: bool = True,
 ) -> Verified:
     """Apply `plan` to a float64 copy of `model` and compare with the masked copy.
 
@@ -65,6 +66,7 @@ def verify(
         wiring: The wiring of `model`.
         units: The units of the plan; the sizes of their cells are numbers that modules may store.
         follow: Let stored numbers follow the cut.
+        reorder: If the outputs differ, see in which order channels arrive in the cut model, and try again with that.
 
     Raises:
         VerificationError: The cut model does not run, or differs from the masked one.
@@ -93,7 +95,50 @@ def verify(
             raise VerificationError(
                 f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})"
             ) from error
-    return Verified(Plan(plan.cuts, tuple(follower.found)), _compare(masked, cut, tolerance))
+    plan = Plan(plan.cuts, tuple(follower.found))
+    try:
+        return Verified(plan, _compare(masked, cut, tolerance))
+    except VerificationError:
+        if not reorder:
+            raise
+    moved = _reordered(plan, selection, wiring, trace(twin, inputs))
+    arguments = (example_inputs, wiring, units)
+    return verify(model, replace(plan, cuts=moved, attributes=()), selection, *arguments, follow=follow, reorder=False)
+
+
+def _reordered(plan: Plan, selection: Selection, wiring: Wiring, small: Wiring) -> tuple[Cut, ...]:
+    """The cuts, with consumers' channels in the order in which they really arrive in the cut model.
+
+    A shuffle permutes a smaller tensor differently, so the kept channels of what reads it change places. Each arriving
+    channel is known by a source channel that feeds it, in the dense wiring and in the small one.
+
+    Raises:
+        VerificationError: What arrives is not a permutation of what should.
+    """
+    cuts = []
+    for cut in plan.cuts:
+        if cut.side == "in":
+            order = _arriving_order(cut.path, selection, wiring, small)
+            if sorted(order) != sorted(cut.kept):
+                raise VerificationError(f"other channels than the kept ones arrive at '{cut.path}'")
+            cut = replace(cut, kept=tuple(order))
+        cuts.append(cut)
+    return tuple(cuts)
+
+
+def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiring) -> list[int]:
+    dense: dict[tuple[str, int, int], int] = {}
+    for feed in wiring.feeds[path]:
+        dense |= {(feed.source, feed.call, source): channel for source, channel in feed.pairs.tolist()}
+    order: dict[int, int] = {}
+    for feed in small.feeds[path]:
+        sides: tuple[Side, ...] = ("out", "through", "tensor")
+        kept = next((selection[feed.source, s] for s in sides if (feed.source, s) in selection), None)
+        for source, channel in feed.pairs.tolist():
+            before = dense.get((feed.source, feed.call, kept[source] if kept else source))
+            if before is not None:
+                order[channel] = before
+    return [order.get(channel, -1) for channel in range(small.layers[path].inputs)]
 
 
 def _prepare(twin: nn.Module, example_inputs: Any) -> tuple[Any, float]:

@@ -150,7 +150,7 @@ def variance(model: nn.Module, sources: set[tuple[str, int]]) -> float:
         module = None if path == "<input>" else model.get_submodule(path)
         if isinstance(module, NORMS):
             found = True
-            total += 1.0 if module.weight is None else float(module.weight[channel]) ** 2
+            total += 1.0 if module.weight is None else float(module.weight.detach()[channel]) ** 2
     return total if found else 1.0
 
 
