@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -81,6 +80,10 @@ class Unit:
     def name(self) -> str:
         """Path of the first producer."""
         return self.cells[0].root.path
+
+    def paths(self) -> set[str]:
+        """Paths of the layers (and names of the loose tensors) that the unit touches."""
+        return {member.path for cell in self.cells for member in cell.members}
 
 
 @dataclass(frozen=True)
@@ -369,13 +372,3 @@ def _left_whole(wiring: Wiring, slots: _Slots, family: Ints, reasons: Ints) -> t
                 paths[number].append(path)
                 channels[number] += count
     return tuple(LeftWhole(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))
-
-
-def free_paths(units: Collection[Unit]) -> set[str]:
-    """Paths of the layers that a set of units touches."""
-    return {member.path for unit in units for cell in unit.cells for member in cell.members}
-
-
-def as_tensor(index: Ints) -> torch.Tensor:
-    """A cell's index as a flat `LongTensor`."""
-    return torch.from_numpy(np.ascontiguousarray(index.reshape(-1)))

@@ -5,6 +5,8 @@ Each message says what failed, where (the module path) and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SSPruningError(Exception):
     """Base of all errors of this package; catch it to catch them all."""
@@ -31,7 +33,19 @@ class PlanError(SSPruningError):
 
 
 class VerificationError(SSPruningError):
-    """The cut model would differ from the masked one; the model was not touched."""
+    """The cut model would differ from the masked one, or not run; the model was not touched.
+
+    Attributes:
+        followed: Stored numbers that had been let follow the cut: (module path, attribute, position).
+        at: Path of the module that did not run, if that is what failed.
+    """
+
+    def __init__(
+        self, message: str, followed: Iterable[tuple[str, str, int | None]] = (), at: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.followed = frozenset(followed)
+        self.at = at
 
 
 class FileFormatError(SSPruningError):

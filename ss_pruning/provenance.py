@@ -35,6 +35,8 @@ INPUT = "<input>"
 # (a softmax over branches) has a slope that does not vanish in the sum over positions.
 _LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
 _SEED = 20181811
+# From so many channels on, a broadcast may turn out to be a stream that arrives more than once.
+_STREAM = 8
 
 
 @dataclass(frozen=True)
@@ -436,10 +438,12 @@ def _pull_parts(
     span: tuple[int, int],
     pairs: Tensor,
     broadcast: Tensor,
+    patience: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Tell apart several listeners of one channel (a stream that is concatenated twice) by looking at half of them.
 
-    Goes on while that resolves channels; a gate or attention, which everything listens to, stays a broadcast.
+    Goes on while that resolves channels (with some patience for streams, whose copies may straddle the halves); a gate
+    or attention, which everything listens to, stays a broadcast.
     """
     middle = (span[0] + span[1]) // 2
     if span[1] - span[0] < 2:
@@ -448,7 +452,9 @@ def _pull_parts(
     halves = [_pull_range(arrival, [leaf], labels, *half)[0] for half in spans]
     mixed = torch.cat([found[2] for found in halves if found is not None]).unique()
     if not set(broadcast.tolist()) - set(mixed.tolist()):
-        return pairs, broadcast
+        patience -= 1
+        if not patience or len(broadcast) < _STREAM:
+            return pairs, broadcast
     resolved = [pairs]
     still: list[Tensor] = [broadcast[:0]]
     for half, found in zip(spans, halves, strict=True):
@@ -456,7 +462,7 @@ def _pull_parts(
             continue
         _, more, rest = found
         if len(rest):
-            more, rest = _pull_parts(arrival, leaf, labels, half, more, rest)
+            more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
         resolved.append(more)
         still.append(rest)
     left = torch.cat(still).unique()

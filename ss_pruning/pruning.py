@@ -30,7 +30,7 @@ from ss_pruning.provenance import Wiring, trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.strength import synaptic_strength
 from ss_pruning.surgery import Plan
-from ss_pruning.verification import Verified, verify
+from ss_pruning.verification import Number, Verified, verify
 
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -204,14 +204,17 @@ class _Job:
             order = schedule(units, [scores[u] for u in alive], **self.options)
             steps = choose(order, units, self.costs, self.budget)
 
-            def attempt(part: Collection[int], follow: bool = True) -> Verified:
+            def attempt(part: Collection[int], fixed: Collection[Number]) -> Verified:
                 taken = np.array([n if i in part else 0 for i, n in enumerate(steps.tolist())])
                 selection = select(order, units, taken, self.coupling)
                 plan = to_plan(selection, self.coupling, self.wiring)
                 arguments = (plan, selection, self.example_inputs, self.wiring, units)
-                return verify(self.model, *arguments, follow=follow)
+                return verify(self.model, *arguments, fixed=fixed)
 
-            verified, failed = largest_sound_part(np.flatnonzero(steps).tolist(), attempt)
+            def touching(path: str) -> set[int]:
+                return {i for i, unit in enumerate(units) if any(_inside(p, path) for p in unit.paths())}
+
+            verified, failed = largest_sound_part(np.flatnonzero(steps).tolist(), attempt, touching)
             if verified is not None and not failed:
                 return verified
             self.reasons.update({alive[i]: reason for i, reason in failed.items()})
@@ -225,33 +228,59 @@ class _Job:
         ]
 
 
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
 def largest_sound_part(
-    items: list[int], attempt: Callable[[Collection[int]], Verified]
+    items: list[int],
+    attempt: Callable[[Collection[int], Collection[Number]], Verified],
+    touching: Callable[[str], Collection[int]],
 ) -> tuple[Verified | None, dict[int, str]]:
     """Verify all items together; on failure halve, until those that fail are found.
 
     Args:
         items: What to cut.
-        attempt: Verifies a part of them; raises `VerificationError` if the cut is wrong.
+        attempt: Verifies a part of them, with stored numbers that must not follow; raises `VerificationError` if
+            the cut is wrong.
+        touching: The items that touch layers inside a module; they are the first suspects when it does not run.
 
     Returns:
         What was verified last without an error, and by failed item the reason.
     """
     sound: set[int] = set()
     failed: dict[int, str] = {}
+    fixed: set[Number] = set()
     verified = None
     stack = [items]
     while stack:
         part = stack.pop()
         try:
-            verified = attempt({*sound, *part})
-            sound.update(part)
+            verified = attempt({*sound, *part}, fixed)
         except VerificationError as error:
-            if len(part) == 1:
+            if len(part) > 1:
+                stack += _split(part, touching(error.at) if error.at else ())
+                continue
+            # Perhaps a number followed that only happened to equal a width.
+            suspects = error.followed - (verified.followed() if verified else frozenset())
+            try:
+                verified = attempt({*sound, *part}, fixed | suspects) if suspects else None
+            except VerificationError:
+                suspects = frozenset()
+            if not suspects:
                 failed[part[0]] = str(error)
-            else:
-                stack += [part[len(part) // 2 :], part[: len(part) // 2]]
+                continue
+            fixed |= suspects
+        sound.update(part)
     return verified, failed
+
+
+def _split(part: list[int], suspects: Collection[int]) -> list[list[int]]:
+    """Two parts, the one to try first last: the innocent before the suspects, or else the first half."""
+    guilty = [item for item in part if item in suspects]
+    if 0 < len(guilty) < len(part):
+        return [guilty, [item for item in part if item not in suspects]]
+    return [part[len(part) // 2 :], part[: len(part) // 2]]
 
 
 def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any) -> list[LayerReport]:

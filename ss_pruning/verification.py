@@ -1,8 +1,9 @@
 """Cut == masked: the definition of correct surgery, checked on a copy before the user's model is touched.
 
 The *masked* model is the dense one with the removed channels' contributions zeroed: in every consumer the weights that
-read them. Layers that compute statistics or slide across channels (layer and group norms, efficient channel attention)
-are masked in the only sense that a smaller layer can have: they run on the kept channels alone.
+read them. Layers that compute statistics or slide across channels (layer and group norms, efficient channel attention,
+convolutions that standardise their weights) are masked in the only sense that a smaller layer can have: they run on
+the kept channels alone.
 
 The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
 a branch that contributes nothing would hide a wrong cut.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -28,6 +30,8 @@ from ss_pruning.planning import Selection
 from ss_pruning.provenance import Wiring, call, preserved, trace
 from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
 
+#: A stored number: module path, attribute name, place in a list or tuple.
+Number = tuple[str, str, int | None]
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
 TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
 
@@ -44,6 +48,10 @@ class Verified:
     plan: Plan
     max_error: float
 
+    def followed(self) -> frozenset[Number]:
+        """The stored numbers that follow the cut."""
+        return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
+
 
 def verify(
     model: nn.Module,
@@ -53,7 +61,7 @@ def verify(
     wiring: Wiring,
     units: Sequence[Unit] = (),
     *,
-    follow: bool = True,
+    fixed: Collection[Number] = (),
     reorder: bool = True,
 ) -> Verified:
     """Apply `plan` to a float64 copy of `model` and compare with the masked copy.
@@ -65,7 +73,7 @@ def verify(
         example_inputs: What `forward` takes.
         wiring: The wiring of `model`.
         units: The units of the plan; the sizes of their cells are numbers that modules may store.
-        follow: Let stored numbers follow the cut.
+        fixed: Stored numbers that must not follow the cut.
         reorder: If the outputs differ, see in which order channels arrive in the cut model, and try again with that.
 
     Raises:
@@ -87,23 +95,25 @@ def verify(
         for restore in undo:
             restore()
         plan.apply_(twin)
-        follower = _Follower(twin, plan, arrivals, parts)
+        follower = _Follower(plan, arrivals, parts, fixed)
         try:
-            with _watching(twin, follower if follow else lambda *_: None):
+            with _watching(twin, follower):
                 cut = call(twin, inputs)
         except Exception as error:
             raise VerificationError(
-                f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})"
+                f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
+                follower.numbers(),
+                follower.current,
             ) from error
-    plan = Plan(plan.cuts, tuple(follower.found))
     try:
-        return Verified(plan, _compare(masked, cut, tolerance))
-    except VerificationError:
+        error = _compare(masked, cut, tolerance)
+        return Verified(Plan(plan.cuts, tuple(follower.found)), error)
+    except VerificationError as error:
         if not reorder:
-            raise
+            raise VerificationError(str(error), follower.numbers()) from error
     moved = _reordered(plan, selection, wiring, trace(twin, inputs))
     arguments = (example_inputs, wiring, units)
-    return verify(model, replace(plan, cuts=moved, attributes=()), selection, *arguments, follow=follow, reorder=False)
+    return verify(model, replace(plan, cuts=moved), selection, *arguments, fixed=fixed, reorder=False)
 
 
 def _reordered(plan: Plan, selection: Selection, wiring: Wiring, small: Wiring) -> tuple[Cut, ...]:
@@ -176,9 +186,13 @@ def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> list[Callabl
             continue
         module = twin.get_submodule(path)
         if side == "in" and not is_depthwise(module):
-            gone = torch.ones(layer.inputs, dtype=torch.bool)
-            gone[list(kept)] = False
-            _zero_inputs(module, gone)
+            if type(module).__module__.startswith("torch.nn."):
+                gone = torch.ones(layer.inputs, dtype=torch.bool)
+                gone[list(kept)] = False
+                _zero_inputs(module, gone)
+            else:  # may standardise its weights over what it reads
+                module.forward = _reading_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
+                undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
         elif side == "through" and _mixes_channels(module, layer.kind):
             module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
             undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
@@ -212,6 +226,12 @@ def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tenso
         return torch.zeros_like(x).index_copy(axis, kept, small(x.index_select(axis, kept)))
 
     return forward
+
+
+def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
+    small = copy.deepcopy(module)
+    cut_layer(small, cut)
+    return lambda x: small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
 
 
 class _watching:  # noqa: N801 - a context manager, used as a verb
@@ -248,16 +268,18 @@ class _Follower:
 
     def __init__(
         self,
-        twin: nn.Module,
         plan: Plan,
         arrivals: Mapping[str, list[tuple[int, ...]]],
         parts: Mapping[str, list[tuple[int, int]]],
+        fixed: Collection[Number],
     ) -> None:
-        self.arrivals, self.found, self.current = arrivals, [], ""  # type: tuple[Any, list[Attribute], str]
+        self.arrivals, self.fixed = arrivals, fixed
+        self.found: list[Attribute] = []
+        self.current = ""
         self.done: set[str] = set()
         self.inside: dict[str, list[tuple[int, int]]] = {}
         for cut in plan.cuts:
-            changes = [(cut.width, len(cut.kept)), *(parts.get(cut.path, []) if cut.side == "out" else [])]
+            changes = [(cut.width, len(cut.kept)), *parts.get(cut.path, [])]
             path = cut.path
             while path:
                 path = path.rpartition(".")[0]
@@ -276,10 +298,14 @@ class _Follower:
         ]
         self._follow(path, module, _changes(arrived), _changes(self.inside.get(path, [])))
 
+    def numbers(self) -> list[Number]:
+        """What has followed so far."""
+        return [(a.path, a.name, a.position) for a in self.found]
+
     def _follow(self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]) -> None:
         for name, position, value in _stored_numbers(module):
             after = near.get(value, inside.get(value))
-            if after is not None and after != value:
+            if after is not None and after != value and (path, name, position) not in self.fixed:
                 self.found.append(Attribute(path, name, position, value, after))
                 _apply_now(module, name, position, after)
 
@@ -315,16 +341,18 @@ def _apply_now(module: nn.Module, name: str, position: int | None, after: int) -
 
 
 def _part_sizes(units: Sequence[Unit], selection: Selection) -> dict[str, list[tuple[int, int]]]:
-    """By producer: old and new sizes of the parts into which its output splits."""
+    """By layer that a unit of several cells touches: old and new sizes of those cells, as a split would store them."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for unit in units:
+        if len(unit.cells) < 2:
+            continue
+        sizes = []
         for cell in unit.cells:
-            for member in cell.members:
-                kept = selection.get((member.path, member.side))
-                if member.side == "out" and kept is not None and len(unit.cells) > 1:
-                    stays = set(kept)
-                    left = sum(channel in stays for channel in member.index[:, 0].tolist())
-                    parts.setdefault(member.path, []).append((cell.size, left))
+            kept = selection.get((cell.root.path, cell.root.side))
+            if kept is not None:
+                sizes.append((cell.size, int(np.isin(cell.root.index[:, 0], kept).sum())))
+        for path in unit.paths():
+            parts.setdefault(path, []).extend(sizes)
     return parts
 
 
