@@ -25,12 +25,12 @@ import torch_pruning as tp
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from ss_pruning.data import cifar10, normalise
 from torch import Tensor, nn
 
 from benchmarks.cifar_models import CHECKPOINTS, MEAN, STD, load_checkpoint, stream_layers
 from benchmarks.common import DATA, write
 from ss_pruning import SynapticImportance, prune_
+from ss_pruning.data import cifar10, normalise
 from ss_pruning.errors import InputError
 
 Images = tuple[Tensor, Tensor]
