@@ -25,8 +25,8 @@ SCOPES: dict[str, dict[str, Any]] = {
     "isomorphic": {"global_pruning": True, "isomorphic": True},
 }
 
-# Torch-Pruning cannot trace these, or traces them wrongly: splits, slices and shuffles, padding on the channel
-# axis, loose parameters on odd axes.
+# Torch-Pruning cannot trace these, or traces them wrongly: splits, slices and shuffles, padding of channels, loose
+# parameters on odd axes.
 HARD = {
     *(
         "swapped_chunks",
@@ -55,7 +55,7 @@ easy_net = pytest.mark.parametrize("net", EASY, ids=lambda net: net.name)
 def pruner_of(
     model: nn.Module, example: Any, kind: str = "BasePruner", importance: Any = None, **options: Any
 ) -> Any:
-    """A pruner with dictionaries of its own, as Torch-Pruning writes into its defaults; the classifier stays."""
+    """A pruner with dictionaries of its own (Torch-Pruning writes into its defaults); the classifier stays."""
     fresh = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "customized_pruners": {}}
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (CLASSES, 1000)]
     heads += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels in (CLASSES, 1000)]
@@ -280,17 +280,13 @@ def test_regularised_training(name: str, kind: str) -> None:
 
 
 def test_a_pruner_without_ignored_layers_prunes_all_it_can_score() -> None:
-    """Nothing reads the classifier: that must not stop the other groups, nor break a regulariser."""
+    """Nothing reads the classifier, so it has no score: that must not stop the other groups."""
     net = BY_NAME["plain"]
     for kind in PRUNERS:
         model = net.make()
         pruner = pruner_of(model, net.example, kind, ignored_layers=[])
-        if kind not in ("BasePruner", "MetaPruner"):
-            pruner.update_regularizer()
-            model(net.example).sum().backward()
-            pruner.regularize(model)
         pruner.step()
-        assert widths(model)["conv2"] == 6
+        assert widths(model) == {"conv1": 4, "conv2": 6, "conv3": 5, "fc": CLASSES}
         runs(model, net.example)
 
 
@@ -349,7 +345,7 @@ def test_grouped_convolutions(scope: str) -> None:
     "name", ["dense", "dense_pre_activation", "transposed", "flattened", "squeeze_excite_conv"]
 )
 def test_several_root_indices(name: str) -> None:
-    """Concatenations and flattened maps: a channel of the root has several places in a consumer, or an offset."""
+    """Concatenations and flattened maps: a channel of the root has offset or several places in a consumer."""
     net = BY_NAME[name]
     model = net.make()
     pruner_of(model, net.example, global_pruning=True, pruning_ratio=0.4).step()
