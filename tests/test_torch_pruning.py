@@ -25,8 +25,8 @@ SCOPES: dict[str, dict[str, Any]] = {
     "isomorphic": {"global_pruning": True, "isomorphic": True},
 }
 
-# Torch-Pruning cannot trace these, or traces them wrongly: splits, slices and shuffles, padding of channels, loose
-# parameters on odd axes.
+# Torch-Pruning cannot trace these, or traces them wrongly: splits, slices and shuffles, padding of channels,
+# loose parameters on odd axes.
 HARD = {
     *(
         "swapped_chunks",
@@ -55,7 +55,7 @@ easy_net = pytest.mark.parametrize("net", EASY, ids=lambda net: net.name)
 def pruner_of(
     model: nn.Module, example: Any, kind: str = "BasePruner", importance: Any = None, **options: Any
 ) -> Any:
-    """A pruner with dictionaries of its own (Torch-Pruning writes into its defaults); the classifier stays."""
+    """A pruner with its own dictionaries (Torch-Pruning writes into its defaults); the classifier stays."""
     fresh = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "customized_pruners": {}}
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (CLASSES, 1000)]
     heads += [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels in (CLASSES, 1000)]
