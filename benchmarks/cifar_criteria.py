@@ -109,8 +109,11 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def table(dense: float, rows: list[Row], title: str) -> Table:
     """The result for people."""
-    result = Table(title=title, caption=f"dense: {dense:.2f} % top-1; ± is the standard deviation over seeds")
-    for column in ("criterion", "top-1 %", "MACs kept", "parameters kept", "seconds to prune"):
+    result = Table(
+        title=title,
+        caption=f"dense: {dense:.2f} %; MACs and parameters: share kept; ±: standard deviation over seeds",
+    )
+    for column in ("criterion", "top-1 %", "MACs", "parameters", "seconds"):
         result.add_column(column, justify="left" if column == "criterion" else "right")
     for row in rows:
         result.add_row(
