@@ -25,12 +25,12 @@ import torch_pruning as tp
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from ss_pruning.data import cifar10, normalise
 from torch import Tensor, nn
 
 from benchmarks.cifar_models import CHECKPOINTS, MEAN, STD, load_checkpoint, stream_layers
 from benchmarks.common import DATA, write
 from ss_pruning import SynapticImportance, prune_
+from ss_pruning.data import cifar10, normalise
 from ss_pruning.errors import InputError
 
 Images = tuple[Tensor, Tensor]
@@ -109,8 +109,11 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def table(dense: float, rows: list[Row], title: str) -> Table:
     """The result for people."""
-    result = Table(title=title, caption=f"dense: {dense:.2f} % top-1; ± is the standard deviation over seeds")
-    for column in ("criterion", "top-1 %", "MACs kept", "parameters kept", "seconds to prune"):
+    result = Table(
+        title=title,
+        caption=f"dense: {dense:.2f} %; MACs and parameters: share kept; ±: standard deviation over seeds",
+    )
+    for column in ("criterion", "top-1 %", "MACs", "parameters", "seconds"):
         result.add_column(column, justify="left" if column == "criterion" else "right")
     for row in rows:
         result.add_row(

@@ -94,7 +94,7 @@ def load_checkpoint(name: str, folder: str | os.PathLike[str]) -> CifarResNet:
     if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint '{path}'. It is '{CHECKPOINTS[name]}' of the GitHub repository "
-            "akamaster/pytorch_resnet_cifar10: put it there, or say with --data where it is (it is looked for "
+            "akamaster/pytorch_resnet_cifar10: put it there, or say with --data where it is (looked for "
             "in DATA/pretrained)."
         )
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -55,18 +55,27 @@ def test_families_equal_the_truth(net: Net) -> None:
     assert set(found) == net.families
 
 
-@with_families
+@pytest.mark.parametrize("net", [n for n in ZOO if n.balanced], ids=lambda net: net.name)
 def test_balanced_parts_are_cells_of_one_unit(net: Net) -> None:
-    """Whatever a unit may lose, every part that must stay in balance loses the same number."""
+    """Each part is made of whole cells, as many and as large as the next part's, all of one unit."""
     model, coupling = coupling_of(net)
-    for unit in coupling.units:
-        lost: dict[tuple[str, int], float] = {}
-        for cell in unit.cells:
-            for family in families_of(model, cell):
-                lost |= {(p, c): unit.steps and 1 / cell.size for p, side, c in family if side == "out"}
-        for constraint in net.balanced:
-            sums = [sum(lost.get(slot, 0.0) * len(part) for slot in part) / len(part) for part in constraint]
-            assert max(sums) - min(sums) < 1e-9, (constraint, sums)
+    for constraint in net.balanced:
+        parts = [{(path, "out", c) for path, c in part} for part in constraint]
+        sizes: list[list[int]] = [[] for _ in parts]
+        units = set()
+        for u, unit in enumerate(coupling.units):
+            for cell in unit.cells:
+                hits = [[part & family for family in families_of(model, cell)] for part in parts]
+                touched = [k for k, hit in enumerate(hits) if any(hit)]
+                assert len(touched) <= 1, (
+                    f"a cell of {net.name} spans several parts, which could get out of balance"
+                )
+                if touched:
+                    assert all(hits[touched[0]])
+                    sizes[touched[0]].append(cell.size)
+                    units.add(u)
+        assert len(units) == 1
+        assert all(sorted(part) == sorted(sizes[0]) for part in sizes)
 
 
 def test_what_stays_whole_is_listed_with_the_reason() -> None:

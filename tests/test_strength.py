@@ -245,6 +245,19 @@ def test_gaussian_moments_of_a_rectifier_in_closed_form() -> None:
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
 
 
+def test_gaussian_moments_look_at_the_shape_of_the_example_only() -> None:
+    """Neither the values of the example nor its batch size (a head sees one vector an image) may matter."""
+    net = BY_NAME["plain"]
+    model = net.make()
+    a = synaptic_strength(model, net.example, moments="gaussian")
+    b = synaptic_strength(model, torch.zeros_like(net.example), moments="gaussian")
+    c = synaptic_strength(model, torch.zeros_like(net.example[:1]), moments="gaussian")
+    for path, s in a.items():
+        torch.testing.assert_close(b[path], s, rtol=0, atol=0)
+        torch.testing.assert_close(c[path], s, rtol=0.2, atol=0)
+    assert all(s.gt(0).all() for s in a.values())
+
+
 def test_gaussian_moments_are_reproducible() -> None:
     net = BY_NAME["residual_chain"]
     model = net.make()
