@@ -22,15 +22,16 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"errors", "layers"},
-    {"provenance"},
-    {"moments"},
+    {"_atomic", "errors", "layers", "report_style"},
+    {"_decode", "provenance"},
+    {"data", "moments"},
     {"strength"},
-    {"sparsity", "masks", "compensation", "coupling"},
+    {"compensation", "coupling", "masks", "sparsity"},
     {"surgery"},
     {"planning"},
     {"verification"},
     {"report"},
+    {"report_html"},
     {"files"},
     {"models"},
     {"pruning"},
