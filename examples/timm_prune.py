@@ -78,7 +78,6 @@ def main() -> None:
     # The cut is verified inside: a model that would differ from its masked twin raises VerificationError.
     report = ss_pruning.prune_(model, images[:1], macs=chosen.macs)
     Console().print(report.table())
-    print(f"cut against masked: largest relative difference {report.max_error:.1e}")
 
     out = chosen.out or Path("runs") / f"{chosen.model}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
