@@ -98,7 +98,7 @@ def make_importance(importance: Importance, score: Score | None, request: Reques
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
 
-        chosen = {} if score is None else {"score": score.value}
+        chosen: dict[str, Any] = {} if score is None else {"score": score.value}
         return SynapticImportance(moments=_moments(request, job), **chosen)
     import torch_pruning as tp
 
@@ -191,9 +191,8 @@ def write(job: Job, report: Report, out: Path) -> None:
     """Write the pruned model and the report in its two forms."""
     from ss_pruning import save
 
-    named = job.spec.startswith(
-        ("timm:", "torchvision:")
-    )  # a file of the user's must not run again on loading
+    # A file of the user's is not named: loading must not run code that the reader did not ask for.
+    named = job.spec.startswith(("timm:", "torchvision:", "demo:"))
     save(job.model, out / "model.safetensors", architecture=job.spec if named else None)
     report.save_json(out / "report.json")
     report.save_html(out / "report.html")

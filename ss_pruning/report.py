@@ -104,7 +104,12 @@ class Report:
         """Return the headline figures as a `rich` table."""
         from rich.table import Table
 
-        table = Table(title=f"{plain(self.model)}, pruned", caption=self.verification(), title_justify="left")
+        table = Table(
+            title=f"{plain(self.model)}, pruned",
+            title_justify="left",
+            caption=self.verification(),
+            caption_justify="left",
+        )
         table.add_column("")
         for column in ("dense", "pruned", "kept"):
             table.add_column(column, justify="right")

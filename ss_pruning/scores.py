@@ -120,13 +120,21 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:
     if as_json:
         print(_json(summary, facts), end="")
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"Synaptic strength of {plain(facts['model'])}", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for column in ("in", "out", "median", "weakest", "strongest", "effective in", "unscaled"):
+    table = Table(
+        title=f"Synaptic strength of {plain(facts['model'])}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="in, out: channels; eff. in: how many inputs of equal share would do; unscaled: inputs without a norm",
+        caption_justify="left",
+    )
+    table.add_column("layer", overflow="fold", min_width=_name_width(summary))
+    for column in ("in", "out", "median", "weakest", "strongest", "eff. in", "unscaled"):
         table.add_column(column, justify="right")
     for layer in summary.layers:
         figures = (f"{value:.2g}" for value in (layer.median, layer.weakest, layer.strongest))
@@ -138,10 +146,21 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:
         console.print(_weakest_table(summary.weakest))
 
 
+def _name_width(summary: Summary, most: int = 28) -> int:
+    """Room for module paths, which are unreadable when they break at every few letters."""
+    return min(most, max((len(layer.path) for layer in summary.layers), default=0))
+
+
 def _weakest_table(synapses: list[Synapse]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="Weakest synapses, by share of their output", title_justify="left")
+    table = Table(
+        title="Weakest synapses, by share of their output",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("layer", overflow="fold")
     for column in ("input", "output", "strength", "share"):
         table.add_column(column, justify="right")
