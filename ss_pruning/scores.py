@@ -130,11 +130,13 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
-        caption="in, out: channels; eff. in: how many inputs of equal share would do; unscaled: inputs without a norm",
+        collapse_padding=True,
+        caption="eff. in: how many inputs of equal share would spread the variance as thinly\n"
+        "no norm: inputs that no normalisation scales",
         caption_justify="left",
     )
     table.add_column("layer", overflow="fold", min_width=_name_width(summary))
-    for column in ("in", "out", "median", "weakest", "strongest", "eff. in", "unscaled"):
+    for column in ("in", "out", "median", "min", "max", "eff. in", "no norm"):
         table.add_column(column, justify="right")
     for layer in summary.layers:
         figures = (f"{value:.2g}" for value in (layer.median, layer.weakest, layer.strongest))
@@ -146,7 +148,7 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:
         console.print(_weakest_table(summary.weakest))
 
 
-def _name_width(summary: Summary, most: int = 28) -> int:
+def _name_width(summary: Summary, most: int = 26) -> int:
     """Room for module paths, which are unreadable when they break at every few letters."""
     return min(most, max((len(layer.path) for layer in summary.layers), default=0))
 
@@ -160,6 +162,7 @@ def _weakest_table(synapses: list[Synapse]) -> Any:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("layer", overflow="fold")
     for column in ("input", "output", "strength", "share"):
