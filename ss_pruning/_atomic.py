@@ -58,6 +58,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless the file `path` can be written; call it before long work whose result goes there.
+
+    Raises:
+        InputError: the folder is missing or read-only.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder. Name a file in it.")
+    try:
+        _probe(target.parent)
+    except OSError as error:
+        raise InputError(_explain(path, error)) from error
+
+
 def make_writable_folder(path: str | os.PathLike[str]) -> Path:
     """Make the folder `path` where it is missing, and prove that a file can be written there.
 
@@ -69,12 +84,16 @@ def make_writable_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{secrets.token_hex(6)}.tmp"
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        _probe(folder)
     except OSError as error:
         raise InputError(_explain(folder, error)) from error
     return folder
+
+
+def _probe(folder: Path) -> None:
+    probe = folder / f".{secrets.token_hex(6)}.tmp"
+    probe.touch(exist_ok=False)
+    probe.unlink()
 
 
 def _flush(path: Path) -> None:

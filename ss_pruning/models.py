@@ -62,7 +62,7 @@ def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool 
 
 
 def input_of(spec: str, model: nn.Module) -> Preprocess:
-    """Return the input that a model was made for: its own note (timm), torchvision's, the demo's, or ImageNet's.
+    """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's.
 
     Args:
         spec: what `build_model` took.

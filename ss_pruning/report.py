@@ -78,8 +78,8 @@ class Report:
         accuracy_after: the same, pruned, with no training in between.
         images: how many images the accuracies were measured on.
         command: the command line that made the report.
-        bytes_before: size of the dense model as a file.
-        bytes_after: size of the pruned model as a file.
+        bytes_before: size of the dense model's tensors.
+        bytes_after: the same, pruned.
     """
 
     model: str
@@ -104,7 +104,12 @@ class Report:
         """Return the headline figures as a `rich` table."""
         from rich.table import Table
 
-        table = Table(title=f"{plain(self.model)}, pruned", caption=self.verification(), title_justify="left")
+        table = Table(
+            title=f"{plain(self.model)}, pruned",
+            title_justify="left",
+            caption=self.verification(),
+            caption_justify="left",
+        )
         table.add_column("")
         for column in ("dense", "pruned", "kept"):
             table.add_column(column, justify="right")
@@ -123,7 +128,7 @@ class Report:
         for name, before_count, after_count, unit in (
             ("multiply-accumulates", self.macs_before, self.macs_after, ""),
             ("parameters", self.params_before, self.params_after, ""),
-            ("file", self.bytes_before, self.bytes_after, "B"),
+            ("weights", self.bytes_before, self.bytes_after, "B"),
         ):
             if before_count is not None and after_count is not None:
                 kept = percent(after_count / before_count) if before_count else "-"

@@ -17,7 +17,8 @@ from ss_pruning.report import jsonable, percent, printable
 from ss_pruning.report_style import STYLE
 
 if TYPE_CHECKING:
-    from ss_pruning.report import LayerReport, LeftWhole, Report
+    from ss_pruning.coupling import LeftWhole
+    from ss_pruning.report import LayerReport, Report
 
 _MOST_DECADES = 8
 """Strengths further than this below the largest are drawn at the left edge."""

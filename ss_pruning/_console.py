@@ -1,0 +1,74 @@
+"""What the command line shows besides its results: progress and errors, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ss_pruning.report import printable
+
+ProgressCallback = Callable[[str, int, int], None]
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def note(text: str) -> None:
+    """Tell the user something that is neither result nor error."""
+    Console(stderr=True).print(Text(printable(text), style="yellow"))
+
+
+def fail(message: str) -> NoReturn:
+    """Show one red panel and exit."""
+    panel = Panel(Text(printable(message)), title="Error", title_align="left", border_style="red")
+    Console(stderr=True).print(panel)
+    raise typer.Exit(FAILED)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn our errors into a panel and exit code 2, Ctrl-C into exit code 130; bugs keep their traceback.
+
+    What libraries or the user's own model file print meanwhile goes to stderr: stdout is for results.
+    """
+    from ss_pruning.errors import SSPruningError
+
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SSPruningError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        note("Interrupted; nothing was left half-written.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Show one bar per stage while the block runs; nothing at all where stderr is not a terminal."""
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(printable(what), total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    with bars:
+        yield update

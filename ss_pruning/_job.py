@@ -1,0 +1,198 @@
+"""What a command does between its options and its output: build, open, prune or score, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ss_pruning._choices import Importance, Moments, Request, Score
+from ss_pruning._console import ProgressCallback, note
+from ss_pruning.data import accuracy, open_data
+from ss_pruning.errors import InputError
+from ss_pruning.models import build_model, input_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ss_pruning.data import Data, Preprocess
+    from ss_pruning.report import Report
+    from ss_pruning.strength import Strengths
+
+
+class Job(NamedTuple):
+    """What a request comes to: the model with its weights, an input for it, and the data if any."""
+
+    spec: str
+    model: nn.Module
+    example: Tensor
+    preprocess: Preprocess
+    data: Data | None
+    device: torch.device
+
+
+def prepare(request: Request, progress: ProgressCallback) -> Job:
+    """Build the model, load the weights and open the data."""
+    if request.moments is Moments.data and request.data is None:
+        raise InputError("--moments data reads images: say where they are with --data.")
+    device = _device(request.device)
+    torch.manual_seed(request.seed)
+    model = build_model(request.model, request.weights, by_order=request.by_order).to(device)
+    if request.weights is None and not request.model.startswith("demo:"):
+        note("No --weights: the model has random weights, so only sizes mean anything.")
+    preprocess = _preprocess(input_of(request.model, model), request)
+    data = None
+    if request.data is not None:
+        data = open_data(request.data, preprocess, seed=request.seed, progress=progress)
+    example = torch.randn(1, *preprocess.size, generator=torch.Generator().manual_seed(request.seed))
+    return Job(request.model, model, example.to(device), preprocess, data, device)
+
+
+def _preprocess(default: Preprocess, request: Request) -> Preprocess:
+    """Apply --input-size, --mean and --std."""
+    changes: dict[str, Any] = {}
+    if request.input_size is not None:
+        size = _size(request.input_size)
+        changes["size"] = size
+        if size[1:] != default.size[1:]:
+            changes["crop"] = 1.0  # a size that the model's own crop was not made for: use the whole image
+        if size[0] != len(default.mean):
+            changes |= {"mean": (0.0,) * size[0], "std": (1.0,) * size[0]}
+    for name, text in (("mean", request.mean), ("std", request.std)):
+        if text is not None:
+            changes[name] = _numbers(name, text)
+    return dataclasses.replace(default, **changes)
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--input-size is channels x height x width, as in 3x224x224, not {text!r}.")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--{name} is one number per channel, as in 0.5,0.5,0.5, not {text!r}.") from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).split("\n")[0]
+        raise InputError(f"no device {name!r} here ({first}). Use --device cpu.") from error
+    return device
+
+
+def make_importance(importance: Importance, score: Score | None, request: Request, job: Job) -> Any:
+    """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
+    if importance is Importance.synaptic:
+        from ss_pruning import SynapticImportance
+
+        chosen: dict[str, Any] = {} if score is None else {"score": score.value}
+        return SynapticImportance(moments=_moments(request, job), **chosen)
+    import torch_pruning as tp
+
+    makers = {
+        Importance.magnitude: lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        Importance.magnitude_l1: lambda: tp.importance.GroupMagnitudeImportance(p=1),
+        Importance.bn_scale: tp.importance.BNScaleImportance,
+        Importance.lamp: tp.importance.LAMPImportance,
+        Importance.fpgm: tp.importance.FPGMImportance,
+        Importance.random: tp.importance.RandomImportance,
+    }
+    return makers[importance]()
+
+
+def strengths_of(request: Request, job: Job) -> Strengths:
+    """Return the strength of every synapse of the model."""
+    from ss_pruning import synaptic_strength
+
+    strengths: Strengths = synaptic_strength(job.model, job.example, moments=_moments(request, job))
+    return strengths
+
+
+def _moments(request: Request, job: Job) -> str | list[Tensor]:
+    if request.moments is not Moments.data or job.data is None:
+        return request.moments.value
+    return [images.to(job.device) for images in job.data.calibration_images()]
+
+
+def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCallback) -> Report:
+    """Measure, prune in place, measure again."""
+    from ss_pruning import prune_
+
+    size = _tensor_bytes(job.model)
+    before, images = _measure("accuracy, dense", job, progress)
+    report: Report = prune_(job.model, job.example, importance=importance, progress=progress, **options)
+    after, _ = _measure("accuracy, pruned", job, progress)
+    return dataclasses.replace(
+        report,
+        model=job.spec,
+        accuracy_before=before,
+        accuracy_after=after,
+        images=images,
+        bytes_before=size,
+        bytes_after=_tensor_bytes(job.model),
+    )
+
+
+def _measure(name: str, job: Job, progress: ProgressCallback) -> tuple[float | None, int | None]:
+    """Return the accuracy and the number of images; neither without data."""
+    if job.data is None:
+        return None, None
+    loader = job.data.evaluation
+    right = accuracy(job.model, loader, lambda _, done, total: progress(name, done, total))
+    if name.endswith("dense"):
+        _note_classes(job)
+    return right, len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _note_classes(job: Job) -> None:
+    """Warn where the accuracy may mean nothing: a label is only an index into the model's outputs."""
+    with torch.inference_mode():
+        outputs = job.model(job.example).shape[1]
+    if job.data is not None and outputs > job.data.classes:
+        note(
+            f"The model has {outputs} outputs, the data {job.data.classes} classes: accuracy only means "
+            "something if these are the model's first classes, in this order."
+        )
+
+
+def _tensor_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def settings_of(request: Request, importance: Importance, score: Score | None, job: Job) -> dict[str, Any]:
+    """Return what the command adds to the settings that the pruning itself records."""
+    synaptic = {"moments": request.moments.value, "score": "default" if score is None else score.value}
+    return {
+        "model": request.model,
+        "weights": request.weights,
+        "data": request.data,
+        "importance": importance.value,
+        **(synaptic if importance is Importance.synaptic else {}),
+        "input size": "x".join(map(str, job.preprocess.size)),
+        "seed": request.seed,
+        "device": str(job.device),
+    }
+
+
+def write(job: Job, report: Report, out: Path) -> None:
+    """Write the pruned model and the report in its two forms."""
+    from ss_pruning import save
+
+    # A file of the user's is not named: loading must not run code that the reader did not ask for.
+    named = job.spec.startswith(("timm:", "torchvision:", "demo:"))
+    save(job.model, out / "model.safetensors", architecture=job.spec if named else None)
+    report.save_json(out / "report.json")
+    report.save_html(out / "report.html")
