@@ -72,8 +72,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         graph = group._DG
         model: nn.Module = graph.model
         wiring = self._trace(model, graph)
-        self._pass.enter(group[0].dep.target.module)
-        place = {index: i for i, index in enumerate(group[0].root_idxs)}
+        self._pass.enter(group[0].dep.target.module, model)
+        place = {root: i for i, root in enumerate(dict.fromkeys(group[0].root_idxs))}
         total: Tensor | None = None
         with torch.no_grad():
             for item in group:
@@ -151,17 +151,20 @@ def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 class _Pass:
     """What one round over all groups shares: scores and variances of layers.
 
-    Torch-Pruning gives no sign when a round begins; it has begun when a root comes by that was seen before. Weights
-    may have changed since, so everything is dropped then.
+    Torch-Pruning gives no sign when a round begins. It has begun when a root comes by that was seen before, or when a
+    weight was changed in place: everything is dropped then.
     """
 
+    versions: int = 0
     roots: set[nn.Module] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     variances: dict[str, Tensor] = field(default_factory=dict)
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
-    def enter(self, root: nn.Module) -> None:
-        if root in self.roots:
+    def enter(self, root: nn.Module, model: nn.Module) -> None:
+        versions = hash(tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers())))
+        if root in self.roots or versions != self.versions:
+            self.versions = versions
             self.roots.clear()
             self.scores.clear()
             self.variances.clear()

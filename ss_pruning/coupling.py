@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -285,6 +285,8 @@ def _cells(
     number, side, channel = family[free], slots.side_of[free], slots.channel_of[free]
     order = np.lexsort((channel, side, number))
     number, side, channel = number[order], side[order], channel[order]
+    if not len(number):
+        return []
     block = np.zeros_like(channel)
     for s, key in enumerate(slots.keys):
         blocks = _block_count(modules.get(key[0]), key)
@@ -305,7 +307,7 @@ def _cells(
 def _runs(
     spans: list[tuple[int, int]], side: Ints, channel: Ints, slots: _Slots, wiring: Wiring
 ) -> list[Cell]:
-    """Split families of one pattern where the first producer's channels stop being neighbours."""
+    """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival."""
     index = np.stack([channel[begin:end] for begin, end in spans])
     sides = side[spans[0][0] : spans[0][1]]
     members = []
@@ -319,7 +321,10 @@ def _runs(
     members = [root, *(m for m in members if m is not root)]
     order = np.argsort(root.index[:, 0], kind="stable")
     members = [Member(m.path, m.side, m.index[order]) for m in members]
-    breaks = np.flatnonzero(np.diff(members[0].index[:, 0]) != 1) + 1
+    apart = np.diff(members[0].index[:, 0]) != 1
+    for member in members[1:]:
+        apart |= np.diff(member.index[:, 0]) < 0
+    breaks = np.flatnonzero(apart) + 1
     if len(breaks) + 1 > max(2, len(order) // 2):  # interleaved (a shuffle): runs would be single channels
         breaks = breaks[:0]
     parts = [np.split(m.index, breaks) for m in members]
@@ -339,18 +344,38 @@ def _block_count(module: nn.Module | None, key: Key) -> int:
 
 
 def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, ...]:
-    """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle."""
-    by_side: dict[Key, list[int]] = defaultdict(list)
+    """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle.
+
+    Where the parts of a split have sizes that shrink in proportion only in coarse steps, they are left to shrink each
+    for itself: such a split is at a number that the model stores, and stored numbers follow the cut.
+    """
+    hard: dict[Key, list[int]] = defaultdict(list)
+    soft: dict[Key, list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
         for member in cell.members:
             key = (member.path, member.side)
-            split = member.side == "out"
-            if split or _block_count(modules.get(member.path), key) > 1 or _interleaved(member):
-                by_side[key].append(i)
-    ties = [(group[0], other) for group in by_side.values() for other in group[1:]]
-    pairs = np.array(ties, dtype=np.int64).reshape(-1, 2)
-    label = _components(len(cells), pairs)
-    return tuple(Unit(tuple(cells[i] for i in np.flatnonzero(label == n))) for n in np.unique(label))
+            if _block_count(modules.get(member.path), key) > 1 or _interleaved(member):
+                hard[key].append(i)
+            elif member.side == "out":
+                soft[key].append(i)
+    units = []
+    for unit in _tied(cells, [*hard.values(), *soft.values()]):
+        coarse = len(unit) > 1 and 4 * Unit(tuple(unit)).steps < min(cell.size for cell in unit)
+        units += _tied(unit, _local(unit, cells, hard)) if coarse else [unit]
+    return tuple(Unit(tuple(unit)) for unit in units)
+
+
+def _tied(cells: Sequence[Cell], groups: Iterable[Sequence[int]]) -> list[list[Cell]]:
+    """The cells, in sets that are connected by groups of cell numbers."""
+    ties = [(group[0], other) for group in groups if group for other in group[1:]]
+    label = _components(len(cells), np.array(ties, dtype=np.int64).reshape(-1, 2))
+    return [[cells[i] for i in np.flatnonzero(label == n)] for n in np.unique(label)]
+
+
+def _local(unit: Sequence[Cell], cells: Sequence[Cell], groups: Mapping[Key, list[int]]) -> list[list[int]]:
+    """Groups of cell numbers, restricted to a unit and renumbered within it."""
+    place = {id(cell): i for i, cell in enumerate(unit)}
+    return [[place[id(cells[i])] for i in group if id(cells[i]) in place] for group in groups.values()]
 
 
 def _interleaved(member: Member) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis
@@ -47,7 +48,7 @@ def measure(
             return {path: from_norms(wiring, path, scales) for path in paths}
         if source == "gaussian":
             with _gaussian_norms(model, wiring):
-                return _observe(model, wiring, [example_inputs], paths)
+                return _observe(model, wiring, [_noise_like(example_inputs)], paths)
         raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
     return _observe(model, wiring, source, paths)
 
@@ -87,6 +88,16 @@ def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
         return Moments(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
     variance = torch.stack([torch.where(covered[c], calls[c], torch.ones_like(calls[c])) for c in calls]).mean(0)
     return Moments(None, variance, ~torch.stack(list(covered.values())).all(0))
+
+
+def _noise_like(example_inputs: Any) -> Any:
+    """Only the shapes of the example count: a normalised image is taken as standard noise too."""
+    generator = torch.Generator().manual_seed(1)
+    return pytree.tree_map_only(
+        Tensor,
+        lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t,
+        example_inputs,
+    )
 
 
 class _gaussian_norms:  # noqa: N801 - a context manager, used as a verb
