@@ -360,7 +360,8 @@ def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, .
                 soft[key].append(i)
     units = []
     for unit in _tied(cells, [*hard.values(), *soft.values()]):
-        coarse = len(unit) > 1 and 4 * Unit(tuple(unit)).steps < min(cell.size for cell in unit)
+        steps, narrowest = Unit(tuple(unit)).steps, min(cell.size for cell in unit)
+        coarse = len(unit) > 1 and (steps == 1 or 2 * steps < narrowest)
         units += _tied(unit, _local(unit, cells, hard)) if coarse else [unit]
     return tuple(Unit(tuple(unit)) for unit in units)
 

@@ -14,6 +14,8 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis
 from ss_pruning.provenance import Wiring, call, preserved
 
+# Images of noise for Gaussian moments.
+_IMAGES = 16
 #: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
 MomentSource = str | Iterable[Any]
 
@@ -91,13 +93,18 @@ def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
 
 
 def _noise_like(example_inputs: Any) -> Any:
-    """Only the shapes of the example count: a normalised image is taken as standard noise too."""
+    """Standard noise for the image too: of the example only the shape counts, and not even its batch size.
+
+    A head sees one vector an image, so that a variance needs several images.
+    """
     generator = torch.Generator().manual_seed(1)
-    return pytree.tree_map_only(
-        Tensor,
-        lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t,
-        example_inputs,
-    )
+    batch = (_IMAGES,) if isinstance(example_inputs, Tensor) else ()
+
+    def noise(t: Tensor) -> Tensor:
+        shape = (*batch, *t.shape[len(batch) :])
+        return torch.randn(shape, generator=generator).to(t) if t.is_floating_point() else t
+
+    return pytree.tree_map_only(Tensor, noise, example_inputs)
 
 
 class _gaussian_norms:  # noqa: N801 - a context manager, used as a verb

@@ -86,7 +86,7 @@ def verify(
         raise ModelError(f"the model cannot be copied for verification ({type(error).__name__}: {error})") from error
     inputs, tolerance = _prepare(twin, example_inputs)
     _stir(twin)
-    parts = _part_sizes(units, selection)
+    parts = _part_sizes(units, selection, wiring)
     with torch.no_grad(), preserved(twin, training=False):
         arrivals: dict[str, list[tuple[int, ...]]] = {}
         undo = _mask(twin, selection, wiring)
@@ -340,18 +340,17 @@ def _apply_now(module: nn.Module, name: str, position: int | None, after: int) -
         setattr(module, name, type(getattr(module, name))(values))
 
 
-def _part_sizes(units: Sequence[Unit], selection: Selection) -> dict[str, list[tuple[int, int]]]:
-    """By layer that a unit of several cells touches: old and new sizes of those cells, as a split would store them."""
+def _part_sizes(units: Sequence[Unit], selection: Selection, wiring: Wiring) -> dict[str, list[tuple[int, int]]]:
+    """By layer that it touches: old and new size of each part into which a producer's output splits."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for unit in units:
-        if len(unit.cells) < 2:
-            continue
         sizes = []
         for cell in unit.cells:
-            kept = selection.get((cell.root.path, cell.root.side))
-            if kept is not None:
-                sizes.append((cell.size, int(np.isin(cell.root.index[:, 0], kept).sum())))
-        for path in unit.paths():
+            path, side = cell.root.path, cell.root.side
+            if (path, side) in selection and cell.size < wiring.layers[path].outputs:
+                left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
+                sizes.append((cell.size, int(left)))
+        for path in unit.paths() if sizes else ():
             parts.setdefault(path, []).extend(sizes)
     return parts
 
