@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         graph = group._DG
         model: nn.Module = graph.model
         wiring = self._trace(model, graph)
-        self._pass.enter(group[0].dep.target.module, model)
+        self._pass.enter((group[0].dep.target.module, group[0].idxs[0]), model)
         place = {root: i for i, root in enumerate(dict.fromkeys(group[0].root_idxs))}
         total: Tensor | None = None
         with torch.no_grad():
@@ -156,12 +158,12 @@ class _Pass:
     """
 
     versions: int = 0
-    roots: set[nn.Module] = field(default_factory=set)
+    roots: set[tuple[nn.Module, int]] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     variances: dict[str, Tensor] = field(default_factory=dict)
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
-    def enter(self, root: nn.Module, model: nn.Module) -> None:
+    def enter(self, root: tuple[nn.Module, int], model: nn.Module) -> None:
         versions = hash(tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers())))
         if root in self.roots or versions != self.versions:
             self.versions = versions
@@ -244,6 +246,9 @@ class CellGraph:
     example_inputs: Any
     wiring: Wiring
 
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+
     def is_in_channel_pruning_fn(self, handler: Any) -> bool:
         """As in Torch-Pruning: norms and depthwise layers count on both sides."""
         return handler not in (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -257,7 +262,7 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
     """A cell as a Torch-Pruning group, for any importance; `root_idxs` number the cell's families from 0."""
     group = tp.dependency.Group()
     group._DG = graph
-    modules = dict(graph.model.named_modules())
+    modules = graph.modules
     members = sorted(cell.members, key=lambda m: not (m.side == "out" and m.index.shape[1] == 1))
     for member in members:
         handler = _handler(modules.get(member.path), member)
@@ -289,23 +294,40 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
     return None
 
 
-def cell_scores(importance: Any, cells: Iterator[Cell] | list[Cell], graph: CellGraph) -> list[Tensor]:
+def cell_scores(importance: Any, cells: Sequence[Cell], graph: CellGraph) -> list[Tensor]:
     """Score every cell with a Torch-Pruning importance; one value a family.
+
+    Cells that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
+    one group, so that an importance that normalises within a group sees the whole layer, as in Torch-Pruning.
 
     Raises:
         InputError: The importance returns scores of the wrong length, or NaN.
     """
-    scores = []
-    name = type(importance).__name__
-    for cell in cells:
-        values = importance(as_group(cell, graph))
-        if values is None:  # Torch-Pruning's sign for "knows nothing here"
-            values = torch.full((cell.size,), float("inf"))
-        values = torch.as_tensor(values).detach().double().cpu().flatten()
-        if len(values) < cell.size or values.isnan().any():
-            raise InputError(
-                f"{name} gave {len(values)} scores ({int(values.isnan().sum())} of them NaN) for the {cell.size} "
-                f"channels of '{cell.root.path}'"
-            )
-        scores.append(values[: cell.size])
-    return scores
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        alike[tuple((m.path, m.side, m.index.shape[1]) for m in cell.members)].append(i)
+    scores: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        whole = _joined([cells[i] for i in numbers])
+        parts = _score_one(importance, whole, graph).split([cells[i].size for i in numbers])
+        scores.update(zip(numbers, parts, strict=True))
+    return [scores[i] for i in range(len(cells))]
+
+
+def _joined(cells: Sequence[Cell]) -> Cell:
+    """Cells of the same layers as one."""
+    columns = zip(*(cell.members for cell in cells), strict=True)
+    return Cell(tuple(Member(c[0].path, c[0].side, np.concatenate([m.index for m in c])) for c in columns))
+
+
+def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
+    values = importance(as_group(cell, graph))
+    if values is None:  # Torch-Pruning's sign for "knows nothing here"
+        values = torch.full((cell.size,), float("inf"))
+    values = torch.as_tensor(values).detach().double().cpu().flatten()
+    if len(values) < cell.size or values.isnan().any():
+        raise InputError(
+            f"{type(importance).__name__} gave {len(values)} scores ({int(values.isnan().sum())} of them NaN) for the "
+            f"{cell.size} channels of '{cell.root.path}'"
+        )
+    return values[: cell.size]

@@ -295,6 +295,7 @@ class _Follower:
             for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
             if len(before) == len(after)
             for old, new in zip(before, after, strict=True)
+            if old != new
         ]
         self._follow(path, module, _changes(arrived), _changes(self.inside.get(path, [])))
 
