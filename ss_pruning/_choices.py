@@ -51,6 +51,7 @@ class Request(NamedTuple):
     mean: str | None
     std: str | None
     data: str | None
+    images: int | None
     moments: Moments
     seed: int
     device: str | None

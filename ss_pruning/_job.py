@@ -45,7 +45,13 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
     preprocess = _preprocess(input_of(request.model, model), request)
     data = None
     if request.data is not None:
-        data = open_data(request.data, preprocess, seed=request.seed, progress=progress)
+        data = open_data(
+            request.data,
+            preprocess,
+            evaluation_size=request.images,
+            seed=request.seed,
+            progress=progress,
+        )
     example = torch.randn(1, *preprocess.size, generator=torch.Generator().manual_seed(request.seed))
     return Job(request.model, model, example.to(device), preprocess, data, device)
 
@@ -172,9 +178,9 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(request: Request, importance: Importance, score: Score | None, job: Job) -> dict[str, Any]:
+def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
-    synaptic = {"moments": request.moments.value, "score": "default" if score is None else score.value}
+    synaptic = {"moments": request.moments.value, "score": getattr(chosen, "score", None)}
     return {
         "model": request.model,
         "weights": request.weights,

@@ -77,6 +77,16 @@ _Data = Annotated[
         rich_help_panel=_IMAGES,
     ),
 ]
+_Images = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Measure accuracy on so many of the images, drawn at random.",
+        show_default="all",
+        rich_help_panel=_IMAGES,
+    ),
+]
 _Mean = Annotated[
     str | None,
     typer.Option(
@@ -179,6 +189,7 @@ def prune(
     weights: _Weights = None,
     weights_by_order: _ByOrder = False,
     data: _Data = None,
+    images: _Images = None,
     input_size: _InputSize = None,
     mean: _Mean = None,
     std: _Std = None,
@@ -253,7 +264,17 @@ def prune(
         budget = _budget(macs=macs, params=params, ratio=ratio)
         _check_synaptic_options(importance, moments, score)
         request = Request(
-            model, weights, weights_by_order, input_size, mean, std, data, moments, seed, device
+            model=model,
+            weights=weights,
+            by_order=weights_by_order,
+            input_size=input_size,
+            mean=mean,
+            std=std,
+            data=data,
+            images=images,
+            moments=moments,
+            seed=seed,
+            device=device,
         )
         options = {
             **budget,
@@ -266,8 +287,9 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            report = _job.run(job, _job.make_importance(importance, score, request, job), options, progress)
-            report.settings.update(_job.settings_of(request, importance, score, job))
+            chosen = _job.make_importance(importance, score, request, job)
+            report = _job.run(job, chosen, options, progress)
+            report.settings.update(options | _job.settings_of(request, importance, chosen, job))
             report.command = _command_line(context)
             if out is not None:
                 _job.write(job, report, out)
@@ -313,7 +335,17 @@ def score(
         if out is not None:
             scores.check_target(out)
         request = Request(
-            model, weights, weights_by_order, input_size, mean, std, data, moments, seed, device
+            model=model,
+            weights=weights,
+            by_order=weights_by_order,
+            input_size=input_size,
+            mean=mean,
+            std=std,
+            data=data,
+            images=None,
+            moments=moments,
+            seed=seed,
+            device=device,
         )
         job = _job.prepare(request, progress)
         strengths = _job.strengths_of(request, job)
