@@ -139,7 +139,11 @@ def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCa
 
     size = _tensor_bytes(job.model)
     before, images = _measure("accuracy, dense", job, progress)
-    report: Report = prune_(job.model, job.example, importance=importance, progress=progress, **options)
+
+    def stage(name: str, done: int, total: int) -> None:
+        progress(f"pruning: {name}", done, total)
+
+    report: Report = prune_(job.model, job.example, importance=importance, progress=stage, **options)
     after, _ = _measure("accuracy, pruned", job, progress)
     return dataclasses.replace(
         report,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 import ss_pruning
-from ss_pruning import _job, synaptic_strength
+from ss_pruning import _console, _job, synaptic_strength
 from ss_pruning.cli import app
 from ss_pruning.models import build_model
 from ss_pruning.report import Report
@@ -413,6 +415,32 @@ def test_outputs_without_any_input_have_no_effective_inputs(tmp_path: Path) -> N
     values = json.loads(run("score", f"{path}:build", *SIZE, "--json").stdout)
     assert values["layers"][1]["effective_inputs"] == 0.0
     assert values["layers"][1]["strongest"] == 0.0
+
+
+# ---------------------------------------------------------------- progress
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    monkeypatch.setattr(_console, "Console", lambda stderr: console)
+    with _console.progress_bars() as progress:
+        for done in range(3):
+            progress(f"pruning: stage[{done}]", done, 2)
+        progress("accuracy", 1, 7)
+    return file.getvalue()
+
+
+def test_progress_is_one_bar_a_job_labelled_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, terminal=True)
+    assert "pruning: stage[2]" in text
+    assert "2/2" in text
+    assert "1/7" in text
+    assert "pruning: stage[0]" not in text.rpartition("accuracy")[0].rpartition("pruning: stage[2]")[2]
+
+
+def test_progress_is_silent_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, terminal=False).strip() == ""
 
 
 # ---------------------------------------------------------------- the program
