@@ -39,7 +39,7 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
         raise InputError("--moments data reads images: say where they are with --data.")
     device = _device(request.device)
     torch.manual_seed(request.seed)
-    model = build_model(request.model, request.weights, by_order=request.by_order).to(device)
+    model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if request.weights is None and not request.model.startswith("demo:"):
         note("No --weights: the model has random weights, so only sizes mean anything.")
     preprocess = _preprocess(input_of(request.model, model), request)

@@ -279,9 +279,13 @@ def _loader(dataset: Dataset[Any], batch_size: int) -> Loader:
     in_memory = isinstance(dataset, TensorDataset | _Normalised) or (
         isinstance(dataset, Subset) and isinstance(dataset.dataset, TensorDataset | _Normalised)
     )
-    return DataLoader(
-        dataset, batch_size=batch_size, num_workers=0 if in_memory else min(4, os.cpu_count() or 1)
-    )
+    return DataLoader(dataset, batch_size=batch_size, num_workers=0 if in_memory else _workers())
+
+
+def _workers() -> int:
+    """Count the processors that this process may use, up to four."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return min(4, len(allowed(0)) if allowed is not None else os.cpu_count() or 1)
 
 
 def _find_cifar10() -> Path:

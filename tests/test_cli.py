@@ -204,6 +204,19 @@ def test_options_reach_the_core(net: str, photos: Path, options: tuple[Any, ...]
         assert all(2 * entry["outputs_after"] >= entry["outputs_before"] for entry in values["layers"])
 
 
+def test_data_moments_read_the_calibration_images(
+    net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = _job.run
+    monkeypatch.setattr(
+        _job, "run", lambda job, chosen, *rest: seen.append(chosen) or real(job, chosen, *rest)
+    )
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--moments", "data", "--data", photos, "--json")
+    assert result.exit_code == 0
+    assert [tuple(batch.shape) for batch in seen[0].moments] == [(4, 3, 16, 16)]
+
+
 def test_ignored_modules_stay_whole(net: str) -> None:
     values = json.loads(run("prune", net, *SIZE, "--macs", 0.6, "--ignore", "0", "--json").stdout)
     widths = {entry["path"]: (entry["outputs_before"], entry["outputs_after"]) for entry in values["layers"]}
