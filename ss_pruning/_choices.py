@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Importance(str, Enum):
@@ -46,7 +47,7 @@ class Request(NamedTuple):
 
     model: str
     weights: str | None
-    by_order: bool
+    weights_by_order: bool
     input_size: str | None
     mean: str | None
     std: str | None
@@ -54,3 +55,10 @@ class Request(NamedTuple):
     moments: Moments
     seed: int
     device: str | None
+    images: int | None = None
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Request:
+        """Pick them out of the parameters of a command; the others of `params` are its own."""
+        own = {name: params[name] for name in cls._fields if name in params}
+        return cls(**{**own, "moments": Moments(params["moments"])})  # typer has left its text there

@@ -52,10 +52,13 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """Show one bar per stage while the block runs; nothing at all where stderr is not a terminal."""
+    """Show one bar per job while the block runs; nothing at all where stderr is not a terminal.
+
+    What follows a colon names the stage that the job is at: it changes the bar's label, not the bar.
+    """
     console = Console(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -66,9 +69,10 @@ def progress_bars() -> Iterator[ProgressCallback]:
     tasks: dict[str, TaskID] = {}
 
     def update(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(printable(what), total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        job = what.partition(":")[0]
+        if job not in tasks:
+            tasks[job] = bars.add_task("", total=total)
+        bars.update(tasks[job], description=printable(what), completed=done, total=total)
 
     with bars:
         yield update

@@ -39,13 +39,19 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
         raise InputError("--moments data reads images: say where they are with --data.")
     device = _device(request.device)
     torch.manual_seed(request.seed)
-    model = build_model(request.model, request.weights, by_order=request.by_order).to(device)
+    model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if request.weights is None and not request.model.startswith("demo:"):
         note("No --weights: the model has random weights, so only sizes mean anything.")
     preprocess = _preprocess(input_of(request.model, model), request)
     data = None
     if request.data is not None:
-        data = open_data(request.data, preprocess, seed=request.seed, progress=progress)
+        data = open_data(
+            request.data,
+            preprocess,
+            evaluation_size=request.images,
+            seed=request.seed,
+            progress=progress,
+        )
     example = torch.randn(1, *preprocess.size, generator=torch.Generator().manual_seed(request.seed))
     return Job(request.model, model, example.to(device), preprocess, data, device)
 
@@ -133,7 +139,11 @@ def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCa
 
     size = _tensor_bytes(job.model)
     before, images = _measure("accuracy, dense", job, progress)
-    report: Report = prune_(job.model, job.example, importance=importance, progress=progress, **options)
+
+    def stage(name: str, done: int, total: int) -> None:
+        progress(f"pruning: {name}", done, total)
+
+    report: Report = prune_(job.model, job.example, importance=importance, progress=stage, **options)
     after, _ = _measure("accuracy, pruned", job, progress)
     return dataclasses.replace(
         report,
@@ -172,9 +182,9 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(request: Request, importance: Importance, score: Score | None, job: Job) -> dict[str, Any]:
+def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
-    synaptic = {"moments": request.moments.value, "score": "default" if score is None else score.value}
+    synaptic = {"moments": request.moments.value, "score": getattr(chosen, "score", None)}
     return {
         "model": request.model,
         "weights": request.weights,

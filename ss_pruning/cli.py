@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from ss_pruning import _options as option
 from ss_pruning._choices import Importance, Moments, Request, Scope, Score
 from ss_pruning._console import guarded, progress_bars
 
@@ -27,234 +28,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
-_MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
-
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="timm:NAME, torchvision:NAME, demo:digits, or path/to/file.py:function. [bold]The last one "
-        "executes that file.[/bold] Arguments follow after commas: timm:resnet18,num_classes=10",
-    ),
-]
-_Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run "
-        "from it.",
-        show_default="random",
-        rich_help_panel=_MODEL,
-    ),
-]
-_ByOrder = Annotated[
-    bool,
-    typer.Option(
-        "--weights-by-order",
-        metavar="",
-        help="Match the weights by order and shape instead of by name.",
-        rich_help_panel=_MODEL,
-    ),
-]
-_InputSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CxHxW",
-        help="Size of one image.",
-        show_default="the model's own, else 3x224x224",
-        rich_help_panel=_IMAGES,
-    ),
-]
-_Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PLACE",
-        help="digits, cifar10:PATH, a folder with one folder per class (or with train/ and val/ of these), "
-        "or a .tar of that layout.",
-        show_default=False,
-        rich_help_panel=_IMAGES,
-    ),
-]
-_Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="M,M,M",
-        help="Mean per channel of images in 0..1.",
-        show_default="the model's own",
-        rich_help_panel=_IMAGES,
-    ),
-]
-_Std = Annotated[
-    str | None,
-    typer.Option(
-        metavar="S,S,S",
-        help="Deviation per channel.",
-        show_default="the model's own",
-        rich_help_panel=_IMAGES,
-    ),
-]
-_Moments = Annotated[
-    Moments,
-    typer.Option(
-        metavar="NAME",
-        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
-        "run on its own noise) or data (the images).",
-        rich_help_panel=_CRITERION,
-    ),
-]
-_Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything random.", rich_help_panel=_OUTPUT)]
-_Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Compute there: cpu, cuda:0.",
-        show_default="a GPU if any",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-_Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", metavar="", help="Print JSON on stdout and nothing else.", rich_help_panel=_OUTPUT
-    ),
-]
+_MOST_LINES = 8
 
 
-def _fraction(help_text: str) -> Any:
-    return typer.Option(
-        metavar="0..1", help=help_text, show_default=False, rich_help_panel="Budget (exactly one)"
-    )
-
-
-_PRUNE_HELP = """Prune a model to a budget.
-
-Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what \
-the dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
-"""
-
-_PRUNE_EXAMPLES = """
-[bold]Examples[/bold]
-
-Half the multiply-accumulates of the built-in demo, with accuracy before and after:
-
-    ss-prune prune demo:digits --macs 0.5 --data digits --out runs/digits
-
-Your own weights, and a report:
-
-    ss-prune prune timm:resnet50 --weights resnet50.safetensors --macs 0.8 --out runs/r50
-
-A model of your own, four fifths of its parameters, one layer left alone:
-
-    ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
-
-Another criterion for comparison:
-
-    ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
-"""
-
-_SCORE_HELP = """Show the synaptic strengths of a model, layer by layer; nothing is changed.
-
-The strength of a synapse, the connection from one input channel to one output channel, is the norm of its \
-weights times the deviation of what it reads. Its share is its part of the variance of that output.
-"""
-
-_SCORE_EXAMPLES = """
-[bold]Examples[/bold]
-
-    ss-prune score torchvision:resnet18 --weights resnet18.pth
-
-    ss-prune score demo:digits --out strengths.safetensors
-"""
-
-
-@app.command(help=_PRUNE_HELP, epilog=_PRUNE_EXAMPLES)
+@app.command(help=option.PRUNE_HELP, epilog=option.PRUNE_EXAMPLES)
 def prune(
     context: typer.Context,
-    model: _Model,
-    macs: Annotated[float | None, _fraction("Keep this fraction of the multiply-accumulates.")] = None,
-    params: Annotated[float | None, _fraction("Keep this fraction of the parameters.")] = None,
-    ratio: Annotated[float | None, _fraction("Remove this fraction of the channels.")] = None,
-    weights: _Weights = None,
-    weights_by_order: _ByOrder = False,
-    data: _Data = None,
-    input_size: _InputSize = None,
-    mean: _Mean = None,
-    std: _Std = None,
-    importance: Annotated[
-        Importance,
-        typer.Option(
-            metavar="NAME",
-            help="What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, "
-            "bn-scale, lamp, fpgm or random.",
-            rich_help_panel=_CRITERION,
-        ),
-    ] = Importance.synaptic,
-    moments: _Moments = Moments.batchnorm,
-    score: Annotated[
-        Score | None,
-        typer.Option(
-            metavar="NAME",
-            help="What synaptic importance is made of: share, strength or entropy.",
-            show_default="the importance's own",
-            rich_help_panel=_CRITERION,
-        ),
-    ] = None,
-    scope: Annotated[
-        Scope,
-        typer.Option(
-            metavar="NAME",
-            help="Rank channels across all layers (global) or within each (local).",
-            rich_help_panel=_CRITERION,
-        ),
-    ] = Scope.all_layers,
-    max_ratio: Annotated[
-        float,
-        typer.Option(
-            metavar="0..1",
-            help="Never remove more than this fraction of a layer's channels.",
-            rich_help_panel=_CRITERION,
-        ),
-    ] = 0.9,
-    round_to: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Keep widths multiples of this.",
-            show_default=False,
-            rich_help_panel=_CRITERION,
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH",
-            help="Leave this module whole; may be given again.",
-            show_default=False,
-            rich_help_panel=_CRITERION,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Write model.safetensors, report.json and report.html there, over older ones.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    seed: _Seed = 0,
-    device: _Device = None,
-    as_json: _Json = False,
+    model: option.Model,
+    macs: option.Macs = None,
+    params: option.Params = None,
+    ratio: option.Ratio = None,
+    weights: option.Weights = None,
+    weights_by_order: option.ByOrder = False,
+    data: option.DataPlace = None,
+    images: option.Images = None,
+    input_size: option.InputSize = None,
+    mean: option.Mean = None,
+    std: option.Std = None,
+    importance: option.Criterion = Importance.synaptic,
+    moments: option.MomentsOption = Moments.batchnorm,
+    score: option.ScoreOption = None,
+    scope: option.ScopeOption = Scope.all_layers,
+    max_ratio: option.MaxRatio = 0.9,
+    round_to: option.RoundTo = None,
+    ignore: option.Ignore = None,
+    out: option.OutFolder = None,
+    seed: option.Seed = 0,
+    device: option.Device = None,
+    as_json: option.Json = False,
 ) -> None:
     """Prune a model to a budget, report, and write the result."""
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio)
         _check_synaptic_options(importance, moments, score)
-        request = Request(
-            model, weights, weights_by_order, input_size, mean, std, data, moments, seed, device
-        )
+        request = Request.of(context.params)
         options = {
             **budget,
             "ignore": tuple(ignore or ()),
@@ -266,45 +73,31 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            report = _job.run(job, _job.make_importance(importance, score, request, job), options, progress)
-            report.settings.update(_job.settings_of(request, importance, score, job))
+            chosen = _job.make_importance(importance, score, request, job)
+            report = _job.run(job, chosen, options, progress)
+            report.settings.update(options | _job.settings_of(request, importance, chosen, job))
             report.command = _command_line(context)
             if out is not None:
                 _job.write(job, report, out)
     _show(report, out, as_json)
 
 
-@app.command(help=_SCORE_HELP, epilog=_SCORE_EXAMPLES)
+@app.command(help=option.SCORE_HELP, epilog=option.SCORE_EXAMPLES)
 def score(
-    model: _Model,
-    weights: _Weights = None,
-    weights_by_order: _ByOrder = False,
-    data: _Data = None,
-    input_size: _InputSize = None,
-    mean: _Mean = None,
-    std: _Std = None,
-    moments: _Moments = Moments.batchnorm,
-    weakest: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="How many of the weakest synapses to list.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = 10,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write all strengths (.safetensors) or the summary (.json).",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    seed: _Seed = 0,
-    device: _Device = None,
-    as_json: _Json = False,
+    context: typer.Context,
+    model: option.Model,
+    weights: option.Weights = None,
+    weights_by_order: option.ByOrder = False,
+    data: option.DataPlace = None,
+    input_size: option.InputSize = None,
+    mean: option.Mean = None,
+    std: option.Std = None,
+    moments: option.MomentsOption = Moments.batchnorm,
+    weakest: option.Weakest = 10,
+    out: option.OutFile = None,
+    seed: option.Seed = 0,
+    device: option.Device = None,
+    as_json: option.Json = False,
 ) -> None:
     """Summarise the strengths of a model, and write them."""
     with guarded(), progress_bars() as progress:
@@ -312,9 +105,7 @@ def score(
 
         if out is not None:
             scores.check_target(out)
-        request = Request(
-            model, weights, weights_by_order, input_size, mean, std, data, moments, seed, device
-        )
+        request = Request.of(context.params)
         job = _job.prepare(request, progress)
         strengths = _job.strengths_of(request, job)
         summary = scores.summarise(strengths, job.model, weakest)
@@ -341,9 +132,9 @@ def _check_synaptic_options(importance: Importance, moments: Moments, score: Sco
     from ss_pruning.errors import InputError
 
     given = {"--moments": moments is not Moments.batchnorm, "--score": score is not None}
-    for option in (name for name, is_given in given.items() if is_given):
+    for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
-            raise InputError(f"{option} belongs to --importance synaptic, not to {importance.value}.")
+            raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
 
 
 @contextlib.contextmanager
@@ -392,8 +183,10 @@ def _show(report: Report, out: Path | None, as_json: bool) -> None:
         return
     console = Console()
     console.print(report.table())
-    for entry in report.left_whole:
+    for entry in report.left_whole[:_MOST_LINES]:
         console.print(f"left whole: {entry.channels:,} channels, {entry.reason}", style="dim", markup=False)
+    if len(report.left_whole) > _MOST_LINES:
+        console.print(f"left whole: {len(report.left_whole) - _MOST_LINES} more, see the report", style="dim")
     if out is not None:
         console.print(f"written: model.safetensors, report.json and report.html in {out}", markup=False)
 

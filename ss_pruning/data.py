@@ -78,6 +78,7 @@ def open_data(
     *,
     batch_size: int = 64,
     calibration_size: int = 512,
+    evaluation_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Data:
@@ -91,7 +92,8 @@ def open_data(
         batch_size: images a batch.
         calibration_size: how many images to calibrate on, drawn from the training split, or from the
             evaluation images where there is none.
-        seed: draws the calibration images.
+        evaluation_size: how many images to evaluate on, drawn at random; all of them by default.
+        seed: draws the images.
         progress: called while a tar is decoded for the first time.
 
     Raises:
@@ -99,14 +101,19 @@ def open_data(
     """
     evaluation, calibration, classes = _datasets(spec, preprocess, progress)
     generator = torch.Generator().manual_seed(seed)
-    size = len(calibration)  # type: ignore[arg-type]
-    chosen = torch.randperm(size, generator=generator)[:calibration_size].tolist()
     return Data(
         name=spec,
-        evaluation=_loader(evaluation, batch_size),
-        calibration=_loader(Subset(calibration, chosen), batch_size),
+        evaluation=_loader(_drawn(evaluation, evaluation_size, generator), batch_size),
+        calibration=_loader(_drawn(calibration, calibration_size, generator), batch_size),
         classes=classes,
     )
+
+
+def _drawn(dataset: Dataset[Any], size: int | None, generator: torch.Generator) -> Dataset[Any]:
+    """Return so many of the images, drawn without order; the set itself where all are wanted."""
+    total = len(dataset)  # type: ignore[arg-type]
+    chosen = torch.randperm(total, generator=generator)
+    return dataset if size is None else Subset(dataset, chosen[:size].tolist())
 
 
 def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None) -> float:
@@ -272,9 +279,13 @@ def _loader(dataset: Dataset[Any], batch_size: int) -> Loader:
     in_memory = isinstance(dataset, TensorDataset | _Normalised) or (
         isinstance(dataset, Subset) and isinstance(dataset.dataset, TensorDataset | _Normalised)
     )
-    return DataLoader(
-        dataset, batch_size=batch_size, num_workers=0 if in_memory else min(4, os.cpu_count() or 1)
-    )
+    return DataLoader(dataset, batch_size=batch_size, num_workers=0 if in_memory else _workers())
+
+
+def _workers() -> int:
+    """Count the processors that this process may use, up to four."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return min(4, len(allowed(0)) if allowed is not None else os.cpu_count() or 1)
 
 
 def _find_cifar10() -> Path:

@@ -118,7 +118,8 @@ def _widths(layers: Sequence[LayerReport]) -> str:
 
 def _strengths(layers: Sequence[LayerReport]) -> str:
     known = [layer for layer in layers if len(layer.strength) == len(_PARTS)]
-    positive = [value for layer in known for value in layer.strength if 0 < value < math.inf]
+    # The weakest are left out: a few that are all but zero would squeeze the rest; their dots go to the edge.
+    positive = [value for layer in known for value in layer.strength[1:] if 0 < value < math.inf]
     if not positive:
         return "<p>The strengths of this model were not recorded.</p>"
     scale = _LogScale(positive)

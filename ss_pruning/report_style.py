@@ -114,5 +114,6 @@ summary { cursor: pointer; color: var(--link); }
   .axis { position: static; }
   h2, h3 { break-after: avoid; }
   table, .verdict { break-inside: avoid; }
+  details::details-content { content-visibility: visible; display: block; height: auto; }
 }
 """

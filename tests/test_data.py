@@ -353,8 +353,7 @@ def test_damaged_photo_is_named_even_from_a_worker(
     folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     (folder / "test" / "cat" / "1.png").write_bytes(b"no picture")
-    monkeypatch.setattr(data.os, "cpu_count", lambda: workers)
-    monkeypatch.setattr(data, "min", lambda *_: workers, raising=False)
+    monkeypatch.setattr(data, "_workers", lambda: workers)
     opened = open_data(str(folder), SMALL)
     assert opened.evaluation.num_workers == workers
     with pytest.raises(InputError) as caught:

@@ -1,0 +1,516 @@
+"""The command line: what it writes, prints, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import ss_pruning
+from ss_pruning import _console, _job, synaptic_strength
+from ss_pruning.cli import app
+from ss_pruning.models import build_model
+from ss_pruning.report import Report
+
+SMALL = """
+from torch import nn
+
+def build(width=16):
+    print("hello from the factory")
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4),
+    )
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> str:
+    path = tmp_path / "net.py"
+    path.write_text(SMALL)
+    return f"{path}:build"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for label in range(4):
+        folder = tmp_path / "photos" / f"class{label}"
+        folder.mkdir(parents=True)
+        pixels = np.full((20, 24, 3), 60 * label, np.uint8)
+        Image.fromarray(pixels).save(folder / "0.png")
+    return tmp_path / "photos"
+
+
+def run(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail with one red panel; return its words."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("─ Error ─") == 1
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+SIZE = ("--input-size", "3x16x16")
+
+
+# ---------------------------------------------------------------- prune
+
+
+def test_prune_writes_a_model_and_two_reports_that_agree(net: str, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "net"
+    result = run("prune", net, "--macs", 0.5, *SIZE, "--data", photos, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(os.listdir(out)) == ["model.safetensors", "report.html", "report.json"]
+    report = Report.load_json(out / "report.json")
+    assert report.macs_after <= 0.5 * report.macs_before
+    assert report.images == 4
+    assert report.accuracy_before is not None
+    assert report.accuracy_after is not None
+    assert 0 <= report.max_error < 1e-6
+    assert report.params_after == sum(
+        value.numel()
+        for key, value in load_file(out / "model.safetensors").items()
+        if "running" not in key and "num_batches" not in key
+    )
+    assert report.settings["macs"] == 0.5
+    assert report.settings["input size"] == "3x16x16"
+    assert report.settings["score"] == "share"
+    assert net in (out / "report.html").read_text().replace("<wbr>", "")
+    for words in ("top-1 (4 images)", "multiply-accumulates", "Cut equals masked", "left whole:", "written:"):
+        assert words in result.stdout
+
+
+def test_recorded_command_makes_the_same_model_again(net: str, tmp_path: Path) -> None:
+    out = tmp_path / "it's here"
+    run(
+        "prune",
+        net,
+        *SIZE,
+        "--ratio",
+        0.25,
+        "--ignore",
+        3,
+        "--scope",
+        "local",
+        "--out",
+        out,
+        "--weights-by-order",
+    )
+    command = Report.load_json(out / "report.json").command
+    assert command is not None
+    words = shlex.split(command)
+    assert words[:3] == ["ss-prune", "prune", net]
+    assert "--weights-by-order" in words
+    assert "--seed" not in words
+    before = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    assert run(*words[1:]).exit_code == 0
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_saved_demo_reloads_by_name(tmp_path: Path) -> None:
+    assert run("prune", "demo:digits", "--macs", 0.7, "--out", tmp_path).exit_code == 0
+    model = ss_pruning.load(tmp_path / "model.safetensors")
+    report = Report.load_json(tmp_path / "report.json")
+    assert sum(parameter.numel() for parameter in model.parameters()) == report.params_after
+
+
+def test_files_of_the_user_are_not_named_in_the_model(net: str, tmp_path: Path) -> None:
+    run("prune", net, *SIZE, "--macs", 0.5, "--out", tmp_path / "out")
+    with safe_open(str(tmp_path / "out" / "model.safetensors"), framework="pt") as file:
+        assert "net.py" not in json.dumps(file.metadata())
+
+
+def test_json_is_the_only_thing_on_stdout(net: str) -> None:
+    result = run("prune", net, *SIZE, "--params", 0.6, "--json")
+    assert result.exit_code == 0
+    report = Report.from_dict(json.loads(result.stdout))
+    assert report.params_after <= 0.6 * report.params_before
+    assert "hello from the factory" in result.stderr
+    assert "random weights" in result.stderr
+
+
+def test_digits_lose_little_at_half_the_work() -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    result = run("prune", "demo:digits", "--macs", 0.5, "--data", "digits", "--json")
+    report = Report.from_dict(json.loads(result.stdout))
+    assert report.images == 500
+    assert report.accuracy_before is not None
+    assert report.accuracy_before > 0.97
+    assert report.accuracy_after is not None
+    assert report.accuracy_after > 0.9
+
+
+def test_images_limits_what_accuracy_is_measured_on() -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    result = run("prune", "demo:digits", "--macs", 0.9, "--data", "digits", "--images", 30, "--json")
+    assert json.loads(result.stdout)["images"] == 30
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "magnitude-l1", "bn-scale", "lamp", "fpgm", "random"])
+def test_other_criteria_prune_too(net: str, importance: str) -> None:
+    result = run("prune", net, *SIZE, "--macs", 0.6, "--importance", importance, "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["settings"]["importance"] == importance
+    assert values["macs_after"] <= 0.6 * values["macs_before"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--moments", "gaussian"),
+        ("--moments", "data", "--data"),
+        ("--score", "entropy"),
+        ("--round-to", 8),
+        ("--max-ratio", 0.5),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_options_reach_the_core(net: str, photos: Path, options: tuple[Any, ...]) -> None:
+    given = (*options, photos) if options[-1] == "--data" else options
+    result = run("prune", net, *SIZE, "--macs", 0.7, *given, "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    name = options[0].removeprefix("--").replace("-", "_")
+    assert values["settings"][name] == options[1]
+    if name == "round_to":
+        assert all(entry["outputs_after"] % 8 == 0 for entry in values["layers"][:-1])
+    if name == "max_ratio":
+        assert all(2 * entry["outputs_after"] >= entry["outputs_before"] for entry in values["layers"])
+
+
+def test_data_moments_read_the_calibration_images(
+    net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = _job.run
+    monkeypatch.setattr(
+        _job, "run", lambda job, chosen, *rest: seen.append(chosen) or real(job, chosen, *rest)
+    )
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--moments", "data", "--data", photos, "--json")
+    assert result.exit_code == 0
+    assert [tuple(batch.shape) for batch in seen[0].moments] == [(4, 3, 16, 16)]
+
+
+def test_ignored_modules_stay_whole(net: str) -> None:
+    values = json.loads(run("prune", net, *SIZE, "--macs", 0.6, "--ignore", "0", "--json").stdout)
+    widths = {entry["path"]: (entry["outputs_before"], entry["outputs_after"]) for entry in values["layers"]}
+    assert widths["0"] == (16, 16)
+    assert widths["3"][1] < 16
+
+
+def test_same_seed_same_result(net: str) -> None:
+    def widths(seed: int) -> Any:
+        result = run("prune", net, *SIZE, "--macs", 0.5, "--importance", "random", "--seed", seed, "--json")
+        return [entry["strength"] for entry in json.loads(result.stdout)["layers"]]
+
+    assert widths(1) == widths(1)
+    assert widths(1) != widths(2)
+
+
+def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
+    result = run("prune", f"{net},width=8", *SIZE, "--macs", 0.8, "--data", photos)
+    assert "accuracy only means" not in result.stderr
+    for index in (2, 3):
+        (photos / f"class{index}" / "0.png").unlink()
+        (photos / f"class{index}").rmdir()
+    result = run("prune", f"{net},width=8", *SIZE, "--macs", 0.8, "--data", photos)
+    assert "The model has 4 outputs, the data 2 classes" in " ".join(result.stderr.split())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give exactly one of --macs, --params and --ratio; none was given"),
+        (("--macs", 0.5, "--ratio", 0.5), "--macs and --ratio was given"),
+        (("--macs", 7), "7"),
+        (
+            ("--macs", 0.5, "--importance", "random", "--score", "share"),
+            "--score belongs to --importance synaptic",
+        ),
+        (
+            ("--macs", 0.5, "--importance", "lamp", "--moments", "gaussian"),
+            "--moments belongs to --importance",
+        ),
+        (("--macs", 0.5, "--moments", "data"), "say where they are with --data"),
+        (("--macs", 0.5, "--input-size", "224"), "channels x height x width, as in 3x224x224, not '224'"),
+        (("--macs", 0.5, "--mean", "a,b"), "one number per channel"),
+        (("--macs", 0.5, "--device", "abacus"), "Use --device cpu"),
+        (("--macs", 0.5, "--data", "absent"), "no data at 'absent'"),
+        (("--macs", 0.5, "--weights", "absent.pth"), "no weights file at 'absent.pth'"),
+        (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
+        (("--macs", 0.000001), "smallest"),
+        (("--macs", 0.5, "--input-size", "5x16x16"), "does not run"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_bad_options_say_what_to_do(net: str, options: tuple[Any, ...], message: str) -> None:
+    size = () if "--input-size" in options else SIZE
+    assert message in refused("prune", net, *size, *options).replace("hello from the factory ", "")
+
+
+def test_unknown_model_and_its_closest_names() -> None:
+    assert "The closest names are resnet18" in refused("prune", "torchvision:resnet1", "--macs", 0.5)
+
+
+def test_unknown_option_value_names_the_choices(net: str) -> None:
+    result = run("prune", net, "--macs", 0.5, "--importance", "best")
+    assert result.exit_code == 2
+    assert "bn-scale" in result.stderr
+
+
+def test_nan_weights_are_refused(net: str, tmp_path: Path) -> None:
+    model = build_model(net)
+    nn.init.constant_(model.get_parameter("3.weight"), float("nan"))
+    torch.save(model.state_dict(), tmp_path / "nan.pth")
+    assert "NaN or Inf" in refused("prune", net, *SIZE, "--macs", 0.5, "--weights", tmp_path / "nan.pth")
+
+
+def test_unwritable_folder_is_found_before_the_work(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_job, "prepare", lambda *_: pytest.fail("worked before looking"))
+    (tmp_path / "file").touch()
+    for command in ("prune", "score"):
+        budget = ("--macs", 0.5) if command == "prune" else ()
+        message = refused(command, net, *budget, "--out", tmp_path / "file" / "x.json")
+        assert "is a file, not a folder; choose another place" in message
+
+
+def test_failure_leaves_no_new_folder_and_no_old_file_changed(net: str, tmp_path: Path) -> None:
+    refused("prune", net, *SIZE, "--macs", 0.5, "--data", "absent", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.json").write_text("old")
+    refused("prune", net, *SIZE, "--macs", 0.5, "--data", "absent", "--out", old)
+    assert os.listdir(old) == ["report.json"]
+    assert (old / "report.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("stage", ["prepare", "run", "write"])
+def test_ctrl_c_leaves_nothing_half_written(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_job, stage, interrupt)
+    result = run("prune", net, *SIZE, "--macs", 0.5, "--out", tmp_path / "new")
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_while_writing_keeps_whole_files_only(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Path, *args: Any, **kwargs: Any) -> int:
+        with self.open("w") as file:
+            file.write("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupt)
+    assert run("prune", net, *SIZE, "--macs", 0.5, "--out", tmp_path / "new").exit_code == 130
+    assert os.listdir(tmp_path / "new") == ["model.safetensors"]
+    load_file(tmp_path / "new" / "model.safetensors")
+
+
+def test_bugs_keep_their_traceback(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(_job, "run", stumble)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("prune", net, *SIZE, "--macs", 0.5)
+
+
+# ---------------------------------------------------------------- score
+
+
+def test_score_lists_layers_in_the_order_in_which_they_run(net: str) -> None:
+    result = run("score", net, *SIZE)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    layers = [row[0] for row in rows if len(row) >= 7 and row[0].isdigit()]
+    assert layers == ["0", "3", "8"]
+    assert "Weakest synapses" in result.stdout
+
+
+def test_score_figures_are_those_of_the_strengths() -> None:
+    result = run("score", "demo:digits", "--json", "--weakest", 3)
+    values = json.loads(result.stdout)
+    model = build_model("demo:digits")
+    strengths = synaptic_strength(model, torch.zeros(1, 1, 8, 8))
+    assert [entry["path"] for entry in values["layers"]] == list(strengths)
+    for entry in values["layers"]:
+        found = strengths[entry["path"]].double()
+        assert (entry["outputs"], entry["inputs"]) == tuple(found.shape)
+        ranks = found.flatten().sort().values
+        assert entry["median"] == pytest.approx(float(ranks[(len(ranks) - 1) // 2]))
+        assert entry["weakest"] == pytest.approx(float(ranks[0]))
+        assert entry["strongest"] == pytest.approx(float(ranks[-1]))
+        power = found.square()
+        effective = power.sum(1).square() / power.square().sum(1)
+        assert entry["effective_inputs"] == pytest.approx(float(effective.median()), rel=1e-4)
+        assert entry["unscaled"] == int(strengths.unscaled[entry["path"]].sum())
+    weakest = min(float(shares.min()) for shares in strengths.shares().values())
+    shares = [entry["share"] for entry in values["weakest"]]
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(weakest)
+    assert len(shares) == 3
+    for entry in values["weakest"]:
+        place = strengths[entry["path"]][entry["output"], entry["input"]]
+        assert entry["strength"] == pytest.approx(float(place))
+
+
+def test_score_writes_every_strength(tmp_path: Path) -> None:
+    out = tmp_path / "scores.safetensors"
+    assert run("score", "demo:digits", "--out", out).exit_code == 0
+    written = load_file(out)
+    strengths = synaptic_strength(build_model("demo:digits"), torch.zeros(1, 1, 8, 8))
+    for path, strength in strengths.items():
+        assert torch.equal(written[f"strength/{path}"], strength)
+        assert torch.equal(written[f"unscaled/{path}"], strengths.unscaled[path])
+    assert os.listdir(tmp_path) == ["scores.safetensors"]
+
+
+def test_score_writes_its_summary(tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    result = run("score", "demo:digits", "--out", out, "--json")
+    assert json.loads(out.read_text()) == json.loads(result.stdout)
+
+
+def test_score_refuses_other_files(net: str, tmp_path: Path) -> None:
+    assert "ends in .safetensors or .json" in refused("score", net, "--out", tmp_path / "scores.csv")
+    assert "does not exist; create it first" in refused("score", net, "--out", tmp_path / "absent" / "a.json")
+    assert "say where they are with --data" in refused("score", net, "--moments", "data")
+
+
+def test_outputs_without_any_input_have_no_effective_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "dead.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))\n"
+        "    nn.init.zeros_(net[1].weight)\n"
+        "    return net\n"
+    )
+    values = json.loads(run("score", f"{path}:build", *SIZE, "--json").stdout)
+    assert values["layers"][1]["effective_inputs"] == 0.0
+    assert values["layers"][1]["strongest"] == 0.0
+
+
+# ---------------------------------------------------------------- progress
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    monkeypatch.setattr(_console, "Console", lambda stderr: console)
+    with _console.progress_bars() as progress:
+        for done in range(3):
+            progress(f"pruning: stage[{done}]", done, 2)
+        progress("accuracy", 1, 7)
+    return file.getvalue()
+
+
+def test_progress_is_one_bar_a_job_labelled_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, terminal=True)
+    assert "pruning: stage[2]" in text
+    assert "2/2" in text
+    assert "1/7" in text
+    assert "pruning: stage[0]" not in text.rpartition("accuracy")[0].rpartition("pruning: stage[2]")[2]
+
+
+def test_progress_is_silent_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, terminal=False).strip() == ""
+
+
+# ---------------------------------------------------------------- the program
+
+
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ss_pruning.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        timeout=240,
+        check=False,
+    )
+
+
+def test_program_is_quiet_when_piped(tmp_path: Path) -> None:
+    done = program("prune", "demo:digits", "--macs", "0.6", "--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert Report.from_dict(json.loads(done.stdout)) == Report.load_json(tmp_path / "report.json")
+
+
+def test_program_fails_with_a_panel_and_code_2() -> None:
+    done = program("prune", "torchvision:resnet1", "--macs", "0.6")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "The closest names are" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["prune", "score"])
+def test_help_teaches(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.replace("│", " ").split())
+    assert "Examples" in text
+    assert f"ss-prune {command} demo:digits" in text
+    assert "executes that file" in text
+    assert "no code is run from it" in text
+
+
+def test_help_names_every_choice_and_every_example_parses() -> None:
+    text = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "200"}).stdout
+    for name in (
+        "synaptic",
+        "magnitude-l1",
+        "bn-scale",
+        "lamp",
+        "fpgm",
+        "random",
+        "gaussian",
+        "entropy",
+        "local",
+    ):
+        assert name in text
+    examples = [line.strip() for line in text.splitlines() if line.strip().startswith("ss-prune ")]
+    assert len(examples) == 4
+    known = {option for line in text.splitlines() for option in line.split() if option.startswith("--")}
+    assert {word for example in examples for word in example.split() if word.startswith("--")} <= known
