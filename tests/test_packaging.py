@@ -22,7 +22,7 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "errors", "layers", "report_style"},
+    {"_atomic", "_choices", "errors", "layers", "report_style"},
     {"_decode", "provenance"},
     {"data", "moments"},
     {"strength"},
@@ -31,10 +31,10 @@ LAYERS = [
     {"planning"},
     {"verification"},
     {"report"},
-    {"report_html"},
+    {"_console", "report_html", "scores"},
     {"files"},
     {"models"},
-    {"pruning"},
+    {"_job", "pruning"},
     {"cli"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer} | {"demo": 1}

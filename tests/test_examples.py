@@ -1,0 +1,67 @@
+"""What the README and the examples show runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run Python in `folder`, so that what it writes lands there; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", *arguments]
+    # The checkout's own package, installed or not.
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def readme_blocks() -> list[str]:
+    """Return the Python code blocks of the README; pretrained weights would need a download."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return [block.replace("pretrained=True", "pretrained=False") for block in blocks]
+
+
+def test_readme_has_its_two_uses_in_python() -> None:
+    first, second = readme_blocks()
+    assert "SynapticImportance()" in first
+    assert "prune_(" in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", readme_blocks(), ids=["torch_pruning", "timm"])
+def test_readme_code_runs(block: str, tmp_path: Path) -> None:
+    run(tmp_path, "-c", block)
+
+
+@pytest.mark.slow
+def test_quickstart_runs(tmp_path: Path) -> None:
+    output = run(tmp_path, str(ROOT / "examples" / "torch_pruning_quickstart.py"))
+    kept = [int(share) for share in re.findall(r"(\d+)%", output)]
+    assert len(kept) == 2
+    assert all(30 < share < 80 for share in kept)
+
+
+def test_timm_example_prunes_saves_and_loads(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "timm_prune.py")
+    output = run(tmp_path, script, "test_resnet", "--macs", "0.7", "--out", "pruned.safetensors")
+    assert "loaded again: largest difference 0.0" in output
+    assert (tmp_path / "pruned.safetensors").stat().st_size > 0
+
+
+def test_training_example_writes_weights_that_fit(tmp_path: Path) -> None:
+    output = run(tmp_path, str(ROOT / "examples" / "train_digits.py"), "--epochs", "1")
+    assert "accuracy, test:" in output
+    check = (
+        "from ss_pruning.demo import digits_resnet; from safetensors.torch import load_file;"
+        "digits_resnet().load_state_dict(load_file('digits_resnet.safetensors'))"
+    )
+    run(tmp_path, "-c", check)
