@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -361,6 +361,12 @@ def test_random_nets(draw: st.DataObject, kinds: list[type[Block]], scope: str) 
         model = randomise(RandomNet(kinds, draw)).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     dense = copy.deepcopy(model)
-    report = prune_(model, x, ratio=0.3, scope=scope)
+    try:
+        report = prune_(model, x, params=0.85, scope=scope)
+    except (
+        BudgetError,
+        NothingToPruneError,
+    ):  # a shuffle of few channels may leave nothing that can go alone
+        reject()
     assert largest_difference(dense, model, (x,)) < 1e-10
     assert report.params_after < report.params_before
