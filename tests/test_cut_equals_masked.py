@@ -189,7 +189,7 @@ def test_ignored_layers_keep_their_outputs() -> None:
 
 
 def test_what_can_never_shrink_is_named() -> None:
-    """Parts of 3 and 5 channels have no smaller sizes in proportion: they may follow freely, or be left whole."""
+    """Parts of 3 and 5 channels have no smaller sizes in proportion: they follow freely or stay whole."""
     net = BY_NAME["unequal_split"]
     model = net.make()
     for _ in range(2):
