@@ -88,8 +88,12 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 if total is None:
                     total = torch.zeros(len(place), device=scores.device)
                 at = [(i, place.get(r)) for i, r in zip(item.idxs, item.root_idxs, strict=True)]
-                rows = torch.tensor([i for i, r in at if r is not None], device=scores.device, dtype=torch.long)
-                roots = torch.tensor([r for _, r in at if r is not None], device=scores.device, dtype=torch.long)
+                rows = torch.tensor(
+                    [i for i, r in at if r is not None], device=scores.device, dtype=torch.long
+                )
+                roots = torch.tensor(
+                    [r for _, r in at if r is not None], device=scores.device, dtype=torch.long
+                )
                 total.index_add_(0, roots, scores[rows].to(total))
         return None if total is None else _normalized(total, self.normalizer)
 
@@ -201,7 +205,9 @@ def _is_consumer(dep: Any, graph: Any) -> bool:
     module = dep.target.module
     if not isinstance(module, (_ConvNd, nn.Linear)) or is_depthwise(module):
         return False
-    return bool(graph.is_in_channel_pruning_fn(dep.handler)) and not graph.is_out_channel_pruning_fn(dep.handler)
+    return bool(graph.is_in_channel_pruning_fn(dep.handler)) and not graph.is_out_channel_pruning_fn(
+        dep.handler
+    )
 
 
 def _recover_inputs(graph: Any) -> Tensor:
@@ -269,7 +275,9 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
         if handler is None:
             continue
         node = _Node(modules[member.path], member.path)
-        group.add_dep(tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist())
+        group.add_dep(
+            tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist()
+        )
         width = member.index.shape[1]
         group[-1].root_idxs = [i for i in range(cell.size) for _ in range(width)]
     return group

@@ -121,7 +121,7 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
     slots = _Slots(wiring)
     modules = dict(model.named_modules())
     family = _components(slots.total, _ties(wiring, slots, modules))
-    frozen = _frozen(wiring, slots, modules, dict(ignore or {}))
+    frozen = _frozen(wiring, slots, modules, ignore or {})
     reasons = _family_reasons(slots, family, frozen)
     cells = _cells(wiring, slots, modules, family, reasons)
     units = _units(cells, modules)
@@ -194,40 +194,40 @@ def _components(total: int, ties: Ints) -> Ints:
 
 
 def _frozen(
-    wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module], ignore: dict[str, str]
+    wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
 ) -> list[tuple[Ints, str]]:
     """Slots that must stay, each with the reason; the first reason that reaches a family is the one reported."""
     frozen: list[tuple[Ints, str]] = []
-    for source, channels in wiring.reaches_output.items():
-        if source in slots.out_key:
-            frozen.append((channels.numpy() + slots.start[slots.out_key[source]], OUTPUT_REASON))
-    for path in ignore:
+    for origin, channels in wiring.reaches_output.items():
+        if origin in slots.out_key:
+            frozen.append((channels.numpy() + slots.start[slots.out_key[origin]], OUTPUT_REASON))
+    for path, reason in ignore.items():
         if path in slots.out_key:
-            frozen.append((slots.numbers(slots.out_key[path]), ignore[path]))
+            frozen.append((slots.numbers(slots.out_key[path]), reason))
     for path, reason in _untouchable(modules, wiring).items():
-        sides: tuple[Side, ...] = ("in", "out", "through")
-        for side in sides:
-            if (path, side) in slots.widths:
-                frozen.append((slots.numbers((path, side)), reason))
-    fed = np.zeros(slots.total, dtype=bool)
-    read = np.zeros(slots.total, dtype=bool)
+        frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
+    return frozen + _unconnected(wiring, slots)
+
+
+def _unconnected(wiring: Wiring, slots: _Slots) -> list[tuple[Ints, str]]:
+    """Slots that nothing shrinks, that nothing reads, or that feed several channels at once."""
+    frozen: list[tuple[Ints, str]] = []
+    fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
     for path, feeds in wiring.feeds.items():
         into = slots.start[slots.in_key(path)]
         for feed in feeds:
-            pairs = feed.pairs.numpy()
+            pairs, broadcast = feed.pairs.numpy(), feed.broadcast.numpy()
             if feed.source == INPUT:
                 frozen.append((pairs[:, 1] + into, NO_PRODUCER_REASON))
                 continue
             source = slots.start[slots.out_key[feed.source]]
-            if feed.source not in wiring.loose:
-                fed[pairs[:, 1] + into] = True
+            fed[pairs[:, 1] + into] |= feed.source not in wiring.loose
             read[pairs[:, 0] + source] = True
-            broadcast = feed.broadcast.numpy()
             read[broadcast + source] = True
             frozen.append((broadcast + source, BROADCAST_REASON))
     for path in wiring.layers:
-        into_, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
-        frozen.append((into_[~fed[into_]], NO_PRODUCER_REASON))
+        reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
+        frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
         frozen.append((out[~read[out]], UNREAD_REASON))
     return frozen
 
@@ -241,7 +241,9 @@ def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, 
         if hasattr(module, "parametrizations"):
             reasons[path] = "its weight is parametrised; remove the parametrisation first"
         if hasattr(module, "weight_g") or hasattr(module, "weight_orig") or hasattr(module, "weight_u"):
-            reasons[path] = "its weight is recomputed by an old-style hook (weight norm, mask); remove it first"
+            reasons[path] = (
+                "its weight is recomputed by an old-style hook (weight norm, mask); remove it first"
+            )
         for tensor in module.parameters():
             other = owners.setdefault(id(tensor), path)
             if other != path:
@@ -370,7 +372,7 @@ def _tied(cells: Sequence[Cell], groups: Iterable[Sequence[int]]) -> list[list[C
     """The cells, in sets that are connected by groups of cell numbers."""
     ties = [(group[0], other) for group in groups if group for other in group[1:]]
     label = _components(len(cells), np.array(ties, dtype=np.int64).reshape(-1, 2))
-    return [[cells[i] for i in np.flatnonzero(label == n)] for n in np.unique(label)]
+    return [[cells[i] for i in np.flatnonzero(label == n).tolist()] for n in np.unique(label)]
 
 
 def _local(unit: Sequence[Cell], cells: Sequence[Cell], groups: Mapping[Key, list[int]]) -> list[list[int]]:

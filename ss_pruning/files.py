@@ -122,4 +122,3 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[
     model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-

@@ -82,13 +82,17 @@ def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
         seen = covered.setdefault(feed.call, torch.zeros(inputs, dtype=torch.bool, device=device))
         if feed.source in scales:
             pairs = feed.pairs.to(device)
-            before = before.to(scales[feed.source]).index_add(0, pairs[:, 1], scales[feed.source][pairs[:, 0]])
+            before = before.to(scales[feed.source]).index_add(
+                0, pairs[:, 1], scales[feed.source][pairs[:, 0]]
+            )
             seen[pairs[:, 1]] = True
         calls[feed.call] = before
     if not calls:
         ones = torch.ones(inputs, device=device)
         return Moments(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
-    variance = torch.stack([torch.where(covered[c], calls[c], torch.ones_like(calls[c])) for c in calls]).mean(0)
+    variance = torch.stack(
+        [torch.where(covered[c], calls[c], torch.ones_like(calls[c])) for c in calls]
+    ).mean(0)
     return Moments(None, variance, ~torch.stack(list(covered.values())).all(0))
 
 
@@ -131,7 +135,9 @@ def _noise_hook(axis: int, generator: torch.Generator) -> Callable[[nn.Module, A
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         z = stratified_normal(args[0], axis, generator)
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):  # undo the normalisation that will be applied
+        if isinstance(mean, Tensor) and isinstance(
+            var, Tensor
+        ):  # undo the normalisation that will be applied
             shape = [-1 if a == axis else 1 for a in range(z.dim())]
             eps = float(getattr(module, "eps", 0.0))
             z = z * (var + eps).sqrt().reshape(shape) + mean.reshape(shape)
@@ -144,11 +150,12 @@ def stratified_normal(like: Tensor, axis: int, generator: torch.Generator) -> Te
     """Standard normal noise whose values along each channel are one quantile from each of `n` equal strata."""
     channels = like.shape[axis]
     n = like.numel() // max(channels, 1)
-    strata = torch.stack([torch.randperm(n, generator=generator) for _ in range(channels)])
+    strata = torch.rand(channels, n, generator=generator).argsort(1)
     u = (strata + torch.rand(channels, n, generator=generator)) / n
     z = torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12)).to(like.device, torch.float32)
     rest = [size for a, size in enumerate(like.shape) if a != axis]
-    return z.reshape(channels, *rest).movedim(0, axis)
+    noise: Tensor = z.reshape(channels, *rest).movedim(0, axis)
+    return noise
 
 
 def _observe(
@@ -205,5 +212,3 @@ def _moments(path: str, model: nn.Module, count: int, total: Any, squares: Any) 
     assert isinstance(weight, Tensor)
     dtype = weight.dtype
     return Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
-
-

@@ -50,7 +50,9 @@ class Budget:
         """
         given = [(k, v) for k, v in (("macs", macs), ("params", params), ("ratio", ratio)) if v is not None]
         if len(given) != 1:
-            raise InputError("give exactly one of macs=, params= (shares to keep) and ratio= (share to remove)")
+            raise InputError(
+                "give exactly one of macs=, params= (shares to keep) and ratio= (share to remove)"
+            )
         kind, value = given[0]
         if not 0 < value < 1:
             raise InputError(f"{kind}={value} must lie strictly between 0 and 1; for example {kind}=0.5")
@@ -203,10 +205,14 @@ def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) 
         goal = budget.value * sum(cell.size for unit in units for cell in unit.cells)
         moves = int(np.searchsorted(plan.families.cumsum(), goal + 1e-9, side="right"))
         if not moves:
-            raise BudgetError(f"ratio={budget.value} is less than one step; the smallest is {plan.families[0]} channels")
+            raise BudgetError(
+                f"ratio={budget.value} is less than one step; the smallest is {plan.families[0]} channels"
+            )
         if moves == total and plan.families.sum() < goal - plan.families.max():
             reachable = plan.families.sum() / (goal / budget.value)
-            raise BudgetError(f"ratio={budget.value} is out of reach; the largest is {reachable:.4f} (see max_ratio)")
+            raise BudgetError(
+                f"ratio={budget.value} is out of reach; the largest is {reachable:.4f} (see max_ratio)"
+            )
         return plan.taken(moves)
     return plan.taken(_search(plan, units, costs, budget))
 
@@ -252,7 +258,9 @@ def to_plan(selection: Selection, coupling: Coupling, wiring: Wiring) -> Plan:
     """The selection as an immutable plan, in the order in which the layers run."""
     cuts = []
     for path, side in coupling.widths:
-        if (path, side) not in selection or (path in wiring.layers and wiring.layers[path].kind == "positional"):
+        if (path, side) not in selection or (
+            path in wiring.layers and wiring.layers[path].kind == "positional"
+        ):
             continue
         axis = wiring.loose[path].axis if side == "tensor" else 0
         cuts.append(Cut(path, side, coupling.widths[path, side], selection[path, side], axis))

@@ -241,8 +241,13 @@ class _Recorder:
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
             self.arrivals.append(_Arrival(path, x.clone(), axis, index))
-        dtype = next((t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-        return pytree.tree_map_only(Tensor, lambda t: _cast(t.detach(), dtype or torch.float32), (args, kwargs))
+        dtype = next(
+            (t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None
+        )
+        cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            Tensor, lambda t: _cast(t.detach(), dtype or torch.float32), (args, kwargs)
+        )
+        return cast
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -296,9 +301,8 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            for module in model.modules():
-                if isinstance(module, nn.PReLU):  # its slope is flat at the operating point
-                    handles.append(module.register_forward_hook(_slope_times_input))
+            slopes = [m for m in model.modules() if isinstance(m, nn.PReLU)]  # flat at the operating point
+            handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -529,13 +533,14 @@ def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> Non
     near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
     if not near or not tensor.is_floating_point():
         return
-    r = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device, tensor.dtype)
+    r = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(
+        tensor.device, tensor.dtype
+    )
     grads = torch.autograd.grad(
         tensor, [leaf.tensor for leaf in near], r + 0.5, retain_graph=True, allow_unused=True
     )
-    for leaf, g in zip(near, grads, strict=True):
-        if g is None:
-            continue
+    reached = [(leaf, g) for leaf, g in zip(near, grads, strict=True) if isinstance(g, Tensor)]
+    for leaf, g in reached:
         touched = _rows(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
         before = wiring.reaches_output.get(leaf.source, touched)
         wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()

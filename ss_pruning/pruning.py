@@ -1,41 +1,32 @@
-"""`prune_`: the main job from end to end. Trace, couple, score, plan, verify on a copy, then cut."""
+"""`prune_`: the main job from end to end. Trace, couple, score, plan, verify on a copy, cut, compensate."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ss_pruning.coupling import IGNORED_REASON, Coupling, LeftWhole, couple
-from ss_pruning.errors import InputError, VerificationError
+from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
+from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
+from ss_pruning.errors import InputError
 from ss_pruning.layers import check_finite
-from ss_pruning.planning import (
-    Budget,
-    Costs,
-    Floats,
-    Scope,
-    choose,
-    count_macs,
-    schedule,
-    select,
-    to_plan,
-)
+from ss_pruning.planning import Budget, Costs, Floats, Scope, count_macs
 from ss_pruning.provenance import Wiring, trace
+from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.report import QUANTILES, LayerReport, Report
+from ss_pruning.settling import Search
 from ss_pruning.strength import synaptic_strength
 from ss_pruning.surgery import Plan
-from ss_pruning.verification import Number, Verified, verify
 
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
-
-FORWARD_REASON = "the forward pass relies on its width"
+_STAGES = 4
 
 
 def prune_(
@@ -50,6 +41,8 @@ def prune_(
     round_to: int | None = None,
     scope: Scope = "global",
     max_ratio: float = 0.9,
+    compensation: Method = "none",
+    calibration: Any = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prune whole channels of `model` in place, by synaptic strength or any Torch-Pruning importance.
@@ -69,6 +62,9 @@ def prune_(
         round_to: Remaining widths are multiples of this.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
         max_ratio: No layer loses a larger share of its channels than this.
+        compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
+            "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
+        calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred.
         progress: Called with (stage, done, total).
 
     Returns:
@@ -81,7 +77,7 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     budget = Budget.of(macs, params, ratio)
-    _check_options(scope, max_ratio, round_to)
+    _check_options(scope, max_ratio, round_to, compensation, calibration)
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):
@@ -91,32 +87,55 @@ def prune_(
     with clock("score", 1):
         scores = _scores(model, importance, coupling, wiring, example_inputs)
         strengths = synaptic_strength(model, example_inputs, wiring=wiring)
+    options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan and verify", 2):
-        options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
-        job = _Job(model, example_inputs, wiring, coupling, costs, budget, options)
-        verified = job.settle(scores)
+        search = Search(model, example_inputs, wiring, coupling, costs, budget, options)
+        verified = search.settle(scores)
     with clock("cut", 3):
-        before = (costs.macs, costs.params)
-        verified.plan.apply_(model)
-        after = (count_macs(model, example_inputs)[0], sum(p.numel() for p in model.parameters()))
+        plan, outcome = _cut(model, verified.plan, wiring, compensation, calibration, example_inputs)
     settings = {
         budget.kind: budget.value,
         "importance": "SynapticImportance" if importance is None else type(importance).__name__,
         **options,
+        "compensation": compensation,
     }
+    if outcome.inexact:
+        settings["inexact at padded borders"] = ", ".join(outcome.inexact)
     return Report(
         model=type(model).__name__,
-        macs_before=before[0],
-        macs_after=after[0],
-        params_before=before[1],
-        params_after=after[1],
-        layers=_layer_reports(model, verified.plan, wiring, strengths),
-        left_whole=[*coupling.left_whole, *job.left_whole()],
+        macs_before=costs.macs,
+        macs_after=count_macs(model, example_inputs)[0],
+        params_before=costs.params,
+        params_after=sum(p.numel() for p in model.parameters()),
+        layers=_layer_reports(model, plan, wiring, strengths),
+        left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
         settings=settings,
         seconds=clock.seconds,
         versions={"torch": torch.__version__, **_versions("ss-pruning", "torch-pruning")},
     )
+
+
+def _cut(
+    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, calibration: Any, example_inputs: Any
+) -> tuple[Plan, Outcome]:
+    """Cut the model; with compensation on a copy first, so that whatever fails there leaves the model alone."""
+    if method == "none":
+        plan.apply_(model)
+        return plan, Outcome()
+    small = copy.deepcopy(model)
+    plan.apply_(small)
+    if method == "mean":
+        source = "gaussian" if calibration is None else [gather_batches(calibration)]
+        outcome = fold_means_(small, model, plan, wiring, source, example_inputs)
+    elif method == "linear":
+        outcome = fold_linear_(small, model, plan, wiring, gather_batches(calibration))
+    else:
+        outcome = reconstruct_(small, model, plan, wiring, gather_batches(calibration))
+    plan = replace(plan, biases=tuple(outcome.biases))
+    plan.apply_(model)
+    model.load_state_dict(small.state_dict())
+    return plan, outcome
 
 
 class _Clock:
@@ -127,7 +146,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int) -> _Clock:
-        self.progress(stage, done, 4)
+        self.progress(stage, done, _STAGES)
         self.stage, self.done = stage, done
         return self
 
@@ -136,10 +155,21 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.stage] = time.perf_counter() - self.begin
-        self.progress(self.stage, self.done + 1, 4)
+        self.progress(self.stage, self.done + 1, _STAGES)
 
 
-def _check_options(scope: str, max_ratio: float, round_to: int | None) -> None:
+def _check_options(
+    scope: str, max_ratio: float, round_to: int | None, compensation: str, calibration: Any
+) -> None:
+    if compensation not in METHODS:
+        raise InputError(
+            f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
+        )
+    if compensation in ("linear", "reconstruct") and calibration is None:
+        raise InputError(
+            f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
+            "loader; compensation='mean' does without"
+        )
     if scope not in ("global", "local"):
         raise InputError(f"scope={scope!r} is unknown; use 'global' or 'local'")
     if not 0 < max_ratio <= 1:
@@ -176,111 +206,6 @@ def _scores(
     cells = [cell for unit in coupling.units for cell in unit.cells]
     scored = iter(cell_scores(importance or SynapticImportance(), cells, graph))
     return [[next(scored).numpy() for _ in unit.cells] for unit in coupling.units]
-
-
-@dataclass
-class _Job:
-    """Finds the plan that meets the budget and survives verification.
-
-    Attributes:
-        options: What `schedule` takes beside units and scores.
-        reasons: Why units were left whole, by their number.
-    """
-
-    model: nn.Module
-    example_inputs: Any
-    wiring: Wiring
-    coupling: Coupling
-    costs: Costs
-    budget: Budget
-    options: dict[str, Any]
-    reasons: dict[int, str] = field(default_factory=dict)
-
-    def settle(self, scores: list[list[Floats]]) -> Verified:
-        """Plan and verify; leave whole what fails, and plan again until all that is cut is right."""
-        while True:
-            alive = [u for u in range(len(scores)) if u not in self.reasons]
-            units = [self.coupling.units[u] for u in alive]
-            order = schedule(units, [scores[u] for u in alive], **self.options)
-            steps = choose(order, units, self.costs, self.budget)
-
-            def attempt(part: Collection[int], fixed: Collection[Number]) -> Verified:
-                taken = np.array([n if i in part else 0 for i, n in enumerate(steps.tolist())])
-                selection = select(order, units, taken, self.coupling)
-                plan = to_plan(selection, self.coupling, self.wiring)
-                arguments = (plan, selection, self.example_inputs, self.wiring, units)
-                return verify(self.model, *arguments, fixed=fixed)
-
-            def touching(path: str) -> set[int]:
-                return {i for i, unit in enumerate(units) if any(_inside(p, path) for p in unit.paths())}
-
-            verified, failed = largest_sound_part(np.flatnonzero(steps).tolist(), attempt, touching)
-            if verified is not None and not failed:
-                return verified
-            self.reasons.update({alive[i]: reason for i, reason in failed.items()})
-
-    def left_whole(self) -> list[LeftWhole]:
-        """The units that failed verification."""
-        units = [(self.coupling.units[u], reason) for u, reason in self.reasons.items()]
-        return [
-            LeftWhole((unit.name,), sum(cell.size for cell in unit.cells), f"{FORWARD_REASON}: {reason}")
-            for unit, reason in units
-        ]
-
-
-def _inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
-
-
-def largest_sound_part(
-    items: list[int],
-    attempt: Callable[[Collection[int], Collection[Number]], Verified],
-    touching: Callable[[str], Collection[int]],
-) -> tuple[Verified | None, dict[int, str]]:
-    """Verify all items together; on failure halve, until those that fail are found.
-
-    Args:
-        items: What to cut.
-        attempt: Verifies a part of them, with stored numbers that must not follow; raises `VerificationError` if
-            the cut is wrong.
-        touching: The items that touch layers inside a module; they are the first suspects when it does not run.
-
-    Returns:
-        What was verified last without an error, and by failed item the reason.
-    """
-    sound: set[int] = set()
-    failed: dict[int, str] = {}
-    fixed: set[Number] = set()
-    verified = None
-    stack = [items]
-    while stack:
-        part = stack.pop()
-        try:
-            verified = attempt({*sound, *part}, fixed)
-        except VerificationError as error:
-            if len(part) > 1:
-                stack += _split(part, touching(error.at) if error.at else ())
-                continue
-            # Perhaps a number followed that only happened to equal a width.
-            suspects = error.followed - (verified.followed() if verified else frozenset())
-            try:
-                verified = attempt({*sound, *part}, fixed | suspects) if suspects else None
-            except VerificationError:
-                suspects = frozenset()
-            if not suspects:
-                failed[part[0]] = str(error)
-                continue
-            fixed |= suspects
-        sound.update(part)
-    return verified, failed
-
-
-def _split(part: list[int], suspects: Collection[int]) -> list[list[int]]:
-    """Two parts, the one to try first last: the innocent before the suspects, or else the first half."""
-    guilty = [item for item in part if item in suspects]
-    if 0 < len(guilty) < len(part):
-        return [guilty, [item for item in part if item not in suspects]]
-    return [part[len(part) // 2 :], part[: len(part) // 2]]
 
 
 def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any) -> list[LayerReport]:

@@ -56,7 +56,11 @@ class Strengths(dict[str, Tensor]):
 
 
 def synaptic_strength(
-    model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm", *, wiring: Wiring | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    moments: MomentSource = "batchnorm",
+    *,
+    wiring: Wiring | None = None,
 ) -> Strengths:
     """Strength of every synapse of every convolution and linear layer that runs.
 
@@ -97,7 +101,9 @@ def synaptic_strength(
 
 def synaptic_paths(wiring: Wiring) -> list[str]:
     """The convolutions (depthwise ones included) and linear layers that ran, in the order in which they did."""
-    return [path for path, layer in wiring.layers.items() if layer.kind != "norm" and layer.kind != "positional"]
+    return [
+        path for path, layer in wiring.layers.items() if layer.kind != "norm" and layer.kind != "positional"
+    ]
 
 
 def synaptic_power(module: nn.Module, variance: Tensor) -> Tensor:
@@ -135,4 +141,6 @@ def by_input_channel(module: nn.Module, scores: Tensor) -> Tensor:
         `[in_channels, out_channels // groups]`.
     """
     groups = groups_of(module)
-    return scores.reshape(groups, len(scores) // groups, -1).transpose(1, 2).reshape(-1, len(scores) // groups)
+    return (
+        scores.reshape(groups, len(scores) // groups, -1).transpose(1, 2).reshape(-1, len(scores) // groups)
+    )

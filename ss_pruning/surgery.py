@@ -72,10 +72,11 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Plan:
-    """Immutable, serialisable: which channels stay, and which stored numbers follow."""
+    """Immutable, serialisable: which channels stay, which stored numbers follow, and which layers get a bias."""
 
     cuts: tuple[Cut, ...] = ()
     attributes: tuple[Attribute, ...] = ()
+    biases: tuple[str, ...] = ()
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place and note the plan on it (composed with the plan of an earlier cut).
@@ -91,6 +92,8 @@ class Plan:
             _cut(model, cut)
         for attribute in self.attributes:
             _set_number(model.get_submodule(attribute.path), attribute)
+        for path in self.biases:
+            give_bias(model.get_submodule(path))
         before = getattr(model, PLAN_ATTRIBUTE, None)
         setattr(model, PLAN_ATTRIBUTE, before.then(self) if isinstance(before, Plan) else self)
         return model
@@ -111,7 +114,8 @@ class Plan:
             key = (a.path, a.name, a.position)
             before = numbers[key].before if key in numbers else a.before
             numbers[key] = Attribute(a.path, a.name, a.position, before, a.after)
-        return Plan(tuple(cuts.values()), tuple(numbers.values()))
+        biases = (*self.biases, *(path for path in later.biases if path not in self.biases))
+        return Plan(tuple(cuts.values()), tuple(numbers.values()), biases)
 
     def to_json(self) -> str:
         """A JSON text that `from_json` reads."""
@@ -127,9 +131,12 @@ class Plan:
         try:
             data = json.loads(text)
             if data["format"] != _FORMAT:
-                raise PlanError(f"plan format {data['format']!r} is unknown here; this version reads {_FORMAT}")
+                raise PlanError(
+                    f"plan format {data['format']!r} is unknown here; this version reads {_FORMAT}"
+                )
             cuts = tuple(_cut_from(c) for c in data["cuts"])
-            return Plan(cuts, tuple(Attribute(**a) for a in data["attributes"]))
+            attributes = tuple(Attribute(**a) for a in data["attributes"])
+            return Plan(cuts, attributes, tuple(str(path) for path in data["biases"]))
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
 
@@ -148,6 +155,9 @@ class Plan:
                     f"the plan expects {cut.width} channels on side '{cut.side}' of '{cut.path}', the model has "
                     f"{now or 'no such layer'}; apply a plan to a fresh copy of the architecture it was made for"
                 )
+        for path in self.biases:
+            if getattr(modules.get(path), "bias", 0) is not None:
+                raise PlanError(f"the plan expects a layer without a bias at '{path}'")
         for attribute in self.attributes:
             if attribute.path not in modules or not hasattr(modules[attribute.path], attribute.name):
                 raise PlanError(f"the plan expects an attribute '{attribute.path}.{attribute.name}'")
@@ -184,11 +194,13 @@ def _cut(model: nn.Module, cut: Cut) -> None:
 
 def cut_layer(module: nn.Module, cut: Cut) -> None:
     """Keep the channels `cut.kept` of one side of a layer, in that order."""
-    before = {name: t for name, t in _own_tensors(module)}
+    before = dict(_own_tensors(module))
     with _same_flags(module):
         if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
             _cut_tensors(module, cut)
-    if cut.side != "in":  # further tensors of a subclass, such as the gain of a weight-standardised convolution
+    if (
+        cut.side != "in"
+    ):  # further tensors of a subclass, such as the gain of a weight-standardised convolution
         for name, tensor in _own_tensors(module):
             if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
                 _gather(module, name, 0, cut.kept)
@@ -197,6 +209,15 @@ def cut_layer(module: nn.Module, cut: Cut) -> None:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
+
+
+def give_bias(module: nn.Module) -> nn.Parameter:
+    """Register a bias of zeros on a convolution or linear layer without one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    bias = nn.Parameter(torch.zeros(width(module, "out"), dtype=weight.dtype, device=weight.device))
+    module.bias = bias
+    return bias
 
 
 def _cut_tensors(module: nn.Module, cut: Cut) -> None:

@@ -12,7 +12,6 @@ a branch that contributes nothing would hide a wrong cut.
 from __future__ import annotations
 
 import copy
-import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +82,9 @@ def verify(
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
-        raise ModelError(f"the model cannot be copied for verification ({type(error).__name__}: {error})") from error
+        raise ModelError(
+            f"the model cannot be copied for verification ({type(error).__name__}: {error})"
+        ) from error
     inputs, tolerance = _prepare(twin, example_inputs)
     _stir(twin)
     parts = _part_sizes(units, selection, wiring)
@@ -106,8 +107,7 @@ def verify(
                 follower.current,
             ) from error
     try:
-        error = _compare(masked, cut, tolerance)
-        return Verified(Plan(plan.cuts, tuple(follower.found)), error)
+        return Verified(Plan(plan.cuts, tuple(follower.found)), _compare(masked, cut, tolerance))
     except VerificationError as error:
         if not reorder:
             raise VerificationError(str(error), follower.numbers()) from error
@@ -154,7 +154,9 @@ def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiri
 def _prepare(twin: nn.Module, example_inputs: Any) -> tuple[Any, float]:
     """Bring the copy and the inputs to float64 where the model allows."""
     state = {name: t.clone() for name, t in twin.state_dict().items()}
-    double = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs)
+    double = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs
+    )
     try:
         with torch.no_grad(), preserved(twin.double(), training=False):
             call(twin, double)
@@ -191,7 +193,9 @@ def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> list[Callabl
                 gone[list(kept)] = False
                 _zero_inputs(module, gone)
             else:  # may standardise its weights over what it reads
-                module.forward = _reading_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
+                module.forward = _reading_kept_channels(
+                    module, Cut(path, side, layer.inputs, kept), layer.in_axis
+                )
                 undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
         elif side == "through" and _mixes_channels(module, layer.kind):
             module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
@@ -237,7 +241,9 @@ def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[
 class _watching:  # noqa: N801 - a context manager, used as a verb
     """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
 
-    def __init__(self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]) -> None:
+    def __init__(
+        self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]
+    ) -> None:
         self.handles = [
             module.register_forward_pre_hook(self._hook(path, visit), with_kwargs=True)
             for path, module in model.named_modules()
@@ -303,7 +309,9 @@ class _Follower:
         """What has followed so far."""
         return [(a.path, a.name, a.position) for a in self.found]
 
-    def _follow(self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]) -> None:
+    def _follow(
+        self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]
+    ) -> None:
         for name, position, value in _stored_numbers(module):
             after = near.get(value, inside.get(value))
             if after is not None and after != value and (path, name, position) not in self.fixed:
@@ -324,11 +332,11 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     for name, value in list(vars(module).items()):
         if name.startswith("_") or name == "training" or (hasattr(module, "weight") and name in layer_names):
             continue
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if type(value) is int:
             yield name, None, int(value)
         elif type(value) in (list, tuple):
             for position, item in enumerate(value):
-                if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+                if type(item) is int:
                     yield name, position, int(item)
 
 
@@ -341,7 +349,9 @@ def _apply_now(module: nn.Module, name: str, position: int | None, after: int) -
         setattr(module, name, type(getattr(module, name))(values))
 
 
-def _part_sizes(units: Sequence[Unit], selection: Selection, wiring: Wiring) -> dict[str, list[tuple[int, int]]]:
+def _part_sizes(
+    units: Sequence[Unit], selection: Selection, wiring: Wiring
+) -> dict[str, list[tuple[int, int]]]:
     """By layer that it touches: old and new size of each part into which a producer's output splits."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for unit in units:
@@ -370,7 +380,9 @@ def _compare(masked: Any, cut: Any, tolerance: float) -> float:
         if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
             continue
         if a.shape != b.shape:
-            raise VerificationError(f"the cut model's output has shape {tuple(b.shape)}, not {tuple(a.shape)}")
+            raise VerificationError(
+                f"the cut model's output has shape {tuple(b.shape)}, not {tuple(a.shape)}"
+            )
         error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
         worst = max(worst, error)
     if not worst <= tolerance:
