@@ -22,6 +22,7 @@ from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import Wiring, trace
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
 
+_GIVE_INPUTS = "give the input yourself: SynapticImportance(example_inputs=x)"
 Score = Literal["share", "strength", "entropy"]
 Reduction = Literal["sum", "mean", "max"]
 Normalizer = Literal["mean", "max", "sum"]
@@ -35,7 +36,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
     model: they are taken from the current weights, and who feeds whom is traced anew when a width has changed.
 
     Args:
-        moments: Where variances come from, see `ss_pruning.synaptic_strength`.
+        moments: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
+            that `benchmarks/importance_options.py` prefers; "batchnorm" is the paper's, and the fastest.
         score: "share" of each output's variance (default), "strength" itself, or its Gaussian "entropy".
         reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
@@ -49,7 +51,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def __init__(
         self,
-        moments: MomentSource = "batchnorm",
+        moments: MomentSource = "gaussian",
         score: Score = "share",
         reduce: Reduction = "sum",
         normalizer: Normalizer | None = None,
@@ -63,6 +65,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
         self.example_inputs = example_inputs
         self._wiring: tuple[Any, Any, Wiring] | None = None
+        self._variances: tuple[list[Any], dict[str, Tensor]] | None = None
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -105,7 +108,14 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         shapes = tuple(p.shape for p in model.parameters())
         if self._wiring is not None and self._wiring[0]() is model and self._wiring[1] == shapes:
             return self._wiring[2]
-        wiring = trace(model, self._inputs(graph))
+        try:
+            wiring = trace(model, self._inputs(graph))
+        except ModelError as error:
+            if self.example_inputs is not None or hasattr(graph, "example_inputs"):
+                raise
+            raise InputError(
+                f"the model does not run on what reaches its first convolution ({error}); {_GIVE_INPUTS}"
+            ) from error
         self._wiring = (weakref.ref(model), shapes, wiring)
         self._pass = _Pass()
         return wiring
@@ -130,17 +140,22 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             path = paths[module]
             if path not in wiring.layers:
                 return None
-            variance = self._variances(model, wiring, path, graph)
+            variance = self._variance(model, wiring, path, graph)
             power = synaptic_power(module, variance)
             known[module] = self._reduced(by_input_channel(module, _scored(power, self.score)))
         return known[module]
 
-    def _variances(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Tensor:
-        if not self._pass.variances:
-            inputs = None if self.moments == "batchnorm" else self._inputs(graph)
-            measured = measure(model, wiring, self.moments, inputs, synaptic_paths(wiring))
-            self._pass.variances = {p: m.variance for p, m in measured.items()}
-        return self._pass.variances[path]
+    def _variance(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Tensor:
+        """`[in_channels]`; measured again when a weight has changed."""
+        if not self._pass.measured:
+            key = _state(model, wiring)
+            if self._variances is None or not _same(self._variances[0], key):
+                inputs = None if self.moments == "batchnorm" else self._inputs(graph)
+                measured = measure(model, wiring, self.moments, inputs, synaptic_paths(wiring))
+                self._variances = (key, {p: m.variance for p, m in measured.items()})
+            self._pass.measured = True
+        assert self._variances is not None
+        return self._variances[1][path]
 
     def _reduced(self, scores: Tensor) -> Tensor:
         if self.reduce == "max":
@@ -164,7 +179,7 @@ class _Pass:
     versions: int = 0
     roots: set[tuple[nn.Module, int]] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
-    variances: dict[str, Tensor] = field(default_factory=dict)
+    measured: bool = False
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
     def enter(self, root: tuple[nn.Module, int], model: nn.Module) -> None:
@@ -173,9 +188,29 @@ class _Pass:
             self.versions = versions
             self.roots.clear()
             self.scores.clear()
-            self.variances.clear()
+            self.measured = False
             self.paths.clear()
         self.roots.add(root)
+
+
+def _state(model: nn.Module, wiring: Wiring) -> list[Any]:
+    """What variances depend on: which tensors, how often each was changed in place, and the values of the norms.
+
+    The values are compared as well because edits through `.data` are not counted.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    norms = [model.get_submodule(path) for path, layer in wiring.layers.items() if layer.kind == "norm"]
+    values = [t.detach().flatten().clone() for norm in norms for t in norm.parameters(recurse=False)]
+    return [wiring, tuple((id(t), t._version, t.data_ptr()) for t in tensors), *values]
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return (
+        len(a) == len(b)
+        and a[0] is b[0]
+        and a[1] == b[1]
+        and all(torch.equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
+    )
 
 
 def _scored(power: Tensor, score: Score) -> Tensor:
@@ -212,7 +247,6 @@ def _is_consumer(dep: Any, graph: Any) -> bool:
 
 def _recover_inputs(graph: Any) -> Tensor:
     """The example input that Torch-Pruning's graph was built with, from what autograd saved at the first layer."""
-    fix = "pass it: SynapticImportance(example_inputs=x)"
     stems = []
     for node in getattr(graph, "module2node", {}).values():
         saved = getattr(node.grad_fn, "_saved_input", None) if isinstance(node.module, _ConvNd) else None
@@ -220,15 +254,8 @@ def _recover_inputs(graph: Any) -> Tensor:
             stems.append(saved)
     distinct = {s.data_ptr(): s for s in stems}
     if len(distinct) != 1:
-        raise InputError(f"the example input cannot be recovered from Torch-Pruning's graph; {fix}")
-    stem = next(iter(distinct.values())).detach()
-    try:
-        trace(graph.model, stem)
-    except ModelError as error:
-        raise InputError(
-            f"the model does not run on what reaches its first convolution ({error}); to score it, {fix}"
-        ) from error
-    return stem
+        raise InputError(f"the example input cannot be recovered from Torch-Pruning's graph; {_GIVE_INPUTS}")
+    return next(iter(distinct.values())).detach()
 
 
 @dataclass(frozen=True)
