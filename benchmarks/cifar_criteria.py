@@ -45,6 +45,8 @@ class Row:
     top1: list[float] = field(default_factory=list)
     macs: list[float] = field(default_factory=list)
     params: list[float] = field(default_factory=list)
+    stream: list[float] = field(default_factory=list)
+    left_whole: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -82,12 +84,18 @@ def top1(model: nn.Module, images: Images, batch: int = 500) -> float:
     return 100 * right / len(pixels)
 
 
+def stream_width(model: nn.Module) -> int:
+    """Channels of the residual stream, summed over the layers that write it."""
+    return sum(model.get_submodule(path).out_channels for path in stream_layers(model))
+
+
 def measure(name: str, criterion: Criterion, seeds: int, options: argparse.Namespace, images: Images) -> Row:
     """Prune a fresh net by a criterion, once for each seed, and measure what is left."""
     row = Row(name)
     for seed in range(seeds):
         torch.manual_seed(seed)
         model = load_checkpoint(options.model, options.data / "pretrained")
+        dense_stream = stream_width(model)
         ignore = () if options.residual else stream_layers(model)
         started = time.perf_counter()
         report = prune_(
@@ -96,6 +104,8 @@ def measure(name: str, criterion: Criterion, seeds: int, options: argparse.Names
         row.seconds.append(time.perf_counter() - started)
         row.macs.append(report.macs_after / report.macs_before)
         row.params.append(report.params_after / report.params_before)
+        row.stream.append(stream_width(model) / dense_stream)
+        row.left_whole += [left.reason for left in report.left_whole if "relies on" in left.reason]
         row.top1.append(top1(model, images))
     return row
 
@@ -111,13 +121,14 @@ def table(dense: float, rows: list[Row], title: str) -> Table:
     """The result for people."""
     result = Table(
         title=title,
-        caption=f"dense: {dense:.2f} %; MACs and parameters: share kept; ±: standard deviation over seeds",
+        caption=f"dense: {dense:.2f} %; MACs, params, residual stream: share kept; ±: standard deviation over seeds",
     )
-    for column in ("criterion", "top-1 %", "MACs", "parameters", "seconds"):
+    for column in ("criterion", "top-1 %", "MACs", "params", "stream", "s"):
         result.add_column(column, justify="left" if column == "criterion" else "right")
     for row in rows:
         result.add_row(
-            row.criterion, spread(row.top1), spread(row.macs, 4), spread(row.params, 4), spread(row.seconds)
+            *(row.criterion, spread(row.top1), spread(row.macs, 3), spread(row.params, 3)),
+            *(spread(row.stream, 3), spread(row.seconds)),
         )
     return result
 
@@ -131,7 +142,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many times Random is drawn")
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
-    parser.add_argument("--options", action="store_true", help="compare our own options instead")
+    parser.add_argument(
+        "--options",
+        action="store_true",
+        help="compare our own options; do not choose by it: it sees test images",
+    )
     parser.add_argument(
         "--images", type=int, default=10_000, help="how many test images, from a fixed shuffle"
     )
@@ -178,6 +193,9 @@ def main() -> int:
         f"CIFAR-10 {options.model} at {options.macs:g} of its MACs, {stream}, {len(images[0])} test images"
     )
     console.print(table(dense, rows, title))
+    for row in rows:
+        for reason in row.left_whole:
+            console.print(f"[yellow]{row.criterion} wanted more, but it was left whole[/yellow]: {reason}")
     settings = {key: value for key, value in vars(options).items() if key != "data"}
     name = f"cifar_{'options' if options.options else 'criteria'}_{options.model}_{options.macs:g}"
     name += "_residual" if options.residual else ""

@@ -19,25 +19,15 @@ CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd976
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class PaddedShortcut(nn.Module):
-    """Option A: take every second pixel and put zero channels before and after.
-
-    How many is kept as plain integers on the module and read in `forward`. A cut of the stream changes how
-    many of the padding channels are left on each side, and not by the same number: numbers that are stored
-    can follow the cut; numbers that are computed from a width in `forward`, or hidden in a lambda, could not.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.before = (outputs - inputs) // 2
-        self.after = outputs - inputs - self.before
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
-
-
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Two 3x3 convolutions and a shortcut; where the width changes, option A: zero channels before and after.
+
+    How many zero channels is kept as plain integers and read in `forward`. A cut of the stream leaves fewer
+    of them; numbers that are stored can follow the cut, numbers that are computed from a width in `forward`,
+    or hidden in a lambda, could not. They are stored here, on the module that holds the convolutions whose
+    outputs they line up with, and not on a shortcut module of their own: there, nothing that is cut would be
+    near them.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -45,11 +35,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if stride == 1 else PaddedShortcut(inputs, outputs)
+        self.shrinks = stride == 2
+        self.pad_before = (outputs - inputs) // 2
+        self.pad_after = outputs - inputs - self.pad_before
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.shrinks:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad_before, self.pad_after))
+        return F.relu(y + x)
 
 
 class CifarResNet(nn.Module):

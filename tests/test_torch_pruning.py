@@ -37,7 +37,15 @@ HARD = {
         "pixel_shuffle",
         "doubled",
     ),
-    *("padded_shortcut", "partial_add", "layer_scale", "layer_norm", "selective_kernel", "channel_attention"),
+    *(
+        "padded_shortcut",
+        "padded_shortcut_module",
+        "partial_add",
+        "layer_scale",
+        "layer_norm",
+        "selective_kernel",
+        "channel_attention",
+    ),
     *(
         "blur_pool",
         "blur_pool_wide",

@@ -417,6 +417,53 @@ class PaddedShortcut(nn.Module):
         return self.fc(pooled(F.relu(y)))
 
 
+class Padding(nn.Module):
+    """Option A as a module of its own; it holds no layer, and the pad is the width of nothing that reaches it."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
+
+
+class PaddedShortcutModule(nn.Module):
+    """Option A with the shortcut beside the block's layers, as most CIFAR ResNets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.bn0 = conv(3, 8), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = conv(8, 6, stride=2), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = conv(6, 16), nn.BatchNorm2d(16)
+        self.shortcut = Padding(4, 4)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn0(self.conv0(x)))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(pooled(F.relu(y + self.shortcut(x))))
+
+
+def padded_shortcut(name: str, build: Callable[[], nn.Module]) -> Net:
+    """The record of both padded shortcuts: stem channel `i` meets block channel `i + 4`."""
+    nothing: Sources = [set() for _ in range(4)]
+    return Net(
+        name,
+        build,
+        sources={
+            "conv0": image(),
+            "conv1": fed("bn0", 8),
+            "conv2": fed("bn1", 6),
+            "fc": meet(fed("bn2", 16), nothing + fed("bn0", 8) + nothing),
+        },
+        families=couple(6, out("conv1"), out("bn1"), into("conv2"))
+        | couple(8, out("conv0"), out("bn0"), into("conv1"), out("conv2", 4), out("bn2", 4), into("fc", 4))
+        | couple([*range(4), *range(12, 16)], out("conv2"), out("bn2"), into("fc")),
+        static=True,
+    )
+
+
 class PartialAdd(nn.Module):
     """Only the first channels of a wider layer receive the shortcut, as in RexNet."""
 
@@ -485,20 +532,8 @@ RESIDUAL = [
             *(out("bn4"), into("fc")),
         ),
     ),
-    Net(
-        "padded_shortcut",
-        PaddedShortcut,
-        sources={
-            "conv0": image(),
-            "conv1": fed("bn0", 8),
-            "conv2": fed("bn1", 6),
-            "fc": meet(fed("bn2", 16), [set() for _ in range(4)] + fed("bn0", 8) + [set() for _ in range(4)]),
-        },
-        families=couple(6, out("conv1"), out("bn1"), into("conv2"))
-        | couple(8, out("conv0"), out("bn0"), into("conv1"), out("conv2", 4), out("bn2", 4), into("fc", 4))
-        | couple([*range(4), *range(12, 16)], out("conv2"), out("bn2"), into("fc")),
-        static=True,
-    ),
+    padded_shortcut("padded_shortcut", PaddedShortcut),
+    padded_shortcut("padded_shortcut_module", PaddedShortcutModule),
     Net(
         "partial_add",
         PartialAdd,
