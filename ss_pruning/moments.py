@@ -38,7 +38,7 @@ class Moments:
 def measure(
     model: nn.Module, wiring: Wiring, source: MomentSource, example_inputs: Any, paths: Sequence[str]
 ) -> dict[str, Moments]:
-    """Moments of the inputs of the layers `paths`.
+    """Moments of the inputs of the layers `paths`; layers that only run in training are told by their norms.
 
     Raises:
         InputError: `source` is an unknown name, or an iterable without a batch.
@@ -49,9 +49,17 @@ def measure(
             scales = _norm_scales(model, wiring)
             return {path: from_norms(wiring, path, scales) for path in paths}
         if source == "gaussian":
-            return _on_noise(model, wiring, example_inputs, paths)
-        raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
-    return _observe(model, wiring, source, paths)
+            found = _on_noise(model, wiring, example_inputs, paths)
+        else:
+            raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
+    elif isinstance(source, Tensor):
+        raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
+    else:
+        inputs = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in source)
+        found = {path: seen.moments for path, seen in _observe(model, wiring, inputs, paths).items()}
+    # Auxiliary heads run in training only: the norms have to tell.
+    scales = _norm_scales(model, wiring) if len(found) < len(paths) else {}
+    return {path: found[path] if path in found else from_norms(wiring, path, scales) for path in paths}
 
 
 def _norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
@@ -104,13 +112,11 @@ def _on_noise(
     from position to position. Averaging over positions would leave next to nothing of that, so heads and gates, which
     see one vector an image, are seen in a second run, with noise that varies from image to image.
     """
-    maps = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES, by_image=False)
-    vectors = [path for path in paths if maps[path][1] == maps[path][2]]
-    found = {path: moments for path, (moments, _, _) in maps.items()}
+    seen = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES, by_image=False)
+    vectors = [path for path, s in seen.items() if s.values == s.images]
     if vectors and isinstance(example_inputs, Tensor):
-        again = _noisy_run(model, wiring, example_inputs, vectors, images=_VECTOR_IMAGES, by_image=True)
-        found.update({path: moments for path, (moments, _, _) in again.items()})
-    return found
+        seen |= _noisy_run(model, wiring, example_inputs, vectors, images=_VECTOR_IMAGES, by_image=True)
+    return {path: s.moments for path, s in seen.items()}
 
 
 def _noisy_run(
@@ -121,8 +127,8 @@ def _noisy_run(
     *,
     images: int,
     by_image: bool,
-) -> dict[str, tuple[Moments, int, int]]:
-    """Moments on one batch of noise, with the number of values each is from and the number of images."""
+) -> dict[str, _Seen]:
+    """Moments on one batch of noise."""
     generator = torch.Generator().manual_seed(0)
 
     def image(t: Tensor) -> Tensor:
@@ -135,13 +141,10 @@ def _noisy_run(
         if layer.kind == "norm"
     ]
     try:
-        counts: dict[str, tuple[int, int]] = {}
-        batch = pytree.tree_map_only(Tensor, image, example_inputs)
-        moments = _observe(model, wiring, [batch], paths, counts)
+        return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: (moments[path], *counts[path]) for path in paths}
 
 
 def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callable[[nn.Module, Any], Any]:
@@ -189,66 +192,63 @@ def stratified_normal(
     return noise
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Moments, and how many values a channel and how many images they are from."""
+
+    moments: Moments
+    values: int
+    images: int
+
+
+class _Sums:
+    """Running sums of one layer's input, in float64."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels, self.values, self.images = channels, 0, 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        rows = x.movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
+        self.values += rows.shape[1]
+        self.images += len(x)
+        self.total = self.total + rows.sum(1, dtype=torch.float64)
+        self.squares = self.squares + rows.double().square().sum(1)
+
+    def seen(self, dtype: torch.dtype) -> _Seen:
+        mean = torch.as_tensor(self.total / self.values)
+        variance = (torch.as_tensor(self.squares / self.values) - mean.square()).clamp_min(0)
+        moments = Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
+        return _Seen(moments, self.values, self.images)
+
+
 def _observe(
-    model: nn.Module,
-    wiring: Wiring,
-    batches: Iterable[Any],
-    paths: Sequence[str],
-    counts: dict[str, tuple[int, int]] | None = None,
-) -> dict[str, Moments]:
-    """Mean and variance of each layer's input over all positions of all batches, in one pass (float64 sums).
-
-    `counts`, if given, takes by layer the number of values a channel and the number of images seen last.
-    """
-    sums = {path: [0, 0.0, 0.0] for path in paths}  # type: dict[str, list[Any]]
-
-    def record(path: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            rows = x.movedim(channel_axis(module, x), 0).reshape(wiring.layers[path].inputs, -1).double()
-            total = sums[path]
-            total[0] += rows.shape[1]
-            if counts is not None:
-                counts[path] = (rows.shape[1], len(x))
-            total[1] = total[1] + rows.sum(1)
-            total[2] = total[2] + rows.square().sum(1)
-
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
+    model: nn.Module, wiring: Wiring, batches: Iterable[Any], paths: Sequence[str]
+) -> dict[str, _Seen]:
+    """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
+    sums = {path: _Sums(wiring.layers[path].inputs) for path in paths}
+    handles = [model.get_submodule(path).register_forward_pre_hook(s) for path, s in sums.items()]
+    count = 0
     try:
-        _run_all(model, batches)
+        with preserved(model, training=False), torch.no_grad():
+            for inputs in batches:
+                count += 1
+                call(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on batch {count} ({type(error).__name__}: {error}); batches are inputs, or tuples "
+            "that start with them"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return {path: _moments(path, model, *total) for path, total in sums.items()}
-
-
-def _run_all(model: nn.Module, batches: Iterable[Any]) -> None:
-    if isinstance(batches, Tensor):
-        raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
-    seen = 0
-    with preserved(model, training=False), torch.no_grad():
-        for batch in batches:
-            inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-            try:
-                call(model, inputs)
-            except Exception as error:
-                raise ModelError(
-                    f"the model does not run on a calibration batch ({type(error).__name__}: {error}); batches are "
-                    "inputs, or tuples that start with them"
-                ) from error
-            seen += 1
-    if not seen:
-        raise InputError("the calibration batches are empty")
-
-
-def _moments(path: str, model: nn.Module, count: int, total: Any, squares: Any) -> Moments:
     if not count:
-        raise ModelError(f"layer '{path}' did not run on the calibration batches")
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp_min(0)
-    weight = model.get_submodule(path).weight
-    assert isinstance(weight, Tensor)
-    dtype = weight.dtype
-    return Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
+        raise InputError("the calibration batches are empty")
+    found = {}
+    for path, s in sums.items():
+        weight = model.get_submodule(path).weight
+        if s.values and isinstance(weight, Tensor):
+            found[path] = s.seen(weight.dtype)
+    return found

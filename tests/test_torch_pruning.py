@@ -130,7 +130,7 @@ def oracle_scores(net: Net, model: nn.Module, group: Any, score: str, reduce: st
 @easy_net
 def test_scores_equal_the_oracle(net: Net, score: str, reduce: str) -> None:
     model = net.make()
-    importance = SynapticImportance(score=score, reduce=reduce, example_inputs=net.example)
+    importance = SynapticImportance("batchnorm", score=score, reduce=reduce, example_inputs=net.example)
     seen = 0
     for group in groups_of(model, net.example):
         expected, found = oracle_scores(net, model, group, score, reduce), importance(group)
@@ -148,7 +148,10 @@ def test_default_is_the_share_of_every_output_summed() -> None:
     net = BY_NAME["residual"]
     model = net.make()
     for group in groups_of(model, net.example):
-        expected, found = oracle_scores(net, model, group, "share", "sum"), SynapticImportance()(group)
+        expected, found = (
+            oracle_scores(net, model, group, "share", "sum"),
+            SynapticImportance("batchnorm")(group),
+        )
         if expected is not None:
             torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-9)
 
