@@ -269,7 +269,8 @@ class _Follower:
     """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
 
     A number follows if it equals one old width that is known at this module, and that width became one new one:
-    first the widths that arrive here, else those of the layers inside and the parts into which their outputs split.
+    first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
+    into which their outputs split.
     """
 
     def __init__(
@@ -303,7 +304,13 @@ class _Follower:
             for old, new in zip(before, after, strict=True)
             if old != new
         ]
-        self._follow(path, module, _changes(arrived), _changes(self.inside.get(path, [])))
+        self._follow(path, module, _changes(arrived), _changes(self._nearby(path, module)))
+
+    def _nearby(self, path: str, module: nn.Module) -> list[tuple[int, int]]:
+        """Changes inside a module; if it holds no layer (a padded shortcut), those of the block it stands in."""
+        while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
+            path = path.rpartition(".")[0]
+        return self.inside.get(path, [])
 
     def numbers(self) -> list[Number]:
         """What has followed so far."""
