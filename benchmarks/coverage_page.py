@@ -1,4 +1,5 @@
 """Summary and page of the coverage run."""
+
 from __future__ import annotations
 
 

@@ -31,7 +31,17 @@ SIZES = (64, 96, 128)
 TOLERANCE = 1e-10
 SIDES = ("ours", "tp")
 #: Layers that compute something across channels: zeroed channels are not the same as absent ones.
-MIXERS = ("GroupNorm", "LayerNorm", "RmsNorm", "RMSNorm", "GlobalResponse", "EvoNorm", "FilterResponse", "StdConv", "Std")
+MIXERS = (
+    "GroupNorm",
+    "LayerNorm",
+    "RmsNorm",
+    "RMSNorm",
+    "GlobalResponse",
+    "EvoNorm",
+    "FilterResponse",
+    "StdConv",
+    "Std",
+)
 Removed = dict[str, set[int]]
 
 
@@ -117,7 +127,12 @@ def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, di
         whole[left.reason.partition(":")[0]] += left.channels
     outputs = sum(layer.outputs_before for layer in report.layers if layer.kind)
     details = [
-        {"paths": list(left.paths[:3]), "layers": len(left.paths), "channels": left.channels, "reason": left.reason}
+        {
+            "paths": list(left.paths[:3]),
+            "layers": len(left.paths),
+            "channels": left.channels,
+            "reason": left.reason,
+        }
         for left in report.left_whole
     ]
     return removed, {
@@ -290,7 +305,9 @@ def _checked(dense: nn.Module, model: nn.Module, removed: Removed, x: Tensor) ->
     elif facts["params_after"] == params(dense):
         facts.update(status="nothing", error="no parameter was removed")
     elif wrong:
-        facts.update(status="wrong", error=f"differs from the masked model by {facts.get('masked_error', 0):.1e}")
+        facts.update(
+            status="wrong", error=f"differs from the masked model by {facts.get('masked_error', 0):.1e}"
+        )
     else:
         facts["status"] = "ok"
     facts["trains"] = not error

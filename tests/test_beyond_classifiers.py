@@ -163,7 +163,9 @@ def test_small_nets(case: Case) -> None:
     with torch.no_grad():
         expected = oracle.tensors(call(oracle.masked(dense, removed), double))
         found = oracle.tensors(call(copy.deepcopy(model).double(), double))
-    assert max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-10
+    assert (
+        max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
