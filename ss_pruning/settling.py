@@ -13,7 +13,7 @@ from ss_pruning.coupling import Coupling, LeftWhole, Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.planning import Budget, Costs, Floats, Ints, Schedule, choose, schedule, select, to_plan
 from ss_pruning.provenance import Wiring
-from ss_pruning.verification import Number, Verified, verify
+from ss_pruning.verification import Bench, Number, Verified
 
 FORWARD_REASON = "the forward pass relies on its width"
 
@@ -35,6 +35,9 @@ class Search:
     budget: Budget
     options: dict[str, Any]
     reasons: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bench = Bench(self.model, self.example_inputs, self.wiring)
 
     def settle(self, scores: list[list[Floats]]) -> Verified:
         """Plan and verify; leave whole what fails, and plan again until all that is cut is right.
@@ -75,12 +78,10 @@ class _Trial:
 
     def attempt(self, part: Collection[int], fixed: Collection[Number]) -> Verified:
         """Verify the cut of some of the units alone."""
-        search = self.search
         taken = np.where(np.isin(np.arange(len(self.steps)), list(part)), self.steps, 0)
-        selection = select(self.order, self.units, taken, search.coupling)
-        plan = to_plan(selection, search.coupling, search.wiring)
-        arguments = (plan, selection, search.example_inputs, search.wiring, self.units)
-        return verify(search.model, *arguments, fixed=fixed)
+        selection = select(self.order, self.units, taken, self.search.coupling)
+        plan = to_plan(selection, self.search.coupling, self.search.wiring)
+        return self.search.bench.verify(plan, selection, self.units, fixed=fixed)
 
     def touching(self, path: str) -> set[int]:
         """The units that touch a layer inside the module `path`."""

@@ -52,68 +52,96 @@ class Verified:
         return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
 
 
-def verify(
-    model: nn.Module,
-    plan: Plan,
-    selection: Selection,
-    example_inputs: Any,
-    wiring: Wiring,
-    units: Sequence[Unit] = (),
-    *,
-    fixed: Collection[Number] = (),
-    reorder: bool = True,
-) -> Verified:
-    """Apply `plan` to a float64 copy of `model` and compare with the masked copy.
+class Bench:
+    """Where plans for one model are tried: a stirred float64 copy of it, and the shapes that arrive at its modules."""
 
-    Args:
-        model: The dense model; not changed.
-        plan: What to cut.
-        selection: The same as channels by layer side (positional layers included).
-        example_inputs: What `forward` takes.
-        wiring: The wiring of `model`.
-        units: The units of the plan; the sizes of their cells are numbers that modules may store.
-        fixed: Stored numbers that must not follow the cut.
-        reorder: If the outputs differ, see in which order channels arrive in the cut model, and try again with that.
+    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
+        """Copy `model` and run the copy on the example inputs.
 
-    Raises:
-        VerificationError: The cut model does not run, or differs from the masked one.
-        ModelError: The model cannot be copied.
-    """
+        Args:
+            model: The dense model; not changed.
+            example_inputs: What `forward` takes.
+            wiring: The wiring of `model`.
+
+        Raises:
+            ModelError: The model cannot be copied.
+        """
+        self.wiring = wiring
+        self.dense = _copied(model)
+        self.arrivals: dict[str, list[tuple[int, ...]]] = {}
+        self.inputs, self.tolerance = _prepare(self.dense, example_inputs)
+        _stir(self.dense)
+        with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
+            call(self.dense, self.inputs)
+
+    def _arrived(self, path: str, _: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+        self.arrivals.setdefault(path, []).extend(shapes)
+
+    def verify(
+        self,
+        plan: Plan,
+        selection: Selection,
+        units: Sequence[Unit] = (),
+        *,
+        fixed: Collection[Number] = (),
+        reorder: bool = True,
+    ) -> Verified:
+        """Apply `plan` to a copy and compare with the masked copy.
+
+        Args:
+            plan: What to cut.
+            selection: The same as channels by layer side (positional layers included).
+            units: The units of the plan; the sizes of their cells are numbers that modules may store.
+            fixed: Stored numbers that must not follow the cut.
+            reorder: If the outputs differ, see in which order channels arrive in the cut model, and try again so.
+
+        Raises:
+            VerificationError: The cut model does not run, or differs from the masked one.
+        """
+        small = plan.apply_(_copied(self.dense))
+        follower = _Follower(plan, self.arrivals, _part_sizes(units, selection, self.wiring), fixed)
+        cut = _run_cut(small, self.inputs, follower)
+        try:
+            error = _compare(self._masked(selection), cut, self.tolerance)
+            return Verified(Plan(plan.cuts, tuple(follower.found)), error)
+        except VerificationError as error:
+            if not reorder:
+                raise VerificationError(str(error), follower.numbers()) from error
+        moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
+        return self.verify(replace(plan, cuts=moved), selection, units, fixed=fixed, reorder=False)
+
+    def _masked(self, selection: Selection) -> Any:
+        """What the masked model returns."""
+        twin = _copied(self.dense)
+        with torch.no_grad(), preserved(twin, training=False):
+            _mask(twin, selection, self.wiring)
+            return call(twin, self.inputs)
+
+
+def _copied(model: nn.Module) -> nn.Module:
     try:
-        twin = copy.deepcopy(model)
+        return copy.deepcopy(model)
     except Exception as error:
         raise ModelError(
             f"the model cannot be copied for verification ({type(error).__name__}: {error})"
         ) from error
-    inputs, tolerance = _prepare(twin, example_inputs)
-    _stir(twin)
-    parts = _part_sizes(units, selection, wiring)
-    with torch.no_grad(), preserved(twin, training=False):
-        arrivals: dict[str, list[tuple[int, ...]]] = {}
-        undo = _mask(twin, selection, wiring)
-        with _watching(twin, lambda path, module, shapes: arrivals.setdefault(path, []).extend(shapes)):
-            masked = call(twin, inputs)
-        for restore in undo:
-            restore()
-        plan.apply_(twin)
-        follower = _Follower(plan, arrivals, parts, fixed)
-        try:
-            with _watching(twin, follower):
-                cut = call(twin, inputs)
-        except Exception as error:
-            raise VerificationError(
-                f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
-                follower.numbers(),
-                follower.current,
-            ) from error
+
+
+def _run_cut(small: nn.Module, inputs: Any, follower: _Follower) -> Any:
+    """The cut model's output; numbers follow on the way.
+
+    Raises:
+        VerificationError: It does not run.
+    """
     try:
-        return Verified(Plan(plan.cuts, tuple(follower.found)), _compare(masked, cut, tolerance))
-    except VerificationError as error:
-        if not reorder:
-            raise VerificationError(str(error), follower.numbers()) from error
-    moved = _reordered(plan, selection, wiring, trace(twin, inputs))
-    arguments = (example_inputs, wiring, units)
-    return verify(model, replace(plan, cuts=moved), selection, *arguments, fixed=fixed, reorder=False)
+        with torch.no_grad(), preserved(small, training=False), _watching(small, follower):
+            return call(small, inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
+            follower.numbers(),
+            follower.current,
+        ) from error
 
 
 def _reordered(plan: Plan, selection: Selection, wiring: Wiring, small: Wiring) -> tuple[Cut, ...]:
@@ -179,9 +207,8 @@ def _stir(twin: nn.Module) -> None:
             tensor.data.add_(0.1 * noise)
 
 
-def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> list[Callable[[], None]]:
-    """Zero what reads removed channels; returns what undoes the patches of layers that mix channels."""
-    undo: list[Callable[[], None]] = []
+def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> None:
+    """Zero what reads removed channels; layers that mix channels run on the kept ones alone."""
     for (path, side), kept in selection.items():
         layer = wiring.layers.get(path)
         if layer is None:
@@ -196,11 +223,8 @@ def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> list[Callabl
                 module.forward = _reading_kept_channels(
                     module, Cut(path, side, layer.inputs, kept), layer.in_axis
                 )
-                undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
         elif side == "through" and _mixes_channels(module, layer.kind):
             module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
-            undo.append(lambda module=module: module.__dict__.pop("forward"))  # type: ignore[misc]
-    return undo
 
 
 def _zero_inputs(module: nn.Module, gone: Tensor) -> None:

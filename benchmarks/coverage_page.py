@@ -1,0 +1,6 @@
+"""Summary and page of the coverage run."""
+
+from __future__ import annotations
+
+
+def write_all(*args): ...

@@ -1,0 +1,330 @@
+"""One model of the coverage run: built, pruned by one of the two sides, and checked from outside.
+
+The checks know neither side's internals: they take which input channels of which consumers went, zero those columns
+in a dense float64 copy, and compare outputs. Torch-Pruning's are read off the groups that it prunes.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torch_pruning as tp
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning import prune_
+from ss_pruning.errors import SSPruningError
+
+RATIO, MAX_RATIO, CLASSES = 0.5, 0.9, 1000
+SIZES = (64, 96, 128)
+TOLERANCE = 1e-10
+SIDES = ("ours", "tp")
+#: Layers that compute something across channels: zeroed channels are not the same as absent ones.
+MIXERS = (
+    "GroupNorm",
+    "LayerNorm",
+    "RmsNorm",
+    "RMSNorm",
+    "GlobalResponse",
+    "EvoNorm",
+    "FilterResponse",
+    "StdConv",
+    "Std",
+)
+Removed = dict[str, set[int]]
+
+
+class OutOfTimeError(BaseException):
+    """Raised by the timer; no `except Exception` on the way may swallow it."""
+
+
+@dataclass
+class Stages:
+    """CPU seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.process_time() - started
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """What `prune_` calls when a stage begins and when it ends."""
+        now = time.process_time()
+        if hasattr(self, "_stage"):
+            self.seconds[self._stage] += now - self._since
+        self._stage, self._since = stage, now
+
+
+def build(spec: str) -> nn.Module:
+    """The model with fixed random weights, in eval mode; constant tensors get noise, so that every branch counts."""
+    library, name = spec.split(":")
+    torch.manual_seed(0)
+    if library == "timm":
+        model = timm.create_model(name)
+    else:
+        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **options)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+            tensor.data.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def example_for(model: nn.Module) -> Tensor:
+    """The smallest square image of a few that the model takes, else its default size."""
+    shape = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    generator = torch.Generator().manual_seed(2)
+    for side in (*(s for s in SIZES if s < shape[1]), shape[1]):
+        x = torch.randn(1, shape[0], side, side, generator=generator)
+        try:
+            with torch.no_grad():
+                model(x)
+            return x
+        except Exception:  # any refusal: the next size
+            continue
+    raise RuntimeError("the dense model runs at none of the sizes tried")
+
+
+def tensors(value: object) -> list[Tensor]:
+    """The floating-point tensors of a nested output, depth first."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The two sides: each prunes in place and returns which input channels of which consumers went
+
+
+def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict[str, Any]]:
+    report = prune_(model, x, ratio=RATIO, scope="local", max_ratio=MAX_RATIO, progress=stages.progress)
+    removed = {c.path: set(c.removed) for c in model.ss_pruning_plan.cuts if c.side == "in"}
+    whole: dict[str, int] = defaultdict(int)
+    for left in report.left_whole:
+        whole[left.reason.partition(":")[0]] += left.channels
+    outputs = sum(layer.outputs_before for layer in report.layers if layer.kind)
+    details = [
+        {
+            "paths": list(left.paths[:3]),
+            "layers": len(left.paths),
+            "channels": left.channels,
+            "reason": left.reason,
+        }
+        for left in report.left_whole
+    ]
+    return removed, {
+        "max_error": report.max_error,
+        "outputs": outputs,
+        "left_whole": dict(whole),
+        "left_whole_details": details,
+    }
+
+
+def prune_tp(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict[str, Any]]:
+    names = {module: path for path, module in model.named_modules()}
+    grouped = {m for m in names if isinstance(m, _ConvNd) and m.groups == m.in_channels > 1}
+    magnitude = tp.importance.GroupMagnitudeImportance()
+
+    def importance(group: Any) -> Tensor:
+        with stages("score"):
+            return magnitude(group)
+
+    with stages("build"):
+        pruner = tp.pruner.BasePruner(
+            model,
+            x,
+            importance=importance,
+            pruning_ratio=RATIO,
+            global_pruning=False,
+            max_pruning_ratio=MAX_RATIO,
+            pruning_ratio_dict={},
+            ignored_layers=[m for m in names if _is_classifier(m)],
+            in_channel_groups={},
+            out_channel_groups={},
+            num_heads={},
+            customized_pruners={},
+            channel_groups={},
+        )
+    left: dict[str, list[int]] = {}
+    with stages("cut"):
+        for group in pruner.step(interactive=True):
+            for dep, indices in group:
+                module = dep.target.module
+                if isinstance(module, (_ConvNd, nn.Linear)) and module not in grouped:
+                    if dep.handler == pruner.DG.get_pruner_of_module(module).prune_in_channels:
+                        _note(left, names[module], module, tp._helpers.to_plain_idxs(indices))
+            group.prune()
+    stages.seconds["cut"] -= stages.seconds["score"]
+    widths = {names[m]: _inputs(m) for m in names if isinstance(m, (_ConvNd, nn.Linear))}
+    return {path: set(range(left[path][-1])) - set(left[path][:-1]) for path in left if path in widths}, {}
+
+
+def _note(left: dict[str, list[int]], path: str, module: nn.Module, indices: list[int]) -> None:
+    """Keep, by consumer, the original numbers of the input channels that stay; last, how many there were."""
+    channels = left.setdefault(path, [*range(_inputs(module)), _inputs(module)])
+    gone = set(indices)
+    left[path] = [c for i, c in enumerate(channels[:-1]) if i not in gone] + channels[-1:]
+
+
+def _inputs(module: nn.Module) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+
+def _is_classifier(module: nn.Module) -> bool:
+    outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
+    return isinstance(module, (nn.Linear, _ConvNd)) and outputs == CLASSES
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def masked(dense: nn.Module, removed: Removed) -> nn.Module:
+    """A float64 copy of the dense model in which the removed inputs of every consumer carry nothing."""
+    twin = copy.deepcopy(dense).double()
+    with torch.no_grad():
+        for path, channels in removed.items():
+            layer = twin.get_submodule(path)
+            gone = torch.zeros(_inputs(layer), dtype=torch.bool)
+            gone[sorted(channels)] = True
+            groups = getattr(layer, "groups", 1)
+            if getattr(layer, "transposed", False):
+                layer.weight[gone] = 0
+            else:
+                rows = gone.reshape(groups, -1).repeat_interleave(len(layer.weight) // groups, 0)
+                layer.weight[rows] = 0
+    return twin
+
+
+def masked_error(dense: nn.Module, cut: nn.Module, removed: Removed, x: Tensor) -> float:
+    """Largest difference between cut and masked outputs, relative to the largest output, in float64."""
+    with torch.no_grad():
+        expected = tensors(masked(dense, removed)(x.double()))
+        found = tensors(copy.deepcopy(cut).double()(x.double()))
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
+
+
+def mixers(model: nn.Module) -> list[str]:
+    """Kinds of layers in the model that mix channels, whose cut cannot equal plain masking."""
+    kinds = {type(m).__name__ for m in model.modules() if any(word in type(m).__name__ for word in MIXERS)}
+    along = any(isinstance(m, nn.Conv1d) and m.in_channels == m.out_channels == 1 for m in model.modules())
+    return sorted(kinds | ({"Conv1d over channels"} if along else set()))
+
+
+def trains(model: nn.Module, x: Tensor) -> str:
+    """Empty if a forward pass in train mode, a backward pass and a step work; else the error."""
+    try:
+        model.train()
+        x = torch.cat([x, x.flip(-1)])
+        loss = sum(t.square().mean() for t in tensors(model(x)))
+        loss.backward()
+        graded = [p for p in model.parameters() if p.grad is not None]
+        torch.optim.SGD(graded, 1e-3).step()
+        return "" if graded else "no gradient"
+    except Exception as error:
+        return _said(error)
+    finally:
+        model.eval()
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def examine(spec: str, side: str, timeout: float) -> dict[str, Any]:
+    """Everything about one model and one side, as one line of results."""
+    warnings.simplefilter("ignore")
+    dense = build(spec)
+    x = example_for(dense)
+    model, stages = copy.deepcopy(dense), Stages()
+    result: dict[str, Any] = {"pixels": x.shape[-1], "params_before": params(dense)}
+    started = time.process_time()
+    try:
+        with _limit(timeout):
+            removed, facts = (prune_ours if side == "ours" else prune_tp)(model, x, stages)
+    except OutOfTimeError:
+        result.update(status="timeout", error=f"more than {timeout:g} s of CPU time in {_stage(stages)}")
+    except SSPruningError as error:
+        result.update(status="refused", error=_said(error))
+    except Exception as error:
+        result.update(status="error", error=_said(error), stage=_stage(stages))
+    else:
+        result.update(facts)
+        result["seconds"] = time.process_time() - started
+        result.update(_checked(dense, model, removed, x))
+    result.setdefault("seconds", time.process_time() - started)
+    return {**result, "stages": {k: round(v, 3) for k, v in stages.seconds.items()}}
+
+
+def _stage(stages: Stages) -> str:
+    return getattr(stages, "_stage", None) or ("cut" if "build" in stages.seconds else "build")
+
+
+def _checked(dense: nn.Module, model: nn.Module, removed: Removed, x: Tensor) -> dict[str, Any]:
+    """Status and figures of a pruned model."""
+    facts: dict[str, Any] = {"params_after": params(model), "removed": 1 - params(model) / params(dense)}
+    try:
+        with torch.no_grad():
+            model(x)
+    except Exception as error:
+        return {**facts, "status": "broken", "error": _said(error)}
+    facts["mixers"] = mixers(dense)
+    try:
+        facts["masked_error"] = masked_error(dense, model, removed, x)
+    except Exception as error:
+        facts["masked_note"] = _said(error)
+    wrong = not facts.get("masked_error", 0.0) <= TOLERANCE and not facts["mixers"]
+    error = trains(model, x)
+    if error and not trains(copy.deepcopy(dense), x):
+        facts.update(status="broken", error=f"in training: {error}")
+    elif facts["params_after"] == params(dense):
+        facts.update(status="nothing", error="no parameter was removed")
+    elif wrong:
+        facts.update(
+            status="wrong", error=f"differs from the masked model by {facts.get('masked_error', 0):.1e}"
+        )
+    else:
+        facts["status"] = "ok"
+    facts["trains"] = not error
+    return facts
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTimeError` after so much CPU time."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
