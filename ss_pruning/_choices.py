@@ -35,6 +35,15 @@ class Score(str, Enum):
     entropy = "entropy"
 
 
+class Compensation(str, Enum):
+    """How what removed channels carried is moved onto what stays."""
+
+    none = "none"
+    mean = "mean"
+    linear = "linear"
+    reconstruct = "reconstruct"
+
+
 class Scope(str, Enum):
     """Whether layers compete with each other."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ss_pruning._choices import Importance, Moments, Request, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Request, Score
 from ss_pruning._console import ProgressCallback, note
 from ss_pruning.data import accuracy, open_data
 from ss_pruning.errors import InputError
@@ -117,6 +117,18 @@ def make_importance(importance: Importance, score: Score | None, request: Reques
         Importance.random: tp.importance.RandomImportance,
     }
     return makers[importance]()
+
+
+def calibration(compensation: Compensation, job: Job) -> list[Tensor] | None:
+    """Return unlabelled training images for a compensation that wants some; `mean` does without if need be."""
+    if compensation is Compensation.none or (compensation is Compensation.mean and job.data is None):
+        return None
+    if job.data is None:
+        raise InputError(
+            f"--compensation {compensation.value} calibrates on images: say where they are with --data, or use "
+            "--compensation mean."
+        )
+    return [images.to(job.device) for images in job.data.calibration_images()]
 
 
 def strengths_of(request: Request, job: Job) -> Strengths:

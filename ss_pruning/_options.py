@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ss_pruning._choices import Importance, Moments, Scope, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Scope, Score
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 
@@ -142,6 +142,15 @@ ScopeOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="Rank channels across all layers (global) or within each (local).",
+        rich_help_panel=_CRITERION,
+    ),
+]
+CompensationOption = Annotated[
+    Compensation,
+    typer.Option(
+        metavar="NAME",
+        help="Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct "
+        "(both calibrate on training images of --data, without labels).",
         rich_help_panel=_CRITERION,
     ),
 ]

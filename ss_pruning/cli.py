@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Importance, Moments, Request, Scope, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Request, Scope, Score
 from ss_pruning._console import guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ def prune(
     mean: option.Mean = None,
     std: option.Std = None,
     importance: option.Criterion = Importance.synaptic,
-    moments: option.MomentsOption = Moments.batchnorm,
+    moments: option.MomentsOption = Moments.gaussian,
     score: option.ScoreOption = None,
     scope: option.ScopeOption = Scope.all_layers,
     max_ratio: option.MaxRatio = 0.9,
     round_to: option.RoundTo = None,
+    compensation: option.CompensationOption = Compensation.none,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
     seed: option.Seed = 0,
@@ -68,13 +69,15 @@ def prune(
             "round_to": round_to,
             "scope": scope.value,
             "max_ratio": max_ratio,
+            "compensation": compensation.value,
         }
         with _output_folder(out), progress_bars() as progress:
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
             chosen = _job.make_importance(importance, score, request, job)
-            report = _job.run(job, chosen, options, progress)
+            calibration = _job.calibration(compensation, job)
+            report = _job.run(job, chosen, {**options, "calibration": calibration}, progress)
             report.settings.update(options | _job.settings_of(request, importance, chosen, job))
             report.command = _command_line(context)
             if out is not None:
@@ -131,7 +134,7 @@ def _budget(**given: float | None) -> dict[str, float]:
 def _check_synaptic_options(importance: Importance, moments: Moments, score: Score | None) -> None:
     from ss_pruning.errors import InputError
 
-    given = {"--moments": moments is not Moments.batchnorm, "--score": score is not None}
+    given = {"--moments": moments is not Moments.gaussian, "--score": score is not None}
     for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
