@@ -29,8 +29,50 @@ cspresnet50 cs3darknet_s dpn68 dla60_res2net eca_vovnet39b mixnet_s efficientnet
 lambda_resnet26t rexnet_100 fasternet_t0 fastvit_t8 nfnet_l0 poolformer_s12 botnet26t_256 efficientnet_cc_b0_4e"""
 
 SIZE_WORDS = frozenset(
-    "zepto atto femto pico nano micro mini tiny small medium base large xlarge xxlarge huge giant plus "
-    "xx x s m l xl xs xxs t b a c d e f h k r el em es ti sm wide so".split()
+    [
+        "zepto",
+        "atto",
+        "femto",
+        "pico",
+        "nano",
+        "micro",
+        "mini",
+        "tiny",
+        "small",
+        "medium",
+        "base",
+        "large",
+        "xlarge",
+        "xxlarge",
+        "huge",
+        "giant",
+        "plus",
+        "xx",
+        "x",
+        "s",
+        "m",
+        "l",
+        "xl",
+        "xs",
+        "xxs",
+        "t",
+        "b",
+        "a",
+        "c",
+        "d",
+        "e",
+        "f",
+        "h",
+        "k",
+        "r",
+        "el",
+        "em",
+        "es",
+        "ti",
+        "sm",
+        "wide",
+        "so",
+    ]
 )
 LEAST_SHARE, LEAST_OVERLAPPING, MOST_PARAMS = 1 / 3, 4, 140e6
 
