@@ -40,7 +40,7 @@ def code_version(side: str) -> str:
     """A fingerprint of the code that a side's results depend on."""
     files = [Path(coverage_worker.__file__)]
     if side == "ours":
-        core = "errors layers provenance coupling planning verification surgery pruning strength moments"
+        core = "errors layers provenance coupling planning verification settling surgery pruning strength moments"
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
         files += [ROOT / "integrations" / "torch_pruning_adapter.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))

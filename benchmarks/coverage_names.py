@@ -3,9 +3,9 @@
 A *family* is a module of timm plus what a name says before its first digit, without size words (`convnext_atto_ols`
 and `convnext_femto_ols` are both `convnext_ols`). It is convolutional or a hybrid if at least a third of the layers
 with weights are convolutions and at least four have kernels that overlap (larger than their stride); patch embeddings
-do not, so pure transformers and mixers fall out. Of a family the variant with the fewest parameters is taken, unless even that has more
-than 140 million. All variants are built on the meta device to see: minutes, once per version of timm; the result is
-kept.
+do not, so pure transformers and mixers fall out. Of a family the variant with the fewest parameters is taken, unless
+even that has more than 140 million. All variants are built on the meta device to see: minutes, once per version of
+timm; the result is kept.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ cspresnet50 cs3darknet_s dpn68 dla60_res2net eca_vovnet39b mixnet_s efficientnet
 lambda_resnet26t rexnet_100 fasternet_t0 fastvit_t8 nfnet_l0 poolformer_s12 botnet26t_256 efficientnet_cc_b0_4e"""
 
 SIZE_WORDS = frozenset(
-    "zepto atto femto pico nano micro mini tiny small medium base large xlarge xxlarge huge giant plus "
-    "xx x s m l xl xs xxs t b a c d e f h k r el em es ti sm wide so".split()
+    "zepto atto femto pico nano micro mini tiny small sm medium base large xlarge xxlarge huge giant plus wide so".split()
+    + "xx x s m l xl xs xxs t ti b a c d e f h k r el em es".split()
 )
 LEAST_SHARE, LEAST_OVERLAPPING, MOST_PARAMS = 1 / 3, 4, 140e6
 

@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
+from ss_pruning.integrations import torch_pruning_adapter as _imported_before_the_fork  # noqa: F401
 
 RATIO, MAX_RATIO, CLASSES = 0.5, 0.9, 1000
 SIZES = (64, 96, 128)
@@ -145,7 +146,7 @@ def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, di
 
 def prune_tp(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict[str, Any]]:
     names = {module: path for path, module in model.named_modules()}
-    grouped = {m for m in names if isinstance(m, _ConvNd) and m.groups == m.in_channels > 1}
+    depthwise = {m for m in names if isinstance(m, _ConvNd) and m.groups == m.in_channels > 1}
     magnitude = tp.importance.GroupMagnitudeImportance()
 
     def importance(group: Any) -> Tensor:
@@ -169,17 +170,23 @@ def prune_tp(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict
             channel_groups={},
         )
     left: dict[str, list[int]] = {}
+
+    def reads(dep: Any) -> bool:
+        """Whether this step of a group removes what a consumer reads."""
+        module = dep.target.module
+        if not isinstance(module, (_ConvNd, nn.Linear)) or module in depthwise:
+            return False
+        return dep.handler == pruner.DG.get_pruner_of_module(module).prune_in_channels
+
     with stages("cut"):
         for group in pruner.step(interactive=True):
             for dep, indices in group:
-                module = dep.target.module
-                if isinstance(module, (_ConvNd, nn.Linear)) and module not in grouped:
-                    if dep.handler == pruner.DG.get_pruner_of_module(module).prune_in_channels:
-                        _note(left, names[module], module, tp._helpers.to_plain_idxs(indices))
+                if reads(dep):
+                    module = dep.target.module
+                    _note(left, names[module], module, tp._helpers.to_plain_idxs(indices))
             group.prune()
     stages.seconds["cut"] -= stages.seconds["score"]
-    widths = {names[m]: _inputs(m) for m in names if isinstance(m, (_ConvNd, nn.Linear))}
-    return {path: set(range(left[path][-1])) - set(left[path][:-1]) for path in left if path in widths}, {}
+    return {path: set(range(kept[-1])) - set(kept[:-1]) for path, kept in left.items()}, {}
 
 
 def _note(left: dict[str, list[int]], path: str, module: nn.Module, indices: list[int]) -> None:

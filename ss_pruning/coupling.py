@@ -22,9 +22,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.layers import groups_of
+from ss_pruning.layers import blocks_of
 from ss_pruning.provenance import INPUT, Wiring
 
 Side = Literal["in", "out", "through", "tensor"]
@@ -291,7 +290,7 @@ def _cells(
         return []
     block = np.zeros_like(channel)
     for s, key in enumerate(slots.keys):
-        blocks = _block_count(modules.get(key[0]), key)
+        blocks = blocks_of(modules.get(key[0]), key[1])
         if blocks > 1:
             here = side == s
             block[here] = channel[here] // (slots.widths[key] // blocks)
@@ -336,15 +335,6 @@ def _runs(
     ]
 
 
-def _block_count(module: nn.Module | None, key: Key) -> int:
-    """In how many blocks of equal count the channels of a layer side must stay."""
-    if isinstance(module, nn.GroupNorm) and key[1] == "through":
-        return int(module.num_groups)
-    if isinstance(module, _ConvNd) and 1 < groups_of(module) < module.in_channels:
-        return groups_of(module)
-    return 1
-
-
 def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, ...]:
     """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle.
 
@@ -356,7 +346,7 @@ def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, .
     for i, cell in enumerate(cells):
         for member in cell.members:
             key = (member.path, member.side)
-            if _block_count(modules.get(member.path), key) > 1 or _interleaved(member):
+            if blocks_of(modules.get(member.path), member.side) > 1 or _interleaved(member):
                 hard[key].append(i)
             elif member.side == "out":
                 soft[key].append(i)

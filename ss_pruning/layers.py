@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections import OrderedDict
 from typing import Any, Literal, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +35,74 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for (batch, instance, group, layer, RMS) norms and for frozen batch norms, which only hold buffers."""
+    """True for (batch, instance, group, layer, RMS) norms, frozen batch norms (only buffers) and ones like EvoNorm."""
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return True
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) == 1 and module.weight is not None
     names = ("weight", "bias", "running_mean", "running_var")
     tensors = [getattr(module, name, None) for name in names]
-    return not list(module.children()) and all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors)
+    if not list(module.children()) and all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors):
+        return True
+    return is_foreign_norm(module)
+
+
+def is_foreign_norm(module: nn.Module) -> bool:
+    """True for a norm that torch does not have: scale (and shift) by channel, of something other than its input."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or list(module.children()):
+        return False
+    tensors = [*module.parameters(), *module.buffers()]
+    if type(module).__module__.startswith("torch.nn.") or any(
+        t.shape != weight.shape for t in tensors if t.dim()
+    ):
+        return False
+    if module not in _FOREIGN:
+        _FOREIGN[module] = weight.dim() == 1 and _scales_and_shifts(module, weight)
+    return _FOREIGN[module]
+
+
+_FOREIGN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _scales_and_shifts(module: nn.Module, weight: Tensor) -> bool:
+    n = len(weight)
+    x = torch.linspace(-1.0, 2.0, 6 * n, dtype=weight.dtype, device=weight.device)
+    shift = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
+    for shape in ((1, n, 3, 2), (1, 3, 2, n)):
+        image = x.reshape(shape)
+        with contextlib.suppress(Exception):
+            gone = _asked(module, {"weight": torch.zeros_like(weight), **shift}, image)
+            plain = _asked(module, {"weight": torch.ones_like(weight), **shift}, image)
+            if gone.shape == plain.shape == shape and not gone.any() and not plain.equal(image):
+                return True
+    return False
+
+
+def _asked(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see."""
+    bare = copy.copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    with torch.no_grad():
+        answer: Tensor = torch.func.functional_call(bare, tensors, (x,))
+    return answer
+
+
+def mixes_channels(module: nn.Module) -> bool:
+    """True for norms whose statistics span channels (or may): absent channels are not the same to them as zeros."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or is_foreign_norm(module)
+
+
+def blocks_of(module: nn.Module | None, side: str) -> int:
+    """In how many blocks of equal count the channels on a side of a layer must stay."""
+    if isinstance(module, _ConvNd) and 1 < groups_of(module) < module.in_channels:
+        return groups_of(module)
+    if side != "through" or module is None:
+        return 1
+    if isinstance(module, nn.GroupNorm):
+        return int(module.num_groups)
+    groups = getattr(module, "groups", None)
+    return groups if isinstance(groups, int) and is_foreign_norm(module) else 1
 
 
 def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
@@ -74,27 +138,25 @@ def channel_axis(module: nn.Module, x: Tensor) -> int:
         return x.dim() - 1
     if isinstance(module, _ConvNd):
         return x.dim() - len(module.kernel_size) - 1
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return _layer_norm_axis(module, x)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or is_foreign_norm(module):
+        return _norm_axis(module, x)
     return 1 if x.dim() > 1 else 0
 
 
-def _layer_norm_axis(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> int:
-    """Subclasses normalise channels-first maps too; where sizes leave it open, see on which axis the weight acts."""
-    n = int(module.normalized_shape[0])
+def _norm_axis(module: nn.Module, x: Tensor) -> int:
+    """Some normalise channels-first maps too; where sizes leave it open, see on which axis the weight acts."""
+    n = width(module, "in")
     fitting = [axis for axis, size in enumerate(x.shape) if size == n and axis > 0]
     if len(fitting) == 1:
         return fitting[0]
-    forward = type(module).forward
-    if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
+    if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
         return x.dim() - 1
-    with torch.no_grad():
-        probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
-        weight = torch.ones(n, dtype=x.dtype, device=x.device)
-        plain = torch.func.functional_call(module, {"weight": weight}, (probe,))
-        weight = weight.clone()
-        weight[0] = 2.0
-        moved = (torch.func.functional_call(module, {"weight": weight}, (probe,)) - plain).nonzero()
+    weight = torch.ones(n, dtype=x.dtype, device=x.device)
+    probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
+    plain = _asked(module, {"weight": weight}, probe)
+    weight = weight.clone()
+    weight[0] = 2.0
+    moved = (_asked(module, {"weight": weight}, probe) - plain).nonzero()
     for axis in fitting:
         if moved.numel() and not moved[:, axis].any():
             return axis

@@ -84,8 +84,13 @@ class _Trial:
         return self.search.bench.verify(plan, selection, self.units, fixed=fixed)
 
     def touching(self, path: str) -> set[int]:
-        """The units that touch a layer inside the module `path`."""
-        return {i for i, unit in enumerate(self.units) if any(_inside(p, path) for p in unit.paths())}
+        """The units that touch a layer inside the module `path`, or else inside what encloses it."""
+        while path:
+            found = {i for i, unit in enumerate(self.units) if any(_inside(p, path) for p in unit.paths())}
+            if found:
+                return found
+            path = path.rpartition(".")[0]
+        return set()
 
 
 def _inside(path: str, module: str) -> bool:

@@ -233,7 +233,7 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
         (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, removed)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and in_order:
         tp.prune_batchnorm_out_channels(module, removed)
-    elif isinstance(module, nn.GroupNorm) and in_order:
+    elif isinstance(module, nn.GroupNorm) and in_order and module.bias is not None:
         tp.prune_groupnorm_out_channels(module, removed)
     else:
         _gather_layer(module, cut)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning.coupling import Side, Unit
 from ss_pruning.errors import ModelError, VerificationError
-from ss_pruning.layers import groups_of, is_depthwise
+from ss_pruning.layers import groups_of, is_depthwise, mixes_channels
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import Wiring, call, preserved, trace
 from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
@@ -53,7 +53,7 @@ class Verified:
 
 
 class Bench:
-    """Where plans for one model are tried: a stirred float64 copy of it, and the shapes that arrive at its modules."""
+    """Where plans for one model are tried: a stirred float64 copy, one without data, and the shapes at every module."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
         """Copy `model` and run the copy on the example inputs.
@@ -73,6 +73,7 @@ class Bench:
         _stir(self.dense)
         with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
             call(self.dense, self.inputs)
+        self.ghost = _ghost(self.dense, self.inputs)
 
     def _arrived(self, path: str, _: nn.Module, shapes: list[tuple[int, ...]]) -> None:
         self.arrivals.setdefault(path, []).extend(shapes)
@@ -98,8 +99,12 @@ class Bench:
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
+        parts = _part_sizes(units, selection, self.wiring)
+        if self.ghost is not None:  # most plans that are wrong do not even run; that shows on shapes alone
+            ghost, shapes = _copied(self.ghost), _to_meta(self.inputs)
+            _run_cut(plan.apply_(ghost), shapes, _Follower(plan, self.arrivals, parts, fixed))
         small = plan.apply_(_copied(self.dense))
-        follower = _Follower(plan, self.arrivals, _part_sizes(units, selection, self.wiring), fixed)
+        follower = _Follower(plan, self.arrivals, parts, fixed)
         cut = _run_cut(small, self.inputs, follower)
         try:
             error = _compare(self._masked(selection), cut, self.tolerance)
@@ -116,6 +121,21 @@ class Bench:
         with torch.no_grad(), preserved(twin, training=False):
             _mask(twin, selection, self.wiring)
             return call(twin, self.inputs)
+
+
+def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
+    """A copy without data, if the model runs so."""
+    try:
+        twin = _copied(model).to("meta")
+        with torch.no_grad(), preserved(twin, training=False):
+            call(twin, _to_meta(inputs))
+    except Exception:  # looks at values, or keeps tensors where `to` does not find them
+        return None
+    return twin
+
+
+def _to_meta(inputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -223,7 +243,7 @@ def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> None:
                 module.forward = _reading_kept_channels(
                     module, Cut(path, side, layer.inputs, kept), layer.in_axis
                 )
-        elif side == "through" and _mixes_channels(module, layer.kind):
+        elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
             module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
 
 
@@ -238,10 +258,6 @@ def _zero_inputs(module: nn.Module, gone: Tensor) -> None:
     else:
         rows = gone.reshape(groups_of(module), -1).repeat_interleave(len(weight) // groups_of(module), 0)
         weight.data[rows] = 0
-
-
-def _mixes_channels(module: nn.Module, kind: str) -> bool:
-    return kind == "positional" or isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:

@@ -150,7 +150,7 @@ def prune_and_look(case: Case) -> tuple[nn.Module, nn.Module]:
     dense, model = built(case), built(case)
     report = prune_(model, case.example, ratio=0.4)
     assert report.max_error < 1e-10
-    assert report.params_after == sum(p.numel() for p in model.parameters()) < 0.85 * report.params_before
+    assert report.params_after == sum(p.numel() for p in model.parameters()) < 0.9 * report.params_before
     assert [left.reason for left in report.left_whole if "relies on" in left.reason] == []
     return dense, model
 
@@ -199,4 +199,4 @@ def test_detection(case: Case) -> None:
     losses = model.train()(images, [{"boxes": boxes, "labels": torch.tensor([1])}] * 2)
     total = sum(losses.values())
     total.backward()
-    assert math.isfinite(float(total))
+    assert math.isfinite(float(total.detach()))

@@ -1,0 +1,194 @@
+"""Small nets for what the coverage run over timm and torchvision brought to light."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ss_pruning import prune_, trace
+from ss_pruning.layers import channel_axis, is_norm, mixes_channels
+from ss_pruning.verification import Bench
+
+
+class GroupScaled(nn.Module):
+    """A norm of nobody's library: activation and grouped scale in one, as EvoNorm has it."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        spread = x.reshape(n, self.groups, -1).var(2, unbiased=False).add(1e-5).sqrt()
+        y = x * torch.sigmoid(x * self.slope.view(1, -1, 1, 1))
+        y = (y.reshape(n, self.groups, -1) / spread[..., None]).reshape(n, c, h, w)
+        return y * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+class MeanSquare(nn.Module):
+    """A root-mean-square norm over the channels of a map, without a shift."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.weight.view(1, -1, 1, 1)
+
+
+class MapNorm(nn.LayerNorm):
+    """A layer norm over the channels of a channels-first map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Shiftless(nn.GroupNorm):
+    """A group norm that learns no shift."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(1, channels)
+        self.bias = None
+
+
+class Scaled(nn.Module):
+    """No norm: a learned scale and shift of the input itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def between(norm: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), norm, nn.Conv2d(16, 8, 3), nn.ReLU(), *head).eval()
+
+
+NORMS: list[Callable[[], nn.Module]] = [
+    lambda: GroupScaled(16, 4),
+    lambda: MeanSquare(16),
+    lambda: MapNorm(16),
+    lambda: Shiftless(16),
+]
+
+
+@pytest.mark.parametrize("make", NORMS, ids=["grouped", "mean_square", "map", "shiftless"])
+@pytest.mark.parametrize("pixels", [8, 16])  # with 16, channels and pixels are as many
+def test_foreign_norms_are_cut(make: Callable[[], nn.Module], pixels: int) -> None:
+    model = between(make())
+    x = torch.randn(2, 3, pixels, pixels)
+    report = prune_(model, x, ratio=0.5, scope="local")
+    assert (model[0].out_channels, model[1].weight.numel(), model[2].in_channels) == (8, 8, 8)
+    assert report.max_error < 1e-10
+    assert model(x).shape == (2, 4)
+
+
+def test_groups_of_a_foreign_norm_lose_as_many_each() -> None:
+    model = between(GroupScaled(16, 4))
+    with torch.no_grad():
+        model[0].weight[:8] *= 100  # by strength alone, the last two groups would go
+        model[2].weight[:, :8] *= 100
+    prune_(model, torch.randn(2, 3, 8, 8), ratio=0.5, scope="local")
+    (kept,) = [cut.kept for cut in model.ss_pruning_plan.cuts if cut.path == "1"]
+    assert [sum(k // 4 == group for k in kept) for group in range(4)] == [2, 2, 2, 2]
+
+
+def test_what_is_a_norm() -> None:
+    assert is_norm(GroupScaled(8, 2))
+    assert is_norm(MeanSquare(8))
+    assert not is_norm(Scaled(8))
+    assert not is_norm(nn.PReLU(8))
+    assert mixes_channels(MeanSquare(8))
+    assert not mixes_channels(nn.BatchNorm2d(8))
+
+
+def test_asking_a_norm_runs_no_hook() -> None:
+    norm = MapNorm(6)
+    calls: list[int] = []
+    norm.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert channel_axis(norm, torch.randn(2, 6, 6, 5)) == 1
+    assert calls == []
+
+
+class Attention(nn.Module):
+    """Its output takes the width of its input, and what it splits has equal parts: `v` cannot go alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, c).unbind(2)
+        y = self.drop((q @ k.transpose(1, 2)).softmax(-1)) @ v
+        return self.proj(y.reshape(n, length, c))
+
+
+class Hybrid(nn.Module):
+    """Convolutions around attention blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3, 2))
+        self.blocks = nn.ModuleList(Attention(12) for _ in range(blocks))
+        self.head = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            y = y + block(y)
+        return self.head(y.mean(1))
+
+
+def test_what_surrounds_attention_is_cut() -> None:
+    torch.manual_seed(0)
+    model = Hybrid(2).eval()
+    report = prune_(model, torch.randn(1, 3, 12, 12), ratio=0.5, scope="local")
+    assert (model.stem[0].out_channels, model.head[0].out_features) == (8, 10)
+    assert [block.qkv.out_features for block in model.blocks] == [36, 36]
+    assert report.max_error < 1e-10
+
+
+def test_a_plan_that_does_not_run_costs_no_pass_with_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes alone show it, so that a search among many attention blocks takes seconds."""
+    torch.manual_seed(0)
+    model, x = Hybrid(6).eval(), torch.randn(1, 3, 12, 12)
+    passes: list[str] = []
+    forward = Hybrid.forward
+
+    def counted(self: Hybrid, x: Tensor) -> Tensor:
+        passes.append(x.device.type)
+        return forward(self, x)
+
+    monkeypatch.setattr(Hybrid, "forward", counted)
+    bench = Bench(model, x, trace(model, x))
+    assert bench.ghost is not None
+    passes.clear()
+    prune_(model, x, ratio=0.5, scope="local")
+    assert passes.count("meta") > 12
+    assert passes.count("cpu") < 20
+
+
+class Peeking(Hybrid):
+    """Looks at values, which tensors without data do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.sum()) else x + 1)
+
+
+def test_a_model_that_looks_at_values_is_tried_with_data() -> None:
+    torch.manual_seed(0)
+    model, x = Peeking(1).eval(), torch.randn(1, 3, 12, 12)
+    assert Bench(model, x, trace(model, x)).ghost is None
+    prune_(model, x, ratio=0.5, scope="local")
+    assert model.stem[0].out_channels == 8
