@@ -29,8 +29,8 @@ cspresnet50 cs3darknet_s dpn68 dla60_res2net eca_vovnet39b mixnet_s efficientnet
 lambda_resnet26t rexnet_100 fasternet_t0 fastvit_t8 nfnet_l0 poolformer_s12 botnet26t_256 efficientnet_cc_b0_4e"""
 
 SIZE_WORDS = frozenset(
-    ["zepto", "atto", "femto", "pico", "nano", "micro", "mini", "tiny", "small", "sm", "medium", "base", "large", "xlarge", "xxlarge", "huge", "giant", "plus", "wide", "so"]
-    + ["xx", "x", "s", "m", "l", "xl", "xs", "xxs", "t", "ti", "b", "a", "c", "d", "e", "f", "h", "k", "r", "el", "em", "es"]
+    "zepto atto femto pico nano micro mini tiny small sm medium base large xlarge xxlarge huge giant plus wide so".split()
+    + "xx x s m l xl xs xxs t ti b a c d e f h k r el em es".split()
 )
 LEAST_SHARE, LEAST_OVERLAPPING, MOST_PARAMS = 1 / 3, 4, 140e6
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.layers import check_finite
 from ss_pruning.planning import Budget, Costs, Floats, Scope, count_macs
 from ss_pruning.provenance import Wiring, trace
@@ -123,19 +123,38 @@ def _cut(
     if method == "none":
         plan.apply_(model)
         return plan, Outcome()
-    small = copy.deepcopy(model)
-    plan.apply_(small)
-    if method == "mean":
-        source = "gaussian" if calibration is None else [gather_batches(calibration)]
-        outcome = fold_means_(small, model, plan, wiring, source, example_inputs)
-    elif method == "linear":
-        outcome = fold_linear_(small, model, plan, wiring, gather_batches(calibration))
-    else:
-        outcome = reconstruct_(small, model, plan, wiring, gather_batches(calibration))
+    small = plan.apply_(copy.deepcopy(model))
+    try:
+        outcome = _compensate(small, model, plan, wiring, method, calibration, example_inputs)
+    except SSPruningError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"compensation={method!r} failed, the model is as it was ({type(error).__name__}: {error}); check that the "
+            "calibration inputs are what the model takes"
+        ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
     plan.apply_(model)
     model.load_state_dict(small.state_dict())
     return plan, outcome
+
+
+def _compensate(
+    small: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    calibration: Any,
+    inputs: Any,
+) -> Outcome:
+    if method == "mean":
+        source = "gaussian" if calibration is None else [gather_batches(calibration)]
+        return fold_means_(small, model, plan, wiring, source, inputs)
+    images = gather_batches(calibration)
+    if method == "linear":
+        return fold_linear_(small, model, plan, wiring, images)
+    return reconstruct_(small, model, plan, wiring, images)
 
 
 class _Clock:

@@ -1,0 +1,227 @@
+"""Compensated surgery: exact where theory says exact, better than a plain cut elsewhere, and never a broken model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ss_pruning
+from ss_pruning import prune_
+from ss_pruning.compensation import fold_linear_, fold_means_, gather_batches
+from ss_pruning.coupling import couple
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.planning import to_plan
+from ss_pruning.provenance import trace
+from ss_pruning.reconstruction import reconstruct_
+from ss_pruning.surgery import Plan
+from tests.snapshot import snapshot
+from tests.zoo import BY_NAME, randomise
+
+
+class TwoLayers(nn.Module):
+    """conv -> BN -> ReLU -> conv -> (BN) -> ReLU -> pool -> linear, with the parts that matter as options."""
+
+    def __init__(self, kernel: int = 1, padding: int = 0, norm_behind: bool = True, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, kernel, padding=padding, bias=False, groups=groups)
+        self.bn2 = nn.BatchNorm2d(6) if norm_behind else nn.Identity()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+def double_net(**options: int | bool) -> TwoLayers:
+    torch.manual_seed(0)
+    return randomise(TwoLayers(**options), 0).double().eval()  # type: ignore[arg-type]
+
+
+def images(n: int = 40) -> Tensor:
+    return torch.randn(n, 3, 10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan, object]:
+    """Cut the given output channels of conv1."""
+    wiring = trace(model, x)
+    coupling = couple(wiring, model)
+    unit = next(u for u in coupling.units if u.name == "conv1")
+    selection = {}
+    for cell in unit.cells:
+        for member in cell.members:
+            gone = {
+                channel
+                for row, root in zip(member.index, cell.root.index[:, 0], strict=True)
+                if root in removed
+                for channel in row.tolist()
+            }
+            width = coupling.widths[member.path, member.side]
+            before = selection.get((member.path, member.side), tuple(range(width)))
+            selection[member.path, member.side] = tuple(c for c in before if c not in gone)
+    return to_plan(selection, coupling, wiring), wiring
+
+
+def cut(model: nn.Module, removed: list[int], x: Tensor) -> tuple[nn.Module, Plan, object]:
+    import copy
+
+    plan, wiring = plan_without(model, removed, x)
+    return plan.apply_(copy.deepcopy(model)), plan, wiring
+
+
+def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((a(x) - b(x)).abs().max())
+
+
+def make_duplicates(model: TwoLayers) -> None:
+    """Channels 6 and 7 of the first layer become copies of 0 and 1."""
+    with torch.no_grad():
+        for tensor in (
+            model.conv1.weight,
+            *model.bn1.parameters(),
+            model.bn1.running_mean,
+            model.bn1.running_var,
+        ):
+            tensor[6:8] = tensor[0:2]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ss_pruning.compensation._RIDGE", 1e-12)
+    dense, x = double_net(kernel=3, padding=padding), images()
+    make_duplicates(dense)
+    small, plan, wiring = cut(dense, [6, 7], x)
+    plain = error(dense, small, x)
+    fold_linear_(small, dense, plan, wiring, x)
+    assert plain > 1e-2
+    assert error(dense, small, x) < 1e-8
+
+
+@pytest.mark.parametrize("norm_behind", [True, False])
+def test_duplicates_go_without_a_trace_by_reconstruct(
+    norm_behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ss_pruning.reconstruction._RIDGES", (1e-10,))
+    dense, x = double_net(kernel=3, padding=1, norm_behind=norm_behind), images()
+    make_duplicates(dense)
+    small, plan, wiring = cut(dense, [6, 7], x)
+    reconstruct_(small, dense, plan, wiring, x)
+    assert error(dense, small, x) < 1e-4  # patches are gathered in float32
+
+
+def make_constant(model: TwoLayers) -> None:
+    """Channel 5 of the first layer is 0.7 everywhere."""
+    with torch.no_grad():
+        model.bn1.weight[5], model.bn1.bias[5] = 0.0, 0.7
+
+
+@pytest.mark.parametrize(("kernel", "padding", "exact"), [(1, 0, True), (3, 0, True), (3, 1, False)])
+@pytest.mark.parametrize("norm_behind", [True, False])
+@pytest.mark.parametrize("source", ["gaussian", "data"])
+def test_a_constant_folds_exactly_unless_a_border_is_padded(
+    kernel: int, padding: int, exact: bool, norm_behind: bool, source: str
+) -> None:
+    dense, x = double_net(kernel=kernel, padding=padding, norm_behind=norm_behind), images()
+    make_constant(dense)
+    small, plan, wiring = cut(dense, [5], x)
+    outcome = fold_means_(small, dense, plan, wiring, [x] if source == "data" else source, x)
+    assert outcome.inexact == ([] if exact else ["conv2"])
+    assert outcome.biases == ([] if norm_behind else ["conv2"])
+    difference = error(dense, small, x)
+    assert difference < 1e-6 if exact else difference > 1e-6
+
+
+def test_mean_equals_plain_loops() -> None:
+    dense, x = double_net(kernel=3, padding=1, norm_behind=False), images()
+    removed = [1, 4]
+    small, plan, wiring = cut(dense, removed, x)
+    fold_means_(small, dense, plan, wiring, [x], x)
+    with torch.no_grad():
+        maps = F.relu(dense.bn1(dense.conv1(x)))
+    for k in range(6):
+        expected = 0.0
+        for r in removed:
+            expected += float(maps[:, r].mean()) * sum(
+                float(w) for w in dense.conv2.weight[k, r].detach().flatten()
+            )
+        assert float(small.conv2.bias.detach()[k]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "reconstruct"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "residual_chain",
+            "dense",
+            "separable",
+            "grouped",
+            "padded_shortcut",
+            "flattened",
+            "transposed",
+            "doubled",
+        ),
+        *("squeeze_excite_conv", "swapped_chunks", "one_dimension", "three_dimensions", "norm_free"),
+    ],
+)
+def test_it_brings_outputs_nearer_to_the_dense_ones(name: str, method: str) -> None:
+    net = BY_NAME[name]
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(96, *net.shapes[0][1:], generator=generator)
+    dense, plain, better = net.make().eval(), net.make().eval(), net.make().eval()
+    prune_(plain, net.example, ratio=0.4)
+    prune_(better, net.example, ratio=0.4, compensation=method, calibration=x[:64])
+    with torch.no_grad():
+        target = dense(x[64:])
+        before, after = (float((model.eval()(x[64:]) - target).square().mean()) for model in (plain, better))
+    assert after < before
+
+
+def test_flags_survive_and_the_plan_rebuilds_the_model(tmp_path: Path) -> None:
+    dense, x = double_net(norm_behind=False).float().train(), images().float()
+    dense.conv1.weight.requires_grad_(False)
+    report = prune_(dense, x[:1], ratio=0.4, compensation="reconstruct", calibration=x)
+    assert report.settings["compensation"] == "reconstruct"
+    assert dense.training
+    assert not dense.conv1.weight.requires_grad
+    assert dense.conv2.bias is not None
+    ss_pruning.save(dense, tmp_path / "m.safetensors")
+    same = ss_pruning.load(tmp_path / "m.safetensors", lambda: TwoLayers(norm_behind=False))
+    with torch.no_grad():
+        assert torch.equal(same(x), dense.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compensation": "magic"}, "magic"),
+        ({"compensation": "reconstruct"}, "needs calibration"),
+        ({"compensation": "linear", "calibration": []}, "empty"),
+        ({"compensation": "mean", "calibration": [["no", "tensor"]]}, "str"),
+    ],
+)
+def test_bad_options_leave_the_model_alone(options: dict[str, object], message: str) -> None:
+    model, x = double_net().float(), images().float()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        prune_(model, x[:1], ratio=0.4, **options)  # type: ignore[arg-type]
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("method", ["mean", "linear", "reconstruct"])
+def test_images_of_the_wrong_shape_leave_the_model_alone(method: str) -> None:
+    model, x = double_net().float(), images().float()
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"channels|does not run"):
+        prune_(model, x[:1], ratio=0.4, compensation=method, calibration=torch.zeros(4, 5, 10, 10))
+    assert snapshot(model) == before
+
+
+def test_batches_are_joined_up_to_a_limit() -> None:
+    batches = [(torch.full((3, 1), float(i)), torch.zeros(3)) for i in range(4)]
+    assert gather_batches(batches, most=7).flatten().tolist() == [0, 0, 0, 1, 1, 1, 2]
