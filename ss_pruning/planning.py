@@ -198,8 +198,7 @@ def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) 
     total = len(plan.unit)
     if not total:
         raise NothingToPruneError(
-            "the model has no channel that may go: every one reaches the output, is ignored, or is left whole "
-            "(print ss_pruning.couple(...).left_whole for the reasons)"
+            "no layer is wide enough to lose a channel under max_ratio and round_to; raise the one or lower the other"
         )
     if budget.kind == "ratio":
         goal = budget.value * sum(cell.size for unit in units for cell in unit.cells)

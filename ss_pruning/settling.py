@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ss_pruning.coupling import Coupling, LeftWhole, Unit
-from ss_pruning.errors import VerificationError
+from ss_pruning.errors import NothingToPruneError, VerificationError
 from ss_pruning.planning import Budget, Costs, Floats, Ints, Schedule, choose, schedule, select, to_plan
 from ss_pruning.provenance import Wiring
 from ss_pruning.verification import Bench, Number, Verified
@@ -49,6 +49,8 @@ class Search:
         while True:
             alive = [u for u in range(len(scores)) if u not in self.reasons]
             units = [self.coupling.units[u] for u in alive]
+            if not units:
+                raise NothingToPruneError(f"the model has no channel that may go. Left whole: {self._why()}")
             order = schedule(units, [scores[u] for u in alive], **self.options)
             trial = _Trial(self, units, order, choose(order, units, self.costs, self.budget))
             verified, failed = largest_sound_part(
@@ -57,6 +59,10 @@ class Search:
             if verified is not None and not failed:
                 return verified
             self.reasons.update({alive[i]: reason for i, reason in failed.items()})
+
+    def _why(self) -> str:
+        whole = [*self.coupling.left_whole, *self.left_whole()]
+        return "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in whole[:5])
 
     def left_whole(self) -> list[LeftWhole]:
         """The units that failed verification."""
