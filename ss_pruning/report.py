@@ -139,9 +139,11 @@ class Report:
         """Return one sentence on whether the cut model computes what the masked dense model computes."""
         if not math.isfinite(self.max_error):
             return "The cut model was not compared with the masked one."
+        method = self.settings.get("compensation", "none")
+        after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
         return (
             "Cut equals masked: the largest difference between their outputs is "
-            f"{self.max_error:.1e} of the largest output."
+            f"{self.max_error:.1e} of the largest output.{after}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -394,3 +394,8 @@ def test_strengths_that_are_all_zero_or_infinite_do_not_break_the_page() -> None
     assert "strengths of this model were not recorded" in report.to_html()
     report = replace(example(), layers=[layer(strength=(*STRENGTH[:6], math.inf))])
     Page(report.to_html())
+
+
+def test_the_verdict_says_that_weights_were_compensated_afterwards() -> None:
+    report = Report("net", 2, 1, 2, 1, [], [], 0.0, settings={"compensation": "linear"})
+    assert report.verification().endswith("Then the remaining weights were compensated (linear).")
