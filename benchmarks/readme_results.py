@@ -41,8 +41,8 @@ def accuracy_table(model: str, macs: str) -> list[str]:
         return []
     images, dense = plain["settings"]["images"], plain["dense"]
     lines = [
-        f"CIFAR-10 {model} at {float(macs):.0%} of its multiply-accumulates, no fine-tuning; top-1 in % on {images:,} test "
-        f"images, dense {dense:.2f} (residual stream whole, for all criteria; ±: standard deviation over seeds):",
+        f"CIFAR-10 {model} at {float(macs):.0%} of its multiply-accumulates, no fine-tuning; top-1 in % on {images:,} "
+        f"test images, dense {dense:.2f} (residual stream whole, for all criteria; ±: standard deviation over seeds):",
         "",
         f"| criterion | {' | '.join(results)} |",
         "|---|" + "---:|" * len(results),

@@ -19,8 +19,9 @@ from ss_pruning.coupling import Cell, Member
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import is_depthwise
 from ss_pruning.moments import MomentSource, measure
-from ss_pruning.provenance import Wiring, trace
+from ss_pruning.provenance import trace
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
+from ss_pruning.wiring import Wiring
 
 _GIVE_INPUTS = "give the input yourself: SynapticImportance(example_inputs=x)"
 Score = Literal["share", "strength", "entropy"]

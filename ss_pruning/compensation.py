@@ -28,8 +28,9 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning.errors import InputError
 from ss_pruning.layers import channel_axis, groups_of, is_depthwise
 from ss_pruning.moments import measure
-from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Cut, Plan, give_bias
+from ss_pruning.wiring import Wiring
 
 Method = Literal["none", "mean", "linear", "reconstruct"]
 METHODS: tuple[Method, ...] = ("none", "mean", "linear", "reconstruct")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from torch import nn
 
 from ss_pruning.layers import blocks_of
-from ss_pruning.provenance import INPUT, Wiring
+from ss_pruning.wiring import INPUT, Wiring
 
 Side = Literal["in", "out", "through", "tensor"]
 Key = tuple[str, Side]

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis
-from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.provenance import call, preserved
+from ss_pruning.wiring import Wiring
 
 # Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
 _MAP_IMAGES, _VECTOR_IMAGES = 4, 16

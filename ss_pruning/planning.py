@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ss_pruning.coupling import Coupling, Key, Unit
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
-from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Cut, Plan
+from ss_pruning.wiring import Wiring
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

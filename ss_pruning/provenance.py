@@ -16,19 +16,18 @@ pass and three local backward passes a layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning.errors import InputError, ModelError
-from ss_pruning.layers import Kind, channel_axis, kind_of, width
-
-#: Stands for the model's input in lists of sources.
-INPUT = "<input>"
+from ss_pruning.errors import ModelError
+from ss_pruning.labels import Labels, aligned_axis, decode, rows_along
+from ss_pruning.layers import channel_axis, kind_of, width
+from ss_pruning.wiring import INPUT, Feed, Layer, LooseTensor, Wiring
 
 # Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
 # stay below the knees of ReLU6 and of hard gates; different from channel to channel, so that what compares channels
@@ -37,88 +36,6 @@ _LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
 _SEED = 20181811
 # From so many channels on, a broadcast may turn out to be a stream that arrives more than once.
 _STREAM = 8
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the channel graph.
-
-    Attributes:
-        path: Module path.
-        kind: Its role, see `ss_pruning.layers.Kind`.
-        inputs: Number of input channels (for a positional layer: of positions).
-        outputs: Number of output channels.
-        in_axis: Axis of its input tensor that holds the channels.
-    """
-
-    path: str
-    kind: Kind
-    inputs: int
-    outputs: int
-    in_axis: int
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What one source hands to one call of one layer.
-
-    Attributes:
-        source: Path of the source layer, name of a loose tensor, or `INPUT`.
-        call: Which call of the consumer this is (a module may run several times).
-        pairs: `[n, 2]`, source channel and consumer channel.
-        broadcast: Source channels of which one element feeds several channels at once.
-    """
-
-    source: str
-    call: int
-    pairs: Tensor
-    broadcast: Tensor
-
-
-@dataclass(frozen=True)
-class LooseTensor:
-    """A parameter or buffer that no layer owns (layer scale, PReLU slope, learned affine) and its channel axis."""
-
-    name: str
-    axis: int
-    size: int
-
-
-@dataclass
-class Wiring:
-    """Everything the label probe found.
-
-    Attributes:
-        layers: By path, in the order in which they run.
-        feeds: By consumer path.
-        loose: Loose tensors whose elements lie along channels, by name.
-        reaches_output: By source: its channels from which the model's output is reached without another layer.
-        uncalled: Paths of layers that the forward pass never ran.
-    """
-
-    layers: dict[str, Layer] = field(default_factory=dict)
-    feeds: dict[str, list[Feed]] = field(default_factory=dict)
-    loose: dict[str, LooseTensor] = field(default_factory=dict)
-    reaches_output: dict[str, Tensor] = field(default_factory=dict)
-    uncalled: tuple[str, ...] = ()
-
-    def sources(self, path: str) -> list[list[tuple[str, int]]]:
-        """The (layer path, output channel) pairs that feed each input channel of the layer `path`.
-
-        A channel of the model's input appears as `(INPUT, channel)`; a channel that nothing feeds (padding) has an
-        empty list. Gates count: they feed what they multiply.
-
-        Raises:
-            InputError: `path` names no layer that ran.
-        """
-        if path not in self.layers:
-            raise InputError(f"no layer '{path}' ran in the traced model; see Wiring.layers for the paths")
-        found: list[set[tuple[str, int]]] = [set() for _ in range(self.layers[path].inputs)]
-        for feed in self.feeds[path]:
-            if feed.source in self.layers or feed.source == INPUT:
-                for source_channel, channel in feed.pairs.tolist():
-                    found[channel].add((feed.source, source_channel))
-        return [sorted(pairs) for pairs in found]
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Wiring:
@@ -276,7 +193,7 @@ def _probe(
         recorder = _Recorder(paths, wiring, offset)
         recorder.double = False
         output = _run(model, example_inputs, recorder, training)
-    labels = _Labels(recorder.generator)
+    labels = Labels(recorder.generator)
     for arrival in recorder.arrivals:
         if arrival.path not in known:
             _pull(arrival, recorder.leaves, labels, wiring)
@@ -347,26 +264,6 @@ def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator
             yield name, buffer
 
 
-class _Labels:
-    """Random cotangents, channel labels and a permutation of them, cached by shape."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-        self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def __call__(self, like: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The three cotangents, and the permuted labels (`[channels]`, numbered from 1)."""
-        key = (like.shape, axis, like.dtype, like.device)
-        if key not in self.cache:
-            n = like.shape[axis]
-            r = torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype) + 0.5
-            shape = [n if a == axis else 1 for a in range(like.dim())]
-            permuted = torch.randperm(n, generator=self.generator).to(like.device) + 1
-            first = torch.arange(1, n + 1, device=like.device, dtype=like.dtype).reshape(shape)
-            self.cache[key] = (r, r * first, r * permuted.to(like.dtype).reshape(shape), permuted)
-        return self.cache[key]
-
-
 def _reachable(root: Tensor, leaves: Sequence[_Leaf]) -> list[_Leaf]:
     """The leaves in the history of `root`, so that a pull costs what lies between and not the whole model."""
     by_id = {id(leaf.tensor): leaf for leaf in leaves}
@@ -385,7 +282,7 @@ def _reachable(root: Tensor, leaves: Sequence[_Leaf]) -> list[_Leaf]:
     return found
 
 
-def _pull(arrival: _Arrival, leaves: Sequence[_Leaf], labels: _Labels, wiring: Wiring) -> None:
+def _pull(arrival: _Arrival, leaves: Sequence[_Leaf], labels: Labels, wiring: Wiring) -> None:
     """Pull labels from what arrived at a layer back to the leaves, and note who feeds whom."""
     assert arrival.path is not None
     near = _reachable(arrival.tensor, leaves)
@@ -407,7 +304,7 @@ _Found = tuple[int, Tensor, Tensor]
 
 
 def _pull_range(
-    arrival: _Arrival, near: Sequence[_Leaf], labels: _Labels, first: int, last: int
+    arrival: _Arrival, near: Sequence[_Leaf], labels: Labels, first: int, last: int
 ) -> list[_Found | None]:
     """For each leaf: axis, pairs and broadcast channels, seen from the channels `first ... last` of what arrived."""
     *cotangents, permuted = labels(arrival.tensor, arrival.axis)
@@ -428,17 +325,17 @@ def _found(leaf: _Leaf, pulled: Sequence[Tensor | None], permuted: Tensor) -> _F
     if len(known) < len(pulled):
         return None
     # A loose tensor counts if its elements follow the channels along some axis.
-    axis = leaf.axis if leaf.axis >= 0 else _aligned_axis(known, permuted)
+    axis = leaf.axis if leaf.axis >= 0 else aligned_axis(known, permuted)
     if axis is None:
         return None
-    pairs, broadcast = _decode(known, permuted, axis)
+    pairs, broadcast = decode(known, permuted, axis)
     return (axis, pairs, broadcast) if len(pairs) or len(broadcast) else None
 
 
 def _pull_parts(
     arrival: _Arrival,
     leaf: _Leaf,
-    labels: _Labels,
+    labels: Labels,
     span: tuple[int, int],
     pairs: Tensor,
     broadcast: Tensor,
@@ -474,60 +371,6 @@ def _pull_parts(
     return merged[~torch.isin(merged[:, 0], left)], left
 
 
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    """`[channels, elements]`: the tensor with one row for each index along `axis`."""
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
-
-
-def _decode(pulled: Sequence[Tensor], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
-    moved = [_rows(g, axis) for g in pulled]
-    touched = moved[0].ne(0).any(1)
-    channel, clean = _channel_of([g.sum(1, dtype=torch.float64) for g in moved], permuted)
-    rows = torch.arange(len(touched), device=touched.device)
-    one = touched & clean
-    pairs = torch.stack([rows[one], channel[one]], 1)
-    rest = rows[touched & ~clean]
-    if not len(rest):
-        return pairs.cpu(), rest.cpu()
-    # Different elements of one source channel may go to different channels (a flatten): decode each by itself.
-    elements = [g[rest] for g in moved]
-    channel, clean = _channel_of(elements, permuted)
-    touched_elements = elements[0].ne(0)
-    mixed = (touched_elements & ~clean).any(1)
-    single = touched_elements & ~mixed[:, None]
-    row, column = single.nonzero(as_tuple=True)
-    more = torch.stack([rest[row], channel[row, column]], 1).unique(dim=0)
-    return torch.cat([pairs, more]).cpu(), rest[mixed].cpu()
-
-
-def _channel_of(pulled: Sequence[Tensor], permuted: Tensor) -> tuple[Tensor, Tensor]:
-    """The channel that listens to each element, and whether it is the only one (both labels agree on it)."""
-    g, g_label, g_permuted = (p.double() for p in pulled)
-    safe = torch.where(g == 0, torch.ones_like(g), g)
-    label, check = g_label / safe, g_permuted / safe
-    channel = label.round().clamp(1, len(permuted)).long() - 1
-    # float64 resolves the labels sharply; in a coarser precision mixed channels are still told apart by the check.
-    tolerance = 1e-3 if pulled[0].dtype == torch.float64 else 0.02 + 1e-5 * len(permuted)
-    clean = (label - (channel + 1)).abs().lt(tolerance) & (check - permuted[channel]).abs().lt(tolerance)
-    return channel, clean & g.ne(0)
-
-
-def _aligned_axis(pulled: Sequence[Tensor], permuted: Tensor) -> int | None:
-    """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
-    channel, clean = _channel_of(pulled, permuted)
-    if not clean.any():
-        return None
-    for axis, size in enumerate(channel.shape):
-        rows, mask = _rows(channel, axis), _rows(clean, axis)
-        used = mask.any(1)
-        low = torch.where(mask, rows, len(permuted)).amin(1)[used]
-        high = torch.where(mask, rows, -1).amax(1)[used]
-        if size > 1 and len(low) and low.equal(high) and len(low.unique()) == len(low):
-            return axis
-    return None
-
-
 def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> None:
     """Note the source channels from which an output of the model is reached."""
     near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
@@ -541,9 +384,6 @@ def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> Non
     )
     reached = [(leaf, g) for leaf, g in zip(near, grads, strict=True) if isinstance(g, Tensor)]
     for leaf, g in reached:
-        touched = _rows(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
+        touched = rows_along(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
         before = wiring.reaches_output.get(leaf.source, touched)
         wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()
-
-
-Progress = Callable[[str, int, int], None]

@@ -17,12 +17,13 @@ from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.layers import check_finite
 from ss_pruning.planning import Budget, Costs, Floats, Scope, count_macs
-from ss_pruning.provenance import Wiring, trace
+from ss_pruning.provenance import trace
 from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import synaptic_strength
 from ss_pruning.surgery import Plan
+from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]

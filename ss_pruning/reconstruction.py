@@ -23,8 +23,9 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning.compensation import Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.layers import channel_axis, groups_of
-from ss_pruning.provenance import Wiring, call, preserved
+from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Plan
+from ss_pruning.wiring import Wiring
 
 # Ridge, as a share of the mean diagonal of the Gram matrix; the one that predicts held-out images best is taken.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -12,8 +12,8 @@ from torch import nn
 from ss_pruning.coupling import Coupling, LeftWhole, Unit
 from ss_pruning.errors import NothingToPruneError, VerificationError
 from ss_pruning.planning import Budget, Costs, Floats, Ints, Schedule, choose, schedule, select, to_plan
-from ss_pruning.provenance import Wiring
 from ss_pruning.verification import Bench, Number, Verified
+from ss_pruning.wiring import Wiring
 
 FORWARD_REASON = "the forward pass relies on its width"
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import MomentSource, measure
-from ss_pruning.provenance import Wiring, trace
+from ss_pruning.provenance import trace
+from ss_pruning.wiring import Wiring
 
 
 class Strengths(dict[str, Tensor]):

@@ -26,8 +26,9 @@ from ss_pruning.coupling import Side, Unit
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.layers import groups_of, is_depthwise, mixes_channels
 from ss_pruning.planning import Selection
-from ss_pruning.provenance import Wiring, call, preserved, trace
+from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
+from ss_pruning.wiring import Wiring
 
 #: A stored number: module path, attribute name, place in a list or tuple.
 Number = tuple[str, str, int | None]

@@ -22,8 +22,9 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "_choices", "errors", "layers", "report_style"},
-    {"_decode", "provenance"},
+    {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
+    {"_decode", "wiring"},
+    {"provenance"},
     {"data", "moments", "coupling"},
     {"strength", "surgery"},
     {"planning"},
