@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -56,6 +57,14 @@ def read_lines(path: Path = LINES) -> list[Line]:
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
     """The last line of each model and side."""
     return {(line["spec"], line["side"]): line for line in lines}
+
+
+def compact() -> None:
+    """Keep the last line of each model and side only."""
+    lines = latest(read_lines())
+    part = LINES.with_suffix(".part")
+    part.write_text("".join(json.dumps(lines[key]) + "\n" for key in sorted(lines)))
+    os.replace(part, LINES)
 
 
 def _child(spec: str, side: str, timeout: float, connection: Connection) -> None:
@@ -143,6 +152,7 @@ def main() -> int:
         specs = [c.spec for c in candidates]
         run(specs, sides, jobs=options.jobs, timeout=options.timeout, again=options.again)
     if not options.names and not options.family:
+        compact()
         coverage_page.write_all(candidates, latest(read_lines()), versions(), options.timeout)
     return 0
 

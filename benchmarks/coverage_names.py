@@ -28,9 +28,9 @@ NAMED = """resnetblur18 ecaresnet26t skresnet18 resnest50d_4s2x40d res2net50_26w
 cspresnet50 cs3darknet_s dpn68 dla60_res2net eca_vovnet39b mixnet_s efficientnet_blur_b0 mobilenetv4_hybrid_medium
 lambda_resnet26t rexnet_100 fasternet_t0 fastvit_t8 nfnet_l0 poolformer_s12 botnet26t_256 efficientnet_cc_b0_4e"""
 
-SIZE_WORDS = frozenset(
-    "zepto atto femto pico nano micro mini tiny small sm medium base large xlarge xxlarge huge giant plus wide so".split()
-    + "xx x s m l xl xs xxs t ti b a c d e f h k r el em es".split()
+SIZE_WORD = re.compile(
+    "zepto|atto|femto|pico|nano|micro|mini|tiny|small|sm|medium|base|x*large|huge|giant|plus|wide|so|"
+    "x*s|m|x?l|xx?|ti?|e?[abcdefhkr]|e[lms]"
 )
 LEAST_SHARE, LEAST_OVERLAPPING, MOST_PARAMS = 1 / 3, 4, 140e6
 
@@ -53,7 +53,7 @@ class Candidate:
 def family_of(name: str) -> str:
     """The name without size: what comes before its first digit, less size words."""
     first, *rest = [word for word in re.split(r"\d", name)[0].split("_") if word]
-    return "_".join([first, *(word for word in rest if word not in SIZE_WORDS)])
+    return "_".join([first, *(word for word in rest if not SIZE_WORD.fullmatch(word))])
 
 
 def candidate(spec: str, family: str, make: Callable[[], nn.Module]) -> Candidate:

@@ -2,5 +2,224 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
 
-def write_all(*args): ...
+from benchmarks.common import write
+from benchmarks.coverage_names import NAMED, Candidate
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
+SIDE_NAMES = {"ours": "ss-pruning", "tp": "Torch-Pruning"}
+#: What a status means.
+STATUSES = {
+    "ok": "pruned; runs, trains, and equals the masked dense model",
+    "wrong": "runs, but its output is not the masked dense model's",
+    "broken": "the pruned model's forward, or a training step, fails",
+    "error": "an exception while building the graph or pruning",
+    "timeout": "more CPU time than allowed",
+    "refused": "refused with an error that says why; the model is as it was",
+    "nothing": "no parameter was removed",
+    "killed": "the process died or hung",
+    "dense fails": "the dense model itself does not run here",
+}
+#: Short forms of the reasons for leaving channels whole.
+REASONS = {
+    "reaches the model's output": "output",
+    "feeds several channels at once": "broadcast",
+    "is fed by the model's input": "no producer",
+    "nothing that ran reads it": "unread",
+    "all channels of a layer hang together": "hang together",
+    "the forward pass relies on its width": "forward",
+}
+TOLERANCE, LEAST_REMOVED = 1e-10, 0.25
+Lines = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def summary(specs: Sequence[str], lines: Lines, side: str) -> dict[str, Any]:
+    """Counts and extremes of one side."""
+    found = [lines[spec, side] for spec in specs if (spec, side) in lines]
+    ok = [line for line in found if line["status"] == "ok"]
+    errors = [exact(line) for line in ok]
+    return {
+        "models": len(found),
+        "statuses": dict(Counter(line["status"] for line in found).most_common()),
+        "ok": len(ok),
+        "share": len(ok) / max(1, len(found)),
+        "compared": sum(e is not None for e in errors),
+        "max_error": max((e for e in errors if e is not None), default=None),
+        "seconds_median": median(line["seconds"] for line in ok) if ok else None,
+        "seconds_most": max((line["seconds"] for line in found), default=None),
+        "removed_median": median(line["removed"] for line in ok) if ok else None,
+        "little_removed": {
+            line["spec"]: round(line["removed"], 3) for line in ok if line["removed"] < LEAST_REMOVED
+        },
+        "codes": sorted({line["code"] for line in found}),
+    }
+
+
+def exact(line: Mapping[str, Any]) -> float | None:
+    """Difference between cut and masked: the side's own if it has one, else the outside check's, else unknown."""
+    if "max_error" in line:
+        return float(line["max_error"])
+    error = line.get("masked_error")
+    return None if error is None or (line.get("mixers") and error > TOLERANCE) else float(error)
+
+
+def times(specs: Sequence[str], lines: Lines) -> dict[str, Any]:
+    """CPU seconds on the models that both sides prune."""
+    both = [s for s in specs if all(lines.get((s, side), {}).get("status") == "ok" for side in SIDE_NAMES)]
+    return {
+        "models": len(both),
+        **{side: sum(lines[s, side]["seconds"] for s in both) for side in SIDE_NAMES},
+    }
+
+
+def write_all(
+    candidates: Iterable[Candidate], lines: Lines, versions: Mapping[str, str], timeout: float
+) -> None:
+    """Write `results/coverage.json` and `docs/coverage.md`."""
+    models = list(candidates)
+    specs = [c.spec for c in models]
+    sides = {side: summary(specs, lines, side) for side in SIDE_NAMES}
+    machine = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "system": platform.system(),
+    }
+    facts = {"limit": timeout, "machine": machine, "sides": sides, "both": times(specs, lines)}
+    write(
+        "coverage", {**facts, "models": [dict(lines[key]) for key in sorted(lines) if key[0] in set(specs)]}
+    )
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(
+        "\n".join([*_head(facts, versions), *_table(models, lines), *_failures(specs, lines)]) + "\n"
+    )
+
+
+def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    sides, both, machine = facts["sides"], facts["both"], facts["machine"]
+    stack = ", ".join(f"{name} {number}" for name, number in versions.items())
+    rows = [
+        ("models", lambda s: s["models"]),
+        ("work", lambda s: f"**{s['ok']} ({s['share']:.1%})**"),
+        *((status, lambda s, status=status: s["statuses"].get(status, 0)) for status in list(STATUSES)[1:]),
+        ("largest difference to the masked model", lambda s: _error(s["max_error"])),
+        ("working models in which that could be compared", lambda s: s["compared"]),
+        ("median of parameters removed", lambda s: _percent(s["removed_median"])),
+        ("median CPU seconds", lambda s: _seconds(s["seconds_median"])),
+        ("most CPU seconds", lambda s: _seconds(s["seconds_most"])),
+    ]
+    return [
+        "# Coverage",
+        "",
+        "Generated by `python -m benchmarks.coverage`; do not edit. One small variant of every convolutional or hybrid "
+        "family of timm and torchvision (the rule is in `benchmarks/coverage_names.py`), and the architectures that "
+        "were known to be hard. Random weights, one image, half of the channels of every layer (local ratio 0.5), the "
+        "classifier kept. Plain Torch-Pruning is `BasePruner` with `GroupMagnitudeImportance`. Each model and side in "
+        f"a process of its own, {facts['limit']:g} s of CPU time at most for building, scoring and cutting.",
+        "",
+        f"Machine: {machine['machine']}, {machine['cores']} cores (shared with other work), one thread. {stack}.",
+        "",
+        "| | " + " | ".join(SIDE_NAMES.values()) + " |",
+        "|---|---:|---:|",
+        *(
+            f"| {label} | " + " | ".join(str(value(sides[side])) for side in SIDE_NAMES) + " |"
+            for label, value in rows
+        ),
+        "",
+        f"On the {both['models']} models that both prune, CPU seconds in all: ss-pruning {both['ours']:.1f}, "
+        f"Torch-Pruning {both['tp']:.1f}. ss-pruning's include the verification on a "
+        "copy, which Torch-Pruning does not do.",
+        "",
+        *(f"- *{status}*: {meaning}." for status, meaning in STATUSES.items()),
+        "",
+        "**Difference**: largest difference between the outputs of the cut model and of the dense model with the "
+        "removed channels zeroed in what reads them, relative to the largest output, in float64. ss-pruning's is its "
+        "report's; norms that span channels run on the kept channels alone there (a smaller layer cannot do "
+        "otherwise). Torch-Pruning's is measured from outside by zeroing; a dash where such norms make that no "
+        "comparison.",
+        "",
+        "**Left whole**, in percent of the output channels of all layers: *output*: reaches the model's output; "
+        "*broadcast*: feeds several channels at once (a gate, a softmax or attention); *forward*: the forward pass "
+        "relies on the width, found by trying on a copy; *no producer*, *unread*, *hang together*: see "
+        "`Report.left_whole`.",
+        "",
+    ]
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
+    header = ["model", "px", "params", *("status", "s", "removed", "difference") * 2, "left whole"]
+    rows = []
+    named = set(NAMED.split())
+    for c in sorted(models, key=lambda c: c.spec):
+        ours, theirs = (lines.get((c.spec, side), {}) for side in SIDE_NAMES)
+        name = c.spec.removeprefix("timm:")
+        millions = ours.get("params_before", theirs.get("params_before", 0)) / 1e6
+        pixels = ours.get("pixels", theirs.get("pixels", ""))
+        cells = [f"{name}{' *' if name in named else ''}", str(pixels), f"{millions:.1f} M"]
+        rows.append(" | ".join([*cells, *_side(ours), *_side(theirs), _left(ours)]))
+    columns = "|".join(["---", "---:", "---:", *("---", "---:", "---:", "---:") * 2, "---"])
+    return [
+        "## All models",
+        "",
+        "First ss-pruning, then Torch-Pruning. A star marks what issue 3 names.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"|{columns}|",
+        *(f"| {row} |" for row in rows),
+        "",
+    ]
+
+
+def _side(line: Mapping[str, Any]) -> list[str]:
+    if not line:
+        return ["not run", "", "", ""]
+    ok = line["status"] == "ok"
+    figures = [_percent(line["removed"]), _error(exact(line))] if ok else ["", ""]
+    return [line["status"], _seconds(line["seconds"]) if "seconds" in line else "", *figures]
+
+
+def _left(line: Mapping[str, Any]) -> str:
+    outputs = line.get("outputs")
+    if not outputs:
+        return ""
+    parts = []
+    for reason, channels in line.get("left_whole", {}).items():
+        short = next((s for long, s in REASONS.items() if reason.startswith(long)), reason[:30])
+        parts.append(f"{short} {channels / outputs:.0%}")
+    return ", ".join(parts)
+
+
+def _failures(specs: Sequence[str], lines: Lines) -> list[str]:
+    text = []
+    for side, name in SIDE_NAMES.items():
+        failed = [
+            lines[s, side] for s in sorted(specs) if lines.get((s, side), {}).get("status", "ok") != "ok"
+        ]
+        text += [f"## What fails: {name}", ""]
+        text += [f"- {line['spec']}: {line['status']}, {_clean(line.get('error', ''))}" for line in failed]
+        text += ["" if failed else "Nothing.\n"]
+    return text
+
+
+def _clean(error: str) -> str:
+    one = " ".join(error.split())
+    return one.replace("|", "/").replace("<", "&lt;")[:200]

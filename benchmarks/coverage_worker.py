@@ -31,18 +31,6 @@ RATIO, MAX_RATIO, CLASSES = 0.5, 0.9, 1000
 SIZES = (64, 96, 128)
 TOLERANCE = 1e-10
 SIDES = ("ours", "tp")
-#: Layers that compute something across channels: zeroed channels are not the same as absent ones.
-MIXERS = (
-    "GroupNorm",
-    "LayerNorm",
-    "RmsNorm",
-    "RMSNorm",
-    "GlobalResponse",
-    "EvoNorm",
-    "FilterResponse",
-    "StdConv",
-    "Std",
-)
 Removed = dict[str, set[int]]
 
 
@@ -237,10 +225,17 @@ def masked_error(dense: nn.Module, cut: nn.Module, removed: Removed, x: Tensor) 
 
 
 def mixers(model: nn.Module) -> list[str]:
-    """Kinds of layers in the model that mix channels, whose cut cannot equal plain masking."""
-    kinds = {type(m).__name__ for m in model.modules() if any(word in type(m).__name__ for word in MIXERS)}
-    along = any(isinstance(m, nn.Conv1d) and m.in_channels == m.out_channels == 1 for m in model.modules())
-    return sorted(kinds | ({"Conv1d over channels"} if along else set()))
+    """Kinds of layers that mix channels: to them, zeroed channels are not the same as absent ones."""
+    return sorted({type(module).__name__ for module in model.modules() if _mixes(module)})
+
+
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, _ConvNd):  # slides along channels, or standardises its kernel over what it reads
+        along = isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1
+        return along or "Std" in type(module).__name__
+    each = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.Identity)
+    leaf = not list(module.children()) and not isinstance(module, each)
+    return leaf and any(word in type(module).__name__ for word in ("Norm", "GlobalResponse"))
 
 
 def trains(model: nn.Module, x: Tensor) -> str:

@@ -35,6 +35,9 @@ BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attenti
 UNREAD_REASON = "nothing that ran reads it"
 NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
 WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"
+UNEVEN_REASON = (
+    "some groups of a grouped layer have channels that must stay, so the groups could not stay equal"
+)
 IGNORED_REASON = "ignored on request"
 
 
@@ -80,6 +83,11 @@ class Unit:
         """Path of the first producer."""
         return self.cells[0].root.path
 
+    @property
+    def shuffled(self) -> bool:
+        """True where neighbours of a producer arrive with others in between."""
+        return any(_interleaved(member) for cell in self.cells for member in cell.members)
+
     def paths(self) -> set[str]:
         """Paths of the layers (and names of the loose tensors) that the unit touches."""
         return {member.path for cell in self.cells for member in cell.members}
@@ -124,7 +132,14 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
     reasons = _family_reasons(slots, family, frozen)
     cells = _cells(wiring, slots, modules, family, reasons)
     units = _units(cells, modules)
-    return Coupling(units, _left_whole(wiring, slots, family, reasons), slots.widths)
+    even = [_even(unit, slots.widths, modules) for unit in units]
+    whole = _left_whole(wiring, slots, family, reasons)
+    uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
+    if uneven:
+        paths = dict.fromkeys(cell.root.path for unit in uneven for cell in unit.cells)
+        channels = sum(cell.size for unit in uneven for cell in unit.cells)
+        whole += (LeftWhole(tuple(paths), channels, UNEVEN_REASON),)
+    return Coupling(tuple(unit for unit, fits in zip(units, even, strict=True) if fits), whole, slots.widths)
 
 
 class _Slots:
@@ -356,6 +371,20 @@ def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, .
         coarse = len(unit) > 1 and (steps == 1 or 2 * steps < narrowest)
         units += _tied(unit, _local(unit, cells, hard)) if coarse else [unit]
     return tuple(Unit(tuple(unit)) for unit in units)
+
+
+def _even(unit: Unit, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:
+    """True if every group of every grouped layer that the unit touches would lose as many channels."""
+    touched: dict[Key, list[Ints]] = defaultdict(list)
+    for member in (m for cell in unit.cells for m in cell.members):
+        if blocks_of(modules.get(member.path), member.side) > 1:
+            touched[member.path, member.side].append(member.index.reshape(-1))
+    for key, parts in touched.items():
+        blocks = blocks_of(modules[key[0]], key[1])
+        counts = np.bincount(np.concatenate(parts) // (widths[key] // blocks), minlength=blocks)
+        if len(set(counts.tolist())) > 1:
+            return False
+    return True
 
 
 def _tied(cells: Sequence[Cell], groups: Iterable[Sequence[int]]) -> list[list[Cell]]:

@@ -25,6 +25,7 @@ class Search:
     Attributes:
         options: What `schedule` takes beside units and scores.
         reasons: Why units were left whole, by their number.
+        fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Search:
     budget: Budget
     options: dict[str, Any]
     reasons: dict[int, str] = field(default_factory=dict)
+    fixed: set[Number] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.bench = Bench(self.model, self.example_inputs, self.wiring)
@@ -54,7 +56,7 @@ class Search:
             order = schedule(units, [scores[u] for u in alive], **self.options)
             trial = _Trial(self, units, order, choose(order, units, self.costs, self.budget))
             verified, failed = largest_sound_part(
-                np.flatnonzero(trial.steps).tolist(), trial.attempt, trial.touching
+                np.flatnonzero(trial.steps).tolist(), trial.attempt, trial.touching, self.fixed
             )
             if verified is not None and not failed:
                 return verified
@@ -107,6 +109,7 @@ def largest_sound_part(
     items: list[int],
     attempt: Callable[[Collection[int], Collection[Number]], Verified],
     touching: Callable[[str], Collection[int]],
+    fixed: set[Number],
 ) -> tuple[Verified | None, dict[int, str]]:
     """Verify all items together; on failure halve, until those that fail are found.
 
@@ -115,13 +118,13 @@ def largest_sound_part(
         attempt: Verifies a part of them, with stored numbers that must not follow; raises `VerificationError` if
             the cut is wrong.
         touching: The items that touch layers inside a module; they are the first suspects when it does not run.
+        fixed: Stored numbers known not to follow; what is found is added.
 
     Returns:
         What was verified last without an error, and by failed item the reason.
     """
     sound: set[int] = set()
     failed: dict[int, str] = {}
-    fixed: set[Number] = set()
     verified = None
     stack = [items]
     while stack:

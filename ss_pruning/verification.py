@@ -102,16 +102,16 @@ class Bench:
         """
         parts = _part_sizes(units, selection, self.wiring)
         if self.ghost is not None:  # most plans that are wrong do not even run; that shows on shapes alone
-            ghost, shapes = _copied(self.ghost), _to_meta(self.inputs)
-            _run_cut(plan.apply_(ghost), shapes, _Follower(plan, self.arrivals, parts, fixed))
-        small = plan.apply_(_copied(self.dense))
+            ghost = _cut(_copied(self.ghost), plan)
+            _run_cut(ghost, _to_meta(self.inputs), _Follower(plan, self.arrivals, parts, fixed))
+        small = _cut(_copied(self.dense), plan)
         follower = _Follower(plan, self.arrivals, parts, fixed)
         cut = _run_cut(small, self.inputs, follower)
         try:
             error = _compare(self._masked(selection), cut, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
-            if not reorder:
+            if not reorder or not any(unit.shuffled for unit in units):
                 raise VerificationError(str(error), follower.numbers()) from error
         moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
         return self.verify(replace(plan, cuts=moved), selection, units, fixed=fixed, reorder=False)
@@ -146,6 +146,13 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ModelError(
             f"the model cannot be copied for verification ({type(error).__name__}: {error})"
         ) from error
+
+
+def _cut(twin: nn.Module, plan: Plan) -> nn.Module:
+    try:
+        return plan.apply_(twin)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise VerificationError(f"the plan cannot be applied ({type(error).__name__}: {error})") from error
 
 
 def _run_cut(small: nn.Module, inputs: Any, follower: _Follower) -> Any:

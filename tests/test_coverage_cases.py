@@ -192,3 +192,29 @@ def test_a_model_that_looks_at_values_is_tried_with_data() -> None:
     assert Bench(model, x, trace(model, x)).ghost is None
     prune_(model, x, ratio=0.5, scope="local")
     assert model.stem[0].out_channels == 8
+
+
+class GroupedAttention(nn.Module):
+    """A grouped convolution after `q, k, v`, as multi-scale attention has it: only the groups of `v` are free."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.mix = nn.Conv2d(3 * channels, 3 * channels, 1, groups=6)
+        self.proj = nn.Conv2d(channels, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(self.qkv(x)).flatten(2).chunk(3, 1)
+        y = v @ (k.transpose(1, 2) @ q).softmax(-1).transpose(1, 2)
+        return self.proj(y.unflatten(2, x.shape[2:]))
+
+
+def test_groups_of_which_some_must_stay_are_left_whole() -> None:
+    torch.manual_seed(0)
+    stem, tail = [nn.Conv2d(3, 16, 3), nn.ReLU()], [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(*stem, GroupedAttention(16), *tail).eval()
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, scope="local")
+    assert model[0].out_channels == 8
+    assert (model[2].mix.in_channels, model[2].mix.out_channels) == (24, 48)
+    assert any("groups could not stay equal" in left.reason for left in report.left_whole)
+    assert report.max_error < 1e-10
