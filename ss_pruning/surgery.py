@@ -91,7 +91,7 @@ class Plan:
         for cut in self.cuts:
             _cut(model, cut)
         for attribute in self.attributes:
-            _set_number(model.get_submodule(attribute.path), attribute)
+            set_number(model.get_submodule(attribute.path), attribute)
         for path in self.biases:
             give_bias(model.get_submodule(path))
         before = getattr(model, PLAN_ATTRIBUTE, None)
@@ -159,8 +159,10 @@ class Plan:
             if getattr(modules.get(path), "bias", 0) is not None:
                 raise PlanError(f"the plan expects a layer without a bias at '{path}'")
         for attribute in self.attributes:
-            if attribute.path not in modules or not hasattr(modules[attribute.path], attribute.name):
-                raise PlanError(f"the plan expects an attribute '{attribute.path}.{attribute.name}'")
+            if _number(modules.get(attribute.path), attribute) != attribute.before:
+                raise PlanError(
+                    f"the plan expects the number {attribute.before} in '{attribute.path}.{attribute.name}'"
+                )
 
 
 def _cut_from(data: Mapping[str, Any]) -> Cut:
@@ -325,7 +327,17 @@ def _same_flags(module: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _set_number(module: nn.Module, attribute: Attribute) -> None:
+def _number(module: nn.Module | None, attribute: Attribute) -> int | None:
+    """The number as it is stored, None where there is none (plans come from files: nothing else may be set)."""
+    value = vars(module).get(attribute.name) if module is not None else None
+    if attribute.position is not None:
+        fits = type(value) in (list, tuple) and 0 <= attribute.position < len(value)  # type: ignore[arg-type]
+        value = value[attribute.position] if fits else None  # type: ignore[index]
+    return value if type(value) is int else None
+
+
+def set_number(module: nn.Module, attribute: Attribute) -> None:
+    """Let a stored number follow."""
     if attribute.position is None:
         setattr(module, attribute.name, attribute.after)
         return

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning.coupling import Side, Unit
 from ss_pruning.errors import ModelError, VerificationError
-from ss_pruning.layers import groups_of, is_depthwise, mixes_channels
+from ss_pruning.layers import groups_of, is_depthwise, kind_of, mixes_channels
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
-from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer
+from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer, set_number
 from ss_pruning.wiring import Wiring
 
 #: A stored number: module path, attribute name, place in a list or tuple.
@@ -342,7 +342,7 @@ class _Follower:
 
     def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
         self.current = path
-        if path in self.done or type(module).__module__.startswith("torch.nn.modules.conv"):
+        if path in self.done or kind_of(module) is not None:  # a layer's own numbers follow when it is cut
             return
         self.done.add(path)
         arrived = [
@@ -370,8 +370,9 @@ class _Follower:
         for name, position, value in _stored_numbers(module):
             after = near.get(value, inside.get(value))
             if after is not None and after != value and (path, name, position) not in self.fixed:
-                self.found.append(Attribute(path, name, position, value, after))
-                _apply_now(module, name, position, after)
+                attribute = Attribute(path, name, position, value, after)
+                self.found.append(attribute)
+                set_number(module, attribute)
 
 
 def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
@@ -383,9 +384,8 @@ def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
 
 
 def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    layer_names = {"in_channels", "out_channels", "in_features", "out_features", "groups", "num_channels"}
     for name, value in list(vars(module).items()):
-        if name.startswith("_") or name == "training" or (hasattr(module, "weight") and name in layer_names):
+        if name.startswith("_") or name == "training":
             continue
         if type(value) is int:
             yield name, None, int(value)
@@ -393,15 +393,6 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
             for position, item in enumerate(value):
                 if type(item) is int:
                     yield name, position, int(item)
-
-
-def _apply_now(module: nn.Module, name: str, position: int | None, after: int) -> None:
-    if position is None:
-        setattr(module, name, after)
-    else:
-        values = list(getattr(module, name))
-        values[position] = after
-        setattr(module, name, type(getattr(module, name))(values))
 
 
 def _part_sizes(

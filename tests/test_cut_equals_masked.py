@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import ss_pruning
 from ss_pruning import prune_
-from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
+from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError, PlanError
 from ss_pruning.report import Report
 from tests import oracle
 from tests.snapshot import Bomb, snapshot
@@ -380,3 +381,26 @@ def test_random_nets(draw: st.DataObject, kinds: list[type[Block]], scope: str) 
         reject()
     assert largest_difference(dense, model, (x,)) < 1e-10
     assert report.params_after < report.params_before
+
+
+def test_a_layers_own_numbers_are_its_widths() -> None:
+    """Norms that timm builds keep `num_features` true, also where a new width equals another old one."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("cs3darknet_focus_s")
+    prune_(model, torch.randn(1, 3, 64, 64), ratio=0.5, scope="local")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.weight)
+    prune_(model, torch.randn(1, 3, 64, 64), ratio=0.3)
+
+
+def test_a_plan_sets_nothing_but_numbers_that_are_there() -> None:
+    net = BY_NAME["unequal_split"]
+    model = net.make()
+    prune_(model, net.example, ratio=0.4)
+    text = model.ss_pruning_plan.to_json()
+    assert '"name":"sizes"' in text
+    for name in ("forward", "__class__", "training", "nothing"):
+        forged = ss_pruning.Plan.from_json(text.replace('"name":"sizes"', f'"name":"{name}"'))
+        with pytest.raises(PlanError, match=name):
+            forged.apply_(net.make())
