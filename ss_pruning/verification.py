@@ -112,16 +112,49 @@ class Bench:
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                raise VerificationError(str(error), follower.numbers()) from error
+                at = self._first_difference(selection, small)
+                raise VerificationError(str(error), follower.numbers(), at) from error
         moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
         return self.verify(replace(plan, cuts=moved), selection, units, fixed=fixed, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
         """What the masked model returns."""
         twin = _copied(self.dense)
+        _mask(twin, selection, self.wiring)
         with torch.no_grad(), preserved(twin, training=False):
-            _mask(twin, selection, self.wiring)
             return call(twin, self.inputs)
+
+    def _first_difference(self, selection: Selection, small: nn.Module) -> str:
+        """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
+        masked = _copied(self.dense)
+        _mask(masked, selection, self.wiring)
+        expected, found = self._sums(masked, selection), self._sums(small, {})
+        for path, sums in expected.items():
+            if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
+                return path
+        return ""
+
+    def _sums(self, model: nn.Module, kept: Selection) -> dict[str, list[float]]:
+        """By layer, the sum of magnitudes of what arrives in each call."""
+        sums: dict[str, list[float]] = {path: [] for path in self.wiring.layers}
+
+        def arrived(path: str, x: Tensor) -> None:
+            layer = self.wiring.layers[path]
+            channels = kept.get((path, "in"), kept.get((path, "through")))
+            if channels is not None:
+                x = x.index_select(layer.in_axis, torch.tensor(channels, device=x.device))
+            sums[path].append(float(x.double().abs().sum()))
+
+        modules = dict(model.named_modules())
+        handles = [
+            modules[path].register_forward_pre_hook(lambda _, args, path=path: arrived(path, args[0]))
+            for path in sums
+        ]
+        with torch.no_grad(), preserved(model, training=False):
+            call(model, self.inputs)
+        for handle in handles:
+            handle.remove()
+        return sums
 
 
 def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
