@@ -315,8 +315,14 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
     if module is None:
         return None
     if isinstance(module, _ConvNd):
+        if member.side == "through":  # slides along the channels: holds no weight of any one of them
+            return None
         if is_depthwise(module):
             return tp.prune_depthwise_conv_out_channels if member.side == "out" else None
+        if (
+            module.transposed and module.groups > 1 and member.side == "out"
+        ):  # they index one group as if it were all
+            return None
         return tp.prune_conv_in_channels if member.side == "in" else tp.prune_conv_out_channels
     if isinstance(module, nn.Linear):
         return tp.prune_linear_in_channels if member.side == "in" else tp.prune_linear_out_channels
