@@ -120,13 +120,14 @@ class ChannelGroup(tp.dependency.Group):  # type: ignore[misc]
     def __init__(self, graph: ChannelGraph, cells: Iterable[Cell]) -> None:
         super().__init__()
         self._DG, self.era, self.cells = graph, graph.latest, tuple(cells)
+        self.order = list(range(sum(cell.size for cell in self.cells)))  # families by place in the root
 
     def only(self, wanted: Callable[[Any], bool]) -> ChannelGroup | None:
         """The group with some of its items; None if its root is not among them."""
         if not wanted(self[0].dep):
             return None
         group = ChannelGroup(self._DG, self.cells)
-        group._group = [item for item in self if wanted(item.dep)]
+        group.order, group._group = self.order, [item for item in self if wanted(item.dep)]
         return group
 
     def prune(self, idxs: Iterable[int] | None = None, record_history: bool = True) -> None:
@@ -310,19 +311,28 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
                 found[1].extend(item.idxs)
                 found[2].extend(total + family for family in item.root_idxs)
             total += cell.size
-        items = [item for item in merged.values() if len(set(item[2])) == total]
-        items.sort(
-            key=lambda i: (i[0].target.module is not root, (i[0].handler in _IN) != (side == "in"), len(i[1]))
-        )
-        if not items:
+        if not any(len(set(families)) == total for _, _, families in merged.values()):
             return None
+
+        def rank(item: tuple[Any, list[int], list[int]]) -> tuple[bool, ...]:
+            dep, idxs, families = item
+            holds_all = len(set(families)) == total
+            return (
+                not holds_all,
+                dep.target.module is not root,
+                _writes(dep) != (side == "out"),
+                len(idxs) > total,
+            )
+
+        items = sorted(merged.values(), key=rank)
         first = dict(zip(reversed(items[0][2]), reversed(items[0][1]), strict=True))
-        place = {family: i for i, family in enumerate(sorted(first, key=first.__getitem__))}
         group = ChannelGroup(self, cells)
-        for dep, idxs, families in [items[0], *(i for i in merged.values() if i is not items[0])]:
-            order = sorted(range(len(idxs)), key=lambda i: place[families[i]])
-            group.add_dep(dep, [idxs[i] for i in order])
-            group[-1].root_idxs = [place[families[i]] for i in order]
+        group.order = sorted(first, key=first.__getitem__)
+        place = {family: i for i, family in enumerate(group.order)}
+        for dep, idxs, families in items:
+            pairs = sorted(zip((place[f] for f in families), idxs, strict=True))
+            group.add_dep(dep, [i for _, i in pairs])
+            group[-1].root_idxs = [i for i, _ in pairs]
         return group
 
     def check_pruning_group(self, group: ChannelGroup) -> bool:

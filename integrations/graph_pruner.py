@@ -211,8 +211,8 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def estimate_importance(self, group: ChannelGroup) -> Tensor:
         """Scores of the group's channels; NaN, which regularisers skip, where the importance knows nothing."""
-        scores = self.importance(group)
-        return torch.full((len(group[0].idxs),), float("nan")) if scores is None else scores
+        scores = torch.cat(cell_scores(self.importance, group.cells, self.DG))[group.order]
+        return torch.where(scores.isinf(), float("nan"), scores).to(next(self.model.parameters()))
 
     @property
     def _groups(self) -> list[ChannelGroup]:
@@ -318,11 +318,19 @@ class BNScalePruner(tp.pruner.BNScalePruner, GraphPruner):  # type: ignore[misc]
         if not self.group_lasso:
             super().regularize(model, reg, bias)
             return
+        reg = self.reg if reg is None else reg
         for group in self._groups:
-            power = self._l2_imp(group)
-            for item in group if power is not None else ():
-                norm = item.dep.target.module
-                if isinstance(norm, _BatchNorm) and norm.affine and norm.weight.grad is not None:
-                    at = torch.tensor(item.idxs, device=norm.weight.device)
-                    scale = (self.reg if reg is None else reg) / (power[item.root_idxs] + 1e-9).sqrt()
-                    norm.weight.grad.index_add_(0, at, scale.to(norm.weight) * norm.weight[at])
+            norms = [i for i in group if isinstance(i.dep.layer, _BatchNorm) and i.dep.layer.affine]
+            power = sum(self._squares(i, len(group.order)) for i in norms) / max(len(norms), 1) + 1e-9
+            for item in norms:
+                weight, roots = item.dep.layer.weight, torch.tensor(item.root_idxs)
+                if weight.grad is not None:
+                    at = torch.tensor(item.idxs, device=weight.device)
+                    weight.grad.index_add_(0, at, reg * weight[at] / power[roots.to(weight.device)].sqrt())
+
+    @staticmethod
+    def _squares(item: Any, size: int) -> Tensor:
+        """The norm's squared weights at their places in the group."""
+        weight: Tensor = item.dep.layer.weight
+        roots = torch.tensor(item.root_idxs, device=weight.device)
+        return weight.new_zeros(size).index_add_(0, roots, weight[item.idxs].square())
