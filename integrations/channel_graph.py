@@ -316,13 +316,8 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         def rank(item: tuple[Any, list[int], list[int]]) -> tuple[bool, ...]:
             dep, idxs, families = item
-            holds_all = len(set(families)) == total
-            return (
-                not holds_all,
-                dep.target.module is not root,
-                _writes(dep) != (side == "out"),
-                len(idxs) > total,
-            )
+            wrong = len(set(families)) < total, dep.layer is not root and len(idxs) > total
+            return *wrong, dep.layer is not root, _writes(dep) != (side == "out")
 
         items = sorted(merged.values(), key=rank)
         first = dict(zip(reversed(items[0][2]), reversed(items[0][1]), strict=True))

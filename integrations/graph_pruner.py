@@ -321,8 +321,9 @@ class BNScalePruner(tp.pruner.BNScalePruner, GraphPruner):  # type: ignore[misc]
         reg = self.reg if reg is None else reg
         for group in self._groups:
             norms = [i for i in group if isinstance(i.dep.layer, _BatchNorm) and i.dep.layer.affine]
-            power = sum(self._squares(i, len(group.order)) for i in norms) / max(len(norms), 1) + 1e-9
+            squares = [self._squares(item, len(group.order)) for item in norms]
             for item in norms:
+                power = torch.stack(squares).mean(0) + 1e-9
                 weight, roots = item.dep.layer.weight, torch.tensor(item.root_idxs)
                 if weight.grad is not None:
                     at = torch.tensor(item.idxs, device=weight.device)

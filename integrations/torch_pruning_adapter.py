@@ -310,6 +310,10 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
     return group
 
 
+def _reads_in_groups(dep: Any) -> bool:
+    return dep.handler == tp.prune_conv_in_channels and bool(dep.layer.groups > 1)
+
+
 def _handler(module: nn.Module | None, member: Member) -> Any:
     """The Torch-Pruning function that importances know this layer side by; None where they know none."""
     if module is None:
@@ -362,7 +366,15 @@ def _joined(cells: Sequence[Cell]) -> Cell:
 
 
 def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
-    values = importance(as_group(cell, graph))
+    group = as_group(cell, graph)
+    try:
+        values = importance(group)
+    except (IndexError, RuntimeError):  # some of Torch-Pruning's own fail on what a grouped convolution reads
+        items = [item for item in group if not _reads_in_groups(item.dep)]
+        if not 0 < len(items) < len(group):
+            raise
+        group._group = items
+        values = importance(group)
     if values is None:  # Torch-Pruning's sign for "knows nothing here"
         values = torch.full((cell.size,), float("inf"))
     values = torch.as_tensor(values).detach().double().cpu().flatten()
