@@ -93,8 +93,8 @@ def test_steps_reach_what_one_step_reaches(name: str, scope: str) -> None:
         total.append(sum(widths(slowly).values()))
         assert total[-1] == total[0] or largest_difference(dense, slowly, net.inputs) < 1e-10
     assert total == sorted(total, reverse=True)
-    # The smallest move of a unit can take several channels of several layers.
-    assert abs(total[-1] - sum(widths(once).values())) <= 0.1 * total[0]
+    # One move can take several channels of several layers, and which parts are tied changes as they shrink.
+    assert abs(total[-1] - sum(widths(once).values())) <= 0.2 * total[0]
     with pytest.warns(UserWarning, match="steps are done"):
         pruner.step()
 
