@@ -5,6 +5,8 @@
     same groups, in turns, the median of the ratios. The first call finds the wiring and is timed by itself,
     each time on a model that no importance has seen.
 (b) `trace`, the provenance of every channel, on DenseNet-121 at 64 pixels.
+(c) Build, score and cut together at 64 pixels, local ratio 0.5 by group magnitude: `GraphPruner` (which also verifies
+    the cut on a copy; its build alone is timed, too) and Torch-Pruning's `BasePruner`, in turns, on fresh models.
 
     OMP_NUM_THREADS=2 python -m benchmarks.speed
 """
@@ -27,6 +29,7 @@ from torch import nn
 
 from benchmarks.common import write
 from ss_pruning import SynapticImportance, trace
+from ss_pruning.integrations.graph_pruner import ChannelGraph, GraphPruner
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -96,7 +99,40 @@ def provenance(repeats: int, pixels: int = 64) -> dict[str, Any]:
     }
 
 
-def table(score: dict[str, Any], wiring: dict[str, Any]) -> Table:
+def pruning(name: str, repeats: int, pixels: int = 64) -> dict[str, Any]:
+    """Times from a fresh model to a pruned one."""
+    example, importance = torch.randn(1, 3, pixels, pixels), tp.importance.GroupMagnitudeImportance()
+
+    def fresh() -> nn.Module:
+        return torchvision.models.get_model(name, weights=None).eval()
+
+    def theirs(model: nn.Module) -> None:
+        head = model.fc if hasattr(model, "fc") else model.classifier
+        dictionaries: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
+        tp.pruner.BasePruner(model, example, importance, ignored_layers=[head], **dictionaries).step()
+
+    def ours(model: nn.Module) -> None:
+        GraphPruner(model, example, importance).step()
+
+    works: dict[str, Callable[[nn.Module], object]] = {
+        "ours": ours,
+        "torch_pruning": theirs,
+        "our_build": lambda model: ChannelGraph().build_dependency(model, example),
+        "their_build": lambda model: tp.DependencyGraph().build_dependency(model, example_inputs=example),
+    }
+    times: dict[str, list[float]] = {key: [] for key in works}
+    for _ in range(repeats + 1):  # the first round warms up
+        for key, work in works.items():
+            model = fresh()
+            times[key].append(seconds(lambda work=work, model=model: work(model)))
+    medians = {key: statistics.median(values[1:]) for key, values in times.items()}
+    ratio = statistics.median(
+        a / b for a, b in zip(times["ours"][1:], times["torch_pruning"][1:], strict=True)
+    )
+    return {"model": name, "pixels": pixels, "repeats": repeats, **medians, "ratio": ratio}
+
+
+def table(score: dict[str, Any], wiring: dict[str, Any], pruned: list[dict[str, Any]]) -> Table:
     """The result for people."""
     result = Table(title=f"Speed, {torch.get_num_threads()} threads")
     for column, justify in (("what", "left"), ("seconds", "right"), ("ratio", "right")):
@@ -107,6 +143,14 @@ def table(score: dict[str, Any], wiring: dict[str, Any]) -> Table:
     first, first_ratio = f"{score['first_call']:.4f}", f"{score['first_ratio']:.2f}"
     result.add_row("the same on a model never seen, with its provenance", first, first_ratio)
     result.add_row(f"trace, DenseNet-121 at {wiring['pixels']} pixels", f"{wiring['seconds']:.2f}", "")
+    for row in pruned:
+        at = f"{row['model']} at {row['pixels']} pixels"
+        result.add_row(f"BasePruner, build to cut, {at}", f"{row['torch_pruning']:.2f}", "1.00")
+        result.add_row(
+            f"GraphPruner, build to cut, verified, {at}", f"{row['ours']:.2f}", f"{row['ratio']:.2f}"
+        )
+        build = f"{row['our_build'] / row['their_build']:.2f}"
+        result.add_row(f"the build alone, against theirs, {at}", f"{row['our_build']:.2f}", build)
     return result
 
 
@@ -119,8 +163,10 @@ def main() -> int:
     score = scoring(options.repeats, options.pixels)
     wiring = provenance(max(3, options.repeats // 5))
     console = Console()
-    console.print(table(score, wiring))
-    path = write("speed", {"threads": torch.get_num_threads(), "scoring": score, "provenance": wiring})
+    pruned = [pruning(name, max(2, options.repeats // 5)) for name in ("resnet50", "densenet121")]
+    console.print(table(score, wiring, pruned))
+    results = {"scoring": score, "provenance": wiring, "pruning": pruned}
+    path = write("speed", {"threads": torch.get_num_threads(), **results})
     console.print(f"written: {path.name} in {path.parent.name}/")
     return 0
 

@@ -311,13 +311,23 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
     return group
 
 
+def _reads_in_groups(dep: Any) -> bool:
+    return dep.handler == tp.prune_conv_in_channels and bool(dep.layer.groups > 1)
+
+
 def _handler(module: nn.Module | None, member: Member) -> Any:
     """The Torch-Pruning function that importances know this layer side by; None where they know none."""
     if module is None:
         return None
     if isinstance(module, _ConvNd):
+        if member.side == "through":  # slides along the channels: holds no weight of any one of them
+            return None
         if is_depthwise(module):
             return tp.prune_depthwise_conv_out_channels if member.side == "out" else None
+        if (
+            module.transposed and module.groups > 1 and member.side == "out"
+        ):  # they index one group as if it were all
+            return None
         return tp.prune_conv_in_channels if member.side == "in" else tp.prune_conv_out_channels
     if isinstance(module, nn.Linear):
         return tp.prune_linear_in_channels if member.side == "in" else tp.prune_linear_out_channels
@@ -357,7 +367,15 @@ def _joined(cells: Sequence[Cell]) -> Cell:
 
 
 def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
-    values = importance(as_group(cell, graph))
+    group = as_group(cell, graph)
+    try:
+        values = importance(group)
+    except (IndexError, RuntimeError):  # some of Torch-Pruning's own fail on what a grouped convolution reads
+        items = [item for item in group if not _reads_in_groups(item.dep)]
+        if not 0 < len(items) < len(group):
+            raise
+        group._group = items
+        values = importance(group)
     if values is None:  # Torch-Pruning's sign for "knows nothing here"
         values = torch.full((cell.size,), float("inf"))
     values = torch.as_tensor(values).detach().double().cpu().flatten()

@@ -150,7 +150,7 @@ def schedule(
     scores: Sequence[Sequence[Floats]],
     *,
     scope: Scope = "global",
-    max_ratio: float = 0.9,
+    max_ratio: float | Sequence[float] = 0.9,
     round_to: int | None = None,
 ) -> Schedule:
     """Order the moves of all units.
@@ -159,12 +159,14 @@ def schedule(
         units: What may shrink.
         scores: By unit and cell, one score a family; higher stays longer.
         scope: "global" compares scores across units; "local" shrinks all units evenly.
-        max_ratio: No unit loses a larger share than this; one step of every unit always stays.
+        max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); one step of every
+            unit always stays.
         round_to: Widths that remain are multiples of this.
     """
     keys: list[float] = []
     moves: list[tuple[int, int, int]] = []
     ranked: list[list[Ints]] = []
+    caps = [max_ratio] * len(units) if isinstance(max_ratio, (int, float)) else max_ratio
     for u, (unit, cell_scores) in enumerate(zip(units, scores, strict=True)):
         ranked.append([np.argsort(s, kind="stable") for s in cell_scores])
         summed = sum(
@@ -172,7 +174,7 @@ def schedule(
         )
         per_step = sum(cell.size for cell in unit.cells) // unit.steps
         begin = 0
-        for end in _stops(unit, max_ratio, round_to):
+        for end in _stops(unit, caps[u], round_to):
             mean = float(np.asarray(summed)[begin:end].mean()) / per_step
             keys.append(end / unit.steps if scope == "local" else mean)
             moves.append((u, end - begin, (end - begin) * per_step))

@@ -23,6 +23,7 @@ from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import synaptic_strength
 from ss_pruning.surgery import Plan
+from ss_pruning.verification import Bench
 from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
@@ -90,7 +91,7 @@ def prune_(
         strengths = synaptic_strength(model, example_inputs, wiring=wiring)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan and verify", 2):
-        search = Search(model, example_inputs, wiring, coupling, costs, budget, options)
+        search = Search(Bench(model, example_inputs, wiring), coupling, costs, budget, options)
         verified = search.settle(scores)
     with clock("cut", 3):
         plan, outcome = _cut(model, verified.plan, wiring, compensation, calibration, example_inputs)

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ss_pruning.coupling import Coupling, LeftWhole, Unit
 from ss_pruning.errors import NothingToPruneError, VerificationError
 from ss_pruning.planning import Budget, Costs, Floats, Ints, Schedule, choose, schedule, select, to_plan
 from ss_pruning.verification import Bench, Number, Verified
-from ss_pruning.wiring import Wiring
 
 FORWARD_REASON = "the forward pass relies on its width"
 
 
 @dataclass
-class Search:
-    """Finds the plan that meets the budget and survives verification.
+class Settler(ABC):
+    """Finds a plan that survives verification.
 
     Attributes:
-        options: What `schedule` takes beside units and scores.
+        bench: Where plans are tried.
+        coupling: What may be cut.
         reasons: Why units were left whole, by their number.
         fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
+        trial: The choice that was made last.
     """
 
-    model: nn.Module
-    example_inputs: Any
-    wiring: Wiring
+    bench: Bench
     coupling: Coupling
-    costs: Costs
-    budget: Budget
-    options: dict[str, Any]
-    reasons: dict[int, str] = field(default_factory=dict)
-    fixed: set[Number] = field(default_factory=set)
+    reasons: dict[int, str] = field(default_factory=dict, init=False)
+    fixed: set[Number] = field(default_factory=set, init=False)
+    trial: Trial | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self.bench = Bench(self.model, self.example_inputs, self.wiring)
+    @abstractmethod
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """Order the moves of the units, and say how many steps each unit takes."""
 
     def settle(self, scores: list[list[Floats]]) -> Verified:
         """Plan and verify; leave whole what fails, and plan again until all that is cut is right.
@@ -53,8 +51,8 @@ class Search:
             units = [self.coupling.units[u] for u in alive]
             if not units:
                 raise NothingToPruneError(f"the model has no channel that may go. Left whole: {self._why()}")
-            order = schedule(units, [scores[u] for u in alive], **self.options)
-            trial = _Trial(self, units, order, choose(order, units, self.costs, self.budget))
+            order, steps = self.shrink(units, [scores[u] for u in alive])
+            self.trial = trial = Trial(self, units, order, steps)
             verified, failed = largest_sound_part(
                 np.flatnonzero(trial.steps).tolist(), trial.attempt, trial.touching, self.fixed
             )
@@ -76,10 +74,28 @@ class Search:
 
 
 @dataclass
-class _Trial:
+class Search(Settler):
+    """Finds the plan that meets the budget and survives verification.
+
+    Attributes:
+        options: What `schedule` takes beside units and scores.
+    """
+
+    costs: Costs
+    budget: Budget
+    options: dict[str, Any]
+
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """The shortest prefix of moves that meets the budget."""
+        order = schedule(units, scores, **self.options)
+        return order, choose(order, units, self.costs, self.budget)
+
+
+@dataclass
+class Trial:
     """One choice of steps, to be verified in parts."""
 
-    search: Search
+    settler: Settler
     units: Sequence[Unit]
     order: Schedule
     steps: Ints
@@ -87,9 +103,10 @@ class _Trial:
     def attempt(self, part: Collection[int], fixed: Collection[Number]) -> Verified:
         """Verify the cut of some of the units alone."""
         taken = np.where(np.isin(np.arange(len(self.steps)), list(part)), self.steps, 0)
-        selection = select(self.order, self.units, taken, self.search.coupling)
-        plan = to_plan(selection, self.search.coupling, self.search.wiring)
-        return self.search.bench.verify(plan, selection, self.units, fixed=fixed)
+        bench, coupling = self.settler.bench, self.settler.coupling
+        selection = select(self.order, self.units, taken, coupling)
+        plan = to_plan(selection, coupling, bench.wiring)
+        return bench.verify(plan, selection, self.units, fixed=fixed)
 
     def touching(self, path: str) -> set[int]:
         """The units that touch a layer inside the module `path`, or else inside what encloses it."""
