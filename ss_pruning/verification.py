@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,11 +71,18 @@ class Bench:
         self.wiring = wiring
         self.dense = _copied(model)
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}
-        self.inputs, self.tolerance = _prepare(self.dense, example_inputs)
+        self.inputs, self.tolerance = _prepare(self.dense, example_inputs, self._arrived)
+        if self.tolerance > TOLERANCE:  # the pass in float64 stopped somewhere
+            self.arrivals.clear()
+            with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
+                call(self.dense, self.inputs)
         _stir(self.dense)
-        with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
-            call(self.dense, self.inputs)
-        self.ghost = _ghost(self.dense, self.inputs)
+        self.failures = 0
+
+    @cached_property
+    def ghost(self) -> nn.Module | None:
+        """The copy without data, if the model runs so."""
+        return _ghost(self.dense, self.inputs)
 
     def _arrived(self, path: str, _: nn.Module, shapes: list[tuple[int, ...]]) -> None:
         self.arrivals.setdefault(path, []).extend(shapes)
@@ -86,7 +94,6 @@ class Bench:
         units: Sequence[Unit] = (),
         *,
         fixed: Collection[Number] = (),
-        reorder: bool = True,
     ) -> Verified:
         """Apply `plan` to a copy and compare with the masked copy.
 
@@ -95,13 +102,28 @@ class Bench:
             selection: The same as channels by layer side (positional layers included).
             units: The units of the plan; the sizes of their cells are numbers that modules may store.
             fixed: Stored numbers that must not follow the cut.
-            reorder: If the outputs differ, see in which order channels arrive in the cut model, and try again so.
 
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
+        try:
+            return self._verify(plan, selection, units, fixed, reorder=True)
+        except VerificationError:
+            self.failures += 1
+            raise
+
+    def _verify(
+        self,
+        plan: Plan,
+        selection: Selection,
+        units: Sequence[Unit],
+        fixed: Collection[Number],
+        reorder: bool,
+    ) -> Verified:
+        """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
         parts = _part_sizes(units, selection, self.wiring)
-        if self.ghost is not None:  # most plans that are wrong do not even run; that shows on shapes alone
+        # In a search, most plans that are wrong do not even run; that shows on shapes alone.
+        if self.failures and self.ghost is not None:
             ghost = _cut(_copied(self.ghost), plan)
             _run_cut(ghost, _to_meta(self.inputs), _Follower(plan, self.arrivals, parts, fixed))
         small = _cut(_copied(self.dense), plan)
@@ -115,7 +137,7 @@ class Bench:
                 at = self._first_difference(selection, small)
                 raise VerificationError(str(error), follower.numbers(), at) from error
         moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
-        return self.verify(replace(plan, cuts=moved), selection, units, fixed=fixed, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, units, fixed, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
         """What the masked model returns."""
@@ -240,14 +262,14 @@ def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiri
     return [order.get(channel, -1) for channel in range(small.layers[path].inputs)]
 
 
-def _prepare(twin: nn.Module, example_inputs: Any) -> tuple[Any, float]:
-    """Bring the copy and the inputs to float64 where the model allows."""
+def _prepare(twin: nn.Module, example_inputs: Any, arrived: Callable[..., Any]) -> tuple[Any, float]:
+    """Bring the copy and the inputs to float64 where the model allows; say which shapes arrive where."""
     state = {name: t.clone() for name, t in twin.state_dict().items()}
     double = pytree.tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs
     )
     try:
-        with torch.no_grad(), preserved(twin.double(), training=False):
+        with torch.no_grad(), preserved(twin.double(), training=False), _watching(twin, arrived):
             call(twin, double)
         return double, TOLERANCE
     except Exception:
