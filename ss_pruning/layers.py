@@ -50,7 +50,7 @@ def is_norm(module: nn.Module) -> bool:
 def is_foreign_norm(module: nn.Module) -> bool:
     """True for a norm that torch does not have: scale (and shift) by channel, of something other than its input."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or list(module.children()):
+    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or list(module.children()):
         return False
     tensors = [*module.parameters(), *module.buffers()]
     if type(module).__module__.startswith("torch.nn.") or any(

@@ -142,8 +142,8 @@ class Bench:
     def _masked(self, selection: Selection) -> Any:
         """What the masked model returns."""
         twin = _copied(self.dense)
-        _mask(twin, selection, self.wiring)
         with torch.no_grad(), preserved(twin, training=False):
+            _mask(twin, selection, self.wiring)
             return call(twin, self.inputs)
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
@@ -324,7 +324,7 @@ def _zero_inputs(module: nn.Module, gone: Tensor) -> None:
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module)
+    small = copy.deepcopy(module).eval()
     if not isinstance(module, _ConvNd):
         cut_layer(small, cut)
 
@@ -336,7 +336,7 @@ def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tenso
 
 
 def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module)
+    small = copy.deepcopy(module).eval()
     cut_layer(small, cut)
     return lambda x: small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
 
