@@ -379,6 +379,8 @@ def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
     if values is None:  # Torch-Pruning's sign for "knows nothing here"
         values = torch.full((cell.size,), float("inf"))
     values = torch.as_tensor(values).detach().double().cpu().flatten()
+    if cell.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
+        values = values.nan_to_num(nan=float("inf"))
     if len(values) < cell.size or values.isnan().any():
         raise InputError(
             f"{type(importance).__name__} gave {len(values)} scores ({int(values.isnan().sum())} of them NaN) for the "
