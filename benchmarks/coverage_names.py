@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from benchmarks.common import RESULTS
 
-#: Architectures that issue 3 names, each with a trait of its own.
+#: Architectures known to be hard, each with a trait of its own.
 NAMED = """resnetblur18 ecaresnet26t skresnet18 resnest50d_4s2x40d res2net50_26w_4s gcresnext26ts regnetz_b16_evos
 cspresnet50 cs3darknet_s dpn68 dla60_res2net eca_vovnet39b mixnet_s efficientnet_blur_b0 mobilenetv4_hybrid_medium
 lambda_resnet26t rexnet_100 fasternet_t0 fastvit_t8 nfnet_l0 poolformer_s12 botnet26t_256 efficientnet_cc_b0_4e"""
@@ -111,4 +111,4 @@ def default_names() -> list[Candidate]:
     models = [Candidate(**c) for c in kept["models"]]
     known = {c.spec for c in models}
     named = [f"timm:{name}" for name in NAMED.split()]
-    return models + [Candidate(spec, "named in issue 3", 0, 1.0, 9) for spec in named if spec not in known]
+    return models + [Candidate(spec, "known to be hard", 0, 1.0, 9) for spec in named if spec not in known]

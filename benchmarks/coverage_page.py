@@ -180,7 +180,7 @@ def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
     return [
         "## All models",
         "",
-        "First ss-pruning, then Torch-Pruning. A star marks what issue 3 names.",
+        "First ss-pruning, then Torch-Pruning. A star marks architectures known to be hard.",
         "",
         f"| {' | '.join(header)} |",
         f"|{columns}|",

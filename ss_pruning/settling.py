@@ -11,8 +11,9 @@ import numpy as np
 
 from ss_pruning.coupling import Coupling, LeftWhole, Unit
 from ss_pruning.errors import NothingToPruneError, VerificationError
+from ss_pruning.following import Number
 from ss_pruning.planning import Budget, Costs, Floats, Ints, Schedule, choose, schedule, select, to_plan
-from ss_pruning.verification import Bench, Number, Verified
+from ss_pruning.verification import Bench, Verified
 
 FORWARD_REASON = "the forward pass relies on its width"
 

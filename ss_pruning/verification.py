@@ -12,7 +12,7 @@ a branch that contributes nothing would hide a wrong cut.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,19 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from ss_pruning.coupling import Side, Unit
 from ss_pruning.errors import ModelError, VerificationError
-from ss_pruning.layers import groups_of, is_depthwise, kind_of, mixes_channels
+from ss_pruning.following import Follower, Number, part_sizes
+from ss_pruning.masking import mask_
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
-from ss_pruning.surgery import Attribute, Cut, Plan, cut_layer, set_number
+from ss_pruning.surgery import Cut, Plan
 from ss_pruning.wiring import Wiring
 
-#: A stored number: module path, attribute name, place in a list or tuple.
-Number = tuple[str, str, int | None]
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
 TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
 
@@ -121,13 +119,13 @@ class Bench:
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
-        parts = _part_sizes(units, selection, self.wiring)
+        parts = part_sizes(units, selection, self.wiring)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
             ghost = _cut(_copied(self.ghost), plan)
-            _run_cut(ghost, _to_meta(self.inputs), _Follower(plan, self.arrivals, parts, fixed))
+            _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
         small = _cut(_copied(self.dense), plan)
-        follower = _Follower(plan, self.arrivals, parts, fixed)
+        follower = Follower(plan, self.arrivals, parts, fixed)
         cut = _run_cut(small, self.inputs, follower)
         try:
             error = _compare(self._masked(selection), cut, self.tolerance)
@@ -143,13 +141,13 @@ class Bench:
         """What the masked model returns."""
         twin = _copied(self.dense)
         with torch.no_grad(), preserved(twin, training=False):
-            _mask(twin, selection, self.wiring)
+            mask_(twin, selection, self.wiring)
             return call(twin, self.inputs)
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
         """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
         masked = _copied(self.dense)
-        _mask(masked, selection, self.wiring)
+        mask_(masked, selection, self.wiring)
         expected, found = self._sums(masked, selection), self._sums(small, {})
         for path, sums in expected.items():
             if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
@@ -210,7 +208,7 @@ def _cut(twin: nn.Module, plan: Plan) -> nn.Module:
         raise VerificationError(f"the plan cannot be applied ({type(error).__name__}: {error})") from error
 
 
-def _run_cut(small: nn.Module, inputs: Any, follower: _Follower) -> Any:
+def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
     """The cut model's output; numbers follow on the way.
 
     Raises:
@@ -290,57 +288,6 @@ def _stir(twin: nn.Module) -> None:
             tensor.data.add_(0.1 * noise)
 
 
-def _mask(twin: nn.Module, selection: Selection, wiring: Wiring) -> None:
-    """Zero what reads removed channels; layers that mix channels run on the kept ones alone."""
-    for (path, side), kept in selection.items():
-        layer = wiring.layers.get(path)
-        if layer is None:
-            continue
-        module = twin.get_submodule(path)
-        if side == "in" and not is_depthwise(module):
-            if type(module).__module__.startswith("torch.nn."):
-                gone = torch.ones(layer.inputs, dtype=torch.bool)
-                gone[list(kept)] = False
-                _zero_inputs(module, gone)
-            else:  # may standardise its weights over what it reads
-                module.forward = _reading_kept_channels(
-                    module, Cut(path, side, layer.inputs, kept), layer.in_axis
-                )
-        elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
-            module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
-
-
-def _zero_inputs(module: nn.Module, gone: Tensor) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    gone = gone.to(weight.device)
-    if isinstance(module, _ConvNd) and module.transposed:
-        weight.data[gone] = 0
-    elif groups_of(module) == 1:
-        weight.data[:, gone] = 0
-    else:
-        rows = gone.reshape(groups_of(module), -1).repeat_interleave(len(weight) // groups_of(module), 0)
-        weight.data[rows] = 0
-
-
-def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module).eval()
-    if not isinstance(module, _ConvNd):
-        cut_layer(small, cut)
-
-    def forward(x: Tensor) -> Tensor:
-        kept = torch.tensor(cut.kept, device=x.device)
-        return torch.zeros_like(x).index_copy(axis, kept, small(x.index_select(axis, kept)))
-
-    return forward
-
-
-def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module).eval()
-    cut_layer(small, cut)
-    return lambda x: small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
-
-
 class _watching:  # noqa: N801 - a context manager, used as a verb
     """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
 
@@ -366,105 +313,6 @@ class _watching:  # noqa: N801 - a context manager, used as a verb
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-class _Follower:
-    """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
-
-    A number follows if it equals one old width that is known at this module, and that width became one new one:
-    first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
-    into which their outputs split.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        arrivals: Mapping[str, list[tuple[int, ...]]],
-        parts: Mapping[str, list[tuple[int, int]]],
-        fixed: Collection[Number],
-    ) -> None:
-        self.arrivals, self.fixed = arrivals, fixed
-        self.found: list[Attribute] = []
-        self.current = ""
-        self.done: set[str] = set()
-        self.inside: dict[str, list[tuple[int, int]]] = {}
-        for cut in plan.cuts:
-            changes = [(cut.width, len(cut.kept)), *parts.get(cut.path, [])]
-            path = cut.path
-            while path:
-                path = path.rpartition(".")[0]
-                self.inside.setdefault(path, []).extend(changes)
-
-    def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
-        self.current = path
-        if path in self.done or kind_of(module) is not None:  # a layer's own numbers follow when it is cut
-            return
-        self.done.add(path)
-        arrived = [
-            (old, new)
-            for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
-            if len(before) == len(after)
-            for old, new in zip(before, after, strict=True)
-            if old != new
-        ]
-        self._follow(path, module, _changes(arrived), _changes(self._nearby(path, module)))
-
-    def _nearby(self, path: str, module: nn.Module) -> list[tuple[int, int]]:
-        """Changes inside a module; if it holds no layer (a padded shortcut), those of the block it stands in."""
-        while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
-            path = path.rpartition(".")[0]
-        return self.inside.get(path, [])
-
-    def numbers(self) -> list[Number]:
-        """What has followed so far."""
-        return [(a.path, a.name, a.position) for a in self.found]
-
-    def _follow(
-        self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]
-    ) -> None:
-        for name, position, value in _stored_numbers(module):
-            after = near.get(value, inside.get(value))
-            if after is not None and after != value and (path, name, position) not in self.fixed:
-                attribute = Attribute(path, name, position, value, after)
-                self.found.append(attribute)
-                set_number(module, attribute)
-
-
-def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """Old widths that became one new width everywhere."""
-    seen: dict[int, set[int]] = {}
-    for old, new in pairs:
-        seen.setdefault(old, set()).add(new)
-    return {old: new.pop() for old, new in seen.items() if len(new) == 1}
-
-
-def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
-    for name, value in list(vars(module).items()):
-        if name.startswith("_") or name == "training":
-            continue
-        if type(value) is int:
-            yield name, None, int(value)
-        elif type(value) in (list, tuple):
-            for position, item in enumerate(value):
-                if type(item) is int:
-                    yield name, position, int(item)
-
-
-def _part_sizes(
-    units: Sequence[Unit], selection: Selection, wiring: Wiring
-) -> dict[str, list[tuple[int, int]]]:
-    """By layer that it touches: old and new size of each part into which a producer's output splits."""
-    parts: dict[str, list[tuple[int, int]]] = {}
-    for unit in units:
-        sizes = []
-        for cell in unit.cells:
-            path, side = cell.root.path, cell.root.side
-            if (path, side) in selection and cell.size < wiring.layers[path].outputs:
-                left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
-                sizes.append((cell.size, int(left)))
-        for path in unit.paths() if sizes else ():
-            parts.setdefault(path, []).extend(sizes)
-    return parts
 
 
 def _compare(masked: Any, cut: Any, tolerance: float) -> float:

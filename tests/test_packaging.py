@@ -28,6 +28,7 @@ LAYERS = [
     {"data", "moments", "coupling"},
     {"strength", "surgery"},
     {"planning"},
+    {"following", "masking"},
     {"verification"},
     {"settling"},
     {"compensation"},

@@ -1,0 +1,117 @@
+"""Numbers that modules store (split sizes, pads, widths) and that have to follow a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from ss_pruning.coupling import Unit
+from ss_pruning.layers import kind_of
+from ss_pruning.planning import Selection
+from ss_pruning.surgery import Attribute, Plan, set_number
+from ss_pruning.wiring import Wiring
+
+#: A stored number: module path, attribute name, place in a list or tuple.
+Number = tuple[str, str, int | None]
+
+
+class Follower:
+    """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
+
+    A number follows if it equals one old width that is known at this module, and that width became one new one:
+    first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
+    into which their outputs split.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        arrivals: Mapping[str, list[tuple[int, ...]]],
+        parts: Mapping[str, list[tuple[int, int]]],
+        fixed: Collection[Number],
+    ) -> None:
+        self.arrivals, self.fixed = arrivals, fixed
+        self.found: list[Attribute] = []
+        self.current = ""
+        self.done: set[str] = set()
+        self.inside: dict[str, list[tuple[int, int]]] = {}
+        for cut in plan.cuts:
+            changes = [(cut.width, len(cut.kept)), *parts.get(cut.path, [])]
+            path = cut.path
+            while path:
+                path = path.rpartition(".")[0]
+                self.inside.setdefault(path, []).extend(changes)
+
+    def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+        """Let the numbers of the module at `path`, which is about to run on tensors of these shapes, follow."""
+        self.current = path
+        if path in self.done or kind_of(module) is not None:  # a layer's own numbers follow when it is cut
+            return
+        self.done.add(path)
+        arrived = [
+            (old, new)
+            for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
+            if len(before) == len(after)
+            for old, new in zip(before, after, strict=True)
+            if old != new
+        ]
+        self._follow(path, module, _changes(arrived), _changes(self._nearby(path, module)))
+
+    def _nearby(self, path: str, module: nn.Module) -> list[tuple[int, int]]:
+        """Changes inside a module; if it holds no layer (a padded shortcut), those of the block it stands in."""
+        while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
+            path = path.rpartition(".")[0]
+        return self.inside.get(path, [])
+
+    def numbers(self) -> list[Number]:
+        """What has followed so far."""
+        return [(a.path, a.name, a.position) for a in self.found]
+
+    def _follow(
+        self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]
+    ) -> None:
+        for name, position, value in _stored_numbers(module):
+            after = near.get(value, inside.get(value))
+            if after is not None and after != value and (path, name, position) not in self.fixed:
+                attribute = Attribute(path, name, position, value, after)
+                self.found.append(attribute)
+                set_number(module, attribute)
+
+
+def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Old widths that became one new width everywhere."""
+    seen: dict[int, set[int]] = {}
+    for old, new in pairs:
+        seen.setdefault(old, set()).add(new)
+    return {old: new.pop() for old, new in seen.items() if len(new) == 1}
+
+
+def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training":
+            continue
+        if type(value) is int:
+            yield name, None, int(value)
+        elif type(value) in (list, tuple):
+            for position, item in enumerate(value):
+                if type(item) is int:
+                    yield name, position, int(item)
+
+
+def part_sizes(
+    units: Sequence[Unit], selection: Selection, wiring: Wiring
+) -> dict[str, list[tuple[int, int]]]:
+    """By layer that it touches: old and new size of each part into which a producer's output splits."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for unit in units:
+        sizes = []
+        for cell in unit.cells:
+            path, side = cell.root.path, cell.root.side
+            if (path, side) in selection and cell.size < wiring.layers[path].outputs:
+                left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
+                sizes.append((cell.size, int(left)))
+        for path in unit.paths() if sizes else ():
+            parts.setdefault(path, []).extend(sizes)
+    return parts
