@@ -92,7 +92,13 @@ def write_all(
         "threads": 1,
         "system": platform.system(),
     }
-    facts = {"limit": timeout, "machine": machine, "sides": sides, "both": times(specs, lines)}
+    facts = {
+        "limit": timeout,
+        "models_listed": len(specs),
+        "machine": machine,
+        "sides": sides,
+        "both": times(specs, lines),
+    }
     write(
         "coverage", {**facts, "models": [dict(lines[key]) for key in sorted(lines) if key[0] in set(specs)]}
     )
@@ -106,7 +112,7 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
     sides, both, machine = facts["sides"], facts["both"], facts["machine"]
     stack = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [
-        ("models", lambda s: s["models"]),
+        (f"models run, of {facts['models_listed']}", lambda s: s["models"]),
         ("work", lambda s: f"**{s['ok']} ({s['share']:.1%})**"),
         *((status, lambda s, status=status: s["statuses"].get(status, 0)) for status in list(STATUSES)[1:]),
         ("largest difference to the masked model", lambda s: _error(s["max_error"])),
@@ -172,7 +178,7 @@ def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
     for c in sorted(models, key=lambda c: c.spec):
         ours, theirs = (lines.get((c.spec, side), {}) for side in SIDE_NAMES)
         name = c.spec.removeprefix("timm:")
-        millions = ours.get("params_before", theirs.get("params_before", 0)) / 1e6
+        millions = ours.get("params_before", theirs.get("params_before", c.params)) / 1e6
         pixels = ours.get("pixels", theirs.get("pixels", ""))
         cells = [f"{name}{' *' if name in named else ''}", str(pixels), f"{millions:.1f} M"]
         rows.append(" | ".join([*cells, *_side(ours), *_side(theirs), _left(ours)]))
