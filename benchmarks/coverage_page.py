@@ -130,6 +130,7 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
         "classifier kept. Plain Torch-Pruning is `BasePruner` with `GroupMagnitudeImportance`. Each model and side in "
         f"a process of its own, {facts['limit']:g} s of CPU time at most for building, scoring and cutting.",
         "",
+        *_unfinished(sides, facts["models_listed"]),
         f"Machine: {machine['machine']}, {machine['cores']} cores (shared with other work), one thread. {stack}.",
         "",
         "| | " + " | ".join(SIDE_NAMES.values()) + " |",
@@ -157,6 +158,18 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
         "`Report.left_whole`.",
         "",
     ]
+
+
+def _unfinished(sides: Mapping[str, Any], listed: int) -> list[str]:
+    """Says where the results are not those of one complete run of one version of the code."""
+    notes = []
+    for side, name in SIDE_NAMES.items():
+        models, codes = sides[side]["models"], len(sides[side]["codes"])
+        if models < listed or codes > 1:
+            notes.append(f"{name}: {models} of {listed} models, by {codes} version(s) of the code")
+    return (
+        [f"**Not one complete run.** {'; '.join(notes)}. Run it again to complete it.", ""] if notes else []
+    )
 
 
 def _error(value: float | None) -> str:
