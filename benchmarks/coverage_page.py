@@ -92,7 +92,13 @@ def write_all(
         "threads": 1,
         "system": platform.system(),
     }
-    facts = {"limit": timeout, "machine": machine, "sides": sides, "both": times(specs, lines)}
+    facts = {
+        "limit": timeout,
+        "models_listed": len(specs),
+        "machine": machine,
+        "sides": sides,
+        "both": times(specs, lines),
+    }
     write(
         "coverage", {**facts, "models": [dict(lines[key]) for key in sorted(lines) if key[0] in set(specs)]}
     )
@@ -106,7 +112,7 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
     sides, both, machine = facts["sides"], facts["both"], facts["machine"]
     stack = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [
-        ("models", lambda s: s["models"]),
+        (f"models run, of {facts['models_listed']}", lambda s: s["models"]),
         ("work", lambda s: f"**{s['ok']} ({s['share']:.1%})**"),
         *((status, lambda s, status=status: s["statuses"].get(status, 0)) for status in list(STATUSES)[1:]),
         ("largest difference to the masked model", lambda s: _error(s["max_error"])),
@@ -124,6 +130,7 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
         "classifier kept. Plain Torch-Pruning is `BasePruner` with `GroupMagnitudeImportance`. Each model and side in "
         f"a process of its own, {facts['limit']:g} s of CPU time at most for building, scoring and cutting.",
         "",
+        *_unfinished(sides, facts["models_listed"]),
         f"Machine: {machine['machine']}, {machine['cores']} cores (shared with other work), one thread. {stack}.",
         "",
         "| | " + " | ".join(SIDE_NAMES.values()) + " |",
@@ -153,6 +160,18 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _unfinished(sides: Mapping[str, Any], listed: int) -> list[str]:
+    """Says where the results are not those of one complete run of one version of the code."""
+    notes = []
+    for side, name in SIDE_NAMES.items():
+        models, codes = sides[side]["models"], len(sides[side]["codes"])
+        if models < listed or codes > 1:
+            notes.append(f"{name}: {models} of {listed} models, by {codes} version(s) of the code")
+    return (
+        [f"**Not one complete run.** {'; '.join(notes)}. Run it again to complete it.", ""] if notes else []
+    )
+
+
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
@@ -172,7 +191,7 @@ def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
     for c in sorted(models, key=lambda c: c.spec):
         ours, theirs = (lines.get((c.spec, side), {}) for side in SIDE_NAMES)
         name = c.spec.removeprefix("timm:")
-        millions = ours.get("params_before", theirs.get("params_before", 0)) / 1e6
+        millions = ours.get("params_before", theirs.get("params_before", c.params)) / 1e6
         pixels = ours.get("pixels", theirs.get("pixels", ""))
         cells = [f"{name}{' *' if name in named else ''}", str(pixels), f"{millions:.1f} M"]
         rows.append(" | ".join([*cells, *_side(ours), *_side(theirs), _left(ours)]))
