@@ -257,7 +257,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
             "--score belongs to --importance synaptic",
         ),
         (
-            ("--macs", 0.5, "--importance", "lamp", "--moments", "gaussian"),
+            ("--macs", 0.5, "--importance", "lamp", "--moments", "batchnorm"),
             "--moments belongs to --importance",
         ),
         (("--macs", 0.5, "--moments", "data"), "say where they are with --data"),
