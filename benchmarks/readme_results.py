@@ -23,9 +23,9 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def cell(result: dict[str, Any] | None, criterion: str) -> str:
+def cell(result: dict[str, Any], criterion: str) -> str:
     """Accuracy of a criterion, with its standard deviation where it was run several times."""
-    row = next((r for r in (result or {}).get("rows", []) if r["criterion"] == criterion), None)
+    row = next((r for r in result["rows"] if r["criterion"] == criterion), None)
     if row is None:
         return ""
     values = row["top1"]
@@ -35,8 +35,9 @@ def cell(result: dict[str, Any] | None, criterion: str) -> str:
 
 def accuracy_table(model: str, macs: str) -> list[str]:
     """Top-1 by criterion and compensation, one net at one budget."""
-    results = {title: load(f"cifar_criteria_{model}_{macs}{suffix}") for title, suffix in COLUMNS.items()}
-    plain = results["plain cut"]
+    loaded = {title: load(f"cifar_criteria_{model}_{macs}{suffix}") for title, suffix in COLUMNS.items()}
+    results = {title: result for title, result in loaded.items() if result is not None}
+    plain = results.get("plain cut")
     if plain is None:
         return []
     images, dense = plain["settings"]["images"], plain["dense"]
