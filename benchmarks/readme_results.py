@@ -52,12 +52,11 @@ def accuracy_table(model: str, macs: str) -> list[str]:
         name = row["criterion"]
         lines.append(f"| {name} | " + " | ".join(cell(result, name) for result in results.values()) + " |")
     versions = ", ".join(f"{key} {value}" for key, value in plain["versions"].items())
-    return [
-        *lines,
-        "",
-        f"`python -m benchmarks.cifar_criteria --model {model} --macs {macs}` ({versions}).",
-        "",
+    command = f"`python -m benchmarks.cifar_criteria --model {model} --macs {macs}`"
+    others = [
+        f"`--compensation {suffix[1:]}`" for title, suffix in COLUMNS.items() if suffix and title in results
     ]
+    return [*lines, "", f"{command}, and with {' and '.join(others)} ({versions}).", ""]
 
 
 def coverage_lines() -> list[str]:

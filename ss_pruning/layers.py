@@ -174,16 +174,11 @@ def check_finite(model: nn.Module) -> None:
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 
-def kernel_norms(module: nn.Module) -> Tensor:
-    """Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
+def kernel_powers(module: nn.Module) -> Tensor:
+    """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
 
     Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included).
     """
-    return kernel_powers(module).sqrt()
-
-
-def kernel_powers(module: nn.Module) -> Tensor:
-    """Squared `kernel_norms`, shape `[out_channels, in_channels // groups]`."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if isinstance(module, nn.Linear):
