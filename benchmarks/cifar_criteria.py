@@ -1,4 +1,7 @@
-"""Which importance keeps a trained CIFAR-10 ResNet alive? One shot, no fine-tuning, all at the same MACs.
+"""Which importance keeps a trained CIFAR-10 ResNet alive? One shot, no fine-tuning, all at the same budget of MACs.
+
+A budget is met from below to within one step. With `--residual` a step of the stream is large, so what is left differs
+between criteria: the MACs column says by how much, the stream column whether a criterion touched the stream at all.
 
 Every criterion prunes through the same call, `prune_(model, x, macs=..., importance=...)`: the same groups,
 the same search for the budget, the same cut. Only the scores differ. The residual stream stays whole for all

@@ -24,9 +24,7 @@ class BasicBlock(nn.Module):
 
     How many zero channels is kept as plain integers and read in `forward`. A cut of the stream leaves fewer
     of them; numbers that are stored can follow the cut, numbers that are computed from a width in `forward`,
-    or hidden in a lambda, could not. They are stored here, on the module that holds the convolutions whose
-    outputs they line up with, and not on a shortcut module of their own: there, nothing that is cut would be
-    near them.
+    or hidden in a lambda, could not.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
