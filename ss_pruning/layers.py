@@ -72,14 +72,14 @@ def _scales_and_shifts(module: nn.Module, weight: Tensor) -> bool:
     for shape in ((1, n, 3, 2), (1, 3, 2, n)):
         image = x.reshape(shape)
         with contextlib.suppress(Exception):
-            gone = _asked(module, {"weight": torch.zeros_like(weight), **shift}, image)
-            plain = _asked(module, {"weight": torch.ones_like(weight), **shift}, image)
+            gone = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
+            plain = ask(module, {"weight": torch.ones_like(weight), **shift}, image)
             if gone.shape == plain.shape == shape and not gone.any() and not plain.equal(image):
                 return True
     return False
 
 
-def _asked(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see."""
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -153,10 +153,10 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
         return x.dim() - 1
     weight = torch.ones(n, dtype=x.dtype, device=x.device)
     probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
-    plain = _asked(module, {"weight": weight}, probe)
+    plain = ask(module, {"weight": weight}, probe)
     weight = weight.clone()
     weight[0] = 2.0
-    moved = (_asked(module, {"weight": weight}, probe) - plain).nonzero()
+    moved = (ask(module, {"weight": weight}, probe) - plain).nonzero()
     for axis in fitting:
         if moved.numel() and not moved[:, axis].any():
             return axis
