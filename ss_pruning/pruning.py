@@ -238,8 +238,6 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
         groups_before = layer.inputs // strength.shape[1]
         groups_after = inputs if layer.kind == "depthwise" else groups_before
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
-        quantiles = torch.quantile(_sample(strength.flatten().double()), levels)
         reports.append(
             LayerReport(
                 path=path,
@@ -250,15 +248,19 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
                 outputs_after=outputs,
                 synapses_before=strength.numel(),
                 synapses_after=outputs * inputs // groups_after,
-                strength=tuple(quantiles.tolist()),
+                strength=_quantiles(strength),
             )
         )
     return reports
 
 
-def _sample(values: torch.Tensor, most: int = 2**20) -> torch.Tensor:
-    """`torch.quantile` takes at most 2**24 values: of more, an even sample."""
-    return values[:: -(-len(values) // most)]
+def _quantiles(strength: torch.Tensor, most: int = 2**14) -> tuple[float, ...]:
+    """`QUANTILES` of a layer's strengths; the inner ones of many from an even sample."""
+    values = strength.flatten()
+    low, high = values.aminmax()
+    levels = torch.tensor(QUANTILES[1:-1], dtype=torch.float64)
+    inner = torch.quantile(values[:: -(-len(values) // most)].double().cpu(), levels)
+    return float(low), *inner.tolist(), float(high)
 
 
 def _versions(*names: str) -> dict[str, str]:
