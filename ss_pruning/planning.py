@@ -148,6 +148,18 @@ class Costs:
             if name in parameters:
                 self.param_terms.append((parameters[name].numel(), full, self.number[name, "tensor"]))
 
+    @property
+    def in_layers(self) -> bool:
+        """True if all multiply-accumulates are inside layers (none in attention, say), so that `after` is exact."""
+        return self.macs == sum(amount for amount, _, _ in self.mac_terms)
+
+    def macs_after(self, plan: Plan) -> int:
+        """Multiply-accumulates after the cut; only exact if all are `in_layers`."""
+        removed = np.zeros(len(self.keys))
+        for cut in plan.cuts:
+            removed[self.number[cut.path, cut.side]] = cut.width - len(cut.kept)
+        return round(self.after("macs", removed))
+
     def removed_per_step(self, units: Sequence[Unit]) -> Floats:
         """`[units, sides]`: how many channels of each side one step of each unit removes."""
         removed = np.zeros((len(units), len(self.keys)))
