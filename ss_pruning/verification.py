@@ -91,6 +91,7 @@ class Bench:
         units: Sequence[Unit] = (),
         *,
         fixed: Collection[Number] = (),
+        locate: bool = True,
     ) -> Verified:
         """Apply `plan` to a copy and compare with the masked copy.
 
@@ -99,13 +100,14 @@ class Bench:
             selection: The same as channels by layer side (positional layers included).
             units: The units of the plan; the sizes of their cells are numbers that modules may store.
             fixed: Stored numbers that must not follow the cut.
+            locate: If the outputs differ, say in the error from which layer on.
 
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
         try:
             with self.watch():
-                return self._verify(plan, selection, units, fixed, reorder=True)
+                return self._verify(plan, selection, units, fixed, locate, reorder=True)
         except VerificationError:
             self.failures += 1
             raise
@@ -116,6 +118,7 @@ class Bench:
         selection: Selection,
         units: Sequence[Unit],
         fixed: Collection[Number],
+        locate: bool,
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
@@ -133,10 +136,10 @@ class Bench:
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                at = self._first_difference(selection, small)
+                at = self._first_difference(selection, small) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
         moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
-        return self._verify(replace(plan, cuts=moved), selection, units, fixed, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
         """What the masked model returns.

@@ -30,6 +30,7 @@ LAYERS = [
     {"planning"},
     {"following", "masking"},
     {"verification"},
+    {"soundness"},
     {"settling"},
     {"compensation"},
     {"reconstruction"},
