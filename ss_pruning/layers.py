@@ -23,15 +23,19 @@ Kind = Literal["synaptic", "depthwise", "norm", "positional"]
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The role of a module in the channel graph; None for everything that is not a layer of its own."""
-    if is_norm(module):
-        return "norm"
     if isinstance(module, nn.Linear):
         return "synaptic"
-    if not isinstance(module, _ConvNd) or isinstance(module.weight, nn.parameter.UninitializedParameter):
+    if not isinstance(module, _ConvNd):
+        return "norm" if is_norm(module) else None
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return None
-    if isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1:
+    if _slides_along_channels(module):
         return "positional"
     return "depthwise" if is_depthwise(module) else "synaptic"
+
+
+def _slides_along_channels(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -132,9 +136,7 @@ def width(module: nn.Module, side: Literal["in", "out"]) -> int:
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
     """The (non-negative) axis of `x`, an input or output of `module`, on which the module's channels lie."""
-    if isinstance(module, nn.Linear):
-        return x.dim() - 1
-    if kind_of(module) == "positional":
+    if isinstance(module, nn.Linear) or _slides_along_channels(module):
         return x.dim() - 1
     if isinstance(module, _ConvNd):
         return x.dim() - len(module.kernel_size) - 1
@@ -170,7 +172,8 @@ def check_finite(model: nn.Module) -> None:
         ModelError: Names the first such tensor.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A sum is finite if all is, unless it overflows: a quick first look.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 

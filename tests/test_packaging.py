@@ -23,13 +23,14 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_decode", "wiring"},
+    {"_decode", "cloning", "wiring"},
     {"provenance"},
     {"data", "moments", "coupling"},
     {"strength", "surgery"},
     {"planning"},
     {"following", "masking"},
     {"verification"},
+    {"soundness"},
     {"settling"},
     {"compensation"},
     {"reconstruction"},
