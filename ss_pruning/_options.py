@@ -162,6 +162,14 @@ MaxRatio = Annotated[
         rich_help_panel=_CRITERION,
     ),
 ]
+CostExponent = Annotated[
+    float,
+    typer.Option(
+        metavar="P",
+        help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost.",
+        rich_help_panel=_CRITERION,
+    ),
+]
 RoundTo = Annotated[
     int | None,
     typer.Option(

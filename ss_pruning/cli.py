@@ -50,6 +50,7 @@ def prune(
     score: option.ScoreOption = None,
     scope: option.ScopeOption = Scope.all_layers,
     max_ratio: option.MaxRatio = 0.9,
+    cost_exponent: option.CostExponent = 0.5,
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
     ignore: option.Ignore = None,
@@ -69,6 +70,7 @@ def prune(
             "round_to": round_to,
             "scope": scope.value,
             "max_ratio": max_ratio,
+            "cost_exponent": cost_exponent,
             "compensation": compensation.value,
         }
         with _output_folder(out), progress_bars() as progress:

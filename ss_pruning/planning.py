@@ -169,6 +169,17 @@ class Costs:
                     removed[u, self.number[member.path, member.side]] += member.index.size / unit.steps
         return removed
 
+    def per_family(self, units: Sequence[Unit], kind: Literal["macs", "params"]) -> Floats:
+        """`[units]`: what the dense model saves with the first family of each unit, as a share of its cost."""
+        terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
+        slope = np.zeros(len(self.keys) + 1)  # cost by channel, on each side
+        for side in (1, 2):
+            np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
+        saved = self.removed_per_step(units) @ (slope[:-1] / self.widths)
+        families = np.array([sum(cell.size for cell in unit.cells) / unit.steps for unit in units])
+        saved_each: Floats = saved / families / (self.macs if kind == "macs" else self.params)
+        return saved_each
+
     def after(self, kind: Literal["macs", "params"], removed: Floats) -> float:
         """Cost when `removed` (`[sides]`) channels are gone."""
         terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)

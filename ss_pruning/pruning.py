@@ -44,6 +44,7 @@ def prune_(
     round_to: int | None = None,
     scope: Scope = "global",
     max_ratio: float = 0.9,
+    cost_exponent: float = 0.5,
     compensation: Method = "none",
     calibration: Any = None,
     progress: Progress | None = None,
@@ -65,6 +66,9 @@ def prune_(
         round_to: Remaining widths are multiples of this.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
         max_ratio: No layer loses a larger share of its channels than this.
+        cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
+            the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
+            little, with 1 importance per cost decides. Means nothing to `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred.
@@ -80,7 +84,7 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     budget = Budget.of(macs, params, ratio)
-    _check_options(scope, max_ratio, round_to, compensation, calibration)
+    _check_options(scope, max_ratio, round_to, cost_exponent, compensation, calibration)
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):
@@ -95,7 +99,7 @@ def prune_(
         with clock("verify", 3):
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, options)
+        search = Search(bench, coupling, costs, budget, options, cost_exponent)
         verified = search.settle(scores)
     with clock("cut", 4):
         plan, outcome = _cut(model, verified.plan, wiring, compensation, calibration, example_inputs)
@@ -103,6 +107,7 @@ def prune_(
         budget.kind: budget.value,
         "importance": "SynapticImportance" if importance is None else type(importance).__name__,
         **options,
+        "cost_exponent": cost_exponent,
         "compensation": compensation,
     }
     if outcome.inexact:
@@ -193,7 +198,12 @@ class _Clock:
 
 
 def _check_options(
-    scope: str, max_ratio: float, round_to: int | None, compensation: str, calibration: Any
+    scope: str,
+    max_ratio: float,
+    round_to: int | None,
+    cost_exponent: float,
+    compensation: str,
+    calibration: Any,
 ) -> None:
     if compensation not in METHODS:
         raise InputError(
@@ -208,6 +218,10 @@ def _check_options(
         raise InputError(f"scope={scope!r} is unknown; use 'global' or 'local'")
     if not 0 < max_ratio <= 1:
         raise InputError(f"max_ratio={max_ratio} must lie in (0, 1]")
+    if not 0 <= cost_exponent <= 10:
+        raise InputError(
+            f"cost_exponent={cost_exponent} must lie in [0, 10]; 0.5 is the default, 0 ignores costs"
+        )
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8")
 

@@ -311,7 +311,7 @@ def _plain_columns(conv: nn.Conv2d, x: Tensor, where: Tensor) -> Tensor:
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     ph, pw = (int(p) for p in conv.padding)
     x = F.pad(x, (pw, pw, ph, ph))
-    height, width = x.shape[2:]
+    width = x.shape[3]
     across = (width - dw * (kw - 1) - 1) // sw + 1
     corner = (where // across) * sh * width + (where % across) * sw
     rows, columns = torch.arange(kh, device=x.device) * dh, torch.arange(kw, device=x.device) * dw

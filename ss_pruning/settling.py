@@ -98,16 +98,26 @@ class Search(Settler):
 
     Attributes:
         options: What `schedule` takes beside units and scores.
+        cost_exponent: Scores are divided by what a channel costs, to this power, before they are compared.
     """
 
     costs: Costs
     budget: Budget
     options: dict[str, Any]
+    cost_exponent: float = 0.0
 
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
         """The shortest prefix of moves that meets the budget."""
-        order = schedule(units, scores, **self.options)
+        order = schedule(units, self._by_cost(units, scores), **self.options)
         return order, choose(order, units, self.costs, self.budget)
+
+    def _by_cost(
+        self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]
+    ) -> Sequence[Sequence[Floats]]:
+        if self.budget.kind == "ratio" or not self.cost_exponent:
+            return scores
+        costs = self.costs.per_family(units, self.budget.kind) ** self.cost_exponent
+        return [[s / max(cost, 1e-300) for s in cells] for cost, cells in zip(costs, scores, strict=True)]
 
 
 @dataclass

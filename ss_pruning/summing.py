@@ -20,7 +20,15 @@ from ss_pruning.layers import ask
 from ss_pruning.provenance import call, preserved
 
 _ADDS = frozenset(
-    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, torch.Tensor.__radd__}
+    {
+        torch.add,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.__add__,
+        Tensor.__iadd__,
+        Tensor.__radd__,
+        torch.Tensor.__radd__,
+    }
 )
 # A norm channel of a slope below this share of the largest hardly reaches the sum: it is not asked to repair it.
 _LEAST_SLOPE = 1e-2
@@ -145,7 +153,7 @@ def slope(norm: nn.Module | None, like: Tensor) -> Tensor:
     if norm is None:
         return torch.ones((), dtype=like.dtype, device=like.device)
     low, _, high = _at_points(norm, like.dim())
-    mean, deviation = _statistics(norm)
+    _, deviation = _statistics(norm)
     s = (high - low) / ((_TEST_POINTS[2] - _TEST_POINTS[0]) * deviation)
     s = torch.where(s.abs() > _LEAST_SLOPE * s.abs().max(), s, torch.full_like(s, float("inf")))
     return s.to(like.dtype).reshape(-1, *[1] * (like.dim() - 2))

@@ -32,7 +32,7 @@ LAYERS = [
     {"verification"},
     {"soundness"},
     {"settling"},
-    {"compensation"},
+    {"compensation", "summing"},
     {"reconstruction"},
     {"report"},
     {"_console", "_options", "report_html", "scores"},

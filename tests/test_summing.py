@@ -71,9 +71,7 @@ def test_a_sum_is_found_however_it_is_written(style: str) -> None:
     before = snapshot(model)
     found = sums_of(model, IMAGE)
     assert set(found) == {"blocks.0.conv2", "blocks.1.conv2"}
-    assert found["blocks.1.conv2"] == Sum(
-        None if style == "bare" else "blocks.1.bn2", "blocks.0", "out"
-    )
+    assert found["blocks.1.conv2"] == Sum(None if style == "bare" else "blocks.1.bn2", "blocks.0", "out")
     assert snapshot(model) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -139,7 +137,9 @@ def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.
         model = copy.deepcopy(small)
         reconstruct_(model, dense, plan, wiring, x)
         with torch.no_grad():
-            return float((model.eval().blocks(F.relu(dense.norm(dense.stem(fresh)))) - stream).square().mean())
+            return float(
+                (model.eval().blocks(F.relu(dense.norm(dense.stem(fresh)))) - stream).square().mean()
+            )
 
     with torch.no_grad():
         stream = dense.blocks(F.relu(dense.norm(dense.stem(fresh))))
