@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.coupling import Cell, Member
+from ss_pruning.coupling import Cell, Ints, Member
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import is_depthwise
 from ss_pruning.moments import MomentSource, measure
@@ -81,7 +81,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         wiring = self._trace(model, graph)
         root = group[0].dep.target.module, group[0].idxs[0]
         self._pass.enter(root, model, getattr(graph, "round", None))
-        place = {root: i for i, root in enumerate(dict.fromkeys(group[0].root_idxs))}
+        place = _Places(group[0].root_idxs)
         total: Tensor | None = None
         with torch.no_grad():
             for item in group:
@@ -92,14 +92,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 if scores is None:
                     continue
                 if total is None:
-                    total = torch.zeros(len(place), device=scores.device)
-                at = [(i, place.get(r)) for i, r in zip(item.idxs, item.root_idxs, strict=True)]
-                rows = torch.tensor(
-                    [i for i, r in at if r is not None], device=scores.device, dtype=torch.long
-                )
-                roots = torch.tensor(
-                    [r for _, r in at if r is not None], device=scores.device, dtype=torch.long
-                )
+                    total = torch.zeros(place.count, device=scores.device)
+                rows, roots = (torch.from_numpy(n).to(scores.device) for n in place(item))
                 total.index_add_(0, roots, scores[rows].to(total))
         return None if total is None else _normalized(total, self.normalizer)
 
@@ -164,6 +158,23 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         if self.reduce == "max":
             return scores.amax(1)
         return scores.sum(1) if self.reduce == "sum" else scores.mean(1)
+
+
+class _Places:
+    """Where the channels of a group's items belong in the group's scores."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        first = list(dict.fromkeys(roots))
+        self.count = len(first)
+        self.of_root = np.full(max(first, default=-1) + 2, -1)
+        self.of_root[first] = np.arange(len(first))
+
+    def __call__(self, item: Any) -> tuple[Ints, Ints]:
+        """Channels of the item's layer, and their places; those with no place are left out."""
+        roots = np.minimum(np.asarray(item.root_idxs, dtype=np.int64), len(self.of_root) - 1)
+        places = self.of_root[roots]
+        known = places >= 0
+        return np.asarray(item.idxs, dtype=np.int64)[known], places[known]
 
 
 def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

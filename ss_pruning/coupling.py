@@ -309,22 +309,29 @@ def _cells(
             here = side == s
             block[here] = channel[here] // (slots.widths[key] // blocks)
     starts = np.flatnonzero(np.diff(number, prepend=-1))
-    patterns: dict[tuple[bytes, bytes], list[tuple[int, int]]] = defaultdict(list)
-    for begin, end in zip(starts, np.append(starts[1:], len(number)), strict=True):
-        pattern = (side[begin:end].tobytes(), block[begin:end].tobytes())
-        patterns[pattern].append((int(begin), int(end)))
+    # A family's pattern is the multiset of its (side, block): summed up, random 64-bit numbers stand for them.
+    _, place = np.unique(side * (block.max() + 1) + block, return_inverse=True)
+    weight = np.random.default_rng(0).integers(2**64, size=place.max() + 1, dtype=np.uint64)
+    _, kind = np.unique(np.add.reduceat(weight[place], starts), return_inverse=True)
+    order = np.argsort(kind, kind="stable")
+    groups = np.split(starts[order], np.flatnonzero(np.diff(kind[order])) + 1)
+    ends = dict(zip(starts.tolist(), np.append(starts[1:], len(number)).tolist(), strict=True))
     cells = []
-    for spans in patterns.values():
-        cells.extend(_runs(spans, side, channel, slots, wiring))
+    for group in groups:
+        index = group[:, None] + np.arange(ends[int(group[0])] - group[0])
+        cells += _runs(channel[index], side[index[0]], slots, wiring)
     return sorted(cells, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
 
 
-def _runs(
-    spans: list[tuple[int, int]], side: Ints, channel: Ints, slots: _Slots, wiring: Wiring
-) -> list[Cell]:
-    """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival."""
-    index = np.stack([channel[begin:end] for begin, end in spans])
-    sides = side[spans[0][0] : spans[0][1]]
+def _runs(index: Ints, sides: Ints, slots: _Slots, wiring: Wiring) -> list[Cell]:
+    """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival.
+
+    Args:
+        index: `[families, slots]`, channel of each slot.
+        sides: `[slots]`, layer side of each.
+        slots: Numbers of the sides.
+        wiring: Who feeds whom.
+    """
     members = []
     for s in np.unique(sides):
         path, member_side = slots.keys[s]

@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 class Labels:
@@ -18,18 +24,19 @@ class Labels:
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Ints]] = {}
 
-    def __call__(self, like: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, like: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Ints]:
         """The three cotangents, and the permuted labels (`[channels]`, numbered from 1)."""
         key = (like.shape, axis, like.dtype, like.device)
         if key not in self.cache:
             n = like.shape[axis]
             r = torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype) + 0.5
             shape = [n if a == axis else 1 for a in range(like.dim())]
-            permuted = torch.randperm(n, generator=self.generator).to(like.device) + 1
+            permuted = torch.randperm(n, generator=self.generator) + 1
             first = torch.arange(1, n + 1, device=like.device, dtype=like.dtype).reshape(shape)
-            self.cache[key] = (r, r * first, r * permuted.to(like.dtype).reshape(shape), permuted)
+            second = permuted.to(like.device, like.dtype).reshape(shape)
+            self.cache[key] = (r, r * first, r * second, permuted.numpy())
         return self.cache[key]
 
 
@@ -38,50 +45,54 @@ def rows_along(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
-def decode(pulled: Sequence[Tensor], permuted: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def decode(pulled: Sequence[Tensor], permuted: Ints, axis: int) -> tuple[Tensor, Tensor]:
     """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
-    moved = [rows_along(g, axis) for g in pulled]
-    touched = moved[0].ne(0).any(1)
-    channel, clean = _channel_of([g.sum(1, dtype=torch.float64) for g in moved], permuted)
-    rows = torch.arange(len(touched), device=touched.device)
-    one = touched & clean
-    pairs = torch.stack([rows[one], channel[one]], 1)
-    rest = rows[touched & ~clean]
+    rows = [rows_along(g, axis) for g in pulled]
+    sums = torch.stack([g.sum(1, dtype=torch.float64) for g in rows]).cpu().numpy()
+    touched = rows[0].ne(0).any(1).cpu().numpy()
+    tolerance = _tolerance(pulled[0].dtype, permuted)
+    channel, clean = _channel_of(sums, permuted, tolerance)
+    one = np.flatnonzero(touched & clean)
+    pairs = torch.from_numpy(np.stack([one, channel[one]], 1))
+    rest = np.flatnonzero(touched & ~clean)
     if not len(rest):
-        return pairs.cpu(), rest.cpu()
+        return pairs, torch.from_numpy(rest)
     # Different elements of one source channel may go to different channels (a flatten): decode each by itself.
-    elements = [g[rest] for g in moved]
-    channel, clean = _channel_of(elements, permuted)
-    touched_elements = elements[0].ne(0)
-    mixed = (touched_elements & ~clean).any(1)
-    single = touched_elements & ~mixed[:, None]
-    row, column = single.nonzero(as_tuple=True)
-    more = torch.stack([rest[row], channel[row, column]], 1).unique(dim=0)
-    return torch.cat([pairs, more]).cpu(), rest[mixed].cpu()
+    at = torch.from_numpy(rest).to(rows[0].device)
+    elements = torch.stack([g[at].double() for g in rows]).cpu().numpy()
+    channel, clean = _channel_of(elements, permuted, tolerance)
+    touched = elements[0] != 0
+    mixed = (touched & ~clean).any(1)
+    row, column = np.nonzero(touched & ~mixed[:, None])
+    more = np.unique(np.stack([rest[row], channel[row, column]], 1), axis=0)
+    return torch.cat([pairs, torch.from_numpy(more)]), torch.from_numpy(rest[mixed])
 
 
-def _channel_of(pulled: Sequence[Tensor], permuted: Tensor) -> tuple[Tensor, Tensor]:
+def _tolerance(dtype: torch.dtype, permuted: Ints) -> float:
+    """float64 resolves the labels sharply; in a coarser precision mixed channels are still told apart by the check."""
+    return 1e-3 if dtype == torch.float64 else 0.02 + 1e-5 * len(permuted)
+
+
+def _channel_of(pulled: Floats, permuted: Ints, tolerance: float) -> tuple[Ints, Bools]:
     """The channel that listens to each element, and whether it is the only one (both labels agree on it)."""
-    g, g_label, g_permuted = (p.double() for p in pulled)
-    safe = torch.where(g == 0, torch.ones_like(g), g)
-    label, check = g_label / safe, g_permuted / safe
-    channel = label.round().clamp(1, len(permuted)).long() - 1
-    # float64 resolves the labels sharply; in a coarser precision mixed channels are still told apart by the check.
-    tolerance = 1e-3 if pulled[0].dtype == torch.float64 else 0.02 + 1e-5 * len(permuted)
-    clean = (label - (channel + 1)).abs().lt(tolerance) & (check - permuted[channel]).abs().lt(tolerance)
-    return channel, clean & g.ne(0)
+    safe = np.where(pulled[0] == 0, 1.0, pulled[0])
+    label, check = pulled[1] / safe, pulled[2] / safe
+    channel = np.clip(np.nan_to_num(np.rint(label)), 1, len(permuted)).astype(np.int64) - 1
+    near = (np.abs(label - (channel + 1)) < tolerance) & (np.abs(check - permuted[channel]) < tolerance)
+    return channel, near & (pulled[0] != 0)
 
 
-def aligned_axis(pulled: Sequence[Tensor], permuted: Tensor) -> int | None:
+def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
-    channel, clean = _channel_of(pulled, permuted)
+    tolerance = _tolerance(pulled[0].dtype, permuted)
+    channel, clean = _channel_of(torch.stack([g.double() for g in pulled]).cpu().numpy(), permuted, tolerance)
     if not clean.any():
         return None
     for axis, size in enumerate(channel.shape):
-        rows, mask = rows_along(channel, axis), rows_along(clean, axis)
-        used = mask.any(1)
-        low = torch.where(mask, rows, len(permuted)).amin(1)[used]
-        high = torch.where(mask, rows, -1).amax(1)[used]
-        if size > 1 and len(low) and low.equal(high) and len(low.unique()) == len(low):
+        others = tuple(a for a in range(channel.ndim) if a != axis)
+        used = clean.any(others)
+        low = np.where(clean, channel, len(permuted)).min(others)[used]
+        high = np.where(clean, channel, -1).max(others)[used]
+        if size > 1 and len(low) and np.array_equal(low, high) and len(np.unique(low)) == len(low):
             return axis
     return None

@@ -19,6 +19,7 @@ from ss_pruning.wiring import Wiring
 
 # Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
 _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
+_LEAST_SIDE = 32
 #: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
 MomentSource = str | Iterable[Any]
 
@@ -113,12 +114,19 @@ def _on_noise(
 
     Of the example only the shape counts, and not even its batch size. Maps are seen with noise that is independent
     from position to position. Averaging over positions would leave next to nothing of that, so heads and gates, which
-    see one vector an image, are seen in a second run, with noise that varies from image to image.
+    see one vector an image, are seen in a second run, with noise that varies from image to image; all positions are
+    alike there, so that a quarter of them will do if the model takes a smaller image.
     """
-    seen = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES, by_image=False)
+    seen = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES)
     vectors = [path for path, s in seen.items() if s.values == s.images]
     if vectors and isinstance(example_inputs, Tensor):
-        seen |= _noisy_run(model, wiring, example_inputs, vectors, images=_VECTOR_IMAGES, by_image=True)
+        small = example_inputs.dim() == 4 and min(example_inputs.shape[2:]) >= 2 * _LEAST_SIDE
+        for shrink in (2, 1) if small else (1,):
+            with contextlib.suppress(*[ModelError] * (shrink > 1)):
+                seen |= _noisy_run(
+                    model, wiring, example_inputs, vectors, images=_VECTOR_IMAGES, by_image=True, shrink=shrink
+                )
+                break
     return {path: s.moments for path, s in seen.items()}
 
 
@@ -129,14 +137,18 @@ def _noisy_run(
     paths: Sequence[str],
     *,
     images: int,
-    by_image: bool,
+    by_image: bool = False,
+    shrink: int = 1,
 ) -> dict[str, _Seen]:
-    """Moments on one batch of noise."""
+    """Moments on one batch of noise, on maps of which each side is `1 / shrink` of the example's."""
     generator = torch.Generator().manual_seed(0)
 
     def image(t: Tensor) -> Tensor:
         shape = (images, *t.shape[1:]) if isinstance(example_inputs, Tensor) else t.shape
-        return torch.randn(shape, generator=generator).to(t) if t.is_floating_point() else t
+        if not t.is_floating_point():
+            return t
+        noise = torch.randn(shape, generator=generator).to(t)
+        return noise if shrink == 1 else noise[..., : shape[-2] // shrink, : shape[-1] // shrink]
 
     with contextlib.ExitStack() as undo:
         for path, layer in wiring.layers.items():

@@ -87,6 +87,11 @@ class _MacCounter(TorchDispatchMode):
 
     atomic: ClassVar[set[Any]] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares importing torch's compiler, which would be told not to look at this class."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import ModelError
-from ss_pruning.labels import Labels, aligned_axis, decode, rows_along
+from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
 from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.wiring import INPUT, Feed, Layer, LooseTensor, Wiring
 
@@ -159,11 +159,10 @@ class _Recorder:
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
             self.arrivals.append(_Arrival(path, x.clone(), axis, index))
-        dtype = next(
-            (t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None
-        )
+        own = (*module._parameters.values(), *module._buffers.values())
+        dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
         cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-            Tensor, lambda t: _cast(t.detach(), dtype or torch.float32), (args, kwargs)
+            Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
         )
         return cast
 
@@ -178,6 +177,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _first_tensor(tree: Any) -> Tensor | None:
+    args, _ = tree
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
 
 
@@ -194,13 +196,13 @@ def _probe(
         recorder = _Recorder(paths, wiring, offset)
         recorder.double = False
         output = _run(model, example_inputs, recorder, training)
-    labels = Labels(recorder.generator)
+    labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
     for arrival in recorder.arrivals:
         if arrival.path not in known:
-            _pull(arrival, recorder.leaves, labels, wiring)
+            _pull(arrival, leaves, labels, wiring)
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            _pull_output(tensor, recorder.leaves, wiring)
+            _pull_output(tensor, leaves, wiring)
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
@@ -265,9 +267,8 @@ def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator
             yield name, buffer
 
 
-def _reachable(root: Tensor, leaves: Sequence[_Leaf]) -> list[_Leaf]:
-    """The leaves in the history of `root`, so that a pull costs what lies between and not the whole model."""
-    by_id = {id(leaf.tensor): leaf for leaf in leaves}
+def _reachable(root: Tensor, leaves: Mapping[int, _Leaf]) -> list[_Leaf]:
+    """The leaves (by identity) in the history of `root`, so that a pull costs what lies between, not the whole model."""
     found: list[_Leaf] = []
     seen: set[Any] = set()
     stack = [root.grad_fn]
@@ -277,13 +278,13 @@ def _reachable(root: Tensor, leaves: Sequence[_Leaf]) -> list[_Leaf]:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in by_id:
-            found.append(by_id[id(variable)])
+        if variable is not None and id(variable) in leaves:
+            found.append(leaves[id(variable)])
         stack.extend(function for function, _ in node.next_functions)
     return found
 
 
-def _pull(arrival: _Arrival, leaves: Sequence[_Leaf], labels: Labels, wiring: Wiring) -> None:
+def _pull(arrival: _Arrival, leaves: Mapping[int, _Leaf], labels: Labels, wiring: Wiring) -> None:
     """Pull labels from what arrived at a layer back to the leaves, and note who feeds whom."""
     assert arrival.path is not None
     near = _reachable(arrival.tensor, leaves)
@@ -321,7 +322,7 @@ def _pull_range(
     return [_found(leaf, pulled, permuted) for leaf, *pulled in zip(near, *pulls, strict=True)]
 
 
-def _found(leaf: _Leaf, pulled: Sequence[Tensor | None], permuted: Tensor) -> _Found | None:
+def _found(leaf: _Leaf, pulled: Sequence[Tensor | None], permuted: Ints) -> _Found | None:
     known = [g for g in pulled if g is not None and g.numel()]
     if len(known) < len(pulled):
         return None
@@ -372,7 +373,7 @@ def _pull_parts(
     return merged[~torch.isin(merged[:, 0], left)], left
 
 
-def _pull_output(tensor: Tensor, leaves: Sequence[_Leaf], wiring: Wiring) -> None:
+def _pull_output(tensor: Tensor, leaves: Mapping[int, _Leaf], wiring: Wiring) -> None:
     """Note the source channels from which an output of the model is reached."""
     near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
     if not near or not tensor.is_floating_point():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from ss_pruning.provenance import trace
 from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
-from ss_pruning.strength import synaptic_strength
+from ss_pruning.strength import strengths_along
 from ss_pruning.surgery import Plan
 from ss_pruning.verification import Bench
 from ss_pruning.wiring import Wiring
@@ -93,7 +94,7 @@ def prune_(
         costs = Costs(model, example_inputs, wiring, coupling)
     with clock("score", 1):
         scores = _scores(model, importance, coupling, wiring, example_inputs)
-        strengths = synaptic_strength(model, example_inputs, wiring=wiring)
+        strengths = strengths_along(wiring, model, example_inputs)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan", 2):
         with clock("verify", 3):
@@ -281,13 +282,12 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
     return reports
 
 
-def _quantiles(strength: torch.Tensor, most: int = 2**14) -> tuple[float, ...]:
+def _quantiles(strength: torch.Tensor, most: int = 2**12) -> tuple[float, ...]:
     """`QUANTILES` of a layer's strengths; the inner ones of many from an even sample."""
     values = strength.flatten()
     low, high = values.aminmax()
-    levels = torch.tensor(QUANTILES[1:-1], dtype=torch.float64)
-    inner = torch.quantile(values[:: -(-len(values) // most)].double().cpu(), levels)
-    return float(low), *inner.tolist(), float(high)
+    sample = values[:: -(-len(values) // most)].double().cpu().numpy()
+    return float(low), *np.quantile(sample, QUANTILES[1:-1]).tolist(), float(high)
 
 
 def _versions(*names: str) -> dict[str, str]:

@@ -17,6 +17,9 @@ from ss_pruning.following import Number
 from ss_pruning.verification import Verified
 from ss_pruning.wiring import pattern
 
+# How often a unit is tried with more and more numbers fixed.
+_PATIENCE = 4
+
 #: What units have in common that are alike: the layers they touch; and, to be the same, the sizes of their cells.
 Kind = tuple[tuple[str, str], ...]
 Size = tuple[int, ...]
@@ -115,20 +118,31 @@ class SoundPart:
         return []
 
     def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | None:
-        """Verify again with the numbers fixed that followed here: perhaps one only happened to equal a width."""
+        """Verify again with numbers fixed that followed here: perhaps one only happened to equal a width.
+
+        First those of the module where it failed and of what encloses it, then all. What is fixed in one block is fixed
+        in its likes, and each trial may get further and bring up others.
+        """
         before = self.verified.followed() if self.verified else frozenset()
-        suspects = error.followed - before
-        if not suspects:
-            return None
-        try:
-            verified = self.attempt({*self.sound, *part}, {*self.fixed, *suspects}, locate=False)
-        except VerificationError:
-            return None
-        # The same numbers of alike modules do not follow either, unless they do so already.
-        followed = {(pattern(path), *rest) for path, *rest in before}
-        self.fixed |= suspects
-        self.fixed |= {(pattern(p), *rest) for p, *rest in suspects if (pattern(p), *rest) not in followed}
-        return verified
+        rightly = {(pattern(path), *rest) for path, *rest in before}
+        for near in (True, False):
+            suspects: set[Number] = set()
+            latest = error
+            for _ in range(_PATIENCE):
+                new = {n for n in latest.followed - before if not near or _inside(latest.at, n[0])}
+                alike = {(pattern(path), *rest) for path, *rest in new}
+                added = (new | alike - rightly) - suspects
+                if not added:
+                    break
+                suspects |= added
+                try:
+                    verified = self.attempt({*self.sound, *part}, {*self.fixed, *suspects}, locate=near)
+                except VerificationError as again:
+                    latest = again
+                    continue
+                self.fixed |= suspects
+                return verified
+        return None
 
 
 def _kind(unit: Unit) -> Kind:

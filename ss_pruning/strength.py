@@ -91,7 +91,13 @@ def synaptic_strength(
         True
     """
     check_finite(model)
-    wiring = wiring or trace(model, example_inputs)
+    return strengths_along(wiring or trace(model, example_inputs), model, example_inputs, moments)
+
+
+def strengths_along(
+    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+) -> Strengths:
+    """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
     paths = synaptic_paths(wiring)
     with torch.no_grad():
         measured = measure(model, wiring, moments, example_inputs, paths)

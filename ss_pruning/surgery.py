@@ -88,7 +88,8 @@ class Plan:
             PlanError: The plan does not fit the model.
         """
         self._check(model)
-        for cut in self.cuts:
+        # Outputs first: a grouped convolution with one input left a group looks like a depthwise one.
+        for cut in sorted(self.cuts, key=lambda cut: cut.side == "in"):
             _cut(model, cut)
         for attribute in self.attributes:
             set_number(model.get_submodule(attribute.path), attribute)
@@ -256,7 +257,10 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
         else:
             _gather(conv, "weight", 0, cut.kept)
     else:  # these lie along axis 1, one group's block of rows after the other
-        kept = torch.tensor(cut.kept, device=conv.weight.device).reshape(groups, -1) % (cut.width // groups)
+        each = cut.width // groups
+        if not conv.transposed:  # pruned twice, whole groups may be gone: their outputs are, by now
+            groups = conv.groups = len({channel // each for channel in cut.kept})
+        kept = torch.tensor(cut.kept, device=conv.weight.device).reshape(groups, -1) % each
         blocks = conv.weight.detach().reshape(groups, -1, *conv.weight.shape[1:])
         weight = torch.cat([block.index_select(1, k) for block, k in zip(blocks, kept, strict=True)])
         conv.weight = nn.Parameter(weight)

@@ -175,8 +175,8 @@ def test_a_plan_that_does_not_run_costs_no_pass_with_data(monkeypatch: pytest.Mo
     assert bench.ghost is not None
     passes.clear()
     prune_(model, x, ratio=0.5, scope="local")
-    assert passes.count("meta") > 12
-    assert passes.count("cpu") < 20
+    assert passes.count("meta") >= 4
+    assert passes.count("cpu") < 10
 
 
 class Peeking(Hybrid):

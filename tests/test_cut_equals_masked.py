@@ -404,3 +404,23 @@ def test_a_plan_sets_nothing_but_numbers_that_are_there() -> None:
         forged = ss_pruning.Plan.from_json(text.replace('"name":"sizes"', f'"name":"{name}"'))
         with pytest.raises(PlanError, match=name):
             forged.apply_(net.make())
+
+
+def test_a_grouped_convolution_may_come_down_to_one_input_a_group() -> None:
+    """It looks like a depthwise one then; cut again, whole groups go; and the composed plan fits a fresh model."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=8), nn.ReLU(), nn.Conv2d(32, 5, 3)
+        ).eval()
+
+    model, x = build(), torch.randn(1, 3, 12, 12)
+    report = prune_(model, x, ratio=0.5, scope="local")
+    assert (model[1].in_channels, model[1].out_channels, model[1].groups) == (8, 16, 8)
+    assert report.max_error < 1e-10
+    assert prune_(model, x, ratio=0.5, scope="local").max_error < 1e-10
+    assert (model[1].in_channels, model[1].groups) == (4, 4)
+    fresh = model.ss_pruning_plan.apply_(build())
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+    assert torch.equal(fresh(x), model(x))
