@@ -23,7 +23,8 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_decode", "wiring"},
+    {"_cache", "wiring"},
+    {"_decode"},
     {"provenance"},
     {"data", "moments", "coupling"},
     {"strength", "surgery"},
@@ -32,7 +33,7 @@ LAYERS = [
     {"verification"},
     {"settling"},
     {"compensation"},
-    {"reconstruction"},
+    {"distillation", "reconstruction"},
     {"report"},
     {"_console", "_options", "report_html", "scores"},
     {"files"},
