@@ -54,7 +54,7 @@ def top1(model: nn.Module, images: Images, batch: int = 500) -> float:
 
 
 def augmented(images: Images, batch: int, generator: torch.Generator) -> Iterator[Images]:
-    """One epoch of shuffled whole batches, each image shifted by up to 4 pixels (zeros come in) and flipped at random."""
+    """One epoch of shuffled whole batches; each image is shifted by up to 4 pixels and, or not, flipped."""
     pixels, labels = images
     order = torch.randperm(len(pixels), generator=generator)
     for chosen in order.split(batch):

@@ -164,7 +164,9 @@ def load_net(name: str, data: Path, weights: Path) -> nn.Module:
         return load_checkpoint(name, data / "pretrained")
     path = weights / f"{name}.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no '{path}'; train it with: python -m benchmarks.train_cifar {name} --out {weights}")
+        raise FileNotFoundError(
+            f"no '{path}'; train it with: python -m benchmarks.train_cifar {name} --out {weights}"
+        )
     model = TRAINED_HERE[name]()
     model.load_state_dict(load_file(path))
     return model.eval()

@@ -42,4 +42,4 @@ def write(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) ->
     with contextlib.suppress(InputError):
         path = make_writable_folder(folder()) / f"{name}.safetensors"
         with replacing(path) as temporary:
-            save_file(dict(tensors), temporary, dict(texts))
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, dict(texts))
