@@ -244,8 +244,7 @@ A model of your own, four fifths of its parameters, one layer left alone:
 
 A net that keeps working, without any image:
 
-    ss-prune prune timm:resnet50 --weights resnet50.safetensors --macs 0.8 --compensation reconstruct \\
-    --calibration distilled
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
 
 Another criterion for comparison:
 
