@@ -22,7 +22,7 @@ from ss_pruning.integrations.torch_pruning_adapter import as_group
 from ss_pruning.layers import is_depthwise, kind_of, width
 from ss_pruning.planning import Ints, Selection, to_plan
 from ss_pruning.provenance import trace
-from ss_pruning.settling import largest_sound_part
+from ss_pruning.soundness import SoundPart
 from ss_pruning.surgery import Attribute, Plan
 from ss_pruning.verification import Bench, Verified
 from ss_pruning.wiring import Wiring
@@ -75,15 +75,17 @@ class Era:
                 kept = selection.get((m.path, m.side), range(self.coupling.widths[m.path, m.side]))
                 selection[m.path, m.side] = tuple(np.setdiff1d(kept, m.index).tolist())
         plan = to_plan(selection, self.coupling, self.wiring)
-        verified, failed = largest_sound_part(
-            [0],
-            lambda _, fixed: self.bench.verify(plan, selection, self.coupling.units, fixed=fixed),
-            lambda _: (),
+        part = SoundPart(
+            [Unit(tuple(cells))],
+            lambda _, fixed, locate: self.bench.verify(
+                plan, selection, self.coupling.units, fixed=fixed, locate=locate
+            ),
             set(),
         )
-        if verified is None:
-            raise VerificationError(f"'{cells[0].root.path}' is left whole: {failed[0]}")
-        return verified
+        part.search([0])
+        if part.verified is None:
+            raise VerificationError(f"'{cells[0].root.path}' is left whole: {part.failed[0]}")
+        return part.verified
 
     def apply(self, plan: Plan, cells: Iterable[Cell]) -> Plan:
         """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before."""

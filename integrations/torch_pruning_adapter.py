@@ -79,7 +79,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         graph = group._DG
         model: nn.Module = graph.model
         wiring = self._trace(model, graph)
-        self._pass.enter((group[0].dep.target.module, group[0].idxs[0]), model)
+        root = group[0].dep.target.module, group[0].idxs[0]
+        self._pass.enter(root, model, getattr(graph, "round", None))
         place = {root: i for i, root in enumerate(dict.fromkeys(group[0].root_idxs))}
         total: Tensor | None = None
         with torch.no_grad():
@@ -175,18 +176,22 @@ class _Pass:
     """What one round over all groups shares: scores and variances of layers.
 
     Torch-Pruning gives no sign when a round begins. It has begun when a root comes by that was seen before, or when a
-    weight was changed in place: everything is dropped then.
+    weight was changed in place: everything is dropped then. `cell_scores` says which round it is.
     """
 
+    round: object = None
     versions: int = 0
     roots: set[tuple[nn.Module, int]] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     measured: bool = False
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
-    def enter(self, root: tuple[nn.Module, int], model: nn.Module) -> None:
+    def enter(self, root: tuple[nn.Module, int], model: nn.Module, round: object = None) -> None:
+        if round is not None and round is self.round:
+            return
+        self.round = round
         versions = hash(tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers())))
-        if root in self.roots or versions != self.versions:
+        if round is not None or root in self.roots or versions != self.versions:
             self.versions = versions
             self.roots.clear()
             self.scores.clear()
@@ -280,6 +285,7 @@ class CellGraph:
     model: nn.Module
     example_inputs: Any
     wiring: Wiring
+    round: object = None
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
@@ -354,6 +360,7 @@ def cell_scores(importance: Any, cells: Sequence[Cell], graph: CellGraph) -> lis
     for i, cell in enumerate(cells):
         alike[tuple((m.path, m.side, m.index.shape[1]) for m in cell.members)].append(i)
     scores: dict[int, Tensor] = {}
+    graph.round = object()
     for numbers in alike.values():
         whole = _joined([cells[i] for i in numbers])
         parts = _score_one(importance, whole, graph).split([cells[i].size for i in numbers])

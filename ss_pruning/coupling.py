@@ -270,10 +270,9 @@ def _family_reasons(slots: _Slots, family: Ints, frozen: list[tuple[Ints, str]])
     reason = np.zeros(slots.total, dtype=np.int64)
     for numbers, text in reversed(frozen):
         reason[family[numbers]] = _REASONS.number(text)
-    counts = np.stack([family, slots.side_of], 1)
-    pairs, count = np.unique(counts, axis=0, return_counts=True)
+    pairs, count = np.unique(family * len(slots.keys) + slots.side_of, return_counts=True)
     widths = np.array([slots.widths[key] for key in slots.keys])
-    whole = pairs[count >= widths[pairs[:, 1]], 0]
+    whole = (pairs // len(slots.keys))[count >= widths[pairs % len(slots.keys)]]
     reason[whole[reason[whole] == 0]] = _REASONS.number(WHOLE_REASON)
     return reason
 

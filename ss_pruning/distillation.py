@@ -10,7 +10,6 @@ that `ss_pruning.compensation` needs of its calibration images. As in ZeroQ (Cai
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ss_pruning import _cache
+from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.provenance import preserved
 
@@ -152,7 +152,7 @@ _Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
 @contextlib.contextmanager
 def _listening(model: nn.Module, device: torch.device) -> Iterator[_Listen]:
     """A copy of the model that tells how well its norms recognise what they see."""
-    net = copy.deepcopy(model).to(device).float().requires_grad_(False)
+    net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
     if not norms:
         raise ModelError(
@@ -178,6 +178,12 @@ def _listening(model: nn.Module, device: torch.device) -> Iterator[_Listen]:
 
     with preserved(net, training=False):
         yield listen
+
+
+def _as_float32(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there; whole numbers stay what they are."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device, dtype, copy=True)
 
 
 def _distance(norm: Any, x: Tensor) -> Tensor:

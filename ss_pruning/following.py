@@ -11,9 +11,9 @@ from ss_pruning.coupling import Unit
 from ss_pruning.layers import kind_of
 from ss_pruning.planning import Selection
 from ss_pruning.surgery import Attribute, Plan, set_number
-from ss_pruning.wiring import Wiring
+from ss_pruning.wiring import Wiring, pattern
 
-#: A stored number: module path, attribute name, place in a list or tuple.
+#: A stored number: module path (or the pattern of alike ones), attribute name, place in a list or tuple.
 Number = tuple[str, str, int | None]
 
 
@@ -74,7 +74,8 @@ class Follower:
     ) -> None:
         for name, position, value in _stored_numbers(module):
             after = near.get(value, inside.get(value))
-            if after is not None and after != value and (path, name, position) not in self.fixed:
+            stays = any((place, name, position) in self.fixed for place in (path, pattern(path)))
+            if after is not None and after != value and not stays:
                 attribute = Attribute(path, name, position, value, after)
                 self.found.append(attribute)
                 set_number(module, attribute)

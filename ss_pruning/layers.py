@@ -23,15 +23,19 @@ Kind = Literal["synaptic", "depthwise", "norm", "positional"]
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The role of a module in the channel graph; None for everything that is not a layer of its own."""
-    if is_norm(module):
-        return "norm"
     if isinstance(module, nn.Linear):
         return "synaptic"
-    if not isinstance(module, _ConvNd) or isinstance(module.weight, nn.parameter.UninitializedParameter):
+    if not isinstance(module, _ConvNd):
+        return "norm" if is_norm(module) else None
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return None
-    if isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1:
+    if _slides_along_channels(module):
         return "positional"
     return "depthwise" if is_depthwise(module) else "synaptic"
+
+
+def _slides_along_channels(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -72,14 +76,14 @@ def _scales_and_shifts(module: nn.Module, weight: Tensor) -> bool:
     for shape in ((1, n, 3, 2), (1, 3, 2, n)):
         image = x.reshape(shape)
         with contextlib.suppress(Exception):
-            gone = _asked(module, {"weight": torch.zeros_like(weight), **shift}, image)
-            plain = _asked(module, {"weight": torch.ones_like(weight), **shift}, image)
+            gone = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
+            plain = ask(module, {"weight": torch.ones_like(weight), **shift}, image)
             if gone.shape == plain.shape == shape and not gone.any() and not plain.equal(image):
                 return True
     return False
 
 
-def _asked(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see."""
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -132,9 +136,7 @@ def width(module: nn.Module, side: Literal["in", "out"]) -> int:
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
     """The (non-negative) axis of `x`, an input or output of `module`, on which the module's channels lie."""
-    if isinstance(module, nn.Linear):
-        return x.dim() - 1
-    if kind_of(module) == "positional":
+    if isinstance(module, nn.Linear) or _slides_along_channels(module):
         return x.dim() - 1
     if isinstance(module, _ConvNd):
         return x.dim() - len(module.kernel_size) - 1
@@ -153,10 +155,10 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
         return x.dim() - 1
     weight = torch.ones(n, dtype=x.dtype, device=x.device)
     probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
-    plain = _asked(module, {"weight": weight}, probe)
+    plain = ask(module, {"weight": weight}, probe)
     weight = weight.clone()
     weight[0] = 2.0
-    moved = (_asked(module, {"weight": weight}, probe) - plain).nonzero()
+    moved = (ask(module, {"weight": weight}, probe) - plain).nonzero()
     for axis in fitting:
         if moved.numel() and not moved[:, axis].any():
             return axis
@@ -170,7 +172,8 @@ def check_finite(model: nn.Module) -> None:
         ModelError: Names the first such tensor.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A sum is finite if all is, unless it overflows: a quick first look.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 

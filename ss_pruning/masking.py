@@ -2,54 +2,67 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.layers import groups_of, is_depthwise, mixes_channels
+from ss_pruning.cloning import shell
+from ss_pruning.layers import channel_axis, is_depthwise, mixes_channels
 from ss_pruning.planning import Selection
 from ss_pruning.surgery import Cut, cut_layer
 from ss_pruning.wiring import Wiring
 
 
-def mask_(twin: nn.Module, selection: Selection, wiring: Wiring) -> None:
-    """Zero what reads removed channels; layers that mix channels run on the kept ones alone."""
-    for (path, side), kept in selection.items():
-        layer = wiring.layers.get(path)
-        if layer is None:
-            continue
-        module = twin.get_submodule(path)
-        if side == "in" and not is_depthwise(module):
-            if type(module).__module__.startswith("torch.nn."):
-                gone = torch.ones(layer.inputs, dtype=torch.bool)
-                gone[list(kept)] = False
-                _zero_inputs(module, gone)
-            else:  # may standardise its weights over what it reads
-                module.forward = _reading_kept_channels(
-                    module, Cut(path, side, layer.inputs, kept), layer.in_axis
-                )
-        elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
-            module.forward = _on_kept_channels(module, Cut(path, side, layer.inputs, kept), layer.in_axis)
+@contextlib.contextmanager
+def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[None]:
+    """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
+    undo = contextlib.ExitStack()
+    with undo:
+        for (path, side), kept in selection.items():
+            layer = wiring.layers.get(path)
+            if layer is None:
+                continue
+            module = model.get_submodule(path)
+            cut = Cut(path, side, layer.inputs, kept)
+            if side == "in" and not is_depthwise(module):
+                if type(module).__module__.startswith("torch.nn."):
+                    undo.callback(
+                        module.register_forward_pre_hook(_without(cut.removed), with_kwargs=True).remove
+                    )
+                else:  # may standardise its weights over what it reads
+                    _patch(undo, module, _reading_kept_channels(module, cut, layer.in_axis))
+            elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
+                _patch(undo, module, _on_kept_channels(module, cut, layer.in_axis))
+        yield
 
 
-def _zero_inputs(module: nn.Module, gone: Tensor) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    gone = gone.to(weight.device)
-    if isinstance(module, _ConvNd) and module.transposed:
-        weight.data[gone] = 0
-    elif groups_of(module) == 1:
-        weight.data[:, gone] = 0
-    else:
-        rows = gone.reshape(groups_of(module), -1).repeat_interleave(len(weight) // groups_of(module), 0)
-        weight.data[rows] = 0
+def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    before = vars(module).get("forward")
+    module.forward = forward
+    undo.callback(module.__delattr__, "forward") if before is None else undo.callback(
+        setattr, module, "forward", before
+    )
+
+
+def _without(removed: list[int]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook that zeroes channels of what a layer reads."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (x, *rest), names = (args, kwargs) if args else (tuple(kwargs.values()), {})
+        gone = torch.tensor(removed, device=x.device)
+        return (x.index_fill(channel_axis(module, x), gone, 0), *rest), names
+
+    return hook
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module).eval()
+    small = shell(module).eval()
     if not isinstance(module, _ConvNd):
         cut_layer(small, cut)
 
@@ -61,6 +74,6 @@ def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tenso
 
 
 def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = copy.deepcopy(module).eval()
+    small = shell(module).eval()
     cut_layer(small, cut)
     return lambda x: small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,16 +138,47 @@ def _noisy_run(
         shape = (images, *t.shape[1:]) if isinstance(example_inputs, Tensor) else t.shape
         return torch.randn(shape, generator=generator).to(t) if t.is_floating_point() else t
 
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(_noise_hook(layer.in_axis, generator, by_image))
-        for path, layer in wiring.layers.items()
-        if layer.kind == "norm"
-    ]
-    try:
+    with contextlib.ExitStack() as undo:
+        for path, layer in wiring.layers.items():
+            if layer.kind == "norm":
+                hook = _noise_hook(layer.in_axis, generator, by_image)
+                undo.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
+        for path in _unheard(wiring):
+            undo.enter_context(_shape_only(model.get_submodule(path)))
         return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
+
+
+def _unheard(wiring: Wiring) -> set[str]:
+    """Layers that only norms read: when those put out noise, of what such a layer puts out only the shape counts."""
+    read: set[str] = set()
+    read_by_others = set(wiring.reaches_output)
+    for path, feeds in wiring.feeds.items():
+        sources = {feed.source for feed in feeds}
+        read |= sources
+        if wiring.layers[path].kind != "norm":
+            read_by_others |= sources
+    return {path for path in read - read_by_others if path in wiring.layers}
+
+
+@contextlib.contextmanager
+def _shape_only(module: nn.Module) -> Iterator[None]:
+    """Let a layer see one image of its batch, and put out zeros in the right shape."""
+    forward, own = module.forward, "forward" in vars(module)
+
+    def one_image(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if channel_axis(module, x) == 0 or len(x) < 2:
+            return forward(x, *args, **kwargs)
+        y = forward(x[:1], *args, **kwargs)
+        return y.new_zeros((len(x), *y.shape[1:]))
+
+    module.forward = one_image
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
 
 
 def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callable[[nn.Module, Any], Any]:
@@ -180,17 +213,22 @@ def stratified_normal(
     channels, images = like.shape[axis], like.shape[0]
     values = like.numel() // max(channels, 1)
     n = images if by_image and axis else values
-    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()
-    quantiles = quantiles / quantiles.square().mean().sqrt().clamp_min(1e-12)
-    shuffled = quantiles[torch.randperm(n, generator=generator)].to(like.device)
-    turn = torch.randint(n, (channels, 1), generator=generator).to(like.device)
+    shuffled = _normal_quantiles(n)[torch.randperm(n, generator=generator)].to(like.device)
+    turn = torch.randint(n, (channels,), generator=generator).to(like.device)
     sign = torch.randint(2, (channels, 1), generator=generator).to(like.device) * 2 - 1
-    z = shuffled[(torch.arange(n, device=like.device) + turn) % n] * sign
+    z = torch.cat([shuffled, shuffled]).unfold(0, max(n, 1), 1)[turn].mul_(sign)
     if n < values:
         z = z.repeat_interleave(values // n, 1)
     rest = [size for a, size in enumerate(like.shape) if a != axis]
     noise: Tensor = z.reshape(channels, *rest).movedim(0, axis)
     return noise
+
+
+@lru_cache(maxsize=16)
+def _normal_quantiles(n: int) -> Tensor:
+    """`[n]`, the middles of `n` strata of equal probability, with variance 1."""
+    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()
+    return quantiles / quantiles.square().mean().sqrt().clamp_min(1e-12)
 
 
 @dataclass(frozen=True)

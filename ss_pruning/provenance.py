@@ -85,7 +85,8 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    cuda = torch.cuda.is_initialized()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ())
     try:
         with torch.random.fork_rng(devices=devices):
             for module, _ in flags:  # dropout would hide who feeds whom

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,7 +30,7 @@ from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
-_STAGES = 4
+_STAGES = 5
 
 
 def prune_(
@@ -92,13 +93,16 @@ def prune_(
         scores = _scores(model, importance, coupling, wiring, example_inputs)
         strengths = synaptic_strength(model, example_inputs, wiring=wiring)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
-    with clock("plan and verify", 2):
-        search = Search(Bench(model, example_inputs, wiring), coupling, costs, budget, options)
+    with clock("plan", 2):
+        with clock("verify", 3):
+            bench = Bench(model, example_inputs, wiring)
+        bench.watch = lambda: clock("verify", 3)
+        search = Search(bench, coupling, costs, budget, options)
         verified = search.settle(scores)
     images = calibration
     if compensation != "none" and isinstance(calibration, str):
         images = distilled(model, example_inputs, progress=clock.steps("distil"))
-    with clock("cut", 3):
+    with clock("cut", 4):
         plan, outcome = _cut(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
         budget.kind: budget.value,
@@ -113,7 +117,7 @@ def prune_(
     return Report(
         model=type(model).__name__,
         macs_before=costs.macs,
-        macs_after=count_macs(model, example_inputs)[0],
+        macs_after=costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
         params_before=costs.params,
         params_after=sum(p.numel() for p in model.parameters()),
         layers=_layer_reports(model, plan, wiring, strengths),
@@ -167,16 +171,24 @@ def _compensate(
 
 
 class _Clock:
-    """Times the stages and reports them as progress."""
+    """Times the stages and reports them as progress; a stage within another does not count to it."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self.running: list[tuple[str, int]] = []
 
-    def __call__(self, stage: str, done: int) -> _Clock:
+    @contextlib.contextmanager
+    def __call__(self, stage: str, done: int) -> Iterator[None]:
+        self._turn()
+        self.running.append((stage, done))
         self.progress(stage, done, _STAGES)
-        self.stage, self.done = stage, done
-        return self
+        try:
+            yield
+        finally:
+            self._turn()
+            self.running.pop()
+            self.progress(*self.running[-1] if self.running else (stage, done + 1), _STAGES)
 
     def steps(self, stage: str) -> Callable[[int, int], None]:
         """For a stage that reports its own steps."""
@@ -188,12 +200,13 @@ class _Clock:
 
         return report
 
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.stage] = time.perf_counter() - self.begin
-        self.progress(self.stage, self.done + 1, _STAGES)
+    def _turn(self) -> None:
+        """What has passed since the last turn belongs to the stage that runs."""
+        now = time.perf_counter()
+        if self.running:
+            stage, _ = self.running[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
+        self.since = now
 
 
 def _check_options(
@@ -259,8 +272,6 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
         groups_before = layer.inputs // strength.shape[1]
         groups_after = inputs if layer.kind == "depthwise" else groups_before
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
-        quantiles = torch.quantile(_sample(strength.flatten().double()), levels)
         reports.append(
             LayerReport(
                 path=path,
@@ -271,15 +282,19 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
                 outputs_after=outputs,
                 synapses_before=strength.numel(),
                 synapses_after=outputs * inputs // groups_after,
-                strength=tuple(quantiles.tolist()),
+                strength=_quantiles(strength),
             )
         )
     return reports
 
 
-def _sample(values: torch.Tensor, most: int = 2**20) -> torch.Tensor:
-    """`torch.quantile` takes at most 2**24 values: of more, an even sample."""
-    return values[:: -(-len(values) // most)]
+def _quantiles(strength: torch.Tensor, most: int = 2**14) -> tuple[float, ...]:
+    """`QUANTILES` of a layer's strengths; the inner ones of many from an even sample."""
+    values = strength.flatten()
+    low, high = values.aminmax()
+    levels = torch.tensor(QUANTILES[1:-1], dtype=torch.float64)
+    inner = torch.quantile(values[:: -(-len(values) // most)].double().cpu(), levels)
+    return float(low), *inner.tolist(), float(high)
 
 
 def _versions(*names: str) -> dict[str, str]:

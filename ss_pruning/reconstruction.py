@@ -2,7 +2,9 @@
 
 Layer by layer in forward order, each layer's weights and bias are fitted by ridge least squares: fed with the *pruned*
 net's input it should reproduce the *dense* layer's output. That moves what removed channels carried onto what stays,
-and repairs what went wrong upstream. Norms keep the dense statistics. No labels.
+and repairs what went wrong upstream. A layer whose output is added to something that is known already (the end of a
+residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
+other layer sees them. Norms keep the dense statistics. No labels.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,7 @@ from ss_pruning.compensation import Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.provenance import call, preserved
+from ss_pruning.summing import Others, Sum, find_sums
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
@@ -61,7 +64,14 @@ def reconstruct_(
     paths = _solvable(pruned, wiring, plan, outcome)
     modules = {pruned.get_submodule(path): path for path in paths}
     norms = norms_behind(wiring)
-    with _DenseOutputs(dense, paths, images) as outputs, torch.no_grad(), preserved(pruned, training=False):
+    found = find_sums(dense, images[:1] if isinstance(images, Tensor) else images, norms)
+    sums = {path: found[path] for path in paths if path in found}
+    with (
+        _DenseOutputs(dense, paths, sums, images) as outputs,
+        torch.no_grad(),
+        preserved(pruned, training=False),
+        Others(pruned, sums) as others,
+    ):
 
         def solve(module: nn.Module, args: tuple[Any, ...]) -> None:
             path = modules[module]
@@ -69,6 +79,8 @@ def reconstruct_(
             if path in kept:
                 index = torch.tensor(kept[path], device=target.device)
                 target = target.index_select(channel_axis(module, target), index)
+            if path in sums:
+                target = target - others.take(path)
             weight, bias = _fit(module, args[0], target)
             module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
@@ -136,8 +148,8 @@ class _DenseOutputs:
     Only one layer's output is in memory at a time, and the dense model runs once.
     """
 
-    def __init__(self, dense: nn.Module, paths: list[str], images: Any) -> None:
-        self.dense, self.paths, self.images = dense, paths, images
+    def __init__(self, dense: nn.Module, paths: list[str], sums: Mapping[str, Sum], images: Any) -> None:
+        self.dense, self.paths, self.sums, self.images = dense, paths, sums, images
         self.ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
         self.stop = threading.Event()
         self.stack = contextlib.ExitStack()
@@ -148,6 +160,7 @@ class _DenseOutputs:
         for path in self.paths:
             handle = self.dense.get_submodule(path).register_forward_hook(self._hook(path))
             self.stack.callback(handle.remove)
+        self.others = self.stack.enter_context(Others(self.dense, self.sums))
         self.thread.start()
         return self
 
@@ -159,7 +172,10 @@ class _DenseOutputs:
         self.stack.close()
 
     def _hook(self, path: str) -> Callable[..., None]:
-        return lambda module, args, output: self._put(path, output)
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._put(path, output + self.others.take(path) if path in self.sums else output)
+
+        return hook
 
     def _put(self, path: str, value: Any) -> None:
         while not self.stop.is_set():
@@ -262,21 +278,23 @@ def _patches(
     wanted = wanted.reshape(len(target), -1, wanted.shape[-1])
     positions = wanted.shape[1]
     each = min(positions, max(1, -(-_ROWS // len(x))))
-    width = module.in_channels * module.weight[0, 0].numel() * positions
-    count = max(1, min(-(-len(x) // 5), _CHUNK // max(width, 1)))
+    count = max(1, min(-(-len(x) // 5), _CHUNK // max(each * module.in_channels * _taps(module), 1)))
     for begin in range(0, len(x), count):
-        columns = _columns(module, x[begin : begin + count])
         where = torch.randperm(positions, generator=generator)[:each].to(x.device)
-        rows = columns[:, :, where].transpose(1, 2).reshape(-1, columns.shape[1])
+        rows = _columns(module, x[begin : begin + count], where)
         yield rows.float(), wanted[begin : begin + count, where].reshape(-1, wanted.shape[-1]).float()
 
 
-def _columns(conv: _ConvNd, x: Tensor) -> Tensor:
-    """Patches as the convolution sees them, `[images, in_channels * taps, positions]`."""
+def _taps(conv: _ConvNd) -> int:
+    return conv.weight[0, 0].numel()
+
+
+def _columns(conv: _ConvNd, x: Tensor, where: Tensor) -> Tensor:
+    """Patches at the output positions `where` as the convolution sees them, `[rows, in_channels * taps]`."""
     if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
-        return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+        return _plain_columns(conv, x, where)
     # Any other padding: let the layer itself lay out its patches, one channel at a time, with one-hot kernels.
-    taps = conv.weight[0, 0].numel()
+    taps = _taps(conv)
     probe = copy.copy(conv)
     probe.__dict__ = dict(conv.__dict__)
     eye = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *conv.kernel_size)
@@ -284,5 +302,20 @@ def _columns(conv: _ConvNd, x: Tensor) -> Tensor:
     probe._parameters = {"weight": nn.Parameter(eye, requires_grad=False), "bias": None}
     probe.groups, probe.in_channels, probe.out_channels = 1, 1, taps
     out = probe.forward(x.reshape(n * channels, 1, *x.shape[2:]))
-    columns: Tensor = out.reshape(n, channels * taps, -1)
-    return columns
+    columns: Tensor = out.reshape(n, channels * taps, -1)[:, :, where]
+    return columns.transpose(1, 2).reshape(-1, channels * taps)
+
+
+def _plain_columns(conv: nn.Conv2d, x: Tensor, where: Tensor) -> Tensor:
+    """Gathers the patches that are asked for, and no others."""
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    ph, pw = (int(p) for p in conv.padding)
+    x = F.pad(x, (pw, pw, ph, ph))
+    height, width = x.shape[2:]
+    across = (width - dw * (kw - 1) - 1) // sw + 1
+    corner = (where // across) * sh * width + (where % across) * sw
+    rows, columns = torch.arange(kh, device=x.device) * dh, torch.arange(kw, device=x.device) * dw
+    offsets = (rows[:, None] * width + columns).flatten()
+    index = (corner[:, None] + offsets).flatten()
+    patches = x.flatten(2).index_select(2, index).reshape(*x.shape[:2], len(where), -1)
+    return patches.transpose(1, 2).reshape(len(x) * len(where), -1)

@@ -11,8 +11,9 @@ a branch that contributes nothing would hide a wrong cut.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.cloning import retyped, shell
 from ss_pruning.coupling import Side, Unit
-from ss_pruning.errors import ModelError, VerificationError
+from ss_pruning.errors import VerificationError
 from ss_pruning.following import Follower, Number, part_sizes
-from ss_pruning.masking import mask_
+from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.surgery import Cut, Plan
@@ -56,7 +58,7 @@ class Bench:
     """Where plans for one model are tried: a stirred float64 copy, one without data, and the shapes at every module."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
-        """Copy `model` and run the copy on the example inputs.
+        """Copy `model`, in float64.
 
         Args:
             model: The dense model; not changed.
@@ -67,23 +69,20 @@ class Bench:
             ModelError: The model cannot be copied.
         """
         self.wiring = wiring
-        self.dense = _copied(model)
-        self.arrivals: dict[str, list[tuple[int, ...]]] = {}
-        self.inputs, self.tolerance = _prepare(self.dense, example_inputs, self._arrived)
-        if self.tolerance > TOLERANCE:  # the pass in float64 stopped somewhere
-            self.arrivals.clear()
-            with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
-                call(self.dense, self.inputs)
+        self.original = shell(model), example_inputs
+        self.dense = retyped(model, _double)
         _stir(self.dense)
+        self.inputs = pytree.tree_map_only(Tensor, _double, example_inputs)
+        self.tolerance = TOLERANCE
+        self.arrivals: dict[str, list[tuple[int, ...]]] = {}
         self.failures = 0
+        #: Entered for each verification: to time it.
+        self.watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @cached_property
     def ghost(self) -> nn.Module | None:
         """The copy without data, if the model runs so."""
         return _ghost(self.dense, self.inputs)
-
-    def _arrived(self, path: str, _: nn.Module, shapes: list[tuple[int, ...]]) -> None:
-        self.arrivals.setdefault(path, []).extend(shapes)
 
     def verify(
         self,
@@ -92,6 +91,7 @@ class Bench:
         units: Sequence[Unit] = (),
         *,
         fixed: Collection[Number] = (),
+        locate: bool = True,
     ) -> Verified:
         """Apply `plan` to a copy and compare with the masked copy.
 
@@ -100,12 +100,14 @@ class Bench:
             selection: The same as channels by layer side (positional layers included).
             units: The units of the plan; the sizes of their cells are numbers that modules may store.
             fixed: Stored numbers that must not follow the cut.
+            locate: If the outputs differ, say in the error from which layer on.
 
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
         try:
-            return self._verify(plan, selection, units, fixed, reorder=True)
+            with self.watch():
+                return self._verify(plan, selection, units, fixed, locate, reorder=True)
         except VerificationError:
             self.failures += 1
             raise
@@ -116,39 +118,75 @@ class Bench:
         selection: Selection,
         units: Sequence[Unit],
         fixed: Collection[Number],
+        locate: bool,
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
         parts = part_sizes(units, selection, self.wiring)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
-            ghost = _cut(_copied(self.ghost), plan)
+            ghost = _cut(shell(self.ghost), plan)
             _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
-        small = _cut(_copied(self.dense), plan)
+        expected = self._masked(selection)
+        small = _cut(shell(self.dense), plan)
         follower = Follower(plan, self.arrivals, parts, fixed)
-        cut = _run_cut(small, self.inputs, follower)
+        found = _run_cut(small, self.inputs, follower)
         try:
-            error = _compare(self._masked(selection), cut, self.tolerance)
+            error = _compare(expected, found, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                at = self._first_difference(selection, small)
+                at = self._first_difference(selection, small) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
         moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
-        return self._verify(replace(plan, cuts=moved), selection, units, fixed, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
-        """What the masked model returns."""
-        twin = _copied(self.dense)
-        with torch.no_grad(), preserved(twin, training=False):
-            mask_(twin, selection, self.wiring)
-            return call(twin, self.inputs)
+        """What the masked model returns.
+
+        Raises:
+            VerificationError: It does not run.
+        """
+        try:
+            return self._masked_pass(selection)
+        except Exception as error:
+            if self.arrivals or not self._own_precision():
+                raise VerificationError(
+                    f"the masked model does not run ({type(error).__name__}: {error})"
+                ) from error
+        return self._masked(selection)
+
+    def _masked_pass(self, selection: Selection) -> Any:
+        """One pass; the first also notes the shapes that arrive at every module, which masking does not change."""
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+
+        def arrived(path: str, _: nn.Module, found: list[tuple[int, ...]]) -> None:
+            shapes.setdefault(path, []).extend(found)
+
+        with masked(self.dense, selection, self.wiring), contextlib.ExitStack() as stack:
+            if not self.arrivals:
+                stack.enter_context(_watching(self.dense, arrived))
+            output = _run(self.dense, self.inputs)
+        self.arrivals = self.arrivals or shapes
+        return output
+
+    def _own_precision(self) -> bool:
+        """Go back to the model's own precision if float64 is what it does not run in; True if that was done."""
+        if self.tolerance > TOLERANCE:
+            return False
+        with contextlib.suppress(Exception):
+            _run(self.dense, self.inputs)
+            return False
+        model, self.inputs = self.original
+        self.dense, self.tolerance = retyped(model, Tensor.clone), COARSE_TOLERANCE
+        _stir(self.dense)
+        return True
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
         """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
-        masked = _copied(self.dense)
-        mask_(masked, selection, self.wiring)
-        expected, found = self._sums(masked, selection), self._sums(small, {})
+        with masked(self.dense, selection, self.wiring):
+            expected = self._sums(self.dense, selection)
+        found = self._sums(small, {})
         for path, sums in expected.items():
             if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
                 return path
@@ -170,19 +208,26 @@ class Bench:
             modules[path].register_forward_pre_hook(lambda _, args, path=path: arrived(path, args[0]))
             for path in sums
         ]
-        with torch.no_grad(), preserved(model, training=False):
-            call(model, self.inputs)
+        _run(model, self.inputs)
         for handle in handles:
             handle.remove()
         return sums
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    with torch.no_grad(), preserved(model, training=False):
+        return call(model, inputs)
+
+
 def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
     """A copy without data, if the model runs so."""
     try:
-        twin = _copied(model).to("meta")
-        with torch.no_grad(), preserved(twin, training=False):
-            call(twin, _to_meta(inputs))
+        twin = retyped(model, lambda t: t.to("meta"))
+        _run(twin, _to_meta(inputs))
     except Exception:  # looks at values, or keeps tensors where `to` does not find them
         return None
     return twin
@@ -190,15 +235,6 @@ def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
 
 def _to_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied for verification ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _cut(twin: nn.Module, plan: Plan) -> nn.Module:
@@ -215,8 +251,8 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
         VerificationError: It does not run.
     """
     try:
-        with torch.no_grad(), preserved(small, training=False), _watching(small, follower):
-            return call(small, inputs)
+        with _watching(small, follower):
+            return _run(small, inputs)
     except Exception as error:
         raise VerificationError(
             f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
@@ -258,23 +294,6 @@ def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiri
             if before is not None:
                 order[channel] = before
     return [order.get(channel, -1) for channel in range(small.layers[path].inputs)]
-
-
-def _prepare(twin: nn.Module, example_inputs: Any, arrived: Callable[..., Any]) -> tuple[Any, float]:
-    """Bring the copy and the inputs to float64 where the model allows; say which shapes arrive where."""
-    state = {name: t.clone() for name, t in twin.state_dict().items()}
-    double = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs
-    )
-    try:
-        with torch.no_grad(), preserved(twin.double(), training=False), _watching(twin, arrived):
-            call(twin, double)
-        return double, TOLERANCE
-    except Exception:
-        dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
-        twin.to(dtype=next(iter(dtypes)) if dtypes else torch.float32)
-        twin.load_state_dict(state)
-        return example_inputs, COARSE_TOLERANCE
 
 
 def _stir(twin: nn.Module) -> None:

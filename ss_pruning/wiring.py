@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -93,3 +94,8 @@ class Wiring:
                 for source_channel, channel in feed.pairs.tolist():
                     found[channel].add((feed.source, source_channel))
         return [sorted(pairs) for pairs in found]
+
+
+def pattern(path: str) -> str:
+    """A path without its numbers: alike layers of repeated blocks have the same."""
+    return re.sub(r"\d+", "#", path)

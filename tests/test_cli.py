@@ -283,7 +283,10 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
         (("--macs", 0.5, "--calibration", "distilled"), "--calibration belongs to --compensation"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
-        (("--macs", 0.5, "--compensation", "mean", "--calibration", "data"), "say where they are with --data"),
+        (
+            ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),
+            "say where they are with --data",
+        ),
         (("--macs", 0.000001), "smallest"),
         (("--macs", 0.5, "--input-size", "5x16x16"), "does not run"),
     ],

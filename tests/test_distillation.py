@@ -81,7 +81,9 @@ def test_a_seed_gives_the_same_images_again(net: Net) -> None:
 
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
     steps: list[tuple[int, int]] = []
-    images = distill(net, EXAMPLE, images=70, steps=2, progress=lambda done, total: steps.append((done, total)))
+    images = distill(
+        net, EXAMPLE, images=70, steps=2, progress=lambda done, total: steps.append((done, total))
+    )
     assert len(images) == 70
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -125,7 +127,11 @@ class Overflowing(Net):
         (Overflowing, EXAMPLE, "NaN or Inf"),
         (Net, EXAMPLE[:, :2], "does not run"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), EXAMPLE, "nothing to distil from"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), EXAMPLE, "nothing to distil from"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
+            EXAMPLE,
+            "nothing to distil from",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
@@ -139,7 +145,8 @@ def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    "inputs", [torch.zeros(1, 5), torch.zeros(1, 3, 8, 8, dtype=torch.long), (EXAMPLE, EXAMPLE), {"x": EXAMPLE}]
+    "inputs",
+    [torch.zeros(1, 5), torch.zeros(1, 3, 8, 8, dtype=torch.long), (EXAMPLE, EXAMPLE), {"x": EXAMPLE}],
 )
 def test_inputs_that_are_no_images(net: Net, inputs: Any) -> None:
     with pytest.raises(InputError, match="makes images"):
@@ -153,7 +160,12 @@ def test_numbers_that_are_not_positive(net: Net, wrong: dict[str, int]) -> None:
 
 
 def test_large_images_are_fewer() -> None:
-    assert [default_images(torch.zeros(1, 3, side, side)) for side in (8, 32, 224, 1024)] == [256, 256, 41, 32]
+    assert [default_images(torch.zeros(1, 3, side, side)) for side in (8, 32, 224, 1024)] == [
+        256,
+        256,
+        41,
+        32,
+    ]
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:

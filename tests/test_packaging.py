@@ -23,7 +23,7 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_cache", "wiring"},
+    {"_cache", "cloning", "wiring"},
     {"_decode"},
     {"provenance"},
     {"data", "moments", "coupling"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"planning"},
     {"following", "masking"},
     {"verification"},
+    {"soundness"},
     {"settling"},
     {"compensation"},
     {"distillation", "reconstruction"},

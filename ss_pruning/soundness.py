@@ -1,0 +1,139 @@
+"""Finding the largest part of a cut that is sound, in few trials.
+
+All units are tried together. When that fails, those that touch the module where it failed are suspects, and with them
+their likes elsewhere: the same layers in other blocks. Once a unit is found to fail by itself, another of the same
+layers and widths is not tried any more, and one of other widths is tried apart from the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ss_pruning.coupling import Unit
+from ss_pruning.errors import VerificationError
+from ss_pruning.following import Number
+from ss_pruning.verification import Verified
+from ss_pruning.wiring import pattern
+
+#: What units have in common that are alike: the layers they touch; and, to be the same, the sizes of their cells.
+Kind = tuple[tuple[str, str], ...]
+Size = tuple[int, ...]
+
+
+class Attempt(Protocol):
+    """Verifies the cut of some units."""
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        """Raise `VerificationError` if it is wrong; with `locate`, the error says where it goes wrong."""
+        ...
+
+
+@dataclass
+class SoundPart:
+    """The search.
+
+    Attributes:
+        units: What may be cut, by number.
+        attempt: Verifies some of them.
+        fixed: Stored numbers known not to follow a cut; what is found is added.
+        sound: Units that were verified together.
+        verified: What was verified last.
+        failed: By unit that fails, the reason.
+    """
+
+    units: Sequence[Unit]
+    attempt: Attempt
+    fixed: set[Number]
+    sound: set[int] = field(default_factory=set)
+    verified: Verified | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.same: list[tuple[Kind, Size]] = [(_kind(unit), tuple(c.size for c in unit.cells)) for unit in self.units]
+
+    def search(self, items: list[int]) -> None:
+        """Sort the units `items` into sound ones and failed ones."""
+        stack = [items]
+        while stack:
+            part = self._undecided(stack.pop(), stack)
+            if not part:
+                continue
+            try:
+                verified = self.attempt({*self.sound, *part}, self.fixed, locate=len(part) > 1)
+            except VerificationError as error:
+                if len(part) > 1:
+                    stack += self._split(part, error.at)
+                    continue
+                again = self._without_numbers(part, error)
+                if again is None:
+                    self.failed[part[0]] = str(error)
+                    continue
+                verified = again
+            self.verified = verified
+            self.sound.update(part)
+
+    def _undecided(self, part: list[int], stack: list[list[int]]) -> list[int]:
+        """What is worth a trial now. The same as what failed fails as well; alike ones come last, one of each first."""
+        known = {self.same[i]: reason for i, reason in self.failed.items()}
+        if len(part) == 1 and self.same[part[0]] not in known:
+            return part
+        kinds, passed = {kind for kind, _ in known}, {self.same[i] for i in self.sound}
+        fresh: list[int] = []
+        doubtful: dict[tuple[Kind, Size], list[int]] = {}
+        for i in part:
+            same = self.same[i]
+            if same in known:
+                self.failed[i] = known[same]
+            elif same[0] in kinds and same not in passed:
+                doubtful.setdefault(same, []).append(i)
+            else:
+                fresh.append(i)
+        for first, *others in doubtful.values():
+            stack[:0] = [others, [first]] if others else [[first]]
+        return fresh
+
+    def _split(self, part: list[int], at: str) -> list[list[int]]:
+        """Two parts, the one to try first last."""
+        touching = self._touching(part, at)
+        kinds = {self.same[i][0] for i in touching}
+        alike = [i for i in part if self.same[i][0] in kinds]
+        for guilty, first in ((alike, False), (touching, True)):
+            if 0 < len(guilty) < len(part):
+                rest = [i for i in part if i not in set(guilty)]
+                return [rest, guilty] if first else [guilty, rest]
+        return [part[len(part) // 2 :], part[: len(part) // 2]]
+
+    def _touching(self, part: list[int], path: str) -> list[int]:
+        """The units that touch a layer inside the module `path`, or else inside what encloses it."""
+        while path:
+            found = [i for i in part if any(_inside(p, path) for p in self.units[i].paths())]
+            if found:
+                return found
+            path = path.rpartition(".")[0]
+        return []
+
+    def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | None:
+        """Verify again with the numbers fixed that followed here: perhaps one only happened to equal a width."""
+        before = self.verified.followed() if self.verified else frozenset()
+        suspects = error.followed - before
+        if not suspects:
+            return None
+        try:
+            verified = self.attempt({*self.sound, *part}, {*self.fixed, *suspects}, locate=False)
+        except VerificationError:
+            return None
+        # The same numbers of alike modules do not follow either, unless they do so already.
+        followed = {(pattern(path), *rest) for path, *rest in before}
+        self.fixed |= suspects
+        self.fixed |= {(pattern(p), *rest) for p, *rest in suspects if (pattern(p), *rest) not in followed}
+        return verified
+
+
+def _kind(unit: Unit) -> Kind:
+    return tuple(sorted({(pattern(m.path), m.side) for cell in unit.cells for m in cell.members}))
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
