@@ -194,7 +194,7 @@ def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
     train_epoch(model, draw(images, count, seed), sgd, schedule, batch=FINETUNE_BATCH, generator=generator)
 
 
-def read_lines(path: Path = LINES) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The results so far; a last line that a killed run left unfinished is dropped from the file."""
     if not path.is_file():
         return []
@@ -207,7 +207,7 @@ def read_lines(path: Path = LINES) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def add_line(line: dict[str, Any], path: Path = LINES) -> None:
+def add_line(line: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -236,6 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar and pretrained/")
     parser.add_argument("--weights", type=Path, default=Path("runs"), help="folder of benchmarks.train_cifar")
+    parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
     parser.add_argument(
         "--page", action="store_true", help="write docs/accuracy.md from what is there, run nothing"
     )
@@ -251,9 +252,9 @@ def main() -> int:
     if options.page:
         from benchmarks.accuracy_page import write_page
 
-        print(f"written: {write_page(read_lines())}")
+        print(f"written: {write_page(read_lines(options.results))}")
         return 0
-    done = {key(line) for line in read_lines()}
+    done = {key(line) for line in read_lines(options.results)}
     todo = [run for run in grid(options) if (*asdict(run).values(), run.code()) not in done]
     try:
         bench = Bench(options)
@@ -265,7 +266,8 @@ def main() -> int:
                 result = {"top1": None, "error": str(error)}
             seconds = round(time.perf_counter() - started, 1)
             add_line(
-                {**asdict(run), "code": run.code(), **result, "seconds": seconds, "versions": versions()}
+                {**asdict(run), "code": run.code(), **result, "seconds": seconds, "versions": versions()},
+                options.results,
             )
             tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
             left = "out of reach" if result["top1"] is None else f"{result['top1']:.2f}"

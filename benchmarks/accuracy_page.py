@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy_criteria import CRITERIA, OURS
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE
 
@@ -85,16 +85,21 @@ def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> lis
 
 
 def cells(lines: Iterable[Line]) -> Cells:
-    """Accuracies by criterion and column: compensation, and whether it was fine-tuned."""
-    found: Cells = defaultdict(list)
+    """Accuracies, one a seed, by criterion and column: compensation, and whether it was fine-tuned."""
+    by_seed: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for line in lines:
-        column = line["compensation"] + (", distilled" if line["calibration"] == "distilled" else "")
-        if not line["finetune"]:
-            found[line["criterion"], column].append(line["top1"])
-        else:
+        column, seed = column_of(line), line["seed"]
+        fixed = line["criterion"] not in BY_CHANCE and line["compensation"] in ("none", "mean")
+        by_seed[line["criterion"], column][0 if fixed else seed] = line["top1"]  # before any fine-tuning
+        if line["finetune"]:
             column += f", then {line['finetune']:,} images"
-            found[line["criterion"], column].append(line["top1_finetuned"])
-    return found
+            by_seed[line["criterion"], column][seed] = line["top1_finetuned"]
+    return {where: list(values.values()) for where, values in by_seed.items()}
+
+
+def column_of(line: Line) -> str:
+    """The compensation, and what it calibrated on if that was not photos."""
+    return str(line["compensation"]) + (", distilled" if line["calibration"] == "distilled" else "")
 
 
 def _columns(found: Cells) -> list[str]:
@@ -164,8 +169,7 @@ def _gains(lines: list[Line]) -> list[str]:
     for line in (line for line in untuned if line["compensation"] == "none"):
         plain[_point(line)].append(line["top1"])
     for line in (line for line in untuned if line["compensation"] != "none" and _point(line) in plain):
-        column = line["compensation"] + (", distilled" if line["calibration"] == "distilled" else "")
-        gains[line["criterion"], column].append(line["top1"] - statistics.mean(plain[_point(line)]))
+        gains[line["criterion"], column_of(line)].append(line["top1"] - statistics.mean(plain[_point(line)]))
     if not gains:
         return []
     columns = _columns(gains)
