@@ -34,7 +34,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.cifar_models import CHECKPOINTS, MEAN, STD, load_checkpoint, stream_layers
+from benchmarks.cifar_data import MEAN, STD
+from benchmarks.cifar_models import CHECKPOINTS, load_checkpoint, stream_layers
 from benchmarks.common import DATA, write
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import METHODS

@@ -1,6 +1,9 @@
-"""The CIFAR-10 ResNets of He et al. (2016), section 4.2: 6n+2 layers, parameter-free shortcuts ("option A").
+"""The CIFAR-10 nets of the benchmarks, and where their weights are.
 
-The module names are those of the checkpoints that go around for these nets, so that those load as they are.
+* ResNets of He et al. (2016), section 4.2: 6n+2 layers, parameter-free shortcuts ("option A"). The module names are
+  those of the checkpoints that go around for these nets, so that those load as they are.
+* VGG-16 with batch norm (Simonyan and Zisserman 2015; one linear layer, as is usual on CIFAR-10) and DenseNet-BC, k=12
+  (Huang et al. 2017), both narrow or shallow enough for one CPU core: `python -m benchmarks.train_cifar` trains them.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
-#: Images are scaled to [0, 1], then normalised with these.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: halve the image
+VGG_WIDTH = 0.25
+DENSENET_DEPTH, GROWTH = 28, 12
 
 
 class BasicBlock(nn.Module):
@@ -99,3 +104,69 @@ def stream_layers(model: CifarResNet) -> list[str]:
     """Paths of the layers that write the residual stream: the stem and the last layer of every block."""
     stages = {"layer1": model.layer1, "layer2": model.layer2, "layer3": model.layer3}
     return ["conv1", *(f"{stage}.{i}.conv2" for stage, blocks in stages.items() for i in range(len(blocks)))]
+
+
+def vgg16bn(width: float = VGG_WIDTH, classes: int = 10) -> nn.Sequential:
+    """VGG-16-BN with all widths multiplied by `width`."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for full in VGG16:
+        if not full:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        outputs = int(full * width)
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class Bottleneck(nn.Module):
+    """BN, ReLU, 1x1 to `4k` channels, BN, ReLU, 3x3 to `k` channels, which are appended to the input."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, 4 * GROWTH, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * GROWTH)
+        self.conv2 = nn.Conv2d(4 * GROWTH, GROWTH, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.bn2(y)))], 1)
+
+
+def densenet(depth: int = DENSENET_DEPTH, classes: int = 10) -> nn.Sequential:
+    """DenseNet-BC with three blocks of `(depth - 4) / 6` bottlenecks; transitions halve channels and image."""
+    channels = 2 * GROWTH
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for block in range(3):
+        for _ in range((depth - 4) // 6):
+            layers.append(Bottleneck(channels))
+            channels += GROWTH
+        layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+        if block < 2:
+            layers += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+TRAINED_HERE = {"vgg16bn": vgg16bn, "densenet": densenet}
+NETS = (*CHECKPOINTS, *TRAINED_HERE)
+
+
+def load_net(name: str, data: Path, weights: Path) -> nn.Module:
+    """One of `NETS` in evaluation mode, with published weights from `data`/pretrained or our own from `weights`.
+
+    Raises:
+        FileNotFoundError: The weights are not there; the message says how to get them.
+    """
+    if name in CHECKPOINTS:
+        return load_checkpoint(name, data / "pretrained")
+    path = weights / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no '{path}'; train it with: python -m benchmarks.train_cifar {name} --out {weights}"
+        )
+    model = TRAINED_HERE[name]()
+    model.load_state_dict(load_file(path))
+    return model.eval()

@@ -44,6 +44,13 @@ class Compensation(str, Enum):
     reconstruct = "reconstruct"
 
 
+class Calibration(str, Enum):
+    """Which images a compensation looks at."""
+
+    data = "data"
+    distilled = "distilled"
+
+
 class Scope(str, Enum):
     """Whether layers compete with each other."""
 

@@ -5,12 +5,11 @@ Nothing is ever extracted to disk; PIL is imported when called.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ss_pruning._atomic import make_writable_folder, replacing
+from ss_pruning import _cache
 from ss_pruning.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ def tar_images(
 ) -> tuple[TensorDataset, list[str]]:
     """Decode `split` of a tar in ImageFolder layout, or read it from the cache if that was done before.
 
-    The cache is `~/.cache/ss_pruning` (`$XDG_CACHE_HOME` is respected) and is keyed by the tar's content;
-    where it cannot be written, the tar is decoded anew each time.
+    The cache (see `ss_pruning._cache`) is keyed by the tar's content; where it cannot be written, the tar is decoded
+    anew each time.
 
     Args:
         path: the tar; its members are `[anything/]<split>/<class>/<image>`.
@@ -54,20 +53,13 @@ def tar_images(
     """
     path = Path(path)
     check_split(split)
-    cached = cache_folder() / f"{path.stem[:40]}-{split}-{_digest(path)}.safetensors"
-    found = _read_cache(cached)
-    if found is None:
+    name = f"{path.stem[:40]}-{split}-{_digest(path)}"
+    tensors, texts = _cache.read(name) or ({}, {})
+    if not {"images", "labels"} <= tensors.keys() or "classes" not in texts:
         images, labels, classes = _decode_tar(path, split, progress)
-        _write_cache(cached, images, labels, classes)
-    else:
-        images, labels, classes = found
-    return TensorDataset(images, labels), classes
-
-
-def cache_folder() -> Path:
-    """Return the folder where decoded tars are kept; it need not exist."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".cache") / "ss_pruning"
+        tensors, texts = {"images": images, "labels": labels}, {"classes": "\n".join(classes)}
+        _cache.write(name, tensors, texts)
+    return TensorDataset(tensors["images"], tensors["labels"]), texts["classes"].split("\n")
 
 
 def _decode_tar(path: Path, split: str, progress: Progress | None) -> tuple[Tensor, Tensor, list[str]]:
@@ -182,28 +174,3 @@ def _digest(path: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
     return digest.hexdigest()[:20]
-
-
-def _read_cache(path: Path) -> tuple[Tensor, Tensor, list[str]] | None:
-    """Return what is cached, or None where there is nothing or it is damaged (it is then written anew)."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            classes = (file.metadata() or {})["classes"].split("\n")
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (SafetensorError, KeyError, OSError):
-        return None
-    return images, labels, classes
-
-
-def _write_cache(path: Path, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    from safetensors.torch import save_file
-
-    # A cache that cannot be written costs time, not the result: decoding again is right, failing is not.
-    with contextlib.suppress(InputError):
-        make_writable_folder(path.parent)
-        with replacing(path) as temporary:
-            save_file({"images": images, "labels": labels}, temporary, {"classes": "\n".join(classes)})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ss_pruning._choices import Compensation, Importance, Moments, Request, Score
+from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Score
 from ss_pruning._console import ProgressCallback, note
 from ss_pruning.data import accuracy, open_data
 from ss_pruning.errors import InputError
@@ -119,14 +119,23 @@ def make_importance(importance: Importance, score: Score | None, request: Reques
     return makers[importance]()
 
 
-def calibration(compensation: Compensation, job: Job) -> list[Tensor] | None:
-    """Return unlabelled training images for a compensation that wants some; `mean` does without if need be."""
-    if compensation is Compensation.none or (compensation is Compensation.mean and job.data is None):
+def calibration(
+    compensation: Compensation, source: Calibration | None, seed: int, job: Job, progress: ProgressCallback
+) -> list[Tensor] | Tensor | None:
+    """Return unlabelled images for a compensation that wants some; `mean` does without if need be."""
+    if compensation is Compensation.none:
+        return None
+    if source is Calibration.distilled:
+        from ss_pruning.distillation import distilled
+
+        what = "distilling calibration images"
+        return distilled(job.model, job.example, seed=seed, progress=lambda *steps: progress(what, *steps))
+    if compensation is Compensation.mean and source is None and job.data is None:
         return None
     if job.data is None:
         raise InputError(
-            f"--compensation {compensation.value} calibrates on images: say where they are with --data, or use "
-            "--compensation mean."
+            f"--compensation {compensation.value} calibrates on images: say where they are with --data, make some with "
+            "--calibration distilled, or use --compensation mean."
         )
     return [images.to(job.device) for images in job.data.calibration_images()]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ss_pruning._choices import Compensation, Importance, Moments, Scope, Score
+from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Scope, Score
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 
@@ -150,7 +150,17 @@ CompensationOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct "
-        "(both calibrate on training images of --data, without labels).",
+        "(both calibrate on images, without labels).",
+        rich_help_panel=_CRITERION,
+    ),
+]
+CalibrationOption = Annotated[
+    Calibration | None,
+    typer.Option(
+        metavar="NAME",
+        help="What compensation calibrates on: data (training images of --data) or distilled (images made from the "
+        "model's batch norms; kept for the next time).",
+        show_default="data, if there is any",
         rich_help_panel=_CRITERION,
     ),
 ]
@@ -239,6 +249,10 @@ Your own weights, and a report:
 A model of your own, four fifths of its parameters, one layer left alone:
 
     ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
+
+A net that keeps working, without any image:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
 
 Another criterion for comparison:
 

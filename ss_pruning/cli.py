@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Compensation, Importance, Moments, Request, Scope, Score
+from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Scope, Score
 from ss_pruning._console import guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def prune(
     cost_exponent: option.CostExponent = 0.5,
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
+    calibration: option.CalibrationOption = None,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
     seed: option.Seed = 0,
@@ -63,6 +64,7 @@ def prune(
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio)
         _check_synaptic_options(importance, moments, score)
+        _check_calibration(calibration, compensation)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -78,8 +80,10 @@ def prune(
 
             job = _job.prepare(request, progress)
             chosen = _job.make_importance(importance, score, request, job)
-            calibration = _job.calibration(compensation, job)
-            report = _job.run(job, chosen, {**options, "calibration": calibration}, progress)
+            pictures = _job.calibration(compensation, calibration, seed, job, progress)
+            report = _job.run(job, chosen, {**options, "calibration": pictures}, progress)
+            if calibration is not None:
+                options["calibration"] = calibration.value
             report.settings.update(options | _job.settings_of(request, importance, chosen, job))
             report.command = _command_line(context)
             if out is not None:
@@ -140,6 +144,13 @@ def _check_synaptic_options(importance: Importance, moments: Moments, score: Sco
     for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
+
+
+def _check_calibration(calibration: Calibration | None, compensation: Compensation) -> None:
+    from ss_pruning.errors import InputError
+
+    if calibration is not None and compensation is Compensation.none:
+        raise InputError("--calibration belongs to --compensation, as in --compensation reconstruct.")
 
 
 @contextlib.contextmanager

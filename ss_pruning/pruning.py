@@ -16,6 +16,7 @@ from torch import nn
 
 from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
+from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.layers import check_finite
 from ss_pruning.planning import Budget, Costs, Floats, Scope, count_macs
@@ -72,8 +73,9 @@ def prune_(
             little, with 1 importance per cost decides. Means nothing to `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
-        calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred.
-        progress: Called with (stage, done, total).
+        calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
+            "distilled": images made from the model's batch norms, see `ss_pruning.distillation`.
+        progress: Called with (stage, done, total), "distil" in steps of its own.
 
     Returns:
         What was done, see `ss_pruning.report.Report`.
@@ -102,8 +104,11 @@ def prune_(
         bench.watch = lambda: clock("verify", 3)
         search = Search(bench, coupling, costs, budget, options, cost_exponent)
         verified = search.settle(scores)
+    images = calibration
+    if compensation != "none" and isinstance(calibration, str):
+        images = distilled(model, example_inputs, progress=clock.steps("distil"))
     with clock("cut", 4):
-        plan, outcome = _cut(model, verified.plan, wiring, compensation, calibration, example_inputs)
+        plan, outcome = _cut(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
         budget.kind: budget.value,
         "importance": "SynapticImportance" if importance is None else type(importance).__name__,
@@ -111,6 +116,8 @@ def prune_(
         "cost_exponent": cost_exponent,
         "compensation": compensation,
     }
+    if images is not calibration:
+        settings["calibration"] = calibration
     if outcome.inexact:
         settings["inexact at padded borders"] = ", ".join(outcome.inexact)
     return Report(
@@ -189,6 +196,16 @@ class _Clock:
             self.running.pop()
             self.progress(*self.running[-1] if self.running else (stage, done + 1), _STAGES)
 
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """For a stage that reports its own steps."""
+        begin = time.perf_counter()
+
+        def report(done: int, total: int) -> None:
+            self.seconds[stage] = time.perf_counter() - begin
+            self.progress(stage, done, total)
+
+        return report
+
     def _turn(self) -> None:
         """What has passed since the last turn belongs to the stage that runs."""
         now = time.perf_counter()
@@ -210,10 +227,14 @@ def _check_options(
         raise InputError(
             f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
         )
+    if isinstance(calibration, str) and calibration != DISTILLED:
+        raise InputError(
+            f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
+        )
     if compensation in ("linear", "reconstruct") and calibration is None:
         raise InputError(
             f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
-            "loader; compensation='mean' does without"
+            f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
         )
     if scope not in ("global", "local"):
         raise InputError(f"scope={scope!r} is unknown; use 'global' or 'local'")

@@ -217,6 +217,20 @@ def test_data_moments_read_the_calibration_images(
     assert [tuple(batch.shape) for batch in seen[0].moments] == [(4, 3, 16, 16)]
 
 
+@pytest.mark.parametrize("source", ["data", "distilled"])
+def test_compensation_calibrates_on_what_was_asked_for(
+    net: str, photos: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
+    given = ("--compensation", "reconstruct", "--calibration", source, "--data", photos)
+    result = run("prune", net, *SIZE, "--macs", 0.7, *given, "--json")
+    assert result.exit_code == 0, result.output
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["compensation"], settings["calibration"]) == ("reconstruct", source)
+    kept = list((tmp_path / "cache").glob("*"))
+    assert len(kept) == (source == "distilled")
+
+
 def test_ignored_modules_stay_whole(net: str) -> None:
     values = json.loads(run("prune", net, *SIZE, "--macs", 0.6, "--ignore", "0", "--json").stdout)
     widths = {entry["path"]: (entry["outputs_before"], entry["outputs_after"]) for entry in values["layers"]}
@@ -267,6 +281,12 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--data", "absent"), "no data at 'absent'"),
         (("--macs", 0.5, "--weights", "absent.pth"), "no weights file at 'absent.pth'"),
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
+        (("--macs", 0.5, "--calibration", "distilled"), "--calibration belongs to --compensation"),
+        (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
+        (
+            ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),
+            "say where they are with --data",
+        ),
         (("--macs", 0.000001), "smallest"),
         (("--macs", 0.5, "--input-size", "5x16x16"), "does not run"),
     ],
@@ -511,6 +531,6 @@ def test_help_names_every_choice_and_every_example_parses() -> None:
     ):
         assert name in text
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("ss-prune ")]
-    assert len(examples) == 4
+    assert len(examples) == 5
     known = {option for line in text.splitlines() for option in line.split() if option.startswith("--")}
     assert {word for example in examples for word in example.split() if word.startswith("--")} <= known

@@ -23,7 +23,8 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_decode", "cloning", "wiring"},
+    {"_cache", "cloning", "wiring"},
+    {"_decode"},
     {"provenance"},
     {"data", "moments", "coupling"},
     {"strength", "surgery"},
@@ -33,7 +34,7 @@ LAYERS = [
     {"soundness"},
     {"settling"},
     {"compensation", "summing"},
-    {"reconstruction"},
+    {"distillation", "reconstruction"},
     {"report"},
     {"_console", "_options", "report_html", "scores"},
     {"files"},

@@ -1,0 +1,283 @@
+"""How much accuracy is left after pruning: criteria x compensations x budgets x nets x seeds, on CIFAR-10.
+
+Every run prunes a fresh net by `prune_(model, x, macs=..., importance=...)`: the same groups, the same search for the
+budget, the same cut; only the scores differ. The residual stream of the ResNets stays whole unless `--residual` is
+given. Calibration images (without labels) and labelled images (for Taylor and Hessian) are drawn from the training
+images by the seed, 512 each; accuracy is that on the test images. What no seed can change is run once.
+
+    python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
+    python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
+    python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:reduce=max --split train
+    python -m benchmarks.accuracy --page
+
+Each run adds a line to benchmarks/results/accuracy.jsonl; what is there by the same code and settings is not run
+again, so a run that was killed goes on. `--page` turns the lines into docs/accuracy.md. Choices are made on
+`--split train` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known
+from benchmarks.cifar_data import Images, as_input, draw, load, top1
+from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
+from benchmarks.common import DATA, HERE, RESULTS, versions
+from benchmarks.train_cifar import optimiser, train_epoch
+from ss_pruning import prune_
+from ss_pruning.compensation import METHODS
+from ss_pruning.distillation import distilled
+from ss_pruning.errors import BudgetError, InputError
+
+LINES = RESULTS / "accuracy.jsonl"
+CALIBRATION, LABELLED = 512, 512
+FINETUNE_BATCH, FINETUNE_RATE = 128, 0.01
+_CORE = HERE.parent / "ss_pruning"
+#: The code that results depend on, by what is used; comments and docstrings do not count.
+_SOURCES = {
+    "all": [_CORE / f"{name}.py" for name in ("planning", "settling", "surgery")],
+    "ours": [
+        _CORE / "strength.py",
+        _CORE / "moments.py",
+        HERE.parent / "integrations" / "torch_pruning_adapter.py",
+    ],
+    "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
+    "distilled": [_CORE / "distillation.py"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid."""
+
+    net: str
+    macs: float
+    criterion: str
+    compensation: str
+    seed: int
+    calibration: str
+    residual: bool
+    finetune: int
+    split: str
+    images: int
+
+    @property
+    def uses_images(self) -> bool:
+        return self.compensation in ("linear", "reconstruct")
+
+    def code(self) -> str:
+        """A digest of the code that the result depends on."""
+        parts = ["all"]
+        parts += ["ours"] * self.criterion.startswith(OURS)
+        parts += ["compensation"] * (self.compensation != "none")
+        parts += ["distilled"] * (self.uses_images and self.calibration == "distilled")
+        digest = hashlib.sha256()
+        for path in (path for part in parts for path in _SOURCES[part] if path.is_file()):
+            digest.update(_without_words(path.read_text()).encode())
+        return digest.hexdigest()[:12]
+
+
+def _without_words(source: str) -> str:
+    """The code as a tree, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return ast.dump(tree)
+
+
+def grid(options: argparse.Namespace) -> Iterator[Run]:
+    """The runs that were asked for; what no seed can change comes once."""
+    axes = (options.nets, options.macs, options.criteria, options.compensations, range(options.seeds))
+    for net, macs, criterion, compensation, seed in itertools.product(*axes):
+        by_chance = (
+            criterion in BY_CHANCE or compensation in ("linear", "reconstruct") or options.finetune_images
+        )
+        if seed and not by_chance:
+            continue
+        uses = compensation in ("linear", "reconstruct")
+        yield Run(
+            net=net,
+            macs=macs,
+            criterion=criterion,
+            compensation=compensation,
+            seed=seed,
+            calibration=options.calibration if uses else "none",
+            residual=options.residual and net in CHECKPOINTS,
+            finetune=options.finetune_images,
+            split=options.split,
+            images=options.images,
+        )
+
+
+class Bench:
+    """Holds what runs share: images, dense accuracies, gradients."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.data, self.weights = options.data, options.weights
+        self.train = load(self.data, "train")
+        measured = self.train if options.split == "train" else load(self.data, "test")
+        self.measured: Images = draw(measured, options.images, seed=0)
+        self.criteria = Criteria()
+        self.dense: dict[str, float] = {}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Prune a fresh net and measure what is left."""
+        if run.net not in self.dense:
+            self.dense[run.net] = top1(self._fresh(run.net), self.measured)
+        model = self._fresh(run.net)
+        labelled = draw(self.train, LABELLED, 10_000 + run.seed)
+        importance = self.criteria(run.criterion, model, run.net, run.seed, labelled)
+        example = torch.zeros(1, 3, 32, 32)
+        calibration = self._calibration(run, model, example)
+        torch.manual_seed(run.seed)
+        started = time.perf_counter()
+        report = prune_(
+            model,
+            example,
+            macs=run.macs,
+            importance=importance,
+            ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
+            compensation=run.compensation,  # type: ignore[arg-type]
+            calibration=calibration,
+        )
+        result: dict[str, Any] = {
+            "dense": self.dense[run.net],
+            "macs_kept": report.macs_after / report.macs_before,
+            "params_kept": report.params_after / report.params_before,
+            "left_whole": sorted({left.reason for left in report.left_whole if "relies on" in left.reason}),
+            "prune_seconds": round(time.perf_counter() - started, 2),
+        }
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        result["top1"] = top1(model, self.measured)
+        if run.finetune:
+            finetune(model, self.train, run.finetune, run.seed)
+            result["top1_finetuned"] = top1(model, self.measured)
+        return result
+
+    def _fresh(self, net: str) -> nn.Module:
+        return load_net(net, self.data, self.weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _calibration(self, run: Run, model: nn.Module, example: Tensor) -> Tensor | None:
+        if not run.uses_images:
+            return None
+        if run.calibration == "distilled":
+            return distilled(model, example, seed=run.seed)
+        return as_input(draw(self.train, CALIBRATION, run.seed)[0])
+
+
+def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
+    """One pass over `count` training images, shifted and flipped: SGD, a rate that warms up and falls to nothing."""
+    steps = max(1, count // FINETUNE_BATCH)
+    sgd, schedule = optimiser(model, FINETUNE_RATE, steps, warm_up=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    train_epoch(model, draw(images, count, seed), sgd, schedule, batch=FINETUNE_BATCH, generator=generator)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results so far; a last line that a killed run left unfinished is dropped from the file."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        part = path.with_suffix(".part")
+        part.write_text(f"{whole}\n" if whole else "")
+        os.replace(part, path)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_line(line: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a line the result of a run by some code."""
+    return (*(line[name] for name in Run.__dataclass_fields__), line["code"])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument(
+        "--criteria", nargs="+", default=list(CRITERIA), metavar="NAME", help=", ".join(CRITERIA)
+    )
+    parser.add_argument("--compensations", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--macs", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3], help="shares to keep")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--calibration", choices=("real", "distilled"), default="real")
+    parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
+    parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
+    parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar and pretrained/")
+    parser.add_argument("--weights", type=Path, default=Path("runs"), help="folder of benchmarks.train_cifar")
+    parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/accuracy.md from what is there, run nothing"
+    )
+    options = parser.parse_args()
+    for name in options.criteria:
+        if not is_known(name):
+            parser.error(f"no criterion {name!r}; there are {', '.join(CRITERIA)}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    if options.page:
+        from benchmarks.accuracy_page import write_page
+
+        print(f"written: {write_page(read_lines(options.results))}")
+        return 0
+    done = {key(line) for line in read_lines(options.results)}
+    todo = [run for run in grid(options) if (*asdict(run).values(), run.code()) not in done]
+    try:
+        bench = Bench(options)
+        for number, run in enumerate(todo, 1):
+            started = time.perf_counter()
+            try:
+                result = bench(run)
+            except BudgetError as error:
+                result = {"top1": None, "error": str(error)}
+            seconds = round(time.perf_counter() - started, 1)
+            add_line(
+                {**asdict(run), "code": run.code(), **result, "seconds": seconds, "versions": versions()},
+                options.results,
+            )
+            tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
+            left = "out of reach" if result["top1"] is None else f"{result['top1']:.2f}"
+            print(f"{number}/{len(todo)} {run.net} {run.macs:g} {run.criterion} {run.compensation} {run.calibration} "
+                  f"seed {run.seed}: {left}{tuned} ({seconds} s)", flush=True)  # fmt: skip
+    except (InputError, FileNotFoundError) as error:
+        print(f"{error}\nSay where the data is with --data FOLDER.", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Turn benchmarks/results/accuracy.jsonl into docs/accuracy.md and its plots: no figure is typed in by hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS
+from benchmarks.cifar_models import NETS
+from benchmarks.common import HERE
+
+PAGE = HERE.parent / "docs" / "accuracy.md"
+COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
+_TOLERANCE = 0.01  # of the dense MACs: how far apart budgets may be
+
+Line = dict[str, Any]
+#: Accuracies, one a seed, by criterion and column.
+Cells = dict[tuple[str, str], list[float]]
+
+INTRODUCTION = """# Accuracy after pruning
+
+CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
+groups, the same search for the budget and the same cut; only the scores differ. Calibration: 512 unlabelled training \
+images, or as many *distilled* ones as the library makes by default, which needs no image at all. Taylor and Hessian \
+also see 512 labelled training images. Everything else is data-free. ± is the standard deviation over seeds \
+(draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
+once. **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
+that is within one standard deviation (the larger of the two).
+
+Made by `python -m benchmarks.accuracy` and `python -m benchmarks.accuracy --page` from \
+`benchmarks/results/accuracy.jsonl` ({versions}).
+"""
+
+
+def write_page(lines: list[Line], page: Path = PAGE) -> Path:
+    """Write tables and plots; of several results for one run the last counts."""
+    latest = {_run(line): line for line in lines if line["split"] == "test" and line["criterion"] in CRITERIA}
+    chosen = [line for line in latest.values() if line["top1"] is not None]
+    if not chosen:
+        raise SystemExit("no result yet: run python -m benchmarks.accuracy first")
+    images = max(line["images"] for line in chosen)
+    chosen = [line for line in chosen if line["images"] == images]
+    versions = ", ".join(f"{name} {text}" for name, text in chosen[-1]["versions"].items())
+    parts = [INTRODUCTION.format(images=f"{images:,}", ours=OURS, versions=versions)]
+    for net in NETS:
+        for residual in (False, True):
+            of_net = [line for line in chosen if (line["net"], line["residual"]) == (net, residual)]
+            if of_net:
+                parts += _net_section(net, residual, of_net, page)
+    parts += _gains(chosen)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts) + "\n")
+    return page
+
+
+def _run(line: Line) -> tuple[Any, ...]:
+    names = (
+        "net",
+        "macs",
+        "criterion",
+        "compensation",
+        "seed",
+        "calibration",
+        "residual",
+        "finetune",
+        "split",
+        "images",
+    )
+    return tuple(line[name] for name in names)
+
+
+def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> list[str]:
+    stream = ", residual stream included" if residual else ""
+    parts = [f"## {net}{stream}: dense {lines[0]['dense']:.2f}", ""]
+    plot = page.with_name(f"accuracy_{net}{'_residual' * residual}.svg")
+    if _plot(lines, f"{net}{stream}", plot):
+        parts += [f"![accuracy against MACs]({plot.name})", ""]
+    for macs in sorted({line["macs"] for line in lines}, reverse=True):
+        at = [line for line in lines if line["macs"] == macs]
+        parts += [f"### {macs:.0%} of the multiply-accumulates", "", *table(at), *_remarks(at), ""]
+    return parts
+
+
+def cells(lines: Iterable[Line]) -> Cells:
+    """Accuracies, one a seed, by criterion and column: compensation, and whether it was fine-tuned."""
+    by_seed: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        column, seed = column_of(line), line["seed"]
+        fixed = line["criterion"] not in BY_CHANCE and line["compensation"] in ("none", "mean")
+        by_seed[line["criterion"], column][0 if fixed else seed] = line["top1"]  # before any fine-tuning
+        if line["finetune"]:
+            column += f", then {line['finetune']:,} images"
+            by_seed[line["criterion"], column][seed] = line["top1_finetuned"]
+    return {where: list(values.values()) for where, values in by_seed.items()}
+
+
+def column_of(line: Line) -> str:
+    """The compensation, and what it calibrated on if that was not photos."""
+    return str(line["compensation"]) + (", distilled" if line["calibration"] == "distilled" else "")
+
+
+def _columns(found: Cells) -> list[str]:
+    def place(column: str) -> tuple[Any, ...]:
+        return "then" in column, COMPENSATIONS.index(column.split(",")[0]), column
+
+    return sorted({column for _, column in found}, key=place)
+
+
+def table(lines: list[Line]) -> list[str]:
+    """One row a criterion, the best of each column in bold, and ours against the best."""
+    found = cells(lines)
+    columns = _columns(found)
+    best = {
+        c: max((statistics.mean(v), k) for (k, column), v in found.items() if column == c)[1] for c in columns
+    }
+    rows = [f"| criterion | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for criterion in CRITERIA:
+        if not any((criterion, column) in found for column in columns):
+            continue
+        texts = (spread(found.get((criterion, c), ())) for c in columns)
+        marked = (
+            f"**{t}**" if t and best[c] == criterion else t for t, c in zip(texts, columns, strict=True)
+        )
+        rows.append(f"| {criterion} | {' | '.join(marked)} |")
+    distances = (distance(found, column, best[column]) for column in columns)
+    rows.append(f"| *{OURS} to the best* | {' | '.join(distances)} |")
+    return rows
+
+
+def distance(found: Cells, column: str, best: str) -> str:
+    """How far ours is below the best of a column, and whether chance could be why."""
+    ours, others = found.get((OURS, column)), found[best, column]
+    if ours is None:
+        return ""
+    if best == OURS:
+        return "best"
+    gap = statistics.mean(others) - statistics.mean(ours)
+    deviation = max((statistics.stdev(v) for v in (ours, others) if len(v) > 1), default=0.0)
+    return f"-{gap:.2f}, {'within' if gap <= deviation else 'not within'}"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean, and standard deviation where there are several values."""
+    values = list(values)
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _remarks(lines: list[Line]) -> list[str]:
+    """What a reader must know about unequal budgets."""
+    off = {
+        f"{line['criterion']} keeps {line['macs_kept']:.1%}"
+        for line in lines
+        if abs(line["macs_kept"] - line["macs"]) > _TOLERANCE
+    }
+    return ["", f"More than {_TOLERANCE:.0%} off the budget: {', '.join(sorted(off))}."] if off else []
+
+
+def _gains(lines: list[Line]) -> list[str]:
+    """What compensation adds to the plain cut, averaged over nets and budgets."""
+    plain: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    gains: dict[tuple[str, str], list[float]] = defaultdict(list)
+    untuned = [line for line in lines if not line["finetune"]]
+    for line in (line for line in untuned if line["compensation"] == "none"):
+        plain[_point(line)].append(line["top1"])
+    for line in (line for line in untuned if line["compensation"] != "none" and _point(line) in plain):
+        gains[line["criterion"], column_of(line)].append(line["top1"] - statistics.mean(plain[_point(line)]))
+    if not gains:
+        return []
+    columns = _columns(gains)
+    parts = ["## What compensation adds", "", "Points over the plain cut, mean over all nets, budgets and seeds above.",
+             "", f"| criterion | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]  # fmt: skip
+    for criterion in CRITERIA:
+        values = [gains.get((criterion, column), []) for column in columns]
+        if any(values):
+            texts = (f"{statistics.mean(v):+.1f} ({len(v)} runs)" if v else "" for v in values)
+            parts.append(f"| {criterion} | {' | '.join(texts)} |")
+    return parts
+
+
+def _point(line: Line) -> tuple[Any, ...]:
+    return line["net"], line["macs"], line["criterion"], line["residual"]
+
+
+def _plot(lines: list[Line], title: str, path: Path) -> bool:
+    """Accuracy against MACs: plain cuts dashed, reconstructed ones solid. False where there is one budget only."""
+    curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if (
+            line["compensation"] in ("none", "reconstruct")
+            and not line["finetune"]
+            and line["calibration"] != "distilled"
+        ):
+            curves[line["criterion"], line["compensation"]][line["macs"]].append(line["top1"])
+    if len({line["macs"] for line in lines}) < 2:
+        return False
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "ss-pruning"  # the same file for the same results
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for number, criterion in enumerate(CRITERIA):
+        for compensation, style in (("reconstruct", "-"), ("none", "--")):
+            points = sorted(curves.get((criterion, compensation), {}).items())
+            if points:
+                means = [statistics.mean(values) for _, values in points]
+                label = criterion if style == "-" or (criterion, "reconstruct") not in curves else None
+                axes.plot([macs for macs, _ in points], means, style, color=f"C{number}", marker=".", label=label,
+                          linewidth=2.5 if criterion == OURS else 1.2)  # fmt: skip
+    axes.axhline(lines[0]["dense"], color="0.6", linewidth=0.8)
+    axes.set(
+        xlabel="share of multiply-accumulates kept",
+        ylabel="top-1 %",
+        title=f"{title} (solid: reconstruct, dashed: plain)",
+    )
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True

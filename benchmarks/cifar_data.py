@@ -1,0 +1,73 @@
+"""CIFAR-10 for the benchmarks: images in memory, accuracy, and the usual augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ss_pruning.data import cifar10, normalise
+
+#: Images are scaled to [0, 1], then normalised with these.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: uint8 images `[n, 3, 32, 32]` and labels `[n]`.
+Images = tuple[Tensor, Tensor]
+Split = Literal["train", "test"]
+
+
+def load(folder: Path, split: Split) -> Images:
+    """All images of one split, from `cifar10-png.tar` in `folder` or from torchvision's copy there.
+
+    Raises:
+        InputError: They are not there.
+    """
+    tar = folder / "cifar10-png.tar"
+    pixels, labels = cifar10(tar if tar.is_file() else folder, split).tensors
+    return pixels, labels
+
+
+def draw(images: Images, count: int, seed: int) -> Images:
+    """So many of the images, drawn by `seed` without repetition."""
+    pixels, labels = images
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return pixels[chosen], labels[chosen]
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """What a net takes: normalised, channels last, which is the faster layout on a CPU."""
+    return normalise(pixels, MEAN, STD).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, images: Images, batch: int = 500) -> float:
+    """Top-1 accuracy in percent."""
+    model.eval()
+    right = sum(
+        int((model(as_input(pixels)).argmax(1) == labels).sum())
+        for pixels, labels in zip(*(part.split(batch) for part in images), strict=True)
+    )
+    return 100 * right / len(images[0])
+
+
+def augmented(images: Images, batch: int, generator: torch.Generator) -> Iterator[Images]:
+    """One epoch of shuffled whole batches; each image is shifted by up to 4 pixels and, or not, flipped."""
+    pixels, labels = images
+    order = torch.randperm(len(pixels), generator=generator)
+    for chosen in order.split(batch):
+        if len(chosen) == batch or len(order) < batch:
+            yield _augment(pixels[chosen], generator), labels[chosen]
+
+
+def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    n, _, height, width = pixels.shape
+    padded = F.pad(pixels, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, n, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    image = torch.arange(n)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

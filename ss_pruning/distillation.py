@@ -1,0 +1,233 @@
+"""Distilled calibration: images made from what batch norms remember of the training data.
+
+Starting from noise, pixels are changed until every batch norm's input has the mean and the deviation that the norm
+recorded in training. Small terms ask for outputs that are confident for each image and differ between images, and for
+smooth images. Such images are no pictures, but the layers respond to them as to the real data, which is all
+that `ss_pruning.compensation` needs of its calibration images. As in ZeroQ (Cai et al., CVPR 2020) and DeepInversion
+(Yin et al., CVPR 2020); the statistics are compared in units of the recorded deviation, so no layer needs a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ss_pruning import _cache
+from ss_pruning.cloning import retyped
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.provenance import preserved
+
+#: The word for calibration images made here.
+DISTILLED = "distilled"
+#: Called with (steps done, steps in all).
+StepProgress = Callable[[int, int], None]
+
+# Images that share one set of statistics, and Adam's rate for them (pixels have a deviation of about 1).
+_BATCH, _RATE = 64, 0.1
+_CONFIDENT, _DIVERSE, _SMOOTH = 0.1, 0.1, 1e-3
+# So many images by default, fewer where they are large: their number of positions in all is bounded.
+_MOST, _FEWEST, _POSITIONS = 256, 32, 2**21
+
+
+def distill(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    images: int | None = None,
+    steps: int = 60,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: StepProgress | None = None,
+) -> Tensor:
+    """Make calibration images from a model's batch norms: no data, no labels.
+
+    The work is done on a copy in float32; the model is not touched. The result is the same for the same seed.
+
+    Args:
+        model: A trained net with batch norms.
+        example_inputs: One tensor `[batch, channels, positions...]`; gives the shape, type and place of the result.
+        images: How many; by default 256, fewer if they are large.
+        steps: Of Adam, for each batch of 64 images.
+        seed: Of the noise to start from.
+        device: Compute there; the model's own by default.
+        progress: Called with (steps done, steps in all).
+
+    Returns:
+        `[images, channels, positions...]`, as the model takes them, that is after any normalisation of pixels.
+
+    Raises:
+        InputError: The inputs are no images, or a number is not positive.
+        ModelError: There is no batch norm with running statistics, the model does not run, or it yields NaN.
+    """
+    example = _example(example_inputs)
+    count = default_images(example) if images is None else images
+    if count < 1 or steps < 1:
+        raise InputError(f"images={count} and steps={steps} must be positive whole numbers")
+    place = example.device if device is None else torch.device(device)
+    sizes = [min(_BATCH, count - begin) for begin in range(0, count, _BATCH)]
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    with torch.inference_mode(False), torch.enable_grad(), _listening(model, place) as listen:
+        for number, size in enumerate(sizes):
+            noise = torch.randn(size, *example.shape[1:], generator=generator).to(place)
+
+            def report(done: int, before: int = number * steps) -> None:
+                if progress is not None:
+                    progress(before + done, len(sizes) * steps)
+
+            made.append(_optimise(noise, listen, steps, report))
+    return torch.cat(made).to(example).contiguous()
+
+
+def distilled(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    images: int | None = None,
+    steps: int = 60,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: StepProgress | None = None,
+) -> Tensor:
+    """`distill`, or what it made earlier of the same model with the same settings, kept on disk.
+
+    The cache is `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder. It knows a model by its
+    structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder only costs time.
+    """
+    example = _example(example_inputs)
+    count = default_images(example) if images is None else images
+    shape = (count, *example.shape[1:])
+    name = f"distilled-{_key(model, shape, steps, seed)}"
+    found = (_cache.read(name) or ({}, {}))[0].get("images")
+    if found is None or found.shape != shape or not found.isfinite().all():
+        found = distill(
+            model, example, images=count, steps=steps, seed=seed, device=device, progress=progress
+        )
+        _cache.write(name, {"images": found.float().cpu()}, {})
+    return found.to(example)
+
+
+def default_images(example: Tensor) -> int:
+    """How many images of that size are made unless told."""
+    return max(_FEWEST, min(_MOST, _POSITIONS // max(example[0, 0].numel(), 1)))
+
+
+def _example(inputs: Any) -> Tensor:
+    """The one tensor of images in the example inputs."""
+    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
+        inputs = inputs[0]
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dim() >= 3:
+        return inputs
+    kind = f"a tensor of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise InputError(
+        f"distilled calibration makes images, one float tensor [batch, channels, height, width]; the example input is "
+        f"{kind}. Give calibration inputs instead"
+    )
+
+
+def _key(model: nn.Module, *settings: object) -> str:
+    """What the result depends on: this file, structure and state of the model, and the settings."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(repr((settings, model)).encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+#: Maps images to the model's output and to how far each batch norm is from its memory.
+_Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
+
+
+@contextlib.contextmanager
+def _listening(model: nn.Module, device: torch.device) -> Iterator[_Listen]:
+    """A copy of the model that tells how well its norms recognise what they see."""
+    net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
+    if not norms:
+        raise ModelError(
+            f"{type(model).__name__} has no batch norm with running statistics, so there is nothing to distil from; "
+            "give calibration images"
+        )
+    heard: list[Tensor] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, args: heard.append(_distance(module, args[0])))
+
+    def listen(images: Tensor) -> tuple[Any, list[Tensor]]:
+        heard.clear()
+        try:
+            output = net(images)
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on a batch of {list(images.shape)} for distilled calibration "
+                f"({type(error).__name__}: {error}); give calibration images"
+            ) from error
+        if not heard:
+            raise ModelError("the model runs none of its batch norms; give calibration images")
+        return output, list(heard)
+
+    with preserved(net, training=False):
+        yield listen
+
+
+def _as_float32(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there; whole numbers stay what they are."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device, dtype, copy=True)
+
+
+def _distance(norm: Any, x: Tensor) -> Tensor:
+    """Squared differences of mean and deviation from the recorded ones, in units of the recorded deviation."""
+    mean, var, eps = norm.running_mean, norm.running_var, norm.eps
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    v, m = torch.var_mean(x, axes, correction=0)
+    deviation = (var + eps).sqrt()
+    differences: Tensor = ((m - mean) / deviation).square() + ((v + eps).sqrt() / deviation - 1).square()
+    return differences.mean()
+
+
+def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int], None]) -> Tensor:
+    """One batch of images: Adam on the pixels, with a rate that falls to nothing as half a cosine."""
+    layout = torch.channels_last if noise.dim() == 4 else torch.contiguous_format
+    pixels = noise.to(memory_format=layout).requires_grad_()
+    adam = torch.optim.Adam([pixels], lr=_RATE)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+        output, distances = listen(pixels)
+        loss = torch.stack(distances).mean() + _SMOOTH * _roughness(pixels) + _indecision(output)
+        if not loss.isfinite():
+            raise ModelError(
+                "distilled calibration met NaN or Inf: the model overflows on noise; give calibration images"
+            )
+        (pixels.grad,) = torch.autograd.grad(loss, pixels)
+        adam.step()
+        report(step + 1)
+    return pixels.detach()
+
+
+def _roughness(images: Tensor) -> Tensor:
+    """Mean squared difference of neighbours, summed over the axes of positions."""
+    return sum(
+        (images.diff(dim=axis).square().mean() for axis in range(2, images.dim()) if images.shape[axis] > 1),
+        start=images.new_zeros(()),
+    )
+
+
+def _indecision(output: Any) -> Tensor | float:
+    """Low where a classifier is sure of each image and names all classes alike; 0 for other outputs."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        return 0.0
+    logs = F.log_softmax(output, 1)
+    each = -(logs.exp() * logs).sum(1).mean()
+    mean = logs.exp().mean(0)
+    return _CONFIDENT * each + _DIVERSE * (mean * mean.clamp_min(1e-12).log()).sum()

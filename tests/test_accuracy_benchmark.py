@@ -1,0 +1,141 @@
+"""The benchmark of accuracy: a run goes on where it was killed, and its page says what the lines say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import accuracy, accuracy_criteria, accuracy_page
+from benchmarks.accuracy_criteria import OURS
+
+
+def line(criterion: str, top1: float, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "net": "resnet20",
+        "macs": 0.7,
+        "criterion": criterion,
+        "compensation": "none",
+        "seed": 0,
+        "calibration": "none",
+        "residual": False,
+        "finetune": 0,
+        "split": "test",
+        "images": 10_000,
+        "code": "abc",
+        "dense": 91.73,
+        "macs_kept": 0.699,
+        "top1": top1,
+        "versions": {"torch": "2"},
+    }
+    return values | changes
+
+
+def test_an_unfinished_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    first = line("LAMP", 50.0)
+    accuracy.add_line(first, path)
+    with path.open("a") as file:
+        file.write('{"net": "resn')
+    assert accuracy.read_lines(path) == [first]
+    accuracy.add_line(line("LAMP", 51.0), path)
+    assert [entry["top1"] for entry in accuracy.read_lines(path)] == [50.0, 51.0]
+
+
+def options(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--nets", "resnet20", "--macs", "0.7", *words])
+    return accuracy.arguments()
+
+
+def test_what_no_seed_can_change_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ("--criteria", "LAMP", "Random", "--compensations", "none", "reconstruct")
+    runs = [(r.criterion, r.compensation, r.seed) for r in accuracy.grid(options(monkeypatch, *chosen))]
+    assert [seed for *what, seed in runs if what == ["LAMP", "none"]] == [0]
+    for what in (["LAMP", "reconstruct"], ["Random", "none"], ["Random", "reconstruct"]):
+        assert [seed for *other, seed in runs if other == what] == [0, 1, 2]
+
+
+def test_what_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done: list[accuracy.Run] = []
+
+    class FakeBench:
+        def __init__(self, options: Any) -> None: ...
+
+        def __call__(self, run: accuracy.Run) -> dict[str, Any]:
+            done.append(run)
+            return {"top1": 50.0}
+
+    monkeypatch.setattr(accuracy, "Bench", FakeBench)
+    path = str(tmp_path / "lines.jsonl")
+    for criteria in (("LAMP",), ("LAMP", "FPGM")):
+        options(monkeypatch, "--criteria", *criteria, "--compensations", "none", "--results", path)
+        assert accuracy.main() == 0
+    assert [run.criterion for run in done] == ["LAMP", "FPGM"]
+
+
+def test_the_code_counts_and_words_do_not() -> None:
+    first = accuracy._without_words('def f(x):\n    """One."""\n    return x  # a\n')
+    assert first == accuracy._without_words('def f(x):\n    """Two."""\n    return x\n')
+    assert first != accuracy._without_words('def f(x):\n    """One."""\n    return -x\n')
+
+
+def test_table_marks_the_best_and_tells_how_far_ours_is() -> None:
+    lines = [line(OURS, 60.0), line("LAMP", 61.0)]
+    for seed, (ours, others) in enumerate(((80.0, 80.5), (81.0, 81.5), (82.0, 82.5))):
+        changes = {"compensation": "reconstruct", "calibration": "real", "seed": seed}
+        lines += [line(OURS, ours, **changes), line("LAMP", others, **changes)]
+    assert accuracy_page.table(lines) == [
+        "| criterion | none | reconstruct |",
+        "|---|---:|---:|",
+        "| LAMP | **61.00** | **81.50 ± 1.00** |",
+        f"| {OURS} | 60.00 | 81.00 ± 1.00 |",
+        f"| *{OURS} to the best* | -1.00, not within | -0.50, within |",
+    ]
+
+
+def test_fine_tuned_runs_have_a_column_of_their_own() -> None:
+    lines = [line("LAMP", 50.0, finetune=1280, top1_finetuned=70.0 + seed, seed=seed) for seed in range(3)]
+    assert accuracy_page.cells(lines) == {
+        ("LAMP", "none"): [50.0],
+        ("LAMP", "none, then 1,280 images"): [70.0, 71.0, 72.0],
+    }
+
+
+def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -> None:
+    lines = [line("LAMP", 50.0), line("LAMP", 55.0, code="new"), line(OURS, 54.0, macs_kept=0.65)]
+    text = accuracy_page.write_page(lines, tmp_path / "docs" / "page.md").read_text()
+    assert "**55.00**" in text
+    assert "50.00" not in text
+    assert f"off the budget: {OURS} keeps 65.0%" in text
+
+
+def test_page_has_a_plot_where_there_are_several_budgets(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    lines = [line("LAMP", 50.0), line("LAMP", 40.0, macs=0.5)]
+    page = accuracy_page.write_page(lines, tmp_path / "page.md")
+    assert "accuracy_resnet20.svg" in page.read_text()
+    assert (tmp_path / "accuracy_resnet20.svg").read_text().startswith("<?xml")
+
+
+def test_gradients_are_those_of_the_definition() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10)).eval()
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8), torch.tensor([1, 0, 3, 9, 1])
+    singles = []
+    for pixels, label in zip(*images, strict=True):
+        model.zero_grad()
+        outputs = model(accuracy_criteria.as_input(pixels[None]))
+        (outputs.logsumexp(1) - outputs[:, label]).sum().backward()
+        assert model[0].weight.grad is not None
+        singles.append(model[0].weight.grad.clone())
+    stacked = torch.stack(singles)
+    mean, squares = (
+        accuracy_criteria._mean_gradients(model, images),
+        accuracy_criteria._squares(model, images),
+    )
+    torch.testing.assert_close(mean["0.weight"], stacked.mean(0))
+    torch.testing.assert_close(squares["0.weight"], stacked.square().mean(0))
