@@ -67,7 +67,7 @@ class Bench:
             ModelError: The model cannot be copied.
         """
         self.wiring = wiring
-        self.dense = _copied(model)
+        self.dense = copied(model)
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}
         self.inputs, self.tolerance = _prepare(self.dense, example_inputs, self._arrived)
         if self.tolerance > TOLERANCE:  # the pass in float64 stopped somewhere
@@ -122,13 +122,13 @@ class Bench:
         parts = part_sizes(units, selection, self.wiring)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
-            ghost = _cut(_copied(self.ghost), plan)
+            ghost = _cut(copied(self.ghost), plan)
             _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
-        small = _cut(_copied(self.dense), plan)
+        small = _cut(copied(self.dense), plan)
         follower = Follower(plan, self.arrivals, parts, fixed)
         cut = _run_cut(small, self.inputs, follower)
         try:
-            error = _compare(self._masked(selection), cut, self.tolerance)
+            error = compare(self._masked(selection), cut, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
@@ -139,14 +139,14 @@ class Bench:
 
     def _masked(self, selection: Selection) -> Any:
         """What the masked model returns."""
-        twin = _copied(self.dense)
+        twin = copied(self.dense)
         with torch.no_grad(), preserved(twin, training=False):
             mask_(twin, selection, self.wiring)
             return call(twin, self.inputs)
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
         """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
-        masked = _copied(self.dense)
+        masked = copied(self.dense)
         mask_(masked, selection, self.wiring)
         expected, found = self._sums(masked, selection), self._sums(small, {})
         for path, sums in expected.items():
@@ -180,7 +180,7 @@ class Bench:
 def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
     """A copy without data, if the model runs so."""
     try:
-        twin = _copied(model).to("meta")
+        twin = copied(model).to("meta")
         with torch.no_grad(), preserved(twin, training=False):
             call(twin, _to_meta(inputs))
     except Exception:  # looks at values, or keeps tensors where `to` does not find them
@@ -192,7 +192,12 @@ def _to_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -315,7 +320,7 @@ class _watching:  # noqa: N801 - a context manager, used as a verb
             handle.remove()
 
 
-def _compare(masked: Any, cut: Any, tolerance: float) -> float:
+def compare(masked: Any, cut: Any, tolerance: float) -> float:
     """Largest difference relative to the largest output.
 
     Raises:
@@ -333,7 +338,7 @@ def _compare(masked: Any, cut: Any, tolerance: float) -> float:
                 f"the cut model's output has shape {tuple(b.shape)}, not {tuple(a.shape)}"
             )
         error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
-        worst = max(worst, error)
+        worst = worst if error <= worst else error  # unlike max(), this lets NaN through
     if not worst <= tolerance:
         raise VerificationError(f"the cut model differs from the masked one by {worst:.2e} (relative)")
     return worst
