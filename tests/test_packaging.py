@@ -28,7 +28,7 @@ LAYERS = [
     {"data", "moments", "coupling"},
     {"liveness", "strength", "surgery"},
     {"planning"},
-    {"accounting", "following", "masking"},
+    {"accounting", "following", "masking", "sparsity"},
     {"verification"},
     {"settling"},
     {"compensation"},
