@@ -51,8 +51,8 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
     every process, and no layer emptied unless its ratio is 1.
 
     Scores are "share", `s^2 / sum_c s^2` (comparable across layers), or "strength", `s = sqrt(v_c) ||W||`. Blocks add
-    them up (strengths as their squares). The shares of all synapses of an output add up to 1, so a block of whole outputs
-    is scored by the shares it has in what reads it. Norms that are pruned themselves are scored by their scales.
+    them up (strengths as their squares). The shares of all synapses of an output add up to 1, so a block of whole
+    outputs is scored by the shares it has in what reads it. Norms that are pruned are scored by their scales.
 
     Args:
         model: The model to mask; NNI wraps it in place.
@@ -124,7 +124,10 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
                 super()._validate_config()
             except SchemaError as error:
                 raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
-            modules, _, _ = select_modules_by_config(self.bound_model, config)
+            try:
+                modules, _, _ = select_modules_by_config(self.bound_model, config)
+            except KeyError as error:
+                raise InputError(f"the config names {error}, which is no module of the model") from error
             if not modules:
                 raise InputError(f"the config {config} selects no module; see dict(model.named_modules())")
             unknown = {type(m).__name__ for m in modules.values()} - set(PruningSetting.registry)

@@ -30,7 +30,8 @@ def bake(model: nn.Module, masks: Masks, example_inputs: Any = None, norms: Norm
     """A plain copy of a model with NNI's masks multiplied into its weights.
 
     Args:
-        model: Before or after the pruner's `unwrap_model()`; not changed.
+        model: Before or after the pruner's `unwrap_model()`; not changed. After SlimPruner before it: unwrapping loses
+            the scales that it has trained.
         masks: What `compress()` or `get_masks()` returned.
         example_inputs: What `forward` takes; needed for `norms="mask"`.
         norms: "keep" leaves norms alone: a filter that is masked puts out 0, and the batch norm behind it a constant.
@@ -92,8 +93,10 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
         InputError: The masks are of another model.
         ModelError: NNI fails; its own error is the cause.
     """
-    from nni.compression.speedup import ModelSpeedup
-    from nni.compression.speedup.replacer import DefaultReplacer
+    with warnings.catch_warnings():  # it uses what torch has deprecated
+        warnings.simplefilter("ignore")
+        from nni.compression.speedup import ModelSpeedup
+        from nni.compression.speedup.replacer import DefaultReplacer
 
     twin = _unwrapped(model)
     _masked(twin, masks)  # do they fit?
@@ -127,17 +130,30 @@ class _Tracer(fx.Tracer):
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """A copy without NNI's wrappers."""
+    # In training the wrappers leave masked weights with their history behind, which cannot be copied.
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in model.buffers() if not t.is_leaf}
     try:
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
     for module in list(twin.modules()):
         wrapper = module._modules.get("_nni_wrapper")
         if wrapper is not None:
             wrapper.unwrap()  # type: ignore[operator]
+            _keep_slim_factors(module, wrapper)
             if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
                 del module.forward  # NNI leaves the method behind as an attribute
     return twin
+
+
+def _keep_slim_factors(module: nn.Module, wrapper: Any) -> None:
+    """Multiply in the scales that SlimPruner trains beside the weights; NNI forgets them when it unwraps."""
+    for name, space in wrapper.pruning_target_spaces.items():
+        factor = getattr(wrapper, f"{name}_slim_factor", None)
+        if factor is not None:
+            if space._scaler is not None:
+                factor = space._scaler.expand(factor, space.shape, keepdim=True, full_expand=False)
+            getattr(module, name).data.mul_(factor.detach())
 
 
 def _masked(model: nn.Module, masks: Masks) -> list[tuple[Tensor, Tensor]]:
