@@ -21,7 +21,7 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 from ss_pruning.errors import InputError
-from ss_pruning.integrations.nni_masks import bake, compact, speedup
+from ss_pruning.integrations.nni_masks import bake, compact, speedup, symbolic_graph
 from ss_pruning.integrations.nni_ranking import generate_masks
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import MomentSource, measure
@@ -30,7 +30,7 @@ from ss_pruning.sparsity import strength_penalty
 from ss_pruning.strength import by_input_channel, share, synaptic_paths, synaptic_power
 from ss_pruning.wiring import Wiring
 
-__all__ = ["SynapticStrengthPruner", "bake", "compact", "speedup"]
+__all__ = ["SynapticStrengthPruner", "bake", "compact", "speedup", "symbolic_graph"]
 
 Score = Literal["share", "strength"]
 Config = dict[str, Any]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.compaction import Compaction, compact_
+from ss_pruning.accounting import Compaction
+from ss_pruning.compaction import compact_
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import kind_of, mixes_channels, width
 from ss_pruning.liveness import living_kernels
@@ -105,20 +106,29 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
     names = {type(m).__name__ for m in modules.values() if kind_of(m) is not None} - known
     replacer = DefaultReplacer(dict.fromkeys(names, _cut_subclass))
     quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.setLevel(logging.ERROR)
+    quiet.disabled = True
     given = {p: {n: m.clone() for n, m in t.items() if m is not None} for p, t in masks.items()}
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = fx.GraphModule(twin, _Tracer().trace(twin.eval()))
             ModelSpeedup(
-                twin, example_inputs, given, customized_replacers=[replacer], graph_module=graph, logger=quiet
+                twin,
+                example_inputs,
+                given,
+                customized_replacers=[replacer],
+                graph_module=symbolic_graph(twin.eval()),
+                logger=quiet,
             ).speedup_model()
     except Exception as error:
         raise ModelError(
             f"NNI's ModelSpeedup fails on this model ({type(error).__name__}: {error})"
         ) from error
     return twin
+
+
+def symbolic_graph(model: nn.Module) -> fx.GraphModule:
+    """A graph with layers as leaves, for what takes one in NNI: `auto_set_denpendency_group_ids`, `ModelSpeedup`."""
+    return fx.GraphModule(model, _Tracer().trace(model))
 
 
 class _Tracer(fx.Tracer):

@@ -25,11 +25,11 @@ def generate_masks(metrics: Metrics, target_spaces: Mapping[str, Mapping[str, An
     Raises:
         InputError: Settings that exclude each other.
     """
+    _check_dependencies(metrics, target_spaces)
     groups: dict[Any, list[tuple[str, str]]] = defaultdict(list)
     spaces = {path: dict(targets) for path, targets in target_spaces.items()}
     for path, targets in spaces.items():
         for name, space in targets.items():
-            _check(path, space, metrics)
             if space.global_group_id is not None and space.sparse_ratio is not None:
                 groups[space.global_group_id].append((path, name))
     ranked = {path: dict(scores) for path, scores in metrics.items()}
@@ -55,20 +55,30 @@ class _Decided:
         return getattr(self._space, name)
 
 
-def _check(path: str, space: Any, metrics: Metrics) -> None:
-    if space.dependency_group_id is None:
-        return
-    if space.global_group_id is not None or space.sparse_threshold is not None or space.sparse_ratio is None:
-        raise InputError(
-            f"'{path}': a dependency_group_id goes with a sparse_ratio, not with a global_group_id or a "
-            "sparse_threshold"
-        )
-    score = metrics[path]["weight"]
-    if score.numel() != score.shape[0]:
-        raise InputError(
-            f"'{path}': a dependency_group_id needs granularity 'out_channel': layers that depend on each other share "
-            "outputs, not synapses"
-        )
+def _check_dependencies(metrics: Metrics, spaces: Mapping[str, Mapping[str, Any]]) -> None:
+    """NNI averages the scores of dependent targets, and takes them out of everything else."""
+    shapes: dict[Any, tuple[str, torch.Size]] = {}
+    for path, targets in spaces.items():
+        for name, space in targets.items():
+            if space.dependency_group_id is None:
+                continue
+            if (
+                space.global_group_id is not None
+                or space.sparse_threshold is not None
+                or space.sparse_ratio is None
+            ):
+                raise InputError(
+                    f"'{path}': a dependency_group_id goes with a sparse_ratio, not with a global_group_id or a "
+                    "sparse_threshold"
+                )
+            shape = metrics[path][name].shape
+            first, other = shapes.setdefault(space.dependency_group_id, (path, shape))
+            if shape != other:
+                raise InputError(
+                    f"'{first}' and '{path}' have one dependency_group_id but scores of shapes {tuple(other)} and "
+                    f"{tuple(shape)}; what layers share are outputs or inputs: set granularity 'out_channel' or "
+                    "'in_channel'"
+                )
 
 
 def rank_globally(targets: list[tuple[Tensor, Any]]) -> list[Tensor]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._atomic import write_text
+from ss_pruning.coupling import LeftWhole
 from ss_pruning.liveness import living_kernels
 from ss_pruning.planning import count_macs
+from ss_pruning.report import LayerReport, count, jsonable, percent
 from ss_pruning.wiring import Wiring
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _INDEX_BYTES = 4
 
@@ -37,6 +45,72 @@ class Size:
     living_macs: int
     bytes: int
     sparse_bytes: int
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did.
+
+    Attributes:
+        model: Class of the model.
+        before: The masked model's size.
+        after: The compacted one's.
+        layers: In the order in which they run; `synapses_after` counts living ones.
+        left_whole: Dead channels that stay, and why.
+        max_error: Largest difference between the outputs of the compacted and the masked model, relative to the
+            largest output, in `precision`.
+        precision: In which the two were compared.
+        seconds: How long it took.
+    """
+
+    model: str
+    before: Size
+    after: Size
+    layers: list[LayerReport]
+    left_whole: list[LeftWhole]
+    max_error: float
+    precision: str
+    seconds: float
+
+    @property
+    def channels_removed(self) -> int:
+        """Output channels of convolutions and linear layers that are gone."""
+        return sum(layer.outputs_before - layer.outputs_after for layer in self.layers)
+
+    def table(self) -> Table:
+        """The sizes before and after as a `rich` table."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.model}, compacted", title_justify="left")
+        table.add_column("")
+        for column in ("masked", "compacted", "kept"):
+            table.add_column(column, justify="right")
+        for name, attribute in (
+            ("parameters", "params"),
+            ("synapses", "synapses"),
+            ("living synapses", "living_synapses"),
+            ("multiply-accumulates", "macs"),
+            ("  over living synapses", "living_macs"),
+            ("bytes", "bytes"),
+            ("  stored sparse", "sparse_bytes"),
+        ):
+            old, new = getattr(self.before, attribute), getattr(self.after, attribute)
+            table.add_row(name, count(old), count(new), percent(new / old) if old else "-")
+        return table
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        plain = {key: jsonable(value) for key, value in vars(self).items()}
+        sizes = {"before": asdict(self.before), "after": asdict(self.after)}
+        return json.dumps({**plain, **sizes}, indent=2, allow_nan=False) + "\n"
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, whole or not at all.
+
+        Raises:
+            InputError: The folder is missing or cannot be written to.
+        """
+        write_text(path, self.to_json())
 
 
 def size_of(model: nn.Module, example_inputs: Any, wiring: Wiring) -> Size:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning import compact_, compaction, prune_
-from ss_pruning.compaction import Compaction
+from ss_pruning.accounting import Compaction
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.folding import CARRIER_REASON, MIXED_REASON, PATTERN_REASON
 from ss_pruning.liveness import living_kernels
