@@ -12,6 +12,7 @@ from ss_pruning.strength import Strengths, synaptic_strength
 from ss_pruning.surgery import Plan
 
 if TYPE_CHECKING:
+    from ss_pruning.compaction import compact_
     from ss_pruning.files import load, save
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
     from ss_pruning.pruning import prune_
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Strengths",
     "SynapticImportance",
+    "compact_",
     "couple",
     "errors",
     "load",
@@ -37,6 +39,7 @@ __all__ = [
 _LAZY = {
     "Report": "ss_pruning.report",
     "SynapticImportance": "ss_pruning.integrations.torch_pruning_adapter",
+    "compact_": "ss_pruning.compaction",
     "load": "ss_pruning.files",
     "prune_": "ss_pruning.pruning",
     "save": "ss_pruning.files",

@@ -177,13 +177,15 @@ def check_finite(model: nn.Module) -> None:
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 
-def kernel_powers(module: nn.Module) -> Tensor:
+def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
 
-    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included).
+    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
+    one is given.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    if weight is None:
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight
     if isinstance(module, nn.Linear):
         return weight.square()
     powers = weight.flatten(2).square().sum(2)

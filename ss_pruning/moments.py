@@ -50,7 +50,7 @@ def measure(
     """
     if isinstance(source, str):
         if source == "batchnorm":
-            scales = _norm_scales(model, wiring)
+            scales = norm_scales(model, wiring)
             return {path: from_norms(wiring, path, scales) for path in paths}
         if source == "gaussian":
             found = _on_noise(model, wiring, example_inputs, paths)
@@ -62,11 +62,11 @@ def measure(
         inputs = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in source)
         found = {path: seen.moments for path, seen in _observe(model, wiring, inputs, paths).items()}
     # Auxiliary heads run in training only: the norms have to tell.
-    scales = _norm_scales(model, wiring) if len(found) < len(paths) else {}
+    scales = norm_scales(model, wiring) if len(found) < len(paths) else {}
     return {path: found[path] if path in found else from_norms(wiring, path, scales) for path in paths}
 
 
-def _norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+def norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     """Squared scale of every norm channel; 1 for a norm without a scale."""
     scales = {}
     for path, layer in wiring.layers.items():

@@ -24,8 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+<<<<<<< HEAD
 from ss_pruning.errors import ModelError
 from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
+=======
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.labels import Labels, aligned_axis, decode, rows_along
+>>>>>>> h6
 from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.wiring import INPUT, Feed, Layer, LooseTensor, Wiring
 
@@ -53,7 +58,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
 
     Raises:
         ModelError: The model does not run on the inputs, or has no layer.
+        InputError: NNI has wrapped the model.
     """
+    check_unwrapped(model)
     paths = {module: name for name, module in model.named_modules() if kind_of(module) is not None}
     if not paths:
         raise ModelError("the model has no convolution or linear layer that could be pruned")
@@ -65,6 +72,20 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
             _probe(model, example_inputs, paths, wiring, training=True)
     wiring.uncalled = tuple(sorted(set(paths.values()) - set(wiring.layers)))
     return wiring
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model whose weights NNI holds in wrappers: a cut would not reach them.
+
+    Raises:
+        InputError: Names the first wrapped module.
+    """
+    for path, module in model.named_modules():
+        if "_nni_wrapper" in module._modules:
+            raise InputError(
+                f"'{path}' is wrapped by NNI: call unwrap_model() of the pruner first. That gives back the unmasked "
+                "weights; ss_pruning.integrations.nni_adapter.compact bakes the masks in and cuts what is dead"
+            )
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

@@ -113,14 +113,15 @@ def synaptic_paths(wiring: Wiring) -> list[str]:
     ]
 
 
-def synaptic_power(module: nn.Module, variance: Tensor) -> Tensor:
+def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared strength `v_c ||W[k, c]||^2`, `[out_channels, in_channels // groups]`; differentiable.
 
     Args:
         module: A convolution or linear layer.
         variance: `[in_channels]`, variance of what arrives.
+        weight: Taken in place of the layer's own.
     """
-    powers = kernel_powers(module)
+    powers = kernel_powers(module, weight)
     groups = groups_of(module)
     by_group = variance.to(powers).reshape(groups, -1)
     return powers * by_group.repeat_interleave(len(powers) // groups, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,8 +88,12 @@ class Plan:
             PlanError: The plan does not fit the model.
         """
         self._check(model)
+<<<<<<< HEAD
         # Outputs first: a grouped convolution with one input left a group looks like a depthwise one.
         for cut in sorted(self.cuts, key=lambda cut: cut.side == "in"):
+=======
+        for cut in _in_order(self.cuts, model):
+>>>>>>> h6
             _cut(model, cut)
         for attribute in self.attributes:
             set_number(model.get_submodule(attribute.path), attribute)
@@ -187,6 +191,16 @@ def _side_width(module: nn.Module, side: Side) -> int | None:
         return None
 
 
+def _in_order(cuts: Iterable[Cut], model: nn.Module) -> list[Cut]:
+    """Outputs first; inputs of depthwise layers not at all: those follow their outputs.
+
+    Cut the other way round, a grouped convolution left with one input a group would pass for a depthwise one, and a
+    depthwise one left with one channel for a plain one.
+    """
+    inputs = [c for c in cuts if c.side == "in" and not is_depthwise(model.get_submodule(c.path))]
+    return [*(c for c in cuts if c.side != "in"), *inputs]
+
+
 def _cut(model: nn.Module, cut: Cut) -> None:
     if cut.side == "tensor":
         owner, _, name = cut.path.rpartition(".")
@@ -228,7 +242,8 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
 
     removed = cut.removed
     in_order = list(cut.kept) == sorted(cut.kept)
-    if isinstance(module, _ConvNd) and groups_of(module) > 1:
+    lost_groups = isinstance(module, _ConvNd) and cut.side == "in" and module.in_channels != cut.width
+    if isinstance(module, _ConvNd) and (groups_of(module) > 1 or lost_groups):
         _cut_grouped(module, cut)
     elif isinstance(module, _ConvNd) and in_order:
         (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, removed)
@@ -243,6 +258,7 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
 
 
 def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
+<<<<<<< HEAD
     """A grouped convolution: each group keeps positions of its own; a depthwise one keeps whole groups."""
     if is_depthwise(conv):
         multiplier = conv.out_channels // conv.groups
@@ -266,13 +282,25 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
         conv.weight = nn.Parameter(weight)
         if cut.side == "out" and conv.bias is not None:
             _gather(conv, "bias", 0, cut.kept)
+=======
+    """A grouped convolution: each group keeps positions of its own. Groups without outputs go, inputs and all."""
+    groups, axis = conv.groups, int((cut.side == "in") != conv.transposed)
+    kept, alive = torch.tensor(cut.kept, device=conv.weight.device), torch.arange(groups)
+    if cut.side == "out":
+        alive = (kept // (cut.width // groups)).unique()
+
+    def select(weight: Tensor) -> Tensor:
+        blocks = weight.unflatten(0, (groups, -1))[alive.to(weight.device)]  # [groups, rows, columns, ...]
+        positions = kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]
+        return torch.cat([block.index_select(axis, p) for block, p in zip(blocks, positions, strict=True)])
+
+    _replace(conv, "weight", select)
+    if cut.side == "out" and conv.bias is not None:
+        _gather(conv, "bias", 0, cut.kept)
+    if len(alive) < groups:
+        conv.in_channels, conv.groups = conv.in_channels // groups * len(alive), len(alive)
+>>>>>>> h6
     setattr(conv, f"{cut.side}_channels", len(cut.kept))
-
-
-def _gather_out(conv: _ConvNd, kept: tuple[int, ...], axis: int) -> None:
-    _gather(conv, "weight", axis, kept)
-    if conv.bias is not None:
-        _gather(conv, "bias", 0, kept)
 
 
 def _gather_layer(module: nn.Module, cut: Cut) -> None:
@@ -304,13 +332,18 @@ def _gather_layer(module: nn.Module, cut: Cut) -> None:
 
 def _gather(module: nn.Module, name: str, axis: int, kept: Iterable[int]) -> None:
     """Replace a parameter or buffer (and its gradient) by its selected indices."""
+    index = torch.tensor(list(kept))
+    _replace(module, name, lambda tensor: tensor.index_select(axis, index.to(tensor.device)))
+
+
+def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter or buffer (and its gradient) by a selection from it."""
     tensor = getattr(module, name)
-    index = torch.tensor(list(kept), device=tensor.device)
-    selected = tensor.detach().index_select(axis, index)
+    selected = select(tensor.detach())
     if isinstance(tensor, nn.Parameter):
         parameter = nn.Parameter(selected, requires_grad=tensor.requires_grad)
         if tensor.grad is not None:
-            parameter.grad = tensor.grad.index_select(axis, index)
+            parameter.grad = select(tensor.grad)
         setattr(module, name, parameter)
         if isinstance(module, nn.PReLU):
             module.num_parameters = parameter.numel()
