@@ -64,6 +64,15 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return twin
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy with tensors of its own.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
+    return retyped(model, Tensor.clone)
+
+
 def _like(tensor: Tensor, data: Tensor) -> Tensor:
     """Data as the same kind of tensor: a parameter for a parameter."""
     if type(tensor) is nn.Parameter:

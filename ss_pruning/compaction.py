@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.accounting import Compaction, size_of
+from ss_pruning.cloning import copied
 from ss_pruning.compensation import Outcome
 from ss_pruning.coupling import Coupling, LeftWhole, Unit, couple
 from ss_pruning.errors import ModelError, NothingToPruneError
@@ -31,7 +32,7 @@ from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.report import LayerReport
 from ss_pruning.settling import Settler
 from ss_pruning.surgery import Plan
-from ss_pruning.verification import TOLERANCE, Bench, Verified, compare, copied
+from ss_pruning.verification import TOLERANCE, Bench, Verified, compare
 from ss_pruning.wiring import Wiring
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"

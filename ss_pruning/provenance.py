@@ -24,13 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-<<<<<<< HEAD
-from ss_pruning.errors import ModelError
-from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
-=======
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.labels import Labels, aligned_axis, decode, rows_along
->>>>>>> h6
+from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
 from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.wiring import INPUT, Feed, Layer, LooseTensor, Wiring
 

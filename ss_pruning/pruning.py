@@ -63,7 +63,8 @@ def prune_(
         macs: Share of the multiply-accumulates to keep; met from below, to within one step.
         params: Share of the parameters to keep; likewise.
         ratio: Share of the prunable channels to remove. Give exactly one of the three.
-        importance: A Torch-Pruning importance; `SynapticImportance()` by default.
+        importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what arrives
+            at each channel from the calibration inputs if there are any, else from the net run on noise.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
@@ -94,8 +95,10 @@ def prune_(
         wiring = trace(model, example_inputs)
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
+    images = _images(calibration, model, example_inputs, clock)
     with clock("score", 1):
-        scores = _scores(model, importance, coupling, wiring, example_inputs)
+        criterion = importance or _default_importance(images)
+        scores = _scores(model, criterion, coupling, wiring, example_inputs)
         strengths = strengths_along(wiring, model, example_inputs)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan", 2):
@@ -104,19 +107,16 @@ def prune_(
         bench.watch = lambda: clock("verify", 3)
         search = Search(bench, coupling, costs, budget, options, cost_exponent)
         verified = search.settle(scores)
-    images = calibration
-    if compensation != "none" and isinstance(calibration, str):
-        images = distilled(model, example_inputs, progress=clock.steps("distil"))
     with clock("cut", 4):
         plan, outcome = _cut(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
         budget.kind: budget.value,
-        "importance": "SynapticImportance" if importance is None else type(importance).__name__,
+        "importance": type(criterion).__name__,
         **options,
         "cost_exponent": cost_exponent,
         "compensation": compensation,
     }
-    if images is not calibration:
+    if isinstance(calibration, str):
         settings["calibration"] = calibration
     if outcome.inexact:
         settings["inexact at padded borders"] = ", ".join(outcome.inexact)
@@ -135,8 +135,21 @@ def prune_(
     )
 
 
+def _images(calibration: Any, model: nn.Module, example_inputs: Any, clock: _Clock) -> Any:
+    """The calibration inputs as one batch; None without."""
+    if isinstance(calibration, str):
+        return distilled(model, example_inputs, progress=clock.steps("distil"))
+    return None if calibration is None else gather_batches(calibration)
+
+
+def _default_importance(images: Any) -> Any:
+    from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
+
+    return SynapticImportance() if images is None else SynapticImportance(moments=[images])
+
+
 def _cut(
-    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, calibration: Any, example_inputs: Any
+    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, images: Any, example_inputs: Any
 ) -> tuple[Plan, Outcome]:
     """Cut the model; with compensation on a copy first, so that whatever fails there leaves the model alone."""
     if method == "none":
@@ -144,7 +157,7 @@ def _cut(
         return plan, Outcome()
     small = plan.apply_(copy.deepcopy(model))
     try:
-        outcome = _compensate(small, model, plan, wiring, method, calibration, example_inputs)
+        outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
     except SSPruningError:
         raise
     except Exception as error:
@@ -164,13 +177,12 @@ def _compensate(
     plan: Plan,
     wiring: Wiring,
     method: Method,
-    calibration: Any,
+    images: Any,
     inputs: Any,
 ) -> Outcome:
     if method == "mean":
-        source = "gaussian" if calibration is None else [gather_batches(calibration)]
+        source = "gaussian" if images is None else [images]
         return fold_means_(small, model, plan, wiring, source, inputs)
-    images = gather_batches(calibration)
     if method == "linear":
         return fold_linear_(small, model, plan, wiring, images)
     return reconstruct_(small, model, plan, wiring, images)
@@ -270,11 +282,11 @@ def _scores(
     model: nn.Module, importance: Any, coupling: Coupling, wiring: Wiring, example_inputs: Any
 ) -> list[list[Floats]]:
     """By unit and cell, one score a family."""
-    from ss_pruning.integrations.torch_pruning_adapter import CellGraph, SynapticImportance, cell_scores
+    from ss_pruning.integrations.torch_pruning_adapter import CellGraph, cell_scores
 
     graph = CellGraph(model, example_inputs, wiring)
     cells = [cell for unit in coupling.units for cell in unit.cells]
-    scored = iter(cell_scores(importance or SynapticImportance(), cells, graph))
+    scored = iter(cell_scores(importance, cells, graph))
     return [[next(scored).numpy() for _ in unit.cells] for unit in coupling.units]
 
 

@@ -7,7 +7,7 @@ layers and widths is not tried any more, and one of other widths is tried apart 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 

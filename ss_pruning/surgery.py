@@ -88,12 +88,7 @@ class Plan:
             PlanError: The plan does not fit the model.
         """
         self._check(model)
-<<<<<<< HEAD
-        # Outputs first: a grouped convolution with one input left a group looks like a depthwise one.
-        for cut in sorted(self.cuts, key=lambda cut: cut.side == "in"):
-=======
         for cut in _in_order(self.cuts, model):
->>>>>>> h6
             _cut(model, cut)
         for attribute in self.attributes:
             set_number(model.get_submodule(attribute.path), attribute)
@@ -258,31 +253,6 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
 
 
 def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
-<<<<<<< HEAD
-    """A grouped convolution: each group keeps positions of its own; a depthwise one keeps whole groups."""
-    if is_depthwise(conv):
-        multiplier = conv.out_channels // conv.groups
-        _gather_out(conv, cut.kept, 0)
-        conv.out_channels = len(cut.kept)
-        conv.in_channels = conv.groups = len(cut.kept) // multiplier
-        return
-    groups = conv.groups
-    if cut.side == ("out" if not conv.transposed else "in"):  # these channels lie along axis 0 of the weight
-        if cut.side == "out":
-            _gather_out(conv, cut.kept, 0)
-        else:
-            _gather(conv, "weight", 0, cut.kept)
-    else:  # these lie along axis 1, one group's block of rows after the other
-        each = cut.width // groups
-        if not conv.transposed:  # pruned twice, whole groups may be gone: their outputs are, by now
-            groups = conv.groups = len({channel // each for channel in cut.kept})
-        kept = torch.tensor(cut.kept, device=conv.weight.device).reshape(groups, -1) % each
-        blocks = conv.weight.detach().reshape(groups, -1, *conv.weight.shape[1:])
-        weight = torch.cat([block.index_select(1, k) for block, k in zip(blocks, kept, strict=True)])
-        conv.weight = nn.Parameter(weight)
-        if cut.side == "out" and conv.bias is not None:
-            _gather(conv, "bias", 0, cut.kept)
-=======
     """A grouped convolution: each group keeps positions of its own. Groups without outputs go, inputs and all."""
     groups, axis = conv.groups, int((cut.side == "in") != conv.transposed)
     kept, alive = torch.tensor(cut.kept, device=conv.weight.device), torch.arange(groups)
@@ -299,7 +269,6 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
         _gather(conv, "bias", 0, cut.kept)
     if len(alive) < groups:
         conv.in_channels, conv.groups = conv.in_channels // groups * len(alive), len(alive)
->>>>>>> h6
     setattr(conv, f"{cut.side}_channels", len(cut.kept))
 
 

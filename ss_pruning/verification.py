@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.cloning import retyped, shell
-from ss_pruning.coupling import Side, Unit
+from ss_pruning.coupling import Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.following import Follower, Number, part_sizes
 from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
-from ss_pruning.surgery import Cut, Plan
+from ss_pruning.reordering import reordered
+from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
@@ -69,18 +70,8 @@ class Bench:
             ModelError: The model cannot be copied.
         """
         self.wiring = wiring
-<<<<<<< HEAD
         self.original = shell(model), example_inputs
         self.dense = retyped(model, _double)
-=======
-        self.dense = copied(model)
-        self.arrivals: dict[str, list[tuple[int, ...]]] = {}
-        self.inputs, self.tolerance = _prepare(self.dense, example_inputs, self._arrived)
-        if self.tolerance > TOLERANCE:  # the pass in float64 stopped somewhere
-            self.arrivals.clear()
-            with torch.no_grad(), preserved(self.dense, training=False), _watching(self.dense, self._arrived):
-                call(self.dense, self.inputs)
->>>>>>> h6
         _stir(self.dense)
         self.inputs = pytree.tree_map_only(Tensor, _double, example_inputs)
         self.tolerance = TOLERANCE
@@ -135,34 +126,23 @@ class Bench:
         parts = part_sizes(units, selection, self.wiring)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
-<<<<<<< HEAD
             ghost = _cut(shell(self.ghost), plan)
             _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
         expected = self._masked(selection)
         small = _cut(shell(self.dense), plan)
-=======
-            ghost = _cut(copied(self.ghost), plan)
-            _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
-        small = _cut(copied(self.dense), plan)
->>>>>>> h6
         follower = Follower(plan, self.arrivals, parts, fixed)
         found = _run_cut(small, self.inputs, follower)
         try:
-<<<<<<< HEAD
-            error = _compare(expected, found, self.tolerance)
-=======
-            error = compare(self._masked(selection), cut, self.tolerance)
->>>>>>> h6
+            error = compare(expected, found, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
                 at = self._first_difference(selection, small) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
-        moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
+        moved = reordered(plan, selection, self.wiring, trace(small, self.inputs))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
-<<<<<<< HEAD
         """What the masked model returns.
 
         Raises:
@@ -208,19 +188,6 @@ class Bench:
         with masked(self.dense, selection, self.wiring):
             expected = self._sums(self.dense, selection)
         found = self._sums(small, {})
-=======
-        """What the masked model returns."""
-        twin = copied(self.dense)
-        with torch.no_grad(), preserved(twin, training=False):
-            mask_(twin, selection, self.wiring)
-            return call(twin, self.inputs)
-
-    def _first_difference(self, selection: Selection, small: nn.Module) -> str:
-        """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
-        masked = copied(self.dense)
-        mask_(masked, selection, self.wiring)
-        expected, found = self._sums(masked, selection), self._sums(small, {})
->>>>>>> h6
         for path, sums in expected.items():
             if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
                 return path
@@ -260,14 +227,8 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
     """A copy without data, if the model runs so."""
     try:
-<<<<<<< HEAD
         twin = retyped(model, lambda t: t.to("meta"))
         _run(twin, _to_meta(inputs))
-=======
-        twin = copied(model).to("meta")
-        with torch.no_grad(), preserved(twin, training=False):
-            call(twin, _to_meta(inputs))
->>>>>>> h6
     except Exception:  # looks at values, or keeps tensors where `to` does not find them
         return None
     return twin
@@ -277,23 +238,6 @@ def _to_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
-<<<<<<< HEAD
-=======
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy.
-
-    Raises:
-        ModelError: The model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied for verification ({type(error).__name__}: {error})"
-        ) from error
-
-
->>>>>>> h6
 def _cut(twin: nn.Module, plan: Plan) -> nn.Module:
     try:
         return plan.apply_(twin)
@@ -316,41 +260,6 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
             follower.numbers(),
             follower.current,
         ) from error
-
-
-def _reordered(plan: Plan, selection: Selection, wiring: Wiring, small: Wiring) -> tuple[Cut, ...]:
-    """The cuts, with consumers' channels in the order in which they really arrive in the cut model.
-
-    A shuffle permutes a smaller tensor differently, so the kept channels of what reads it change places. Each arriving
-    channel is known by a source channel that feeds it, in the dense wiring and in the small one.
-
-    Raises:
-        VerificationError: What arrives is not a permutation of what should.
-    """
-    cuts = []
-    for cut in plan.cuts:
-        if cut.side == "in":
-            order = _arriving_order(cut.path, selection, wiring, small)
-            if sorted(order) != sorted(cut.kept):
-                raise VerificationError(f"other channels than the kept ones arrive at '{cut.path}'")
-            cut = replace(cut, kept=tuple(order))
-        cuts.append(cut)
-    return tuple(cuts)
-
-
-def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiring) -> list[int]:
-    dense: dict[tuple[str, int, int], int] = {}
-    for feed in wiring.feeds[path]:
-        dense |= {(feed.source, feed.call, source): channel for source, channel in feed.pairs.tolist()}
-    order: dict[int, int] = {}
-    for feed in small.feeds[path]:
-        sides: tuple[Side, ...] = ("out", "through", "tensor")
-        kept = next((selection[feed.source, s] for s in sides if (feed.source, s) in selection), None)
-        for source, channel in feed.pairs.tolist():
-            before = dense.get((feed.source, feed.call, kept[source] if kept else source))
-            if before is not None:
-                order[channel] = before
-    return [order.get(channel, -1) for channel in range(small.layers[path].inputs)]
 
 
 def _stir(twin: nn.Module) -> None:
