@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.cloning import retyped, shell
-from ss_pruning.coupling import Side, Unit
+from ss_pruning.coupling import Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.following import Follower, Number, part_sizes
 from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
-from ss_pruning.surgery import Cut, Plan
+from ss_pruning.reordering import reordered
+from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
@@ -138,7 +139,7 @@ class Bench:
             if not reorder or not any(unit.shuffled for unit in units):
                 at = self._first_difference(selection, small) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
-        moved = _reordered(plan, selection, self.wiring, trace(small, self.inputs))
+        moved = reordered(plan, selection, self.wiring, trace(small, self.inputs))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
@@ -259,41 +260,6 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
             follower.numbers(),
             follower.current,
         ) from error
-
-
-def _reordered(plan: Plan, selection: Selection, wiring: Wiring, small: Wiring) -> tuple[Cut, ...]:
-    """The cuts, with consumers' channels in the order in which they really arrive in the cut model.
-
-    A shuffle permutes a smaller tensor differently, so the kept channels of what reads it change places. Each arriving
-    channel is known by a source channel that feeds it, in the dense wiring and in the small one.
-
-    Raises:
-        VerificationError: What arrives is not a permutation of what should.
-    """
-    cuts = []
-    for cut in plan.cuts:
-        if cut.side == "in":
-            order = _arriving_order(cut.path, selection, wiring, small)
-            if sorted(order) != sorted(cut.kept):
-                raise VerificationError(f"other channels than the kept ones arrive at '{cut.path}'")
-            cut = replace(cut, kept=tuple(order))
-        cuts.append(cut)
-    return tuple(cuts)
-
-
-def _arriving_order(path: str, selection: Selection, wiring: Wiring, small: Wiring) -> list[int]:
-    dense: dict[tuple[str, int, int], int] = {}
-    for feed in wiring.feeds[path]:
-        dense |= {(feed.source, feed.call, source): channel for source, channel in feed.pairs.tolist()}
-    order: dict[int, int] = {}
-    for feed in small.feeds[path]:
-        sides: tuple[Side, ...] = ("out", "through", "tensor")
-        kept = next((selection[feed.source, s] for s in sides if (feed.source, s) in selection), None)
-        for source, channel in feed.pairs.tolist():
-            before = dense.get((feed.source, feed.call, kept[source] if kept else source))
-            if before is not None:
-                order[channel] = before
-    return [order.get(channel, -1) for channel in range(small.layers[path].inputs)]
 
 
 def _stir(twin: nn.Module) -> None:
