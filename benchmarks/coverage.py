@@ -41,7 +41,10 @@ def code_version(side: str) -> str:
     """A fingerprint of the code that a side's results depend on."""
     files = [Path(coverage_worker.__file__)]
     if side == "ours":
-        core = "errors layers provenance coupling planning verification settling surgery pruning strength moments"
+        core = (
+            "cloning coupling errors following labels layers macs masking moments planning provenance pruning pulling "
+            "reordering settling slots soundness staying strength surgery verification wiring"
+        )
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
         files += [ROOT / "integrations" / "torch_pruning_adapter.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))

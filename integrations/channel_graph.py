@@ -6,113 +6,26 @@ verified on a copy first. Torch-Pruning's importances work on them as they are, 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch_pruning as tp
 from torch import nn
 
-from ss_pruning.coupling import IGNORED_REASON, Cell, Coupling, LeftWhole, Member, Unit, couple
-from ss_pruning.errors import InputError, VerificationError
+from ss_pruning.coupling import IGNORED_REASON, Cell, LeftWhole, Member, Unit, couple
+from ss_pruning.errors import InputError
+from ss_pruning.integrations.era import Era
 from ss_pruning.integrations.torch_pruning_adapter import as_group
 from ss_pruning.layers import is_depthwise, kind_of, width
-from ss_pruning.planning import Ints, Selection, to_plan
+from ss_pruning.planning import Ints
 from ss_pruning.provenance import trace
-from ss_pruning.soundness import SoundPart
-from ss_pruning.surgery import Attribute, Plan
-from ss_pruning.verification import Bench, Verified
+from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 #: What may be pruned for its own sake, unless told otherwise.
 ROOT_TYPES = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
-
-
-@dataclass
-class Era:
-    """The model as it was traced last, and what has been cut from it since; channel numbers are those of the trace."""
-
-    model: nn.Module
-    example_inputs: Any
-    wiring: Wiring
-    coupling: Coupling
-    done: Plan = field(default_factory=Plan)
-    gone: list[Cell] = field(default_factory=list)
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """By path."""
-        return dict(self.model.named_modules())
-
-    @cached_property
-    def bench(self) -> Bench:
-        """Where cuts are tried; made before the first one."""
-        return Bench(self.model, self.example_inputs, self.wiring)
-
-    @cached_property
-    def units(self) -> dict[str, Unit]:
-        """By a label that outlives cuts: the path of the first producer, numbered where it has several units."""
-        seen: Counter[str] = Counter()
-        labels = {}
-        for unit in self.coupling.units:
-            seen[unit.name] += 1
-            labels[f"{unit.name}#{seen[unit.name]}"] = unit
-        return labels
-
-    def verify(self, cells: Sequence[Cell]) -> Verified:
-        """Verify the cut of these families on top of all that is gone.
-
-        Raises:
-            VerificationError: The cut model would be wrong; nothing was changed.
-        """
-        selection: Selection = {}
-        for cell in (*self.gone, *cells):
-            for m in cell.members:
-                kept = selection.get((m.path, m.side), range(self.coupling.widths[m.path, m.side]))
-                selection[m.path, m.side] = tuple(np.setdiff1d(kept, m.index).tolist())
-        plan = to_plan(selection, self.coupling, self.wiring)
-        part = SoundPart(
-            [Unit(tuple(cells))],
-            lambda _, fixed, locate: self.bench.verify(
-                plan, selection, self.coupling.units, fixed=fixed, locate=locate
-            ),
-            set(),
-        )
-        part.search([0])
-        if part.verified is None:
-            raise VerificationError(f"'{cells[0].root.path}' is left whole: {part.failed[0]}")
-        return part.verified
-
-    def apply(self, plan: Plan, cells: Iterable[Cell]) -> Plan:
-        """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before."""
-        later = _since(self.done, plan)
-        later.apply_(self.model)
-        self.done = plan
-        self.gone.extend(cells)
-        return later
-
-
-def _since(done: Plan, total: Plan) -> Plan:
-    """The plan that leads from `done` to `total`."""
-    kept = {(cut.path, cut.side): cut.kept for cut in done.cuts}
-    cuts = []
-    for cut in total.cuts:
-        before = kept.get((cut.path, cut.side), tuple(range(cut.width)))
-        place = {channel: i for i, channel in enumerate(before)}
-        if cut.kept != before:
-            cuts.append(replace(cut, width=len(before), kept=tuple(place[c] for c in cut.kept)))
-    numbers = {(a.path, a.name, a.position): a for a in done.attributes}
-    attributes = []
-    for a in total.attributes:
-        now = numbers.pop((a.path, a.name, a.position), None)
-        if now is None or now.after != a.after:
-            attributes.append(replace(a, before=a.before if now is None else now.after))
-    undone = [Attribute(a.path, a.name, a.position, a.after, a.before) for a in numbers.values()]
-    return Plan(tuple(cuts), (*attributes, *undone))
 
 
 class ChannelGroup(tp.dependency.Group):  # type: ignore[misc]

@@ -23,10 +23,10 @@ from ss_pruning.integrations.channel_graph import (
     ROOT_TYPES,
     ChannelGraph,
     ChannelGroup,
-    Era,
     producers,
     rows_of,
 )
+from ss_pruning.integrations.era import Era
 from ss_pruning.integrations.torch_pruning_adapter import cell_scores
 from ss_pruning.layers import is_depthwise
 from ss_pruning.planning import Floats, Ints, Schedule, schedule

@@ -197,12 +197,12 @@ class _Pass:
     measured: bool = False
     paths: dict[nn.Module, str] = field(default_factory=dict)
 
-    def enter(self, root: tuple[nn.Module, int], model: nn.Module, round: object = None) -> None:
-        if round is not None and round is self.round:
+    def enter(self, root: tuple[nn.Module, int], model: nn.Module, current: object = None) -> None:
+        if current is not None and current is self.round:
             return
-        self.round = round
+        self.round = current
         versions = hash(tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers())))
-        if round is not None or root in self.roots or versions != self.versions:
+        if current is not None or root in self.roots or versions != self.versions:
             self.versions = versions
             self.roots.clear()
             self.scores.clear()

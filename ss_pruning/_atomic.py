@@ -86,7 +86,9 @@ def make_writable_folder(path: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _probe(folder)
     except OSError as error:
-        raise InputError(_explain(folder, error)) from error
+        # Missing parents are made: "no such file" means that none can be (in /proc, say).
+        number = errno.EACCES if error.errno == errno.ENOENT else error.errno
+        raise InputError(_explain(folder, OSError(number, error.strerror))) from error
     return folder
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ss_pruning._atomic import write_text
 from ss_pruning.coupling import LeftWhole
 from ss_pruning.liveness import living_kernels
-from ss_pruning.planning import count_macs
+from ss_pruning.macs import count_macs
 from ss_pruning.report import LayerReport, count, jsonable, percent
 from ss_pruning.wiring import Wiring
 

@@ -52,9 +52,10 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
         ModelError: The model cannot be copied.
     """
     twin = shell(model)
-    made: dict[int, Tensor] = {}
+    made: dict[int, Any] = {}
     for module in twin.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
@@ -84,8 +85,12 @@ def _like(tensor: Tensor, data: Tensor) -> Tensor:
 
 def _is_ordinary(kind: type[nn.Module]) -> bool:
     """True for a class that is copied by copying its attributes (torch's own only restore what old files lack)."""
-    own = [getattr(kind, n, None) for n in _COPYING if getattr(kind, n, None) is not getattr(nn.Module, n, None)]
-    foreign = [method for method in own if not str(getattr(method, "__module__", "")).startswith("torch.nn.modules.")]
+    own = [
+        getattr(kind, n, None) for n in _COPYING if getattr(kind, n, None) is not getattr(nn.Module, n, None)
+    ]
+    foreign = [
+        method for method in own if not str(getattr(method, "__module__", "")).startswith("torch.nn.modules.")
+    ]
     return not foreign and not issubclass(kind, torch.jit.ScriptModule)
 
 

@@ -114,6 +114,7 @@ class _MaskedBench(Bench):
 
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
         super().__init__(model, example_inputs, wiring)
+        self.run()
         _revive(self.dense)
         self.masked = copied(model)
         if self.tolerance == TOLERANCE:
@@ -140,9 +141,10 @@ class _MaskedBench(Bench):
         units: Sequence[Unit] = (),
         *,
         fixed: Collection[Number] = (),
+        locate: bool = True,
     ) -> Verified:
         """As ever; then the compacted model's output must be the masked one's."""
-        plan = super().verify(plan, selection, units, fixed=fixed).plan
+        plan = super().verify(plan, selection, units, fixed=fixed, locate=locate).plan
         return Verified(plan, self.difference(self.compacted(plan)[0]))
 
     def difference(self, small: nn.Module) -> float:

@@ -17,28 +17,34 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from ss_pruning.layers import blocks_of
+from ss_pruning.slots import Ints, Key, Side, Slots, components
+from ss_pruning.staying import (
+    IGNORED_REASON,
+    UNEVEN_REASON,
+    LeftWhole,
+    family_reasons,
+    frozen_slots,
+    left_whole_of,
+)
 from ss_pruning.wiring import INPUT, Wiring
 
-Side = Literal["in", "out", "through", "tensor"]
-Key = tuple[str, Side]
-Ints = npt.NDArray[np.int64]
-
-OUTPUT_REASON = "reaches the model's output"
-BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attention)"
-UNREAD_REASON = "nothing that ran reads it"
-NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
-WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"
-UNEVEN_REASON = (
-    "some groups of a grouped layer have channels that must stay, so the groups could not stay equal"
-)
-IGNORED_REASON = "ignored on request"
+__all__ = [
+    "IGNORED_REASON",
+    "Cell",
+    "Coupling",
+    "Ints",
+    "Key",
+    "LeftWhole",
+    "Member",
+    "Side",
+    "Unit",
+    "couple",
+]
 
 
 @dataclass(frozen=True)
@@ -94,21 +100,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class LeftWhole:
-    """Layers some of whose channels stay, and why.
-
-    Attributes:
-        paths: The layers whose outputs stay.
-        channels: How many output channels of them.
-        reason: Why.
-    """
-
-    paths: tuple[str, ...]
-    channels: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Coupling:
     """What may be cut, and what may not."""
 
@@ -125,15 +116,15 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
         model: The traced model; looked at for groups and shared or parametrised weights, never changed.
         ignore: Layer paths whose own channels (outputs) must stay, with the reason to report.
     """
-    slots = _Slots(wiring)
+    slots = Slots(wiring)
     modules = dict(model.named_modules())
-    family = _components(slots.total, _ties(wiring, slots, modules))
-    frozen = _frozen(wiring, slots, modules, ignore or {})
-    reasons = _family_reasons(slots, family, frozen)
+    family = components(slots.total, _ties(wiring, slots, modules))
+    frozen = frozen_slots(wiring, slots, modules, ignore or {})
+    reasons = family_reasons(slots, family, frozen)
     cells = _cells(wiring, slots, modules, family, reasons)
     units = _units(cells, modules)
     even = [_even(unit, slots.widths, modules) for unit in units]
-    whole = _left_whole(wiring, slots, family, reasons)
+    whole = left_whole_of(wiring, slots, family, reasons)
     uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
     if uneven:
         paths = dict.fromkeys(cell.root.path for unit in uneven for cell in unit.cells)
@@ -142,38 +133,7 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
     return Coupling(tuple(unit for unit, fits in zip(units, even, strict=True) if fits), whole, slots.widths)
 
 
-class _Slots:
-    """Numbers every (layer side, channel): side `key` has the numbers `start[key] ... start[key] + widths[key]`."""
-
-    def __init__(self, wiring: Wiring) -> None:
-        self.widths: dict[Key, int] = {}
-        self.out_key: dict[str, Key] = {}
-        for path, layer in wiring.layers.items():
-            if layer.kind in ("norm", "positional"):
-                self.widths[path, "through"] = layer.outputs
-                self.out_key[path] = (path, "through")
-            else:
-                self.widths[path, "in"], self.widths[path, "out"] = layer.inputs, layer.outputs
-                self.out_key[path] = (path, "out")
-        for name, loose in wiring.loose.items():
-            self.widths[name, "tensor"] = loose.size
-            self.out_key[name] = (name, "tensor")
-        self.keys = list(self.widths)
-        sizes = np.array([self.widths[key] for key in self.keys], dtype=np.int64)
-        starts = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
-        self.start: dict[Key, int] = dict(zip(self.keys, starts.tolist(), strict=False))
-        self.total = int(starts[-1])
-        self.side_of: Ints = np.repeat(np.arange(len(self.keys)), sizes)
-        self.channel_of: Ints = np.arange(self.total) - np.repeat(starts[:-1], sizes)
-
-    def in_key(self, path: str) -> Key:
-        return (path, "in") if (path, "in") in self.widths else (path, "through")
-
-    def numbers(self, key: Key) -> Ints:
-        return np.arange(self.start[key], self.start[key] + self.widths[key])
-
-
-def _ties(wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module]) -> Ints:
+def _ties(wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
     """`[n, 2]`: slots that must be cut together."""
     ties: list[Ints] = [np.empty((0, 2), dtype=np.int64)]
     for path, feeds in wiring.feeds.items():
@@ -192,108 +152,8 @@ def _ties(wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module]) -> In
     return np.concatenate(ties)
 
 
-def _components(total: int, ties: Ints) -> Ints:
-    """Connected components by hooking to the smaller label and pointer jumping, as `[total]` labels."""
-    label = np.arange(total)
-    a, b = ties[:, 0], ties[:, 1]
-    while True:
-        before = label.copy()
-        low = np.minimum(label[a], label[b])
-        np.minimum.at(label, label[a], low)
-        np.minimum.at(label, label[b], low)
-        while not np.array_equal(label, label[label]):
-            label = label[label]
-        if np.array_equal(before, label):
-            return label
-
-
-def _frozen(
-    wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
-) -> list[tuple[Ints, str]]:
-    """Slots that must stay, each with the reason; the first reason that reaches a family is the one reported."""
-    frozen: list[tuple[Ints, str]] = []
-    for origin, channels in wiring.reaches_output.items():
-        if origin in slots.out_key:
-            frozen.append((channels.numpy() + slots.start[slots.out_key[origin]], OUTPUT_REASON))
-    for path, reason in ignore.items():
-        if path in slots.out_key:
-            frozen.append((slots.numbers(slots.out_key[path]), reason))
-    for path, reason in _untouchable(modules, wiring).items():
-        frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
-    return frozen + _unconnected(wiring, slots)
-
-
-def _unconnected(wiring: Wiring, slots: _Slots) -> list[tuple[Ints, str]]:
-    """Slots that nothing shrinks, that nothing reads, or that feed several channels at once."""
-    frozen: list[tuple[Ints, str]] = []
-    fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
-    for path, feeds in wiring.feeds.items():
-        into = slots.start[slots.in_key(path)]
-        for feed in feeds:
-            pairs, broadcast = feed.pairs.numpy(), feed.broadcast.numpy()
-            if feed.source == INPUT:
-                frozen.append((pairs[:, 1] + into, NO_PRODUCER_REASON))
-                continue
-            source = slots.start[slots.out_key[feed.source]]
-            fed[pairs[:, 1] + into] |= feed.source not in wiring.loose
-            read[pairs[:, 0] + source] = True
-            read[broadcast + source] = True
-            frozen.append((broadcast + source, BROADCAST_REASON))
-    for path in wiring.layers:
-        reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
-        frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
-        frozen.append((out[~read[out]], UNREAD_REASON))
-    return frozen
-
-
-def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, str]:
-    """Layers whose tensors cannot be replaced: parametrised ones, and ones that share a tensor with another layer."""
-    reasons: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for path in wiring.layers:
-        module = modules[path]
-        if hasattr(module, "parametrizations"):
-            reasons[path] = "its weight is parametrised; remove the parametrisation first"
-        if hasattr(module, "weight_g") or hasattr(module, "weight_orig") or hasattr(module, "weight_u"):
-            reasons[path] = (
-                "its weight is recomputed by an old-style hook (weight norm, mask); remove it first"
-            )
-        for tensor in module.parameters():
-            other = owners.setdefault(id(tensor), path)
-            if other != path:
-                reasons[path] = reasons[other] = f"shares a weight tensor ('{other}' and '{path}')"
-    return reasons
-
-
-def _family_reasons(slots: _Slots, family: Ints, frozen: list[tuple[Ints, str]]) -> Ints:
-    """`[total]`, by family label: 0 for a family that may go, else the number of its reason."""
-    reason = np.zeros(slots.total, dtype=np.int64)
-    for numbers, text in reversed(frozen):
-        reason[family[numbers]] = _REASONS.number(text)
-    pairs, count = np.unique(family * len(slots.keys) + slots.side_of, return_counts=True)
-    widths = np.array([slots.widths[key] for key in slots.keys])
-    whole = (pairs // len(slots.keys))[count >= widths[pairs % len(slots.keys)]]
-    reason[whole[reason[whole] == 0]] = _REASONS.number(WHOLE_REASON)
-    return reason
-
-
-class _Reasons:
-    """Numbers for reason texts, from 1."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = [""]
-
-    def number(self, text: str) -> int:
-        if text not in self.texts:
-            self.texts.append(text)
-        return self.texts.index(text)
-
-
-_REASONS = _Reasons()
-
-
 def _cells(
-    wiring: Wiring, slots: _Slots, modules: Mapping[str, nn.Module], family: Ints, reasons: Ints
+    wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module], family: Ints, reasons: Ints
 ) -> list[Cell]:
     """Free families, grouped by pattern and by runs of neighbours."""
     free = reasons[family] == 0
@@ -323,7 +183,7 @@ def _cells(
     return sorted(cells, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
 
 
-def _runs(index: Ints, sides: Ints, slots: _Slots, wiring: Wiring) -> list[Cell]:
+def _runs(index: Ints, sides: Ints, slots: Slots, wiring: Wiring) -> list[Cell]:
     """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival.
 
     Args:
@@ -396,7 +256,7 @@ def _even(unit: Unit, widths: Mapping[Key, int], modules: Mapping[str, nn.Module
 def _tied(cells: Sequence[Cell], groups: Iterable[Sequence[int]]) -> list[list[Cell]]:
     """The cells, in sets that are connected by groups of cell numbers."""
     ties = [(group[0], other) for group in groups if group for other in group[1:]]
-    label = _components(len(cells), np.array(ties, dtype=np.int64).reshape(-1, 2))
+    label = components(len(cells), np.array(ties, dtype=np.int64).reshape(-1, 2))
     return [[cells[i] for i in np.flatnonzero(label == n).tolist()] for n in np.unique(label)]
 
 
@@ -410,18 +270,3 @@ def _interleaved(member: Member) -> bool:
     """True where neighbours of the producer arrive with others in between: a channel shuffle."""
     channels = member.index[:, 0]
     return member.index.shape[1] == 1 and int(np.ptp(channels)) + 1 != len(channels)
-
-
-def _left_whole(wiring: Wiring, slots: _Slots, family: Ints, reasons: Ints) -> tuple[LeftWhole, ...]:
-    """One entry a reason: the synaptic layers of whose outputs some stay for it."""
-    paths: dict[int, list[str]] = defaultdict(list)
-    channels: dict[int, int] = defaultdict(int)
-    for path, layer in wiring.layers.items():
-        if layer.kind != "synaptic":
-            continue
-        numbers, counts = np.unique(reasons[family[slots.numbers((path, "out"))]], return_counts=True)
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            if number:
-                paths[number].append(path)
-                channels[number] += count
-    return tuple(LeftWhole(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))

@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning.errors import ModelError
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
-#: (a depthwise one as `i * multiplier ...`); a *positional* convolution slides along an axis of positions that
-#: may itself hold channels, as efficient channel attention does.
-Kind = Literal["synaptic", "depthwise", "norm", "positional"]
+#: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
+#: convolution slides along an axis of positions that may itself hold channels, as efficient channel attention does.
+Kind = Literal["synaptic", "depthwise", "norm", "response", "positional"]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -26,7 +26,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Linear):
         return "synaptic"
     if not isinstance(module, _ConvNd):
-        return "norm" if is_norm(module) else None
+        return "norm" if is_norm(module) else _foreign_kind(module)
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return None
     if _slides_along_channels(module):
@@ -53,23 +53,33 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_foreign_norm(module: nn.Module) -> bool:
     """True for a norm that torch does not have: scale (and shift) by channel, of something other than its input."""
+    return _foreign_kind(module) == "norm"
+
+
+def is_response(module: nn.Module) -> bool:
+    """True for what adds to its input something scaled by channel, as global response normalisation does."""
+    return _foreign_kind(module) == "response"
+
+
+def _foreign_kind(module: nn.Module) -> Kind | None:
+    """What a module that is not torch's does with one weight a channel, found by asking it."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or list(module.children()):
-        return False
+        return None
     tensors = [*module.parameters(), *module.buffers()]
     if type(module).__module__.startswith("torch.nn.") or any(
         t.shape != weight.shape for t in tensors if t.dim()
     ):
-        return False
+        return None
     if module not in _FOREIGN:
-        _FOREIGN[module] = weight.dim() == 1 and _scales_and_shifts(module, weight)
+        _FOREIGN[module] = _asked_kind(module, weight) if weight.dim() == 1 else None
     return _FOREIGN[module]
 
 
-_FOREIGN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_FOREIGN: WeakKeyDictionary[nn.Module, Kind | None] = WeakKeyDictionary()
 
 
-def _scales_and_shifts(module: nn.Module, weight: Tensor) -> bool:
+def _asked_kind(module: nn.Module, weight: Tensor) -> Kind | None:
     n = len(weight)
     x = torch.linspace(-1.0, 2.0, 6 * n, dtype=weight.dtype, device=weight.device)
     shift = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
@@ -78,9 +88,12 @@ def _scales_and_shifts(module: nn.Module, weight: Tensor) -> bool:
         with contextlib.suppress(Exception):
             gone = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
             plain = ask(module, {"weight": torch.ones_like(weight), **shift}, image)
-            if gone.shape == plain.shape == shape and not gone.any() and not plain.equal(image):
-                return True
-    return False
+            if gone.shape == plain.shape == shape and not plain.equal(image):
+                if not gone.any():
+                    return "norm"
+                if gone.equal(image):
+                    return "response"
+    return None
 
 
 def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -94,7 +107,7 @@ def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def mixes_channels(module: nn.Module) -> bool:
     """True for norms whose statistics span channels (or may): absent channels are not the same to them as zeros."""
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or is_foreign_norm(module)
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or _foreign_kind(module) is not None
 
 
 def blocks_of(module: nn.Module | None, side: str) -> int:
@@ -140,7 +153,7 @@ def channel_axis(module: nn.Module, x: Tensor) -> int:
         return x.dim() - 1
     if isinstance(module, _ConvNd):
         return x.dim() - len(module.kernel_size) - 1
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or is_foreign_norm(module):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _foreign_kind(module) is not None:
         return _norm_axis(module, x)
     return 1 if x.dim() > 1 else 0
 

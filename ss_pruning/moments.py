@@ -124,7 +124,13 @@ def _on_noise(
         for shrink in (2, 1) if small else (1,):
             with contextlib.suppress(*[ModelError] * (shrink > 1)):
                 seen |= _noisy_run(
-                    model, wiring, example_inputs, vectors, images=_VECTOR_IMAGES, by_image=True, shrink=shrink
+                    model,
+                    wiring,
+                    example_inputs,
+                    vectors,
+                    images=_VECTOR_IMAGES,
+                    by_image=True,
+                    shrink=shrink,
                 )
                 break
     return {path: s.moments for path, s in seen.items()}
@@ -239,8 +245,9 @@ def stratified_normal(
 @lru_cache(maxsize=16)
 def _normal_quantiles(n: int) -> Tensor:
     """`[n]`, the middles of `n` strata of equal probability, with variance 1."""
-    quantiles = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()
-    return quantiles / quantiles.square().mean().sqrt().clamp_min(1e-12)
+    quantiles: Tensor = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).float()
+    scale: Tensor = quantiles.square().mean().sqrt().clamp_min(1e-12)
+    return quantiles / scale
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ pass and three local backward passes a layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,17 +24,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
+from ss_pruning.labels import Labels
 from ss_pruning.layers import channel_axis, kind_of, width
-from ss_pruning.wiring import INPUT, Feed, Layer, LooseTensor, Wiring
+from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
+from ss_pruning.wiring import INPUT, Layer, Wiring
 
 # Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
 # stay below the knees of ReLU6 and of hard gates; different from channel to channel, so that what compares channels
 # (a softmax over branches) has a slope that does not vanish in the sum over positions.
 _LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
-_SEED = 20181811
-# From so many channels on, a broadcast may turn out to be a stream that arrives more than once.
-_STREAM = 8
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Wiring:
@@ -102,7 +99,9 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     cuda = torch.cuda.is_initialized()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ())
+    devices = sorted(
+        {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
+    )
     try:
         with torch.random.fork_rng(devices=devices):
             for module, _ in flags:  # dropout would hide who feeds whom
@@ -113,36 +112,17 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-@dataclass
-class _Leaf:
-    """A tensor that was cut loose, and the axis that holds its channels (-1: not yet known, a loose tensor)."""
-
-    source: str
-    tensor: Tensor
-    axis: int
-
-
-@dataclass
-class _Arrival:
-    """The input of one layer call (path None: an output of the model), still attached to the leaves before it."""
-
-    path: str | None
-    tensor: Tensor
-    axis: int
-    index: int
-
-
 class _Recorder:
     """Forward hooks that cut every layer loose and remember what arrived at it."""
 
     def __init__(self, paths: Mapping[nn.Module, str], wiring: Wiring, offset: Mapping[str, int]) -> None:
         self.paths, self.wiring = paths, wiring
-        self.leaves: list[_Leaf] = []
-        self.arrivals: list[_Arrival] = []
+        self.leaves: list[Leaf] = []
+        self.arrivals: list[Arrival] = []
         self.calls = dict(offset)
         self.current: str | None = None
         self.double = True
-        self.generator = torch.Generator().manual_seed(_SEED)
+        self.generator = torch.Generator().manual_seed(SEED)
 
     def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
         """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
@@ -151,7 +131,7 @@ class _Recorder:
         jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
         dtype = torch.float64 if self.double else like.dtype
         tensor = (centre + jitter).to(like.device, dtype).requires_grad_()
-        self.leaves.append(_Leaf(source, tensor, axis))
+        self.leaves.append(Leaf(source, tensor, axis))
         return tensor.clone()
 
     def before(
@@ -174,7 +154,7 @@ class _Recorder:
         index = self.calls[path] = self.calls.get(path, -1) + 1
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
-            self.arrivals.append(_Arrival(path, x.clone(), axis, index))
+            self.arrivals.append(Arrival(path, x.clone(), axis, index))
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
         cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
@@ -215,10 +195,10 @@ def _probe(
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
     for arrival in recorder.arrivals:
         if arrival.path not in known:
-            _pull(arrival, leaves, labels, wiring)
+            pull(arrival, leaves, labels, wiring)
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            _pull_output(tensor, leaves, wiring)
+            pull_output(tensor, leaves, wiring)
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
@@ -268,7 +248,7 @@ def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
     dtype = torch.float64 if recorder.double else tensor.dtype
     leaf = tensor.detach().to(dtype, copy=True).requires_grad_()
     single = len(at) > 0 and tensor.dim() == 3  # a list of images, as detectors take, has no batch axis
-    recorder.leaves.append(_Leaf(INPUT, leaf, 0 if single else min(1, tensor.dim() - 1)))
+    recorder.leaves.append(Leaf(INPUT, leaf, 0 if single else min(1, tensor.dim() - 1)))
     return leaf.clone()
 
 
@@ -281,127 +261,3 @@ def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator
     for name, buffer in model.named_buffers():
         if id(buffer) not in owned and buffer.is_floating_point() and buffer.numel() > 1:
             yield name, buffer
-
-
-def _reachable(root: Tensor, leaves: Mapping[int, _Leaf]) -> list[_Leaf]:
-    """The leaves (by identity) in the history of `root`, so that a pull costs what lies between, not the whole model."""
-    found: list[_Leaf] = []
-    seen: set[Any] = set()
-    stack = [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in leaves:
-            found.append(leaves[id(variable)])
-        stack.extend(function for function, _ in node.next_functions)
-    return found
-
-
-def _pull(arrival: _Arrival, leaves: Mapping[int, _Leaf], labels: Labels, wiring: Wiring) -> None:
-    """Pull labels from what arrived at a layer back to the leaves, and note who feeds whom."""
-    assert arrival.path is not None
-    near = _reachable(arrival.tensor, leaves)
-    if not near:
-        return
-    first, last = 0, arrival.tensor.shape[arrival.axis]
-    for leaf, found in zip(near, _pull_range(arrival, near, labels, first, last), strict=True):
-        if found is None:
-            continue
-        axis, pairs, broadcast = found
-        if leaf.axis < 0:
-            wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
-        elif len(broadcast):
-            pairs, broadcast = _pull_parts(arrival, leaf, labels, (first, last), pairs, broadcast)
-        wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
-
-
-_Found = tuple[int, Tensor, Tensor]
-
-
-def _pull_range(
-    arrival: _Arrival, near: Sequence[_Leaf], labels: Labels, first: int, last: int
-) -> list[_Found | None]:
-    """For each leaf: axis, pairs and broadcast channels, seen from the channels `first ... last` of what arrived."""
-    *cotangents, permuted = labels(arrival.tensor, arrival.axis)
-    if last - first < arrival.tensor.shape[arrival.axis]:
-        inside = torch.zeros_like(cotangents[0])
-        inside.narrow(arrival.axis, first, last - first).fill_(1)
-        cotangents = [c * inside for c in cotangents]
-    tensors = [leaf.tensor for leaf in near]
-    pulls = [
-        torch.autograd.grad(arrival.tensor, tensors, c, retain_graph=True, allow_unused=True)
-        for c in cotangents
-    ]
-    return [_found(leaf, pulled, permuted) for leaf, *pulled in zip(near, *pulls, strict=True)]
-
-
-def _found(leaf: _Leaf, pulled: Sequence[Tensor | None], permuted: Ints) -> _Found | None:
-    known = [g for g in pulled if g is not None and g.numel()]
-    if len(known) < len(pulled):
-        return None
-    # A loose tensor counts if its elements follow the channels along some axis.
-    axis = leaf.axis if leaf.axis >= 0 else aligned_axis(known, permuted)
-    if axis is None:
-        return None
-    pairs, broadcast = decode(known, permuted, axis)
-    return (axis, pairs, broadcast) if len(pairs) or len(broadcast) else None
-
-
-def _pull_parts(
-    arrival: _Arrival,
-    leaf: _Leaf,
-    labels: Labels,
-    span: tuple[int, int],
-    pairs: Tensor,
-    broadcast: Tensor,
-    patience: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Tell apart several listeners of one channel (a stream that is concatenated twice) by looking at half of them.
-
-    Goes on while that resolves channels (with some patience for streams, whose copies may straddle the halves); a gate
-    or attention, which everything listens to, stays a broadcast.
-    """
-    middle = (span[0] + span[1]) // 2
-    if span[1] - span[0] < 2:
-        return pairs, broadcast
-    spans = ((span[0], middle), (middle, span[1]))
-    halves = [_pull_range(arrival, [leaf], labels, *half)[0] for half in spans]
-    mixed = torch.cat([found[2] for found in halves if found is not None]).unique()
-    if not set(broadcast.tolist()) - set(mixed.tolist()):
-        patience -= 1
-        if not patience or len(broadcast) < _STREAM:
-            return pairs, broadcast
-    resolved = [pairs]
-    still: list[Tensor] = [broadcast[:0]]
-    for half, found in zip(spans, halves, strict=True):
-        if found is None:
-            continue
-        _, more, rest = found
-        if len(rest):
-            more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
-        resolved.append(more)
-        still.append(rest)
-    left = torch.cat(still).unique()
-    merged = torch.cat(resolved).unique(dim=0)
-    return merged[~torch.isin(merged[:, 0], left)], left
-
-
-def _pull_output(tensor: Tensor, leaves: Mapping[int, _Leaf], wiring: Wiring) -> None:
-    """Note the source channels from which an output of the model is reached."""
-    near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
-    if not near or not tensor.is_floating_point():
-        return
-    r = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(
-        tensor.device, tensor.dtype
-    )
-    grads = torch.autograd.grad(
-        tensor, [leaf.tensor for leaf in near], r + 0.5, retain_graph=True, allow_unused=True
-    )
-    reached = [(leaf, g) for leaf, g in zip(near, grads, strict=True) if isinstance(g, Tensor)]
-    for leaf, g in reached:
-        touched = rows_along(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
-        before = wiring.reaches_output.get(leaf.source, touched)
-        wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()

@@ -19,7 +19,8 @@ from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.layers import check_finite
-from ss_pruning.planning import Budget, Costs, Floats, Scope, count_macs
+from ss_pruning.macs import count_macs
+from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
 from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.report import QUANTILES, LayerReport, Report
@@ -195,6 +196,7 @@ class _Clock:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.running: list[tuple[str, int]] = []
+        self.since = time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, stage: str, done: int) -> Iterator[None]:

@@ -54,20 +54,25 @@ class SoundPart:
     failed: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.same: list[tuple[Kind, Size]] = [(_kind(unit), tuple(c.size for c in unit.cells)) for unit in self.units]
+        self.same: list[tuple[Kind, Size]] = [
+            (_kind(unit), tuple(c.size for c in unit.cells)) for unit in self.units
+        ]
 
     def search(self, items: list[int]) -> None:
         """Sort the units `items` into sound ones and failed ones."""
         stack = [items]
         while stack:
-            part = self._undecided(stack.pop(), stack)
-            if not part:
+            popped = stack.pop()
+            part = self._undecided(popped, stack)
+            if popped and not part:
                 continue
             try:
                 verified = self.attempt({*self.sound, *part}, self.fixed, locate=len(part) > 1)
             except VerificationError as error:
+                if not part:  # not even the model itself is the same twice
+                    raise
                 if len(part) > 1:
-                    stack += self._split(part, error.at)
+                    stack += self._split(part, error.at or "")
                     continue
                 again = self._without_numbers(part, error)
                 if again is None:
@@ -124,13 +129,13 @@ class SoundPart:
         in its likes, and each trial may get further and bring up others.
         """
         before = self.verified.followed() if self.verified else frozenset()
-        rightly = {(pattern(path), *rest) for path, *rest in before}
+        rightly = {_alike(number) for number in before}
         for near in (True, False):
             suspects: set[Number] = set()
             latest = error
             for _ in range(_PATIENCE):
-                new = {n for n in latest.followed - before if not near or _inside(latest.at, n[0])}
-                alike = {(pattern(path), *rest) for path, *rest in new}
+                new = {n for n in latest.followed - before if not near or _inside(latest.at or "", n[0])}
+                alike = {_alike(number) for number in new}
                 added = (new | alike - rightly) - suspects
                 if not added:
                     break
@@ -143,6 +148,11 @@ class SoundPart:
                 self.fixed |= suspects
                 return verified
         return None
+
+
+def _alike(number: Number) -> Number:
+    path, name, place = number
+    return pattern(path), name, place
 
 
 def _kind(unit: Unit) -> Kind:

@@ -108,9 +108,7 @@ def strengths_along(
 
 def synaptic_paths(wiring: Wiring) -> list[str]:
     """The convolutions (depthwise ones included) and linear layers that ran, in the order in which they did."""
-    return [
-        path for path, layer in wiring.layers.items() if layer.kind != "norm" and layer.kind != "positional"
-    ]
+    return [path for path, layer in wiring.layers.items() if layer.kind in ("synaptic", "depthwise")]
 
 
 def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = None) -> Tensor:

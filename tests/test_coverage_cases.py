@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import prune_, trace
-from ss_pruning.layers import channel_axis, is_norm, mixes_channels
+from ss_pruning import prune_, synaptic_strength, trace
+from ss_pruning.layers import channel_axis, is_norm, kind_of, mixes_channels
 from ss_pruning.verification import Bench
 
 
@@ -217,4 +217,31 @@ def test_groups_of_which_some_must_stay_are_left_whole() -> None:
     assert model[0].out_channels == 8
     assert (model[2].mix.in_channels, model[2].mix.out_channels) == (24, 48)
     assert any("groups could not stay equal" in left.reason for left in report.left_whole)
+    assert report.max_error < 1e-10
+
+
+class GlobalResponse(nn.Module):
+    """Adds to each channel a multiple of itself that depends on all: global response normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, channels))
+        self.bias = nn.Parameter(torch.linspace(1, 2, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        scaled = x * size / (size.mean(1, keepdim=True) + 1e-6)
+        return x + self.weight.reshape(-1, 1, 1) * scaled + self.bias.reshape(-1, 1, 1)
+
+
+def test_a_response_is_cut_through() -> None:
+    """It is no norm whose weight were a scale: what it passes on is told by what is before it."""
+    torch.manual_seed(0)
+    assert kind_of(GlobalResponse(8)) == "response"
+    assert kind_of(Scaled(8)) is None
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), GlobalResponse(8), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    assert synaptic_strength(model, x).unscaled["3"].all()
+    report = prune_(model, x, ratio=0.5, scope="local")
+    assert (model[0].out_channels, model[2].weight.shape, model[2].bias.shape) == (4, (4,), (4,))
     assert report.max_error < 1e-10

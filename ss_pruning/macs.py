@@ -1,0 +1,74 @@
+"""Multiply-accumulates of a model, counted while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ss_pruning.layers import kind_of
+from ss_pruning.provenance import call, preserved
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2)."""
+    counter = _MacCounter()
+    layers = [(path, module) for path, module in model.named_modules() if kind_of(module) is not None]
+    handles = [module.register_forward_pre_hook(counter.entering(path)) for path, module in layers]
+    handles += [module.register_forward_hook(counter.entering("")) for _, module in layers]
+    try:
+        with preserved(model, training=False), torch.inference_mode(False), torch.no_grad(), counter:
+            call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
+
+
+class _MacCounter(TorchDispatchMode):
+    """Adds up the operations that torch has a formula for, by the layer that they run in.
+
+    Does what `torch.utils.flop_counter.FlopCounterMode` does, in a tenth of its time: operations are only once asked
+    whether they decompose into others, and modules that are not layers are not followed.
+    """
+
+    atomic: ClassVar[set[Any]] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares importing torch's compiler, which would be told not to look at this class."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: Counter[str] = Counter()
+        self.path = ""
+
+    def entering(self, path: str) -> Callable[..., None]:
+        """A hook that notes which layer runs."""
+
+        def hook(*_: Any) -> None:
+            self.path = path
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return NotImplemented
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func not in self.atomic:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self.atomic.add(func)
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops[self.path] += formula(*args, **kwargs, out_val=result)
+        return result
