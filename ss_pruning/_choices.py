@@ -68,7 +68,7 @@ class Request(NamedTuple):
     mean: str | None
     std: str | None
     data: str | None
-    moments: Moments
+    moments: Moments | None
     seed: int
     device: str | None
     images: int | None = None
@@ -77,4 +77,5 @@ class Request(NamedTuple):
     def of(cls, params: Mapping[str, Any]) -> Request:
         """Pick them out of the parameters of a command; the others of `params` are its own."""
         own = {name: params[name] for name in cls._fields if name in params}
-        return cls(**{**own, "moments": Moments(params["moments"])})  # typer has left its text there
+        moments = params["moments"]  # typer has left its text there
+        return cls(**{**own, "moments": None if moments is None else Moments(moments)})

@@ -99,13 +99,15 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def make_importance(importance: Importance, score: Score | None, request: Request, job: Job) -> Any:
+def make_importance(
+    importance: Importance, score: Score | None, request: Request, job: Job, pictures: Any
+) -> Any:
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
 
         chosen: dict[str, Any] = {} if score is None else {"score": score.value}
-        return SynapticImportance(moments=_moments(request, job), **chosen)
+        return SynapticImportance(moments=_moments(request, job, pictures), **chosen)
     import torch_pruning as tp
 
     makers = {
@@ -137,21 +139,32 @@ def calibration(
             f"--compensation {compensation.value} calibrates on images: say where they are with --data, make some with "
             "--calibration distilled, or use --compensation mean."
         )
-    return [images.to(job.device) for images in job.data.calibration_images()]
+    return _pictures(job.data, job)
 
 
 def strengths_of(request: Request, job: Job) -> Strengths:
     """Return the strength of every synapse of the model."""
     from ss_pruning import synaptic_strength
 
-    strengths: Strengths = synaptic_strength(job.model, job.example, moments=_moments(request, job))
+    strengths: Strengths = synaptic_strength(job.model, job.example, moments=_moments(request, job, None))
     return strengths
 
 
-def _moments(request: Request, job: Job) -> str | list[Tensor]:
+def _moments(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
+    """What was asked for; else the calibration images if there are any, else noise."""
+    if request.moments is None:
+        return Moments.gaussian.value if pictures is None else _batches(pictures)
     if request.moments is not Moments.data or job.data is None:
         return request.moments.value
-    return [images.to(job.device) for images in job.data.calibration_images()]
+    return _pictures(job.data, job)
+
+
+def _pictures(data: Data, job: Job) -> list[Tensor]:
+    return [images.to(job.device) for images in data.calibration_images()]
+
+
+def _batches(pictures: Any) -> list[Tensor]:
+    return [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
 
 
 def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCallback) -> Report:
@@ -205,7 +218,9 @@ def _tensor_bytes(model: nn.Module) -> int:
 
 def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
-    synaptic = {"moments": request.moments.value, "score": getattr(chosen, "score", None)}
+    moments = getattr(chosen, "moments", None)
+    given = moments if isinstance(moments, str) else Moments.data.value
+    synaptic = {"moments": given, "score": getattr(chosen, "score", None)}
     return {
         "model": request.model,
         "weights": request.weights,

@@ -87,11 +87,13 @@ Std = Annotated[
     ),
 ]
 MomentsOption = Annotated[
-    Moments,
+    Moments | None,
     typer.Option(
         metavar="NAME",
         help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
-        "run on its own noise) or data (the images).",
+        "run on its own noise) or data (the images). To prune, the calibration images if there are any, "
+        "else gaussian; to score, batchnorm.",
+        show_default=False,
         rich_help_panel=_CRITERION,
     ),
 ]

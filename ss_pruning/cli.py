@@ -46,7 +46,7 @@ def prune(
     mean: option.Mean = None,
     std: option.Std = None,
     importance: option.Criterion = Importance.synaptic,
-    moments: option.MomentsOption = Moments.gaussian,
+    moments: option.MomentsOption = None,
     score: option.ScoreOption = None,
     scope: option.ScopeOption = Scope.all_layers,
     max_ratio: option.MaxRatio = 0.9,
@@ -79,8 +79,8 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            chosen = _job.make_importance(importance, score, request, job)
             pictures = _job.calibration(compensation, calibration, seed, job, progress)
+            chosen = _job.make_importance(importance, score, request, job, pictures)
             report = _job.run(job, chosen, {**options, "calibration": pictures}, progress)
             if calibration is not None:
                 options["calibration"] = calibration.value
@@ -118,7 +118,7 @@ def score(
         job = _job.prepare(request, progress)
         strengths = _job.strengths_of(request, job)
         summary = scores.summarise(strengths, job.model, weakest)
-        facts = {"model": model, "moments": moments.value}
+        facts = {"model": model, "moments": (moments or Moments.batchnorm).value}
         if out is not None:
             scores.write(out, strengths, summary, facts)
     scores.show(summary, facts, as_json)
@@ -137,10 +137,10 @@ def _budget(**given: float | None) -> dict[str, float]:
     return chosen
 
 
-def _check_synaptic_options(importance: Importance, moments: Moments, score: Score | None) -> None:
+def _check_synaptic_options(importance: Importance, moments: Moments | None, score: Score | None) -> None:
     from ss_pruning.errors import InputError
 
-    given = {"--moments": moments is not Moments.gaussian, "--score": score is not None}
+    given = {"--moments": moments is not None, "--score": score is not None}
     for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")

@@ -64,8 +64,8 @@ def prune_(
         macs: Share of the multiply-accumulates to keep; met from below, to within one step.
         params: Share of the parameters to keep; likewise.
         ratio: Share of the prunable channels to remove. Give exactly one of the three.
-        importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what arrives
-            at each channel from the calibration inputs if there are any, else from the net run on noise.
+        importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
+            arrives at each channel from the calibration inputs if there are any, else from the net run on noise.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
