@@ -1,10 +1,11 @@
 """Distilled calibration: images made from what batch norms remember of the training data.
 
-Starting from noise, pixels are changed until every batch norm's input has the mean and the deviation that the norm
-recorded in training. Small terms ask for outputs that are confident for each image and differ between images, and for
-smooth images. Such images are no pictures, but the layers respond to them as to the real data, which is all
-that `ss_pruning.compensation` needs of its calibration images. As in ZeroQ (Cai et al., CVPR 2020) and DeepInversion
-(Yin et al., CVPR 2020); the statistics are compared in units of the recorded deviation, so no layer needs a weight.
+Starting from noise with the spectrum of photos, pixels are changed until every batch norm's input has the mean and the
+deviation that the norm recorded in training. Small terms ask for outputs that are confident for each image and differ
+between images, and for smooth images. Such images are no pictures, but the layers respond to them much as to the real
+data, which is all that `ss_pruning.compensation` needs of its calibration images. As in ZeroQ (Cai et al., CVPR 2020)
+and DeepInversion (Yin et al., CVPR 2020); the statistics are compared in units of the recorded deviation, so no layer
+needs a weight of its own.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ DISTILLED = "distilled"
 StepProgress = Callable[[int, int], None]
 
 # Images that share one set of statistics, and Adam's rate for them (pixels have a deviation of about 1).
-_BATCH, _RATE = 64, 0.1
-_CONFIDENT, _DIVERSE, _SMOOTH = 0.1, 0.1, 1e-3
+_BATCH, _RATE = 64, 0.05
+_CONFIDENT, _DIVERSE, _SMOOTH = 0.1, 0.1, 0.1
+# Share of the variance of the noise that all channels have in common.
+_GREY = 0.8
 # So many images by default, fewer where they are large: their number of positions in all is bounded.
 _MOST, _FEWEST, _POSITIONS = 256, 32, 2**21
 
@@ -78,7 +81,7 @@ def distill(
     made = []
     with torch.inference_mode(False), torch.enable_grad(), _listening(model, place) as listen:
         for number, size in enumerate(sizes):
-            noise = torch.randn(size, *example.shape[1:], generator=generator).to(place)
+            noise = _natural_noise((size, *example.shape[1:]), generator).to(place)
 
             def report(done: int, before: int = number * steps) -> None:
                 if progress is not None:
@@ -194,6 +197,27 @@ def _distance(norm: Any, x: Tensor) -> Tensor:
     deviation = (var + eps).sqrt()
     differences: Tensor = ((m - mean) / deviation).square() + ((v + eps).sqrt() / deviation - 1).square()
     return differences.mean()
+
+
+def _natural_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise of deviation 1 as photos have it: amplitudes fall as 1 / frequency, and the channels are much alike.
+
+    Real images are far closer to it than to white noise, and so are the images made of it.
+    """
+    images, channels, *sides = shape
+    axes = tuple(range(2, len(shape)))
+    waves = [torch.fft.fftfreq(side) * side for side in sides[:-1]] + [
+        torch.fft.rfftfreq(sides[-1]) * sides[-1]
+    ]
+    grids = torch.meshgrid(*waves, indexing="ij")
+    frequency = torch.stack(grids).square().sum(0).sqrt().clamp_min(1)
+
+    def noise(count: int) -> Tensor:
+        white = torch.randn(images, count, *sides, generator=generator)
+        pink: Tensor = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=sides, dim=axes)
+        return pink / pink.square().mean().sqrt()
+
+    return math.sqrt(_GREY) * noise(1) + math.sqrt(1 - _GREY) * noise(channels)
 
 
 def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int], None]) -> Tensor:
