@@ -127,11 +127,11 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         Raises:
             InputError: It does not pass.
         """
+        try:
+            super()._validate_config()
+        except SchemaError as error:
+            raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
         for config in self.config_list:
-            try:
-                super()._validate_config()
-            except SchemaError as error:
-                raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
             try:
                 modules, _, _ = select_modules_by_config(self.bound_model, config)
             except KeyError as error:

@@ -375,8 +375,6 @@ def masks_of(kind: str, model: nn.Module, granularity: Any) -> tuple[Any, dict[s
 @pytest.mark.parametrize("granularity", [KERNEL, IN, OUT])
 @pytest.mark.parametrize("kind", ["ours", "l1", "fpgm", "taylor", "slim"])
 def test_the_small_model_equals_the_masked_one(kind: str, granularity: Any) -> None:
-    if kind == "fpgm" and granularity == KERNEL:
-        pytest.skip("the geometric median of kernels is not defined by NNI's FPGMPruner")
     model = grouped()
     pruner, masks = masks_of(kind, model, granularity)
     wrapped, report = compact(model, masks, IMAGES)
