@@ -16,7 +16,7 @@ DATA = HERE.parent / ".." / "shared" / "data"
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    names = ("torch", "torchvision", "torch-pruning", "timm", "ss-pruning")
+    names = ("torch", "torchvision", "torch-pruning", "timm", "nni", "ss-pruning")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 

@@ -12,6 +12,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+
+try:
+    import nni  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "this needs NNI 3.0: pip install 'ss-pruning[nni]' (ss_pruning.integrations.nni_masks works without)",
+        name="nni",
+    ) from error
 from nni.compression.base.compressor import Compressor
 from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
@@ -119,11 +127,11 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         Raises:
             InputError: It does not pass.
         """
+        try:
+            super()._validate_config()
+        except SchemaError as error:
+            raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
         for config in self.config_list:
-            try:
-                super()._validate_config()
-            except SchemaError as error:
-                raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
             try:
                 modules, _, _ = select_modules_by_config(self.bound_model, config)
             except KeyError as error:

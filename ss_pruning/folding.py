@@ -43,7 +43,7 @@ class Dead:
     """The dead families of one cell.
 
     Attributes:
-        goes: `[families]`, numpy-like booleans as a tensor: may be cut.
+        goes: `[families]`: True for what may be cut.
         stays: By reason, how many families are dead and stay.
     """
 
@@ -79,7 +79,7 @@ class Folding:
         cells = [cell for unit in coupling.units for cell in unit.cells]
         outputs = living_outputs(wiring, model, liveness.kernels, cells, self.mixing)
         self.wanted = {
-            path: by_input(model.get_submodule(path), rows, outputs[path]).cpu()
+            path: by_input(model.get_submodule(path), rows, outputs[path])
             for path, rows in liveness.kernels.items()
         }
         self.shapes = {path: _arriving(shapes.get(path, []), layer) for path, layer in wiring.layers.items()}
@@ -119,8 +119,8 @@ class Folding:
                 continue
             module, removed = twin.get_submodule(cut.path), torch.tensor(cut.removed)
             values = torch.zeros(cut.width, dtype=torch.float64)
-            counts = self.wanted[cut.path][removed] & self.liveness.constant[cut.path].cpu()[removed]
-            values[removed[counts]] = self.liveness.value[cut.path].cpu().double()[removed[counts]]
+            counts = self.wanted[cut.path][removed] & self.liveness.constant[cut.path][removed]
+            values[removed[counts]] = self.liveness.value[cut.path].double()[removed[counts]]
             self._carry_over(module, cut.path, values)
             if bool(values.any()):
                 self._to_bias(twin, cut.path, values, outcome)
@@ -148,11 +148,11 @@ class Folding:
     def _slots(self, member: Member) -> _Slots:
         path, index = member.path, torch.from_numpy(member.index)
         live = self.liveness
-        value = live.value[path].cpu()[index]
+        value = live.value[path][index]
         return _Slots(
             self.wanted[path][index],
-            live.still[path].cpu()[index],
-            live.constant[path].cpu()[index],
+            live.still[path][index],
+            live.constant[path][index],
             value,
             value.ne(0) & (not self._sees_no_border(path)),
         )

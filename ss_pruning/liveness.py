@@ -96,10 +96,11 @@ def measure_liveness(model: nn.Module, wiring: Wiring, example_inputs: Any) -> L
     for path, layer in wiring.layers.items():
         if layer.kind in ("synaptic", "depthwise"):
             module = model.get_submodule(path)
-            kernels[path] = living_kernels(module)
+            kernels[path] = living_kernels(module).cpu()
             if not _uses_weight_as_is(module):
                 opaque.add(path)
                 kernels[path] = torch.ones_like(kernels[path])
+    fed = {path: _fed(wiring, path) for path in wiring.layers}
     still: dict[str, Tensor] = {}
     while True:
         seen = {path: _Arrivals(layer.inputs) for path, layer in wiring.layers.items()}
@@ -108,11 +109,13 @@ def measure_liveness(model: nn.Module, wiring: Wiring, example_inputs: Any) -> L
             _run_on_noise(model, wiring, example_inputs, seen, dead, amplitude)
         before = still
         # What was found stays found: unions make this end.
-        still = {path: a.still() | before.get(path, torch.tensor(False)) for path, a in seen.items()}
+        still = {
+            path: a.still() & fed[path] | before.get(path, torch.tensor(False)) for path, a in seen.items()
+        }
         if all(path in before and before[path].equal(still[path]) for path in still):
             break
-    constant = {path: arrivals.constant() for path, arrivals in seen.items()}
-    value = {path: arrivals.high for path, arrivals in seen.items()}
+    constant = {path: arrivals.constant() & fed[path] for path, arrivals in seen.items()}
+    value = {path: arrivals.high.cpu() for path, arrivals in seen.items()}
     return Liveness(kernels, still, constant, value, opaque)
 
 
@@ -135,9 +138,7 @@ def living_outputs(
         mixing: Layers that look at several channels together: what they see is read.
     """
     cells = list(cells)
-    alive = {
-        path: torch.ones(len(rows), dtype=torch.bool, device=rows.device) for path, rows in kernels.items()
-    }
+    alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
     for member in (m for cell in cells for m in cell.members if m.side == "out" and m.path in alive):
         alive[member.path][member.index.reshape(-1)] = False
     changed = True
@@ -151,7 +152,7 @@ def living_outputs(
             for member in cell.members:
                 if member.side != "out" or member.path not in alive:
                     continue
-                index = torch.from_numpy(member.index).to(read.device)
+                index = torch.from_numpy(member.index)
                 new = read[:, None] & ~alive[member.path][index]
                 if bool(new.any()):
                     changed = True
@@ -164,7 +165,7 @@ def reads(cell: Cell, wanted: dict[str, Tensor], wiring: Wiring, mixing: Collect
     read = torch.full((cell.size,), any(member.path in mixing for member in cell.members))
     for member in cell.members:
         if is_consumer(member.path, member.side, wiring):
-            read |= wanted[member.path].cpu()[torch.from_numpy(member.index)].any(1)
+            read |= wanted[member.path][torch.from_numpy(member.index)].any(1)
     return read
 
 
@@ -221,12 +222,21 @@ class _Arrivals:
 
     def still(self) -> Tensor:
         """`[channels]`: what arrives does not depend on the image."""
-        return ~self.varies & self.high.isfinite() & self.low.isfinite()
+        return (~self.varies & self.high.isfinite() & self.low.isfinite()).cpu()
 
     def constant(self) -> Tensor:
         """`[channels]`: it is one number, everywhere."""
         scale = torch.maximum(self.low.abs(), self.high.abs())
-        return self.still() & (self.high - self.low <= _rounding(self.high) * scale)
+        return self.still() & (self.high - self.low <= _rounding(self.high) * scale).cpu()
+
+
+def _fed(wiring: Wiring, path: str) -> Tensor:
+    """`[in]`: channels that a layer feeds. Of others (an embedding of given tokens) noise cannot tell what they do."""
+    fed = torch.zeros(wiring.layers[path].inputs, dtype=torch.bool)
+    for feed in wiring.feeds[path]:
+        if feed.source in wiring.layers:
+            fed[feed.pairs[:, 1].cpu()] = True
+    return fed
 
 
 def _rounding(x: Tensor) -> float:
@@ -242,13 +252,13 @@ def _dead_outputs(
         return None
     if layer.kind == "norm":
         weight = getattr(module, "weight", None)
-        dead = torch.zeros(layer.outputs, dtype=torch.bool) if weight is None else weight.detach().eq(0)
-        return dead if still is None or mixes_channels(module) else dead | still.to(dead.device)
+        dead = torch.zeros(layer.outputs, dtype=torch.bool) if weight is None else weight.detach().eq(0).cpu()
+        return dead if still is None or mixes_channels(module) else dead | still
     alive = kernels[path]
     if still is None:
         return ~alive.any(1)
     groups = groups_of(module)
-    varying = ~still.to(alive.device).reshape(groups, -1).repeat_interleave(len(alive) // groups, 0)
+    varying = ~still.reshape(groups, -1).repeat_interleave(len(alive) // groups, 0)
     return ~(alive & varying).any(1)
 
 
@@ -295,7 +305,7 @@ def _run_on_noise(
 
 
 def _uses_weight_as_is(module: nn.Module) -> bool:
-    """False for a convolution that standardises its weights, and the like: twice the weight is not twice the output."""
+    """False where twice the weight is not twice the output: a convolution that standardises its weights, for one."""
     if type(module).__module__.startswith("torch.nn."):
         return True
     weight = module.weight
@@ -313,6 +323,9 @@ def _uses_weight_as_is(module: nn.Module) -> bool:
         return answer - nothing
 
     w = torch.linspace(-1.0, 2.0, weight.numel()).to(weight).reshape(weight.shape)
-    with torch.no_grad():
-        once, twice = without_bias(w), without_bias(2 * w)
+    try:
+        with torch.no_grad():
+            once, twice = without_bias(w), without_bias(2 * w)
+    except Exception:  # takes more than one tensor: nothing is known of it
+        return False
     return bool((twice - 2 * once).abs().max() <= 1e-4 * twice.abs().max())

@@ -202,6 +202,19 @@ def test_one_image_is_enough(batch: int, gate: Callable[[], nn.Module]) -> None:
     assert small[0].out_features == 16
 
 
+def test_tokens_are_no_constants() -> None:
+    """Noise cannot stand in for what is looked up: it only seems to be the same every time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    small, same = copy.deepcopy(model), torch.ones(2, 5, dtype=torch.long)
+    assert compact_(small, same).channels_removed == 0
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+    small = copy.deepcopy(model)
+    assert compact_(small, same).channels_removed == 3
+    assert difference(model, small, (torch.arange(9)[None],)) < 1e-10
+
+
 def test_a_zero_scale_is_dead() -> None:
     model = chain(1, -0.5)
     with torch.no_grad():

@@ -45,6 +45,8 @@ def test_readme_shows_its_uses_in_python() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_readme_code_runs(block: str, tmp_path: Path) -> None:
+    if "nni_adapter" in block:
+        pytest.importorskip("nni", reason="NNI is an optional extra: pip install 'ss-pruning[nni]'")
     run(tmp_path, "-c", block)
 
 
@@ -61,6 +63,29 @@ def test_timm_example_prunes_saves_and_loads(tmp_path: Path) -> None:
     output = run(tmp_path, script, "test_resnet", "--macs", "0.7", "--out", "pruned.safetensors")
     assert "loaded again: largest difference 0.0" in output
     assert (tmp_path / "pruned.safetensors").stat().st_size > 0
+
+
+def test_nni_example_ends_with_the_masked_accuracy(tmp_path: Path) -> None:
+    pytest.importorskip("nni", reason="NNI is an optional extra: pip install 'ss-pruning[nni]'")
+    output = run(
+        tmp_path, str(ROOT / "examples" / "nni_config.py"), "--epochs", "2", "--out", "small.safetensors"
+    )
+    shares = dict(re.findall(r"(dense|masked|fine-tuned|compacted) +│ +([\d.]+) %", output))
+    assert set(shares) == {"dense", "masked", "fine-tuned", "compacted"}
+    assert shares["compacted"] == shares["fine-tuned"]
+    assert f"loaded again: top-1 {shares['compacted']} %" in output
+    parameters = re.search(r"parameters .*?([\d.]+) % │", output)
+    assert parameters
+    assert float(parameters.group(1)) < 60
+
+
+@pytest.mark.slow
+def test_nni_example_on_a_timm_model(tmp_path: Path) -> None:
+    pytest.importorskip("nni", reason="NNI is an optional extra: pip install 'ss-pruning[nni]'")
+    output = run(tmp_path, str(ROOT / "examples" / "nni_timm.py"), "test_efficientnet")
+    differences = [float(text) for text in re.findall(r"in single precision: (\S+)", output)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
 
 
 def test_training_example_writes_weights_that_fit(tmp_path: Path) -> None:

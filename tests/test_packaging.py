@@ -166,6 +166,16 @@ def test_integrations_load_by_their_full_name() -> None:
     assert loaded_by("import ss_pruning.integrations", ("ss_pruning.integrations",))
 
 
+def test_masks_are_compacted_without_nni() -> None:
+    """Its masks are plain tensors; only its pruners and its speedup need it."""
+    assert loaded_by("import ss_pruning.integrations.nni_masks", ("nni", "timm", "torch_pruning")) == []
+    blocked = "import sys\nsys.modules['nni'] = None\n"
+    assert loaded_by(f"{blocked}import ss_pruning.integrations.nni_masks", ("ss_pruning.compaction",))
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        loaded_by(f"{blocked}import ss_pruning.integrations.nni_adapter")
+    assert "pip install 'ss-pruning[nni]'" in failure.value.stderr
+
+
 def test_integrations_refuse_their_bare_name() -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         loaded_by("import integrations")
