@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -75,10 +75,19 @@ class Era:
             raise VerificationError(f"'{cells[0].root.path}' is left whole: {part.failed[0]}")
         return part.verified
 
-    def apply(self, plan: Plan, cells: Iterable[Cell]) -> Plan:
-        """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before."""
+    def apply(self, plan: Plan, cells: Iterable[Cell], cut: Callable[[Plan], Plan] | None = None) -> Plan:
+        """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before.
+
+        Args:
+            plan: What is gone in all, afterwards.
+            cells: The families that go.
+            cut: Cuts the model to a plan and returns what it did, if more than cutting is to be done.
+        """
         later = _since(self.done, plan)
-        later.apply_(self.model)
+        if cut is None:
+            later.apply_(self.model)
+        else:
+            later = cut(later)
         self.done = plan
         self.gone.extend(cells)
         return later

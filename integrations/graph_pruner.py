@@ -7,6 +7,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
+from ss_pruning.compensation import Method
 from ss_pruning.coupling import Cell, LeftWhole, Unit
+from ss_pruning.cutting import calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.channel_graph import (
     ROOT_TYPES,
@@ -30,6 +33,7 @@ from ss_pruning.integrations.era import Era
 from ss_pruning.integrations.torch_pruning_adapter import cell_scores
 from ss_pruning.layers import is_depthwise
 from ss_pruning.planning import Floats, Ints, Schedule, schedule
+from ss_pruning.provenance import trace
 from ss_pruning.settling import FORWARD_REASON, Settler
 from ss_pruning.surgery import Plan
 
@@ -150,19 +154,40 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Layers of which channels stay whatever the ratio, with the reason."""
         return [*self.DG.era.coupling.left_whole, *self._failed.values()]
 
-    def step(self, interactive: bool = False) -> Iterator[ChannelGroup] | None:
-        """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`."""
+    def step(
+        self, interactive: bool = False, *, compensation: Method = "none", calibration: Any = None
+    ) -> Iterator[ChannelGroup] | None:
+        """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
+
+        Args:
+            interactive: Hand out groups instead of cutting.
+            compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation`.
+            calibration: Unlabelled inputs for it: a tensor, batches, or "distilled".
+
+        Raises:
+            InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
+        """
+        check_compensation(compensation, calibration)
+        if interactive and compensation != "none":
+            raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")
         self.current_step += 1
         if interactive:
             return self._prune()
         plan, parts = self._settle()
         if parts:
             era: Era = self.DG.latest
+            cut = None if compensation == "none" else partial(self._cut, compensation, calibration)
             self.DG.record(
                 ", ".join(part[0].root.path for part in parts),
-                era.apply(plan, [cell for part in parts for cell in part]),
+                era.apply(plan, [cell for part in parts for cell in part], cut),
             )
         return None
+
+    def _cut(self, method: Method, calibration: Any, plan: Plan) -> Plan:
+        """Cut with compensation; the wiring is that of the model as earlier steps have left it."""
+        inputs = self.DG.example_inputs
+        images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
+        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:
         for part in self._settle()[1]:

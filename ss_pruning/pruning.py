@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,15 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
+from ss_pruning.compensation import Method
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
-from ss_pruning.distillation import DISTILLED, distilled
-from ss_pruning.errors import InputError, ModelError, SSPruningError
+from ss_pruning.cutting import calibration_images, check_compensation, cut_
+from ss_pruning.errors import InputError
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
-from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import strengths_along
@@ -89,14 +86,15 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     budget = Budget.of(macs, params, ratio)
-    _check_options(scope, max_ratio, round_to, cost_exponent, compensation, calibration)
+    _check_options(scope, max_ratio, round_to, cost_exponent)
+    check_compensation(compensation, calibration)
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):
         wiring = trace(model, example_inputs)
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
-    images = _images(calibration, model, example_inputs, clock)
+    images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
     with clock("score", 1):
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
@@ -109,7 +107,7 @@ def prune_(
         search = Search(bench, coupling, costs, budget, options, cost_exponent)
         verified = search.settle(scores)
     with clock("cut", 4):
-        plan, outcome = _cut(model, verified.plan, wiring, compensation, images, example_inputs)
+        plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
         budget.kind: budget.value,
         "importance": type(criterion).__name__,
@@ -136,57 +134,10 @@ def prune_(
     )
 
 
-def _images(calibration: Any, model: nn.Module, example_inputs: Any, clock: _Clock) -> Any:
-    """The calibration inputs as one batch; None without."""
-    if isinstance(calibration, str):
-        return distilled(model, example_inputs, progress=clock.steps("distil"))
-    return None if calibration is None else gather_batches(calibration)
-
-
 def _default_importance(images: Any) -> Any:
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
 
     return SynapticImportance() if images is None else SynapticImportance(moments=[images])
-
-
-def _cut(
-    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, images: Any, example_inputs: Any
-) -> tuple[Plan, Outcome]:
-    """Cut the model; with compensation on a copy first, so that whatever fails there leaves the model alone."""
-    if method == "none":
-        plan.apply_(model)
-        return plan, Outcome()
-    small = plan.apply_(copy.deepcopy(model))
-    try:
-        outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
-    except SSPruningError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"compensation={method!r} failed, the model is as it was ({type(error).__name__}: {error}); check that the "
-            "calibration inputs are what the model takes"
-        ) from error
-    plan = replace(plan, biases=tuple(outcome.biases))
-    plan.apply_(model)
-    model.load_state_dict(small.state_dict())
-    return plan, outcome
-
-
-def _compensate(
-    small: nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    wiring: Wiring,
-    method: Method,
-    images: Any,
-    inputs: Any,
-) -> Outcome:
-    if method == "mean":
-        source = "gaussian" if images is None else [images]
-        return fold_means_(small, model, plan, wiring, source, inputs)
-    if method == "linear":
-        return fold_linear_(small, model, plan, wiring, images)
-    return reconstruct_(small, model, plan, wiring, images)
 
 
 class _Clock:
@@ -234,22 +185,7 @@ def _check_options(
     max_ratio: float,
     round_to: int | None,
     cost_exponent: float,
-    compensation: str,
-    calibration: Any,
 ) -> None:
-    if compensation not in METHODS:
-        raise InputError(
-            f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
-        )
-    if isinstance(calibration, str) and calibration != DISTILLED:
-        raise InputError(
-            f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
-        )
-    if compensation in ("linear", "reconstruct") and calibration is None:
-        raise InputError(
-            f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
-            f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
-        )
     if scope not in ("global", "local"):
         raise InputError(f"scope={scope!r} is unknown; use 'global' or 'local'")
     if not 0 < max_ratio <= 1:

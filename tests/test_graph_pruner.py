@@ -353,6 +353,54 @@ def test_a_group_that_would_break_the_forward_is_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Compensation
+
+
+@pytest.mark.parametrize("method", ["mean", "linear", "reconstruct"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_compensated_step_is_nearer_to_the_dense_model(method: str, steps: int) -> None:
+    net = BY_NAME["residual_chain"]
+    dense = net.make().eval()
+    x = torch.randn(96, *net.shapes[0][1:], generator=torch.Generator().manual_seed(3))
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    for model, chosen in zip(models, ("none", method), strict=True):
+        pruner = pruner_of(
+            model,
+            net.example,
+            tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.4,
+            iterative_steps=steps,
+        )
+        for _ in range(steps):
+            pruner.step(compensation=chosen, calibration=x[:64])
+    assert [p.shape for p in models[0].parameters()] == [p.shape for p in models[1].parameters()]
+    with torch.no_grad():
+        target = dense(x[64:])
+        plain, better = (float((model(x[64:]) - target).square().mean()) for model in models)
+    assert better < plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compensation": "magic"}, "unknown"),
+        ({"compensation": "linear"}, "needs calibration"),
+        ({"compensation": "mean", "interactive": True}, "one by one"),
+    ],
+)
+def test_a_step_that_cannot_be_compensated_changes_nothing(options: dict[str, Any], message: str) -> None:
+    net = BY_NAME["residual_chain"]
+    model = net.make().eval()
+    pruner = pruner_of(model, net.example, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.4)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        pruner.step(**options)
+    assert snapshot(model) == before
+    pruner.step()
+    assert snapshot(model) != before
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Real nets on which Torch-Pruning is wrong, or crashes
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     {"settling"},
     {"compensation", "summing"},
     {"distillation", "folding", "reconstruction"},
+    {"cutting"},
     {"report"},
     {"_console", "_options", "accounting", "report_html", "scores"},
     {"files"},

@@ -1,0 +1,109 @@
+"""Cutting a model to a plan, and moving what the removed channels carried onto what stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
+from ss_pruning.distillation import DISTILLED, distilled
+from ss_pruning.errors import InputError, ModelError, SSPruningError
+from ss_pruning.reconstruction import reconstruct_
+from ss_pruning.surgery import Plan
+from ss_pruning.wiring import Wiring
+
+
+def calibration_images(
+    calibration: Any, model: nn.Module, example_inputs: Any, progress: Callable[[int, int], None]
+) -> Any:
+    """The calibration inputs as one batch; None without.
+
+    Args:
+        calibration: A tensor, an iterable of batches, "distilled", or None.
+        model: What to distil from.
+        example_inputs: What `forward` takes.
+        progress: Called with (steps done, steps in all) of the distillation.
+    """
+    if isinstance(calibration, str):
+        return distilled(model, example_inputs, progress=progress)
+    return None if calibration is None else gather_batches(calibration)
+
+
+def check_compensation(compensation: str, calibration: Any) -> None:
+    """Refuse what cannot be done, before any work.
+
+    Raises:
+        InputError: An unknown method, or one that lacks calibration inputs.
+    """
+    if compensation not in METHODS:
+        raise InputError(
+            f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
+        )
+    if isinstance(calibration, str) and calibration != DISTILLED:
+        raise InputError(
+            f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
+        )
+    if compensation in ("linear", "reconstruct") and calibration is None:
+        raise InputError(
+            f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
+            f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
+        )
+
+
+def cut_(
+    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, images: Any, example_inputs: Any
+) -> tuple[Plan, Outcome]:
+    """Cut the model; with compensation on a copy first, so that whatever fails there leaves the model alone.
+
+    Args:
+        model: The dense model; cut in place.
+        plan: What to cut.
+        wiring: The wiring of `model`.
+        method: How to compensate.
+        images: One batch of calibration inputs, or None; see `calibration_images`.
+        example_inputs: What `forward` takes.
+
+    Returns:
+        The plan with the biases that layers got, and what the compensation did.
+
+    Raises:
+        ModelError: The compensation failed.
+    """
+    if method == "none":
+        plan.apply_(model)
+        return plan, Outcome()
+    small = plan.apply_(copy.deepcopy(model))
+    try:
+        outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
+    except SSPruningError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"compensation={method!r} failed, the model is as it was ({type(error).__name__}: {error}); check that the "
+            "calibration inputs are what the model takes"
+        ) from error
+    plan = replace(plan, biases=tuple(outcome.biases))
+    plan.apply_(model)
+    model.load_state_dict(small.state_dict())
+    return plan, outcome
+
+
+def _compensate(
+    small: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Any,
+    inputs: Any,
+) -> Outcome:
+    if method == "mean":
+        source = "gaussian" if images is None else [images]
+        return fold_means_(small, model, plan, wiring, source, inputs)
+    if method == "linear":
+        return fold_linear_(small, model, plan, wiring, images)
+    return reconstruct_(small, model, plan, wiring, images)
