@@ -23,8 +23,8 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_decode", "cloning", "wiring"},
-    {"pulling", "slots"},
+    {"_decode", "cloning", "preprocessing", "wiring"},
+    {"cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},
     {"data", "moments", "coupling"},
     {"macs", "strength", "surgery"},
