@@ -245,3 +245,29 @@ def test_a_response_is_cut_through() -> None:
     report = prune_(model, x, ratio=0.5, scope="local")
     assert (model[0].out_channels, model[2].weight.shape, model[2].bias.shape) == (4, (4,), (4,))
     assert report.max_error < 1e-10
+
+
+class Split(nn.Module):
+    """As Res2Net has it: a number at which an output splits, and layers of just that width behind."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.width = channels
+        self.wide = nn.Conv2d(6, 2 * channels, 1)
+        self.one, self.two = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.out = nn.Conv2d(2 * channels, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).relu().split(self.width, 1)
+        return x + self.out(torch.cat([self.one(a), self.two(b)], 1))
+
+
+def test_where_widths_compete_the_output_that_splits_decides() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Split(12), Split(12), nn.Conv2d(6, 5, 1)).eval()
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.4, scope="global")
+    assert [left.reason for left in report.left_whole] == ["reaches the model's output"]
+    for block in (model[1], model[2]):
+        assert block.wide.out_channels == 2 * block.width
+        assert len({block.width, block.one.out_channels, block.two.out_channels}) > 1
+    assert report.max_error < 1e-10
