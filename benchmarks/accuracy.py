@@ -1,7 +1,8 @@
 """How much accuracy is left after pruning: criteria x compensations x budgets x nets x seeds, on CIFAR-10.
 
 Every run prunes a fresh net by `prune_(model, x, macs=..., importance=...)`: the same groups, the same search for the
-budget, the same cut; only the scores differ. The residual stream of the ResNets stays whole unless `--residual` is
+budget, the same cut; only the scores differ (that they are divided by the root of what a channel costs helps all of them;
+`--cost-exponent 0` compares them as they are). The residual stream of the ResNets stays whole unless `--residual` is
 given. Calibration images (without labels) and labelled images (for Taylor and Hessian) are drawn from the training
 images by the seed, 512 each; accuracy is that on the test images. What no seed can change is run once.
 
@@ -74,6 +75,7 @@ class Run:
     finetune: int
     split: str
     images: int
+    cost_exponent: float = 0.5
 
     @property
     def uses_images(self) -> bool:
@@ -127,6 +129,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             finetune=options.finetune_images,
             split=options.split,
             images=options.images,
+            cost_exponent=options.cost_exponent,
         )
 
 
@@ -158,6 +161,7 @@ class Bench:
             macs=run.macs,
             importance=importance,
             ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
+            cost_exponent=run.cost_exponent,
             compensation=run.compensation,  # type: ignore[arg-type]
             calibration=calibration,
         )
@@ -231,6 +235,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", choices=("real", "distilled"), default="real")
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
+    parser.add_argument("--cost-exponent", type=float, default=0.5, metavar="P", help="see ss_pruning.prune_")
     parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
     parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")
