@@ -1,9 +1,11 @@
 """How much accuracy is left after pruning: criteria x compensations x budgets x nets x seeds, on CIFAR-10.
 
 Every run prunes a fresh net by `prune_(model, x, macs=..., importance=...)`: the same groups, the same search for the
-budget, the same cut; only the scores differ. The residual stream of the ResNets stays whole unless `--residual` is
-given. Calibration images (without labels) and labelled images (for Taylor and Hessian) are drawn from the training
-images by the seed, 512 each; accuracy is that on the test images. What no seed can change is run once.
+budget, the same cut; only the scores differ. Other criteria than ours are run with scores as they are
+(`cost_exponent=0`, as Torch-Pruning ranks) and weighed by cost as ours are; the page shows the better one of each cell.
+The residual stream of the ResNets stays whole unless `--residual` is given. Calibration images (without labels) and
+labelled images (for Taylor and Hessian) are drawn from the training images by the seed, 512 each; accuracy is that on
+the test images. What no seed can change is run once.
 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -45,12 +48,14 @@ from ss_pruning.errors import BudgetError, InputError
 
 LINES = RESULTS / "accuracy.jsonl"
 CALIBRATION, LABELLED = 512, 512
+COST_EXPONENT: float = inspect.signature(prune_).parameters["cost_exponent"].default
 FINETUNE_BATCH, FINETUNE_RATE = 128, 0.01
 _CORE = HERE.parent / "ss_pruning"
 #: The code that results depend on, by what is used; comments and docstrings do not count.
 _SOURCES = {
-    "all": [_CORE / f"{name}.py" for name in ("planning", "settling", "surgery")],
+    "all": [_CORE / f"{name}.py" for name in ("planning", "settling")],
     "ours": [
+        _CORE / "pruning.py",
         _CORE / "strength.py",
         _CORE / "moments.py",
         HERE.parent / "integrations" / "torch_pruning_adapter.py",
@@ -67,6 +72,7 @@ class Run:
     net: str
     macs: float
     criterion: str
+    cost_exponent: float
     compensation: str
     seed: int
     calibration: str
@@ -108,8 +114,9 @@ def _without_words(source: str) -> str:
 
 def grid(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that were asked for; what no seed can change comes once."""
-    axes = (options.nets, options.macs, options.criteria, options.compensations, range(options.seeds))
-    for net, macs, criterion, compensation, seed in itertools.product(*axes):
+    weighed = [(c, e) for c in options.criteria for e in cost_exponents(c, options.cost_exponents)]
+    axes = (options.nets, options.macs, weighed, options.compensations, range(options.seeds))
+    for net, macs, (criterion, exponent), compensation, seed in itertools.product(*axes):
         by_chance = (
             criterion in BY_CHANCE or compensation in ("linear", "reconstruct") or options.finetune_images
         )
@@ -120,6 +127,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             net=net,
             macs=macs,
             criterion=criterion,
+            cost_exponent=exponent,
             compensation=compensation,
             seed=seed,
             calibration=options.calibration if uses else "none",
@@ -128,6 +136,11 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             split=options.split,
             images=options.images,
         )
+
+
+def cost_exponents(criterion: str, chosen: list[float]) -> list[float]:
+    """Ours is what it is by default."""
+    return [COST_EXPONENT] if criterion.startswith(OURS) else chosen
 
 
 class Bench:
@@ -157,6 +170,7 @@ class Bench:
             example,
             macs=run.macs,
             importance=importance,
+            cost_exponent=run.cost_exponent,
             ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
             compensation=run.compensation,  # type: ignore[arg-type]
             calibration=calibration,
@@ -228,6 +242,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compensations", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--macs", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3], help="shares to keep")
+    parser.add_argument(
+        "--cost-exponents",
+        nargs="+",
+        type=float,
+        default=[0.0, COST_EXPONENT],
+        help="for other criteria than ours",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", choices=("real", "distilled"), default="real")
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
@@ -271,8 +292,11 @@ def main() -> int:
             )
             tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
             left = "out of reach" if result["top1"] is None else f"{result['top1']:.2f}"
-            print(f"{number}/{len(todo)} {run.net} {run.macs:g} {run.criterion} {run.compensation} {run.calibration} "
-                  f"seed {run.seed}: {left}{tuned} ({seconds} s)", flush=True)  # fmt: skip
+            what = f"{run.net} {run.macs:g} {run.criterion} ({run.cost_exponent:g}) {run.compensation}"
+            print(
+                f"{number}/{len(todo)} {what} {run.calibration} seed {run.seed}: {left}{tuned} ({seconds} s)",
+                flush=True,
+            )
     except (InputError, FileNotFoundError) as error:
         print(f"{error}\nSay where the data is with --data FOLDER.", file=sys.stderr)
         return 2

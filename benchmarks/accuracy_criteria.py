@@ -21,7 +21,7 @@ _NO_LABELS: dict[str, Callable[[], Any]] = {
     "BNScale": tp.importance.BNScaleImportance,
     "LAMP": tp.importance.LAMPImportance,
     "FPGM": tp.importance.FPGMImportance,
-    OURS: SynapticImportance,
+    OURS: lambda: None,  # the default: measured on calibration images if the run has some, else on noise
 }
 #: These two read gradients of the loss on labelled training images.
 _LABELS: dict[str, Callable[[], Any]] = {
@@ -47,7 +47,7 @@ class Criteria:
         self._known: dict[tuple[str, str, int], Gradients] = {}
 
     def __call__(self, name: str, model: nn.Module, net: str, seed: int, labelled: Images) -> Any:
-        """An importance for `model`, which is given the gradients that it reads."""
+        """An importance for `model`, which is given the gradients that it reads; None for the default."""
         if name in _LABELS:
             key = (name, net, seed)
             if key not in self._known:

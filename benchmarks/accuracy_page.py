@@ -24,8 +24,10 @@ INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
 groups, the same search for the budget and the same cut; only the scores differ. Calibration: 512 unlabelled training \
-images, or as many *distilled* ones as the library makes by default, which needs no image at all. Taylor and Hessian \
-also see 512 labelled training images. Everything else is data-free. ± is the standard deviation over seeds \
+images, or *distilled* ones as the library makes them by default, which needs no image at all. {ours} is the default: \
+where there are calibration images it takes its variances from them. Taylor and Hessian also see 512 labelled training \
+images. The others are data-free. Each criterion but ours was run with scores as they are and with scores divided by \
+the root of what a channel costs, which ours are; the better one is shown. ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
 that is within one standard deviation (the larger of the two).
@@ -86,15 +88,25 @@ def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> lis
 
 def cells(lines: Iterable[Line]) -> Cells:
     """Accuracies, one a seed, by criterion and column: compensation, and whether it was fine-tuned."""
-    by_seed: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    found: dict[tuple[str, str, float], dict[int, float]] = defaultdict(dict)
     for line in lines:
-        column, seed = column_of(line), line["seed"]
-        fixed = line["criterion"] not in BY_CHANCE and line["compensation"] in ("none", "mean")
-        by_seed[line["criterion"], column][0 if fixed else seed] = line["top1"]  # before any fine-tuning
+        criterion, column, weight, seed = (
+            line["criterion"],
+            column_of(line),
+            line["cost_exponent"],
+            line["seed"],
+        )
+        fixed = criterion not in BY_CHANCE and line["compensation"] in ("none", "mean")
+        found[criterion, column, weight][0 if fixed else seed] = line["top1"]  # before any fine-tuning
         if line["finetune"]:
             column += f", then {line['finetune']:,} images"
-            by_seed[line["criterion"], column][seed] = line["top1_finetuned"]
-    return {where: list(values.values()) for where, values in by_seed.items()}
+            found[criterion, column, weight][seed] = line["top1_finetuned"]
+    best: Cells = {}
+    for (criterion, column, _), by_seed in found.items():
+        values, known = list(by_seed.values()), best.get((criterion, column))
+        if known is None or statistics.mean(values) > statistics.mean(known):
+            best[criterion, column] = values
+    return best
 
 
 def column_of(line: Line) -> str:
