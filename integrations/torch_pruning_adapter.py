@@ -38,7 +38,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
 
     Args:
         moments: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
-            that `benchmarks/cifar_criteria.py --options` prefers; "batchnorm" is the paper's, and the fastest:
+            that `benchmarks/accuracy.py` prefers on training images; "batchnorm" is the paper's, and the fastest:
             take it for pruners that regularise, which score at every training step.
         score: "share" of each output's variance (default), "strength" itself, or its Gaussian "entropy".
         reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".

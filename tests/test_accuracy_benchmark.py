@@ -19,6 +19,7 @@ def line(criterion: str, top1: float, **changes: Any) -> dict[str, Any]:
         "net": "resnet20",
         "macs": 0.7,
         "criterion": criterion,
+        "cost_exponent": 0.5,
         "compensation": "none",
         "seed": 0,
         "calibration": "none",
@@ -52,7 +53,16 @@ def options(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
 
 
 def test_what_no_seed_can_change_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ("--criteria", "LAMP", "Random", "--compensations", "none", "reconstruct")
+    chosen = (
+        "--criteria",
+        "LAMP",
+        "Random",
+        "--cost-exponents",
+        "0",
+        "--compensations",
+        "none",
+        "reconstruct",
+    )
     runs = [(r.criterion, r.compensation, r.seed) for r in accuracy.grid(options(monkeypatch, *chosen))]
     assert [seed for *what, seed in runs if what == ["LAMP", "none"]] == [0]
     for what in (["LAMP", "reconstruct"], ["Random", "none"], ["Random", "reconstruct"]):
@@ -72,7 +82,8 @@ def test_what_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(accuracy, "Bench", FakeBench)
     path = str(tmp_path / "lines.jsonl")
     for criteria in (("LAMP",), ("LAMP", "FPGM")):
-        options(monkeypatch, "--criteria", *criteria, "--compensations", "none", "--results", path)
+        words = ("--criteria", *criteria, "--cost-exponents", "0")
+        options(monkeypatch, *words, "--compensations", "none", "--results", path)
         assert accuracy.main() == 0
     assert [run.criterion for run in done] == ["LAMP", "FPGM"]
 
@@ -95,6 +106,14 @@ def test_table_marks_the_best_and_tells_how_far_ours_is() -> None:
         f"| {OURS} | 60.00 | 81.00 ± 1.00 |",
         f"| *{OURS} to the best* | -1.00, not within | -0.50, within |",
     ]
+
+
+def test_other_criteria_get_the_better_of_two_weights() -> None:
+    lines = [line("LAMP", 50.0, cost_exponent=0.0), line("LAMP", 55.0), line("FPGM", 52.0, cost_exponent=0.0)]
+    assert accuracy_page.cells([*lines, line("FPGM", 51.0)]) == {
+        ("LAMP", "none"): [55.0],
+        ("FPGM", "none"): [52.0],
+    }
 
 
 def test_fine_tuned_runs_have_a_column_of_their_own() -> None:
