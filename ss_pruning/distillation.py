@@ -32,8 +32,8 @@ DISTILLED = "distilled"
 #: Called with (steps done, steps in all).
 StepProgress = Callable[[int, int], None]
 
-# Images that share one set of statistics, and Adam's rate for them (pixels have a deviation of about 1).
-_BATCH, _RATE = 64, 0.05
+# Images that share one set of statistics, and Adam's rate for them (pixels have a deviation of about 1) and memory.
+_BATCH, _RATE, _MEMORY = 64, 0.1, (0.7, 0.95)
 _CONFIDENT, _DIVERSE, _SMOOTH = 0.1, 0.1, 0.1
 # Share of the variance of the noise that all channels have in common.
 _GREY = 0.8
@@ -58,8 +58,8 @@ def distill(
     Args:
         model: A trained net with batch norms.
         example_inputs: One tensor `[batch, channels, positions...]`; gives the shape, type and place of the result.
-        images: How many; by default 256, fewer if they are large.
-        steps: Of Adam, for each batch of 64 images.
+        images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
+        steps: Of Adam, for each batch of 64 images that are made.
         seed: Of the noise to start from.
         device: Compute there; the model's own by default.
         progress: Called with (steps done, steps in all).
@@ -76,7 +76,8 @@ def distill(
     if count < 1 or steps < 1:
         raise InputError(f"images={count} and steps={steps} must be positive whole numbers")
     place = example.device if device is None else torch.device(device)
-    sizes = [min(_BATCH, count - begin) for begin in range(0, count, _BATCH)]
+    half = -(-count // 2)
+    sizes = [min(_BATCH, half - begin) for begin in range(0, half, _BATCH)]
     generator = torch.Generator().manual_seed(seed)
     made = []
     with torch.inference_mode(False), torch.enable_grad(), _listening(model, place) as listen:
@@ -88,7 +89,8 @@ def distill(
                     progress(before + done, len(sizes) * steps)
 
             made.append(_optimise(noise, listen, steps, report))
-    return torch.cat(made).to(example).contiguous()
+    found = torch.cat(made)
+    return torch.cat([found, found.flip(-1)])[:count].to(example).contiguous()
 
 
 def distilled(
@@ -221,13 +223,16 @@ def _natural_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 
 
 def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int], None]) -> Tensor:
-    """One batch of images: Adam on the pixels, with a rate that falls to nothing as half a cosine."""
+    """One batch of images: Adam on the pixels, with a rate that falls to nothing as half a cosine.
+
+    Every other step sees them mirrored, so that the mirror images serve as well as they do.
+    """
     layout = torch.channels_last if noise.dim() == 4 else torch.contiguous_format
     pixels = noise.to(memory_format=layout).requires_grad_()
-    adam = torch.optim.Adam([pixels], lr=_RATE)
+    adam = torch.optim.Adam([pixels], lr=_RATE, betas=_MEMORY)
     for step in range(steps):
         adam.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        output, distances = listen(pixels)
+        output, distances = listen(pixels.flip(-1) if step % 2 else pixels)
         loss = torch.stack(distances).mean() + _SMOOTH * _roughness(pixels) + _indecision(output)
         if not loss.isfinite():
             raise ModelError(

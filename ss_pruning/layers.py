@@ -64,7 +64,7 @@ def is_response(module: nn.Module) -> bool:
 def _foreign_kind(module: nn.Module) -> Kind | None:
     """What a module that is not torch's does with one weight a channel, found by asking it."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or list(module.children()):
+    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or _holds_tensors_inside(module):
         return None
     tensors = [*module.parameters(), *module.buffers()]
     if type(module).__module__.startswith("torch.nn.") or any(
@@ -74,6 +74,11 @@ def _foreign_kind(module: nn.Module) -> Kind | None:
     if module not in _FOREIGN:
         _FOREIGN[module] = _asked_kind(module, weight) if weight.dim() == 1 else None
     return _FOREIGN[module]
+
+
+def _holds_tensors_inside(module: nn.Module) -> bool:
+    """True if a child holds a tensor; an activation does not."""
+    return any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
 
 
 _FOREIGN: WeakKeyDictionary[nn.Module, Kind | None] = WeakKeyDictionary()

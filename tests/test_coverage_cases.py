@@ -41,6 +41,17 @@ class MeanSquare(nn.Module):
         return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.weight.view(1, -1, 1, 1)
 
 
+class ActiveMeanSquare(MeanSquare):
+    """The same with an activation inside, as timm's norms have it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
 class MapNorm(nn.LayerNorm):
     """A layer norm over the channels of a channels-first map."""
 
@@ -76,6 +87,7 @@ def between(norm: nn.Module) -> nn.Sequential:
 NORMS: list[Callable[[], nn.Module]] = [
     lambda: GroupScaled(16, 4),
     lambda: MeanSquare(16),
+    lambda: ActiveMeanSquare(16),
     lambda: MapNorm(16),
     lambda: Shiftless(16),
 ]
@@ -105,6 +117,7 @@ def test_groups_of_a_foreign_norm_lose_as_many_each() -> None:
 def test_what_is_a_norm() -> None:
     assert is_norm(GroupScaled(8, 2))
     assert is_norm(MeanSquare(8))
+    assert is_norm(ActiveMeanSquare(8))
     assert not is_norm(Scaled(8))
     assert not is_norm(nn.PReLU(8))
     assert mixes_channels(MeanSquare(8))

@@ -82,9 +82,10 @@ def test_a_seed_gives_the_same_images_again(net: Net) -> None:
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
     steps: list[tuple[int, int]] = []
     images = distill(
-        net, EXAMPLE, images=70, steps=2, progress=lambda done, total: steps.append((done, total))
+        net, EXAMPLE, images=139, steps=2, progress=lambda done, total: steps.append((done, total))
     )
-    assert len(images) == 70
+    assert len(images) == 139
+    assert torch.equal(images[70:], images[:69].flip(-1))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
