@@ -80,7 +80,7 @@ def distill(
     sizes = [min(_BATCH, half - begin) for begin in range(0, half, _BATCH)]
     generator = torch.Generator().manual_seed(seed)
     made = []
-    with torch.inference_mode(False), torch.enable_grad(), _listening(model, place) as listen:
+    with torch.inference_mode(False), torch.enable_grad(), _listening(model, place, seed) as listen:
         for number, size in enumerate(sizes):
             noise = _natural_noise((size, *example.shape[1:]), generator).to(place)
 
@@ -155,7 +155,7 @@ _Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
 
 
 @contextlib.contextmanager
-def _listening(model: nn.Module, device: torch.device) -> Iterator[_Listen]:
+def _listening(model: nn.Module, device: torch.device, seed: int) -> Iterator[_Listen]:
     """A copy of the model that tells how well its norms recognise what they see."""
     net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
@@ -182,6 +182,7 @@ def _listening(model: nn.Module, device: torch.device) -> Iterator[_Listen]:
         return output, list(heard)
 
     with preserved(net, training=False):
+        torch.manual_seed(seed)  # should the model draw numbers of its own
         yield listen
 
 

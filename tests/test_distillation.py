@@ -79,6 +79,16 @@ def test_a_seed_gives_the_same_images_again(net: Net) -> None:
     assert not torch.equal(first, distill(net, EXAMPLE, seed=1, **FEW))
 
 
+class Drawing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_numbers_gives_the_same_images_again() -> None:
+    net = Drawing()
+    assert torch.equal(distill(net, EXAMPLE, **FEW), distill(net, EXAMPLE, **FEW))
+
+
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
     steps: list[tuple[int, int]] = []
     images = distill(
