@@ -251,7 +251,13 @@ def table(result: dict[str, Any]) -> str:
         "ModelSpeedup: params | diff. float32 or error | diff. norms masked |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
-    for key, case in result["cases"].items():
+    order = [
+        f"{name} {kind} {pruner}"
+        for name in (*TORCHVISION, *TIMM)
+        for kind in MASKS
+        for pruner in ("ours", "l1")
+    ]
+    for key, case in sorted(result["cases"].items(), key=lambda item: order.index(item[0])):
         ours, nnis = case.get("compact"), case.get("speedup")
         if ours is None:
             continue
