@@ -172,7 +172,8 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
         return x.dim() - 1
     weight = torch.ones(n, dtype=x.dtype, device=x.device)
-    probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
+    # Of both signs in every channel: an activation inside may silence one.
+    probe = torch.arange(x[:1].numel(), device=x.device).sin().to(x.dtype).reshape(x[:1].shape)
     plain = ask(module, {"weight": weight}, probe)
     weight = weight.clone()
     weight[0] = 2.0

@@ -93,7 +93,7 @@ NORMS: list[Callable[[], nn.Module]] = [
 ]
 
 
-@pytest.mark.parametrize("make", NORMS, ids=["grouped", "mean_square", "map", "shiftless"])
+@pytest.mark.parametrize("make", NORMS, ids=["grouped", "mean_square", "active", "map", "shiftless"])
 @pytest.mark.parametrize("pixels", [8, 16])  # with 16, channels and pixels are as many
 def test_foreign_norms_are_cut(make: Callable[[], nn.Module], pixels: int) -> None:
     model = between(make())
