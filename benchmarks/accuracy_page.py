@@ -63,6 +63,7 @@ def _run(line: Line) -> tuple[Any, ...]:
         "net",
         "macs",
         "criterion",
+        "cost_exponent",
         "compensation",
         "seed",
         "calibration",
@@ -132,7 +133,7 @@ def table(lines: list[Line]) -> list[str]:
     for criterion in CRITERIA:
         if not any((criterion, column) in found for column in columns):
             continue
-        texts = (spread(found.get((criterion, c), ())) for c in columns)
+        texts = (spread(found.get((criterion, c), ()), _by_chance(criterion, c)) for c in columns)
         marked = (
             f"**{t}**" if t and best[c] == criterion else t for t, c in zip(texts, columns, strict=True)
         )
@@ -154,13 +155,20 @@ def distance(found: Cells, column: str, best: str) -> str:
     return f"-{gap:.2f}, {'within' if gap <= deviation else 'not within'}"
 
 
-def spread(values: Iterable[float]) -> str:
-    """Mean, and standard deviation where there are several values."""
+def _by_chance(criterion: str, column: str) -> bool:
+    """True if another seed would give another result."""
+    return criterion in BY_CHANCE or column not in ("none", "mean")
+
+
+def spread(values: Iterable[float], by_chance: bool = False) -> str:
+    """Mean, and standard deviation where there are several values; says so where they should be more."""
     values = list(values)
     if not values:
         return ""
     mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+    if len(values) == 1:
+        return f"{mean} (one seed)" if by_chance else mean
+    return f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def _remarks(lines: list[Line]) -> list[str]:
@@ -196,19 +204,18 @@ def _gains(lines: list[Line]) -> list[str]:
 
 
 def _point(line: Line) -> tuple[Any, ...]:
-    return line["net"], line["macs"], line["criterion"], line["residual"]
+    return line["net"], line["macs"], line["criterion"], line["cost_exponent"], line["residual"]
 
 
 def _plot(lines: list[Line], title: str, path: Path) -> bool:
     """Accuracy against MACs: plain cuts dashed, reconstructed ones solid. False where there is one budget only."""
-    curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
-        if (
-            line["compensation"] in ("none", "reconstruct")
-            and not line["finetune"]
-            and line["calibration"] != "distilled"
-        ):
-            curves[line["criterion"], line["compensation"]][line["macs"]].append(line["top1"])
+    curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
+    untuned = [line for line in lines if not line["finetune"] and line["calibration"] != "distilled"]
+    for macs in {line["macs"] for line in untuned}:
+        found = cells(line for line in untuned if line["macs"] == macs)
+        for (criterion, column), values in found.items():
+            if column in ("none", "reconstruct"):
+                curves[criterion, column][macs] = values
     if len({line["macs"] for line in lines}) < 2:
         return False
     import matplotlib as mpl

@@ -132,6 +132,14 @@ def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -
     assert f"off the budget: {OURS} keeps 65.0%" in text
 
 
+def test_page_keeps_both_cost_weights_apart_and_says_where_seeds_are_missing(tmp_path: Path) -> None:
+    lines = [line("LAMP", 55.0, cost_exponent=0.0), line("LAMP", 50.0)]
+    lines += [line("LAMP", 80.0, compensation="reconstruct"), line("Random", 20.0)]
+    text = accuracy_page.write_page(lines, tmp_path / "page.md").read_text()
+    assert "| LAMP | **55.00** | **80.00 (one seed)** |" in text
+    assert "| Random | 20.00 (one seed) |" in text
+
+
 def test_page_has_a_plot_where_there_are_several_budgets(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
     lines = [line("LAMP", 50.0), line("LAMP", 40.0, macs=0.5)]
