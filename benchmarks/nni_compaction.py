@@ -77,18 +77,21 @@ def build(name: str) -> nn.Module:
 
 
 def config_for(model: nn.Module, images: Tensor, kind: str) -> list[dict[str, Any]]:
-    """Every convolution but the stem and those whose outputs are the model's."""
+    """Every convolution but those whose outputs are the model's and, unless whole outputs go, the stem."""
     granularity, ratio = MASKS[kind]
     wiring = trace(model, images)
     convs = [p for p in wiring.layers if isinstance(model.get_submodule(p), nn.Conv2d)]
-    skipped = [convs[0], *(p for p in convs if p in wiring.reaches_output)]
+    skipped = [p for p in convs if p in wiring.reaches_output]
+    skipped += convs[:1] if kind != "out_channel" else []
     chosen = [p for p in convs if p not in skipped]
     config = [{"op_names": chosen, "sparse_ratio": ratio, "granularity": granularity}]
     if kind == "kernel":
         return config
     from nni.compression.speedup import auto_set_denpendency_group_ids
 
-    return auto_set_denpendency_group_ids(symbolic_graph(model), config, prune_axis=int(kind == "in_channel"))
+    return auto_set_denpendency_group_ids(
+        symbolic_graph(model, images), config, prune_axis=int(kind == "in_channel")
+    )
 
 
 def masks_of(pruner: str, model: nn.Module, config: list[dict[str, Any]], images: Tensor) -> tuple[Any, str]:
@@ -153,9 +156,10 @@ def sped_up(model: nn.Module, masks: Any, images: Tensor) -> dict[str, Any]:
     try:
         fast = speedup(model, masks, images)
         return {
+            "seconds": time.perf_counter() - begin,
             "params": sum(p.numel() for p in fast.parameters()),
             "difference_float32": difference(bake(model, masks), fast, images),
-            "seconds": time.perf_counter() - begin,
+            "difference_norms_masked": difference(bake(model, masks, images, norms="mask"), fast, images),
         }
     except Exception as error:  # its failures are what this records
         cause = error.__cause__ or error
@@ -244,24 +248,31 @@ def table(result: dict[str, Any]) -> str:
         "relative to the masked model:",
         "",
         "| model, masks, pruner | params | compact | norms masked | diff. float64 | diff. float32 | seconds | "
-        "ModelSpeedup: params | diff. float32 or error |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        "ModelSpeedup: params | diff. float32 or error | diff. norms masked |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
-    for key, case in result["cases"].items():
+    order = [
+        f"{name} {kind} {pruner}"
+        for name in (*TORCHVISION, *TIMM)
+        for kind in MASKS
+        for pruner in ("ours", "l1")
+    ]
+    for key, case in sorted(result["cases"].items(), key=lambda item: order.index(item[0])):
         ours, nnis = case.get("compact"), case.get("speedup")
         if ours is None:
             continue
         label = key + (" \\*" if "do not fit" in case["masks"] else "")
         if nnis is None:
-            theirs = ("", "not run")
+            theirs = ("", "not run", "")
         elif "error" in nnis:
-            theirs = ("", nnis["error"].replace("|", "\\|"))
+            theirs = ("", nnis["error"].replace("|", "\\|"), "")
         else:
-            theirs = (f"{nnis['params'] / 1e3:,.0f}", f"{nnis['difference_float32']:.1e}")
+            differences = (f"{nnis[key]:.0e}" for key in ("difference_float32", "difference_norms_masked"))
+            theirs = (f"{nnis['params'] / 1e3:,.0f}", *differences)
         lines.append(
             f"| {label} | {case['params'] / 1e3:,.0f} | {ours['params'] / 1e3:,.0f} | "
             f"{_thousands(ours.get('params_norms_masked'))} | {ours['difference_float64']:.0e} | "
-            f"{ours['difference_float32']:.0e} | {ours['seconds']:.0f} | {theirs[0]} | {theirs[1]} |"
+            f"{ours['difference_float32']:.0e} | {ours['seconds']:.0f} | {' | '.join(theirs)} |"
         )
     lines += [
         "",

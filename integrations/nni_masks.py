@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.accounting import Compaction
@@ -19,7 +20,7 @@ from ss_pruning.compaction import compact_
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import kind_of, mixes_channels, width
 from ss_pruning.liveness import living_kernels
-from ss_pruning.provenance import trace
+from ss_pruning.provenance import preserved, trace
 from ss_pruning.surgery import Cut, cut_layer
 from ss_pruning.wiring import Wiring
 
@@ -82,8 +83,8 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
     """NNI's own `ModelSpeedup` on a copy, with what it needs on today's PyTorch.
 
     Its tracer is replaced by `torch.fx` with every layer a leaf, subclasses of known layers are cut as what they are
-    (NNI would rebuild them as their base class, or stop), and it is kept from printing. What it makes of masks is
-    NNI's affair: kernel masks are lost, and a constant behind a batch norm is dropped. See `compact`.
+    (NNI would rebuild them as their base class, or stop), train flags stay as they are, and it is kept from printing.
+    What it makes of masks is NNI's affair: kernel masks are lost, and a constant behind a batch norm is dropped.
 
     Args:
         model: Before or after the pruner's `unwrap_model()`; not changed.
@@ -116,19 +117,29 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
                 example_inputs,
                 given,
                 customized_replacers=[replacer],
-                graph_module=symbolic_graph(twin.eval()),
+                graph_module=symbolic_graph(twin.eval(), example_inputs),
                 logger=quiet,
             ).speedup_model()
     except Exception as error:
         raise ModelError(
             f"NNI's ModelSpeedup fails on this model ({type(error).__name__}: {error})"
         ) from error
+    flags = {path: module.training for path, module in model.named_modules()}
+    for path, module in twin.named_modules():  # the layers that it has built anew are in train mode
+        module.training = flags.get(path, model.training)
     return twin
 
 
-def symbolic_graph(model: nn.Module) -> fx.GraphModule:
-    """A graph with layers as leaves, for what takes one in NNI: `auto_set_denpendency_group_ids`, `ModelSpeedup`."""
-    return fx.GraphModule(model, _Tracer().trace(model))
+def symbolic_graph(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
+    """A graph for what takes one in NNI: `auto_set_denpendency_group_ids`, `ModelSpeedup`.
+
+    Layers are leaves, and the shapes of all tensors are noted: without them NNI finds only some of the dependencies.
+    """
+    graph = fx.GraphModule(model, _Tracer().trace(model))
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with preserved(model, training=False), torch.no_grad():
+        ShapeProp(graph).propagate(*inputs)
+    return graph
 
 
 class _Tracer(fx.Tracer):

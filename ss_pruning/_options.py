@@ -20,99 +20,11 @@ Model = Annotated[
         "executes that file.[/bold] Arguments follow after commas: timm:resnet18,num_classes=10",
     ),
 ]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run "
-        "from it.",
-        show_default="random",
-        rich_help_panel=_MODEL,
-    ),
-]
-ByOrder = Annotated[
-    bool,
-    typer.Option(
-        "--weights-by-order",
-        metavar="",
-        help="Match the weights by order and shape instead of by name.",
-        rich_help_panel=_MODEL,
-    ),
-]
-InputSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CxHxW",
-        help="Size of one image.",
-        show_default="the model's own, else 3x224x224",
-        rich_help_panel=_IMAGES,
-    ),
-]
-DataPlace = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PLACE",
-        help="digits, cifar10:PATH, a folder with one folder per class (or with train/ and val/ of these), "
-        "or a .tar of that layout.",
-        show_default=False,
-        rich_help_panel=_IMAGES,
-    ),
-]
-Images = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Measure accuracy on so many of the images, drawn at random.",
-        show_default="all",
-        rich_help_panel=_IMAGES,
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="M,M,M",
-        help="Mean per channel of images in 0..1.",
-        show_default="the model's own",
-        rich_help_panel=_IMAGES,
-    ),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(
-        metavar="S,S,S",
-        help="Deviation per channel.",
-        show_default="the model's own",
-        rich_help_panel=_IMAGES,
-    ),
-]
-MomentsOption = Annotated[
-    Moments | None,
-    typer.Option(
-        metavar="NAME",
-        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
-        "run on its own noise) or data (the images). To prune, the calibration images if there are any, "
-        "else gaussian; to score, batchnorm.",
-        show_default=False,
-        rich_help_panel=_CRITERION,
-    ),
-]
-Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything random.", rich_help_panel=_OUTPUT)]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Compute there: cpu, cuda:0.",
-        show_default="a GPU if any",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", metavar="", help="Print JSON on stdout and nothing else.", rich_help_panel=_OUTPUT
-    ),
-]
+
+
+def _option(panel: str, *names: str, **what: Any) -> Any:
+    """An option in a panel of the help; it takes a name unless another metavar is given."""
+    return typer.Option(*names, rich_help_panel=panel, **{"metavar": "NAME", **what})
 
 
 def _fraction(help_text: str) -> Any:
@@ -121,110 +33,161 @@ def _fraction(help_text: str) -> Any:
     )
 
 
+Weights = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        help="Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run "
+        "from it.",
+        metavar="FILE",
+        show_default="random",
+    ),
+]
+ByOrder = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        "--weights-by-order",
+        help="Match the weights by order and shape instead of by name.",
+        metavar="",
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    _option(
+        _IMAGES, help="Size of one image.", metavar="CxHxW", show_default="the model's own, else 3x224x224"
+    ),
+]
+DataPlace = Annotated[
+    str | None,
+    _option(
+        _IMAGES,
+        help="digits, cifar10:PATH, a folder with one folder per class (or with train/ and val/ of these), "
+        "or a .tar of that layout.",
+        metavar="PLACE",
+        show_default=False,
+    ),
+]
+Images = Annotated[
+    int | None,
+    _option(
+        _IMAGES,
+        help="Measure accuracy on so many of the images, drawn at random.",
+        metavar="N",
+        show_default="all",
+        min=1,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    _option(
+        _IMAGES, help="Mean per channel of images in 0..1.", metavar="M,M,M", show_default="the model's own"
+    ),
+]
+Std = Annotated[
+    str | None,
+    _option(_IMAGES, help="Deviation per channel.", metavar="S,S,S", show_default="the model's own"),
+]
+MomentsOption = Annotated[
+    Moments | None,
+    _option(
+        _CRITERION,
+        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
+        "run on its own noise) or data (the images). To prune, the calibration images if there are any, "
+        "else gaussian; to score, batchnorm.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, _option(_OUTPUT, help="Seed of everything random.", metavar="N")]
+Device = Annotated[
+    str | None,
+    _option(_OUTPUT, help="Compute there: cpu, cuda:0.", show_default="a GPU if any"),
+]
+Json = Annotated[
+    bool,
+    _option(_OUTPUT, "--json", help="Print JSON on stdout and nothing else.", metavar=""),
+]
+
+
 Criterion = Annotated[
     Importance,
-    typer.Option(
-        metavar="NAME",
+    _option(
+        _CRITERION,
         help="What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, "
         "bn-scale, lamp, fpgm or random.",
-        rich_help_panel=_CRITERION,
     ),
 ]
 ScoreOption = Annotated[
     Score | None,
-    typer.Option(
-        metavar="NAME",
+    _option(
+        _CRITERION,
         help="What synaptic importance is made of: share, strength or entropy.",
         show_default="the importance's own",
-        rich_help_panel=_CRITERION,
     ),
 ]
 ScopeOption = Annotated[
     Scope,
-    typer.Option(
-        metavar="NAME",
-        help="Rank channels across all layers (global) or within each (local).",
-        rich_help_panel=_CRITERION,
-    ),
+    _option(_CRITERION, help="Rank channels across all layers (global) or within each (local)."),
 ]
 CompensationOption = Annotated[
     Compensation,
-    typer.Option(
-        metavar="NAME",
+    _option(
+        _CRITERION,
         help="Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct "
         "(both calibrate on images, without labels).",
-        rich_help_panel=_CRITERION,
     ),
 ]
 CalibrationOption = Annotated[
     Calibration | None,
-    typer.Option(
-        metavar="NAME",
+    _option(
+        _CRITERION,
         help="What compensation calibrates on: data (training images of --data) or distilled (images made from the "
         "model's batch norms; kept for the next time).",
         show_default="data, if there is any",
-        rich_help_panel=_CRITERION,
     ),
 ]
 MaxRatio = Annotated[
     float,
-    typer.Option(
-        metavar="0..1",
-        help="Never remove more than this fraction of a layer's channels.",
-        rich_help_panel=_CRITERION,
-    ),
+    _option(_CRITERION, help="Never remove more than this fraction of a layer's channels.", metavar="0..1"),
 ]
 CostExponent = Annotated[
     float,
-    typer.Option(
-        metavar="P",
+    _option(
+        _CRITERION,
         help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost.",
-        rich_help_panel=_CRITERION,
+        metavar="P",
     ),
 ]
 RoundTo = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        help="Keep widths multiples of this.",
-        show_default=False,
-        rich_help_panel=_CRITERION,
-    ),
+    _option(_CRITERION, help="Keep widths multiples of this.", metavar="N", show_default=False),
 ]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="PATH",
-        help="Leave this module whole; may be given again.",
-        show_default=False,
-        rich_help_panel=_CRITERION,
+    _option(
+        _CRITERION, help="Leave this module whole; may be given again.", metavar="PATH", show_default=False
     ),
 ]
 OutFolder = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
+    _option(
+        _OUTPUT,
         help="Write model.safetensors, report.json and report.html there, over older ones.",
+        metavar="DIR",
         show_default=False,
-        rich_help_panel=_OUTPUT,
     ),
 ]
 Weakest = Annotated[
     int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="How many of the weakest synapses to list.",
-        rich_help_panel=_OUTPUT,
-    ),
+    _option(_OUTPUT, help="How many of the weakest synapses to list.", metavar="N", min=0),
 ]
 OutFile = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
+    _option(
+        _OUTPUT,
         help="Write all strengths (.safetensors) or the summary (.json).",
+        metavar="FILE",
         show_default=False,
-        rich_help_panel=_OUTPUT,
     ),
 ]
 Macs = Annotated[float | None, _fraction("Keep this fraction of the multiply-accumulates.")]

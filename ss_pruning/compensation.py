@@ -17,6 +17,7 @@ a bias, and the plan says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -189,6 +190,10 @@ def _fold(
         return
     taps = _as_matrix(module)
     taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
+    if (
+        isinstance(module, _ConvNd) and module.transposed
+    ):  # an output sees some of the taps, on average so many
+        taps = taps / math.prod(module.stride)
     by_group = constant.to(taps).reshape(groups, -1).repeat_interleave(len(taps) // groups, 0)
     bias = (taps * by_group).sum(1)
     kept_out = _kept_outputs(plan, path)
@@ -199,8 +204,12 @@ def _fold(
 
 
 def _is_padded(module: nn.Module) -> bool:
-    """True where part of the kernel may see a padded border."""
-    if not isinstance(module, _ConvNd) or all(k == 1 for k in module.kernel_size):
+    """True where part of the kernel may see a padded border, or an output only sees part of the kernel."""
+    if not isinstance(module, _ConvNd):
+        return False
+    if module.transposed:  # which taps an output sees depends on where it is
+        return any(n != 1 for n in (*module.kernel_size, *module.stride))
+    if all(k == 1 for k in module.kernel_size):
         return False
     plain = type(module).__module__.startswith("torch.nn.")
     return (

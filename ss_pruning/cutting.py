@@ -16,6 +16,9 @@ from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
+#: Moments are measured on so many calibration images at a time.
+BATCH = 64
+
 
 def calibration_images(
     calibration: Any, model: nn.Module, example_inputs: Any, progress: Callable[[int, int], None]
@@ -102,7 +105,7 @@ def _compensate(
     inputs: Any,
 ) -> Outcome:
     if method == "mean":
-        source = "gaussian" if images is None else [images]
+        source = "gaussian" if images is None else images.split(BATCH)
         return fold_means_(small, model, plan, wiring, source, inputs)
     if method == "linear":
         return fold_linear_(small, model, plan, wiring, images)

@@ -22,7 +22,7 @@ class Follower:
 
     A number follows if it equals one old width that is known at this module, and that width became one new one:
     first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
-    into which their outputs split.
+    into which their outputs split, else those of the outputs that split alone.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class Follower:
         self.current = ""
         self.done: set[str] = set()
         self.inside: dict[str, list[tuple[int, int]]] = {}
+        self.split: dict[str, list[tuple[int, int]]] = {}
         for cut in plan.cuts:
-            changes = [(cut.width, len(cut.kept)), *parts.get(cut.path, [])]
+            own = parts.get(cut.path, [])
             path = cut.path
             while path:
                 path = path.rpartition(".")[0]
-                self.inside.setdefault(path, []).extend(changes)
+                self.inside.setdefault(path, []).extend([(cut.width, len(cut.kept)), *own])
+                self.split.setdefault(path, []).extend(own)
 
     def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
         """Let the numbers of the module at `path`, which is about to run on tensors of these shapes, follow."""
@@ -57,23 +59,23 @@ class Follower:
             for old, new in zip(before, after, strict=True)
             if old != new
         ]
-        self._follow(path, module, _changes(arrived), _changes(self._nearby(path, module)))
+        block = self._block(path, module)
+        known = (arrived, self.inside.get(block, []), self.split.get(block, []))
+        self._follow(path, module, [_changes(pairs) for pairs in known])
 
-    def _nearby(self, path: str, module: nn.Module) -> list[tuple[int, int]]:
-        """Changes inside a module; if it holds no layer (a padded shortcut), those of the block it stands in."""
+    def _block(self, path: str, module: nn.Module) -> str:
+        """The module itself; if it holds no layer (a padded shortcut), the block it stands in."""
         while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
             path = path.rpartition(".")[0]
-        return self.inside.get(path, [])
+        return path
 
     def numbers(self) -> list[Number]:
         """What has followed so far."""
         return [(a.path, a.name, a.position) for a in self.found]
 
-    def _follow(
-        self, path: str, module: nn.Module, near: Mapping[int, int], inside: Mapping[int, int]
-    ) -> None:
+    def _follow(self, path: str, module: nn.Module, changes: Sequence[Mapping[int, int]]) -> None:
         for name, position, value in _stored_numbers(module):
-            after = near.get(value, inside.get(value))
+            after = next((known[value] for known in changes if value in known), None)
             stays = any((place, name, position) in self.fixed for place in (path, pattern(path)))
             if after is not None and after != value and not stays:
                 attribute = Attribute(path, name, position, value, after)
@@ -104,7 +106,7 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
 def part_sizes(
     units: Sequence[Unit], selection: Selection, wiring: Wiring
 ) -> dict[str, list[tuple[int, int]]]:
-    """By layer that it touches: old and new size of each part into which a producer's output splits."""
+    """By layer that touches an output that splits: old and new size of each part of it, and of the whole."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for unit in units:
         sizes = []
@@ -113,6 +115,7 @@ def part_sizes(
             if (path, side) in selection and cell.size < wiring.layers[path].outputs:
                 left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
                 sizes.append((cell.size, int(left)))
+                sizes.append((wiring.layers[path].outputs, len(selection[path, side])))
         for path in unit.paths() if sizes else ():
             parts.setdefault(path, []).extend(sizes)
     return parts

@@ -64,7 +64,7 @@ def is_response(module: nn.Module) -> bool:
 def _foreign_kind(module: nn.Module) -> Kind | None:
     """What a module that is not torch's does with one weight a channel, found by asking it."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or list(module.children()):
+    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or _holds_tensors_inside(module):
         return None
     tensors = [*module.parameters(), *module.buffers()]
     if type(module).__module__.startswith("torch.nn.") or any(
@@ -74,6 +74,11 @@ def _foreign_kind(module: nn.Module) -> Kind | None:
     if module not in _FOREIGN:
         _FOREIGN[module] = _asked_kind(module, weight) if weight.dim() == 1 else None
     return _FOREIGN[module]
+
+
+def _holds_tensors_inside(module: nn.Module) -> bool:
+    """True if a child holds a tensor; an activation does not."""
+    return any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
 
 
 _FOREIGN: WeakKeyDictionary[nn.Module, Kind | None] = WeakKeyDictionary()
@@ -167,7 +172,8 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
         return x.dim() - 1
     weight = torch.ones(n, dtype=x.dtype, device=x.device)
-    probe = torch.linspace(-1.0, 1.0, x[:1].numel(), dtype=x.dtype, device=x.device).reshape(x[:1].shape)
+    # Of both signs in every channel: an activation inside may silence one.
+    probe = torch.arange(x[:1].numel(), device=x.device).sin().to(x.dtype).reshape(x[:1].shape)
     plain = ask(module, {"weight": weight}, probe)
     weight = weight.clone()
     weight[0] = 2.0

@@ -14,7 +14,7 @@ from torch import nn
 
 from ss_pruning.compensation import Method
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
-from ss_pruning.cutting import calibration_images, check_compensation, cut_
+from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
@@ -137,7 +137,7 @@ def prune_(
 def _default_importance(images: Any) -> Any:
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
 
-    return SynapticImportance() if images is None else SynapticImportance(moments=[images])
+    return SynapticImportance() if images is None else SynapticImportance(moments=images.split(BATCH))
 
 
 class _Clock:

@@ -136,6 +136,24 @@ def test_a_constant_folds_exactly_unless_a_border_is_padded(
     assert difference < 1e-6 if exact else difference > 1e-6
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (2, 2), (3, 1), (4, 2), (1, 2)])
+def test_a_transposed_layer_puts_out_a_constant_on_average(kernel: int, stride: int) -> None:
+    """Inside, a constant comes out as a pattern of the stride's period; the bias is its mean."""
+    dense, x = double_net(norm_behind=False), images()
+    dense.conv2 = randomise(nn.ConvTranspose2d(8, 6, kernel, stride), 2).double()
+    make_constant(dense)
+    small, plan, wiring = cut(dense, [5], x)
+    before = small.conv2.bias.detach().clone()
+    outcome = fold_means_(small, dense, plan, wiring, [x], x)
+    alone = torch.zeros(1, 8, 12, 12, dtype=torch.float64)
+    alone[:, 5] = 0.7
+    with torch.no_grad():
+        pattern = F.conv_transpose2d(alone, dense.conv2.weight, stride=stride)[:, :, 4:-4, 4:-4]
+    period = pattern[:, :, : 2 * stride, : 2 * stride]
+    assert torch.allclose(small.conv2.bias - before, period.mean((0, 2, 3)))
+    assert outcome.inexact == ([] if kernel == stride == 1 else ["conv2"])
+
+
 def test_mean_equals_plain_loops() -> None:
     dense, x = double_net(kernel=3, padding=1, norm_behind=False), images()
     removed = [1, 4]

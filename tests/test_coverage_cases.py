@@ -41,6 +41,17 @@ class MeanSquare(nn.Module):
         return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.weight.view(1, -1, 1, 1)
 
 
+class ActiveMeanSquare(MeanSquare):
+    """The same with an activation inside, as timm's norms have it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
 class MapNorm(nn.LayerNorm):
     """A layer norm over the channels of a channels-first map."""
 
@@ -76,12 +87,13 @@ def between(norm: nn.Module) -> nn.Sequential:
 NORMS: list[Callable[[], nn.Module]] = [
     lambda: GroupScaled(16, 4),
     lambda: MeanSquare(16),
+    lambda: ActiveMeanSquare(16),
     lambda: MapNorm(16),
     lambda: Shiftless(16),
 ]
 
 
-@pytest.mark.parametrize("make", NORMS, ids=["grouped", "mean_square", "map", "shiftless"])
+@pytest.mark.parametrize("make", NORMS, ids=["grouped", "mean_square", "active", "map", "shiftless"])
 @pytest.mark.parametrize("pixels", [8, 16])  # with 16, channels and pixels are as many
 def test_foreign_norms_are_cut(make: Callable[[], nn.Module], pixels: int) -> None:
     model = between(make())
@@ -105,6 +117,7 @@ def test_groups_of_a_foreign_norm_lose_as_many_each() -> None:
 def test_what_is_a_norm() -> None:
     assert is_norm(GroupScaled(8, 2))
     assert is_norm(MeanSquare(8))
+    assert is_norm(ActiveMeanSquare(8))
     assert not is_norm(Scaled(8))
     assert not is_norm(nn.PReLU(8))
     assert mixes_channels(MeanSquare(8))
@@ -244,4 +257,30 @@ def test_a_response_is_cut_through() -> None:
     assert synaptic_strength(model, x).unscaled["3"].all()
     report = prune_(model, x, ratio=0.5, scope="local")
     assert (model[0].out_channels, model[2].weight.shape, model[2].bias.shape) == (4, (4,), (4,))
+    assert report.max_error < 1e-10
+
+
+class Split(nn.Module):
+    """As Res2Net has it: a number at which an output splits, and layers of just that width behind."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.width = channels
+        self.wide = nn.Conv2d(6, 2 * channels, 1)
+        self.one, self.two = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.out = nn.Conv2d(2 * channels, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).relu().split(self.width, 1)
+        return x + self.out(torch.cat([self.one(a), self.two(b)], 1))
+
+
+def test_where_widths_compete_the_output_that_splits_decides() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Split(12), Split(12), nn.Conv2d(6, 5, 1)).eval()
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.4, scope="global")
+    assert [left.reason for left in report.left_whole] == ["reaches the model's output"]
+    for block in (model[1], model[2]):
+        assert block.wide.out_channels == 2 * block.width
+        assert len({block.width, block.one.out_channels, block.two.out_channels}) > 1
     assert report.max_error < 1e-10

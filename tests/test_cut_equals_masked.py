@@ -424,3 +424,14 @@ def test_a_grouped_convolution_may_come_down_to_one_input_a_group() -> None:
     fresh = model.ss_pruning_plan.apply_(build())
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
     assert torch.equal(fresh(x), model(x))
+
+
+def test_stages_are_timed_and_verification_is_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    told: list[tuple[str, int, int]] = []
+    report = prune_(model, torch.zeros(1, 3, 8, 8), ratio=0.5, progress=lambda *what: told.append(what))
+    assert list(report.seconds) == ["trace", "score", "plan", "verify", "cut"]
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert told[0] == ("trace", 0, 5)
+    assert told[-1] == ("cut", 5, 5)

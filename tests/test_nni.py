@@ -132,6 +132,17 @@ def test_dependent_layers_lose_the_same_outputs_in_every_group() -> None:
     assert rows["conv2"].reshape(2, 8).sum(1).tolist() == [4, 4]
 
 
+def test_thresholds_are_thresholds_of_the_scores() -> None:
+    model = grouped()
+    shares = ss_pruning.synaptic_strength(model, IMAGES).shares()["conv3"]
+    threshold = float(shares.median())
+    config = [{"op_names": ["conv3"], "sparse_threshold": threshold}]
+    masks = compress(SynapticStrengthPruner(copy.deepcopy(model), config, IMAGES))
+    assert torch.equal(masks["conv3"]["weight"].flatten(1).bool(), shares >= threshold)
+    config[0]["max_sparse_ratio"] = 0.25
+    assert sparsity(compress(SynapticStrengthPruner(model, config, IMAGES))["conv3"]["weight"]) == 0.25
+
+
 def test_kernel_scores_are_strengths_and_shares() -> None:
     model = grouped()
     strengths = ss_pruning.synaptic_strength(model, IMAGES)
@@ -471,7 +482,14 @@ def test_speedup_runs_nnis_own() -> None:
     fast = speedup(model, masks, IMAGES)
     assert isinstance(fast.conv2, Own)
     assert fast.conv2.in_channels == fast.conv1.out_channels == fast.n1.num_features == 4
+    assert not any(module.training for module in fast.modules())
     assert difference(model, fast, IMAGES) < 1e-5
+
+
+def test_speedup_leaves_training_models_in_training() -> None:
+    model = subclasses().train()
+    masks = compress(L1NormPruner(copy.deepcopy(model), CONV))
+    assert all(module.training for module in speedup(model, masks, IMAGES).modules())
 
 
 def test_speedup_names_nnis_own_error() -> None:
