@@ -276,10 +276,11 @@ def main() -> int:
         print(f"written: {write_page(read_lines(options.results))}")
         return 0
     done = {key(line) for line in read_lines(options.results)}
-    todo = [run for run in grid(options) if (*asdict(run).values(), run.code()) not in done]
+    todo = [(run, run.code()) for run in grid(options)]
+    todo = [(run, code) for run, code in todo if (*asdict(run).values(), code) not in done]
     try:
         bench = Bench(options)
-        for number, run in enumerate(todo, 1):
+        for number, (run, code) in enumerate(todo, 1):
             started = time.perf_counter()
             try:
                 result = bench(run)
@@ -287,7 +288,7 @@ def main() -> int:
                 result = {"top1": None, "error": str(error)}
             seconds = round(time.perf_counter() - started, 1)
             add_line(
-                {**asdict(run), "code": run.code(), **result, "seconds": seconds, "versions": versions()},
+                {**asdict(run), "code": code, **result, "seconds": seconds, "versions": versions()},
                 options.results,
             )
             tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
