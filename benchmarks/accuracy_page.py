@@ -129,13 +129,15 @@ def table(lines: list[Line]) -> list[str]:
     best = {
         c: max((statistics.mean(v), k) for (k, column), v in found.items() if column == c)[1] for c in columns
     }
+    rivals = {c: sum(column == c for _, column in found) > 1 for c in columns}
     rows = [f"| criterion | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for criterion in CRITERIA:
         if not any((criterion, column) in found for column in columns):
             continue
         texts = (spread(found.get((criterion, c), ()), _by_chance(criterion, c)) for c in columns)
         marked = (
-            f"**{t}**" if t and best[c] == criterion else t for t, c in zip(texts, columns, strict=True)
+            f"**{t}**" if t and best[c] == criterion and rivals[c] else t
+            for t, c in zip(texts, columns, strict=True)
         )
         rows.append(f"| {criterion} | {' | '.join(marked)} |")
     distances = (distance(found, column, best[column]) for column in columns)
@@ -149,7 +151,7 @@ def distance(found: Cells, column: str, best: str) -> str:
     if ours is None:
         return ""
     if best == OURS:
-        return "best"
+        return "best" if sum(c == column for _, c in found) > 1 else "no other was run"
     gap = statistics.mean(others) - statistics.mean(ours)
     deviation = max((statistics.stdev(v) for v in (ours, others) if len(v) > 1), default=0.0)
     return f"-{gap:.2f}, {'within' if gap <= deviation else 'not within'}"

@@ -136,8 +136,13 @@ def test_page_keeps_both_cost_weights_apart_and_says_where_seeds_are_missing(tmp
     lines = [line("LAMP", 55.0, cost_exponent=0.0), line("LAMP", 50.0)]
     lines += [line("LAMP", 80.0, compensation="reconstruct"), line("Random", 20.0)]
     text = accuracy_page.write_page(lines, tmp_path / "page.md").read_text()
-    assert "| LAMP | **55.00** | **80.00 (one seed)** |" in text
+    assert "| LAMP | **55.00** | 80.00 (one seed) |" in text
     assert "| Random | 20.00 (one seed) |" in text
+
+
+def test_the_only_one_is_not_the_best() -> None:
+    table = accuracy_page.table([line(OURS, 60.0)])
+    assert table[2:] == [f"| {OURS} | 60.00 |", f"| *{OURS} to the best* | no other was run |"]
 
 
 def test_page_has_a_plot_where_there_are_several_budgets(tmp_path: Path) -> None:
