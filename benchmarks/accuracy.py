@@ -58,7 +58,7 @@ _SOURCES = {
         _CORE / "pruning.py",
         _CORE / "strength.py",
         _CORE / "moments.py",
-        HERE.parent / "integrations" / "torch_pruning_adapter.py",
+        *(HERE.parent / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
     "distilled": [_CORE / "distillation.py"],

@@ -46,7 +46,7 @@ def code_version(side: str) -> str:
             "reordering settling slots soundness staying strength surgery verification wiring"
         )
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
-        files += [ROOT / "integrations" / "torch_pruning_adapter.py"]
+        files += [ROOT / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return f"{digest.hexdigest()[:12]} torch {torch.__version__} torch-pruning {version('torch-pruning')}"
 

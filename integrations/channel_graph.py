@@ -15,8 +15,8 @@ from torch import nn
 
 from ss_pruning.coupling import IGNORED_REASON, Cell, LeftWhole, Member, Unit, couple
 from ss_pruning.errors import InputError
+from ss_pruning.integrations.cells import as_group
 from ss_pruning.integrations.era import Era
-from ss_pruning.integrations.torch_pruning_adapter import as_group
 from ss_pruning.layers import is_depthwise, kind_of, width
 from ss_pruning.planning import Ints
 from ss_pruning.provenance import trace

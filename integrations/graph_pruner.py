@@ -22,6 +22,7 @@ from ss_pruning.compensation import Method
 from ss_pruning.coupling import Cell, LeftWhole, Unit
 from ss_pruning.cutting import calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
+from ss_pruning.integrations.cells import cell_scores
 from ss_pruning.integrations.channel_graph import (
     ROOT_TYPES,
     ChannelGraph,
@@ -30,7 +31,6 @@ from ss_pruning.integrations.channel_graph import (
     rows_of,
 )
 from ss_pruning.integrations.era import Era
-from ss_pruning.integrations.torch_pruning_adapter import cell_scores
 from ss_pruning.layers import is_depthwise
 from ss_pruning.planning import Floats, Ints, Schedule, schedule
 from ss_pruning.provenance import trace

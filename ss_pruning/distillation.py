@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.provenance import preserved
 
+# Counted up when the same model and settings give other images, so that those in the cache are made anew.
+_RECIPE = 1
 #: The word for calibration images made here.
 DISTILLED = "distilled"
 #: Called with (steps done, steps in all).
@@ -140,9 +141,8 @@ def _example(inputs: Any) -> Tensor:
 
 
 def _key(model: nn.Module, *settings: object) -> str:
-    """What the result depends on: this file, structure and state of the model, and the settings."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(repr((settings, model)).encode())
+    """What the result depends on: the recipe, structure and state of the model, and the settings."""
+    digest = hashlib.sha256(repr((_RECIPE, settings, model)).encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -56,11 +56,6 @@ def is_foreign_norm(module: nn.Module) -> bool:
     return _foreign_kind(module) == "norm"
 
 
-def is_response(module: nn.Module) -> bool:
-    """True for what adds to its input something scaled by channel, as global response normalisation does."""
-    return _foreign_kind(module) == "response"
-
-
 def _foreign_kind(module: nn.Module) -> Kind | None:
     """What a module that is not torch's does with one weight a channel, found by asking it."""
     weight = getattr(module, "weight", None)

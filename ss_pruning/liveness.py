@@ -248,7 +248,7 @@ def _dead_outputs(
 ) -> Tensor | None:
     """`[out]`: the output channels that depend on nothing that varies; None for a layer that is let run."""
     layer, module = wiring.layers[path], model.get_submodule(path)
-    if layer.kind == "positional":
+    if layer.kind in ("positional", "response"):
         return None
     if layer.kind == "norm":
         weight = getattr(module, "weight", None)

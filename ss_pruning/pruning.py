@@ -220,7 +220,7 @@ def _scores(
     model: nn.Module, importance: Any, coupling: Coupling, wiring: Wiring, example_inputs: Any
 ) -> list[list[Floats]]:
     """By unit and cell, one score a family."""
-    from ss_pruning.integrations.torch_pruning_adapter import CellGraph, cell_scores
+    from ss_pruning.integrations.cells import CellGraph, cell_scores
 
     graph = CellGraph(model, example_inputs, wiring)
     cells = [cell for unit in coupling.units for cell in unit.cells]

@@ -19,6 +19,7 @@ from ss_pruning.folding import CARRIER_REASON, MIXED_REASON, PATTERN_REASON
 from ss_pruning.liveness import living_kernels
 from tests import oracle
 from tests.snapshot import Bomb, snapshot
+from tests.test_coverage_cases import GlobalResponse
 from tests.zoo import BY_NAME, ZOO, conv, pooled, randomise
 
 # Kernels of zeros have no standard deviation to be divided by.
@@ -438,3 +439,21 @@ def test_a_wrapped_model_is_refused() -> None:
     for task in (compact_, ss_pruning.trace, ss_pruning.synaptic_strength):
         with pytest.raises(InputError, match=r"'0' is wrapped by NNI: call unwrap_model"):
             task(model, torch.randn(1, 3, 4, 4))
+
+
+def test_a_response_that_sees_all_channels_keeps_dead_ones() -> None:
+    """It divides by a mean over channels, in which dead ones count; behind it no channel is a constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GELU(), GlobalResponse(8), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+    )
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[3].weight[:, 6:] = 0
+        model[4].weight[:, :2] = 0
+    x = torch.randn(2, 3, 9, 9)
+    before = outputs(model, (x,))
+    found = compact_(model, x)
+    assert (model[0].out_channels, model[3].out_channels) == (8, 4)
+    assert [left.channels for left in found.left_whole if left.reason == MIXED_REASON] == [2]
+    assert torch.allclose(before[0], outputs(model, (x,))[0], atol=1e-6)
