@@ -210,7 +210,7 @@ def _point(line: Line) -> tuple[Any, ...]:
 
 
 def _plot(lines: list[Line], title: str, path: Path) -> bool:
-    """Accuracy against MACs: plain cuts dashed, reconstructed ones solid. False where there is one budget only."""
+    """Accuracy against MACs, plain cuts dashed, reconstructed ones solid. False where there is one budget only."""
     curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
     untuned = [line for line in lines if not line["finetune"] and line["calibration"] != "distilled"]
     for macs in {line["macs"] for line in untuned}:
@@ -228,18 +228,18 @@ def _plot(lines: list[Line], title: str, path: Path) -> bool:
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for number, criterion in enumerate(CRITERIA):
-        for compensation, style in (("reconstruct", "-"), ("none", "--")):
+        for compensation, style, marker in (("reconstruct", "-", "o"), ("none", "--", "x")):
             points = sorted(curves.get((criterion, compensation), {}).items())
             if points:
                 means = [statistics.mean(values) for _, values in points]
                 label = criterion if style == "-" or (criterion, "reconstruct") not in curves else None
-                axes.plot([macs for macs, _ in points], means, style, color=f"C{number}", marker=".", label=label,
+                axes.plot([macs for macs, _ in points], means, style, color=f"C{number}", marker=marker, label=label,
                           linewidth=2.5 if criterion == OURS else 1.2)  # fmt: skip
     axes.axhline(lines[0]["dense"], color="0.6", linewidth=0.8)
     axes.set(
         xlabel="share of multiply-accumulates kept",
         ylabel="top-1 %",
-        title=f"{title} (solid: reconstruct, dashed: plain)",
+        title=f"{title} (solid, o: reconstruct; dashed, x: plain)",
     )
     axes.legend(fontsize=7)
     figure.tight_layout()
