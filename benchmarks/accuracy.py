@@ -40,7 +40,7 @@ from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is
 from benchmarks.cifar_data import Images, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, HERE, RESULTS, versions
-from benchmarks.train_cifar import optimiser, train_epoch
+from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import prune_
 from ss_pruning.compensation import METHODS
 from ss_pruning.distillation import distilled
@@ -202,10 +202,9 @@ class Bench:
 
 def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
     """One pass over `count` training images, shifted and flipped: SGD, a rate that warms up and falls to nothing."""
-    steps = max(1, count // FINETUNE_BATCH)
-    sgd, schedule = optimiser(model, FINETUNE_RATE, steps, warm_up=0.1)
-    generator = torch.Generator().manual_seed(seed)
-    train_epoch(model, draw(images, count, seed), sgd, schedule, batch=FINETUNE_BATCH, generator=generator)
+    recipe = Recipe(epochs=1, rate=FINETUNE_RATE, batch=FINETUNE_BATCH, warm_up=0.1, seed=seed)
+    sgd, schedule = optimiser(model, recipe, max(1, count // FINETUNE_BATCH))
+    train_epoch(model, draw(images, count, seed), sgd, schedule, recipe)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

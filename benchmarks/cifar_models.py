@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: halve the image
-VGG_WIDTH = 0.25
+VGG19 = (64, 64, 0, 128, 128, 0, *(256,) * 4, 0, *(512,) * 4, 0, *(512,) * 4, 0)
+VGG_WIDTH = RESNET18_WIDTH = 0.25
 DENSENET_DEPTH, GROWTH = 28, 12
 
 
@@ -108,9 +110,13 @@ def stream_layers(model: CifarResNet) -> list[str]:
 
 def vgg16bn(width: float = VGG_WIDTH, classes: int = 10) -> nn.Sequential:
     """VGG-16-BN with all widths multiplied by `width`."""
+    return _vgg(VGG16, width, classes)
+
+
+def _vgg(widths: tuple[int, ...], width: float, classes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     inputs = 3
-    for full in VGG16:
+    for full in widths:
         if not full:
             layers.append(nn.MaxPool2d(2))
             continue
@@ -118,6 +124,30 @@ def vgg16bn(width: float = VGG_WIDTH, classes: int = 10) -> nn.Sequential:
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         inputs = outputs
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def vgg19bn(width: float = VGG_WIDTH, classes: int = 10) -> nn.Sequential:
+    """VGG-19-BN with all widths multiplied by `width`."""
+    return _vgg(VGG19, width, classes)
+
+
+def resnet18(width: float = RESNET18_WIDTH, classes: int = 10) -> nn.Sequential:
+    """ResNet-18 as is usual on small images: a 3x3 stem, four stages of two blocks, 1x1 shortcuts."""
+    inputs = int(64 * width)
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, inputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+    ]
+    for stage, stride in enumerate((1, 2, 2, 2)):
+        outputs = int(64 * width) << stage
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        layers += [
+            TorchvisionBlock(inputs, outputs, stride, shortcut if stride > 1 else None),
+            TorchvisionBlock(outputs, outputs),
+        ]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 class Bottleneck(nn.Module):
