@@ -1,7 +1,8 @@
-"""CIFAR-10 for the benchmarks: images in memory, accuracy, and the usual augmentation."""
+"""CIFAR-10 and Fashion-MNIST for the benchmarks: images in memory, accuracy, and the usual augmentation."""
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ss_pruning.data import cifar10, normalise
+from ss_pruning.errors import InputError
 
 #: Images are scaled to [0, 1], then normalised with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,6 +30,30 @@ def load(folder: Path, split: Split) -> Images:
     tar = folder / "cifar10-png.tar"
     pixels, labels = cifar10(tar if tar.is_file() else folder, split).tensors
     return pixels, labels
+
+
+def load_dataset(name: str, folder: Path, split: Split) -> Images:
+    """`cifar10`, or `fashion-mnist`: grey images, padded to 32x32 and repeated over three channels.
+
+    Raises:
+        InputError: They are not there; the message says what is looked for.
+    """
+    if name == "cifar10":
+        return load(folder, split)
+    part = "train" if split == "train" else "t10k"
+    files = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"no {', '.join(missing)}: give the folder of Fashion-MNIST's idx.gz files, as in "
+            "github.com/zalandoresearch/fashion-mnist or Debian's package dataset-fashion-mnist"
+        )
+    # Each file starts with 16 (images) or 8 (labels) bytes of sizes.
+    raw = [
+        torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8) for path in files
+    ]
+    pixels, labels = raw[0][16:].reshape(-1, 1, 28, 28), raw[1][8:].long()
+    return F.pad(pixels, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous(), labels
 
 
 def draw(images: Images, count: int, seed: int) -> Images:

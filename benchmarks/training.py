@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from benchmarks.cifar_data import Images, as_input, augmented
-from ss_pruning.errors import ModelError
+from ss_pruning.errors import InputError, ModelError
 
 MOMENTUM = 0.9
 
@@ -119,13 +119,20 @@ def train(
     say: Callable[[str], None],
     regulariser: Regulariser | None = None,
 ) -> list[dict[str, float]]:
-    """Train, or go on training, in place; returns the log by epoch."""
+    """Train, or go on training, in place; returns the log by epoch.
+
+    Raises:
+        InputError: The checkpoint is of another recipe.
+        ModelError: The loss is NaN or infinite.
+    """
     steps = max(1, len(images[0]) // recipe.batch) * recipe.epochs
     sgd, schedule = optimiser(model, recipe, steps)
     log: list[dict[str, float]] = []
     parts: dict[str, Any] = {"model": model, "sgd": sgd, "schedule": schedule}
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved["recipe"] != asdict(recipe):
+            raise InputError(f"'{checkpoint}' is of another recipe: delete it, or train in another folder")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         log = saved["log"]
@@ -135,7 +142,8 @@ def train(
         loss = train_epoch(model, images, sgd, schedule, recipe, epoch, regulariser)
         log.append({"epoch": epoch + 1, "loss": loss, "cpu_seconds": time.process_time() - started})
         say(f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, {log[-1]['cpu_seconds']:.0f} CPU s")
-        save_atomically({**{name: part.state_dict() for name, part in parts.items()}, "log": log}, checkpoint)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save_atomically({**states, "log": log, "recipe": asdict(recipe)}, checkpoint)
     return log
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.nni_masks import bake, compact, speedup, symbolic_graph
 from ss_pruning.integrations.nni_ranking import generate_masks
-from ss_pruning.layers import check_finite, groups_of, kernel_powers
+from ss_pruning.layers import by_kernel, check_finite, kernel_powers
 from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import trace
 from ss_pruning.sparsity import strength_penalty
@@ -286,16 +286,8 @@ class Scores:
 
 def _spread(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
     """Values of synapses `[out, in // groups]`, spread over the weights of each kernel by their squares."""
-    part = weight.square() / kernel_powers_as(module, weight, kernel_powers(module, weight)).clamp_min(1e-38)
-    return part * kernel_powers_as(module, weight, values)
-
-
-def kernel_powers_as(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
-    """`[out, in // groups]` laid out as the weight is, with taps of size 1."""
-    if getattr(module, "transposed", False):
-        groups = groups_of(module)
-        values = values.reshape(groups, -1, values.shape[1]).transpose(1, 2).reshape(weight.shape[:2])
-    return values.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))
+    part = weight.square() / by_kernel(module, weight, kernel_powers(module, weight)).clamp_min(1e-38)
+    return part * by_kernel(module, weight, values)
 
 
 def _with_subclasses(model: nn.Module, config_list: list[Config]) -> list[Config]:

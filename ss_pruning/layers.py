@@ -207,3 +207,11 @@ def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
         g = module.groups
         return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)
     return powers
+
+
+def by_kernel(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+    """Values of synapses, `[out, in // groups]`, laid out as `weight` is, with taps of size 1."""
+    if getattr(module, "transposed", False):
+        groups = groups_of(module)
+        values = values.reshape(groups, -1, values.shape[1]).transpose(1, 2)
+    return values.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))

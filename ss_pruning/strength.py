@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import trace
-from ss_pruning.wiring import Wiring
+from ss_pruning.wiring import INPUT, Wiring
 
 
 class Strengths(dict[str, Tensor]):
@@ -111,6 +111,16 @@ def synaptic_paths(wiring: Wiring) -> list[str]:
     return [path for path, layer in wiring.layers.items() if layer.kind in ("synaptic", "depthwise")]
 
 
+def inner_paths(wiring: Wiring) -> list[str]:
+    """Those without first layers (that read the model's input) and classifiers (whose output is the model's)."""
+    return [
+        path
+        for path in synaptic_paths(wiring)
+        if all(feed.source != INPUT for feed in wiring.feeds[path])
+        and not (path in wiring.reaches_output and bool(wiring.reaches_output[path].any()))
+    ]
+
+
 def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared strength `v_c ||W[k, c]||^2`, `[out_channels, in_channels // groups]`; differentiable.
 
@@ -120,9 +130,13 @@ def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = 
         weight: Taken in place of the layer's own.
     """
     powers = kernel_powers(module, weight)
+    return powers * at_synapses(module, variance.to(powers), len(powers))
+
+
+def at_synapses(module: nn.Module, channels: Tensor, outputs: int) -> Tensor:
+    """What belongs to input channels, `[in_channels]`, at each synapse that starts there: `[outputs, in // groups]`."""
     groups = groups_of(module)
-    by_group = variance.to(powers).reshape(groups, -1)
-    return powers * by_group.repeat_interleave(len(powers) // groups, 0)
+    return channels.reshape(groups, -1).repeat_interleave(outputs // groups, 0)
 
 
 def share(power: Tensor) -> Tensor:

@@ -1,0 +1,272 @@
+"""How sparse training on synaptic strength behaves: the runs behind docs/study.md.
+
+    python -m benchmarks.study --parts vgg resnet --seeds 0 1 2
+    python -m benchmarks.study --page
+
+A part trains nets as `examples/paper_cifar.py` does, then prunes, fine-tunes and compacts copies of each. Every result
+is a line of benchmarks/results/study.jsonl; what is there is not run again, and a training that was killed goes on
+from its last epoch. Every comparison inside a part has the same budget: the same epochs, the same fine-tuning. Test
+images are only measured on; the penalty's weights were chosen on held-out training images (part "choice").
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy import add_line, read_lines
+from benchmarks.cifar_data import Images, draw, load_dataset, top1
+from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.training import Recipe
+from examples.paper_cifar import CRITERIA, LABELLED, Training, compacted, scores, trained, tuned
+from ss_pruning.errors import InputError
+from ss_pruning.masks import mask_, synapse_masks
+
+LINES = RESULTS / "study.jsonl"
+HELD_OUT = 5_000
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to prune a trained net.
+
+    Attributes:
+        criterion: Which synapses go, see `examples.paper_cifar.CRITERIA`.
+        sparsity: Which share of them goes.
+        epochs: Of fine-tuning; 0 for none.
+    """
+
+    criterion: str
+    sparsity: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A net to train, and what to do with it."""
+
+    part: str
+    training: Training
+    points: list[Point] = field(default_factory=list)
+    held_out: bool = False
+
+
+SMALL = {"net": "vgg16bn", "width": 0.125}
+WEIGHTS = {"vgg": 3e-5, "resnet": 3e-5, "small": 3e-5}
+SWEEP = (1e-5, 3e-5, 1e-4)
+TUNING_RATE = 0.05
+
+
+def jobs(part: str, seed: int) -> Iterator[Job]:
+    """What belongs to a part."""
+
+    def training(epochs: int, weight: float, **others: Any) -> Training:
+        return Training(weight=weight, recipe=Recipe(epochs=epochs, bf16=True, seed=seed), **others)
+
+    def untuned(sparsities: tuple[float, ...], names: tuple[str, ...] = CRITERIA) -> list[Point]:
+        return [Point(name, sparsity, 0) for sparsity in sparsities for name in names]
+
+    if part in ("vgg", "resnet"):
+        net, width, asked = (
+            ("vgg16bn", 0.25, (0.9, 0.95, 0.98)) if part == "vgg" else ("resnet18", 0.125, (0.6, 0.8, 0.9))
+        )
+        rivals = [Point(name, asked[0], 3) for name in ("kernel norm", "random")]
+        dense = training(10, 0.0, net=net, width=width)
+        yield Job(part, dense, [Point("strength", 0.0, 3), *rivals, *untuned(asked[:1])])
+        ours = [Point("strength", sparsity, 3) for sparsity in asked]
+        yield Job(part, training(10, WEIGHTS[part], net=net, width=width), [*ours, *untuned(asked[:1])])
+    elif part in ("lambda", "choice"):
+        held_out = part == "choice"
+        for weight in (0.0, *SWEEP):
+            yield Job(part, training(4, weight, **SMALL), untuned((0.5, 0.7, 0.9), ("strength",)), held_out)
+        yield Job(
+            part,
+            replace(training(4, 3e-4, **SMALL), step="proximal"),
+            untuned((0.5, 0.7, 0.9), ("strength",)),
+            held_out,
+        )
+        yield Job(
+            part,
+            replace(training(4, 1e-3, **SMALL), form="share"),
+            untuned((0.5, 0.7, 0.9), ("share",)),
+            held_out,
+        )
+    elif part == "criteria":
+        points = [Point(name, 0.7, 1) for name in CRITERIA]
+        yield Job(part, training(4, 0.0, **SMALL), points)
+        yield Job(part, training(4, WEIGHTS["small"], **SMALL), points)
+    elif part == "task":
+        yield Job(part, training(4, WEIGHTS["small"], dataset="fashion-mnist", **SMALL))
+
+
+class Bench:
+    """Trains, prunes and measures; holds the images."""
+
+    def __init__(self, data: Path, fashion: Path, root: Path) -> None:
+        self.folders = {"cifar10": data, "fashion-mnist": fashion}
+        self.root = root
+        self.images: dict[tuple[str, bool], tuple[Images, Images]] = {}
+
+    def images_of(self, dataset: str, held_out: bool) -> tuple[Images, Images]:
+        """Images to train and to measure on; with `held_out` both are training images."""
+        key = (dataset, held_out)
+        if key not in self.images:
+            train = load_dataset(dataset, self.folders[dataset], "train")
+            if held_out:
+                order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(1)).split(
+                    len(train[0]) - HELD_OUT
+                )
+                self.images[key] = tuple((train[0][part], train[1][part]) for part in order)  # type: ignore[assignment]
+            else:
+                self.images[key] = train, load_dataset(dataset, self.folders[dataset], "test")
+        return self.images[key]
+
+    def __call__(self, job: Job, done: set[str]) -> Iterator[dict[str, Any]]:
+        """The lines of a job that are not there yet."""
+        names = [name_of(job, point) for point in (None, *job.points)]
+        if done.issuperset(names):
+            return
+        train, test = self.images_of(job.training.dataset, job.held_out)
+        root = self.root / "held-out" if job.held_out else self.root
+        model = trained(job.training, train, root, lambda text: print(f"  {names[0]}: {text}", flush=True))
+        labelled = draw(train, LABELLED, 10_000 + job.training.seed)
+        of_criterion = {name: scores(model, name, labelled, job.training.seed) for name in CRITERIA}
+        if names[0] not in done:
+            seen = draw(train, len(test[0]), 7)
+            yield {
+                **described(job),
+                "name": names[0],
+                "top1": top1(model, test),
+                "top1_train": top1(model, seen),
+                **anatomy(model, of_criterion),
+            }
+        for point, name in zip(job.points, names[1:], strict=True):
+            if name not in done:
+                yield {
+                    **described(job),
+                    **asdict(point),
+                    "name": name,
+                    **self.pruned(job, point, model, of_criterion, root),
+                }
+
+    def pruned(
+        self, job: Job, point: Point, model: nn.Module, of_criterion: dict[str, dict[str, Tensor]], root: Path
+    ) -> dict[str, Any]:
+        """Accuracy before and after fine-tuning, and what compaction makes of it."""
+        train, test = self.images_of(job.training.dataset, job.held_out)
+        masks = synapse_masks(of_criterion[point.criterion], fraction=point.sparsity, allow_dead=True)
+        result: dict[str, Any] = {
+            "top1": top1(mask_(copy.deepcopy(model), masks), test),
+            "kept_by_layer": {path: float(mask.double().mean()) for path, mask in masks.items()},
+        }
+        if point.epochs:
+            recipe = replace(job.training.recipe, epochs=point.epochs, rate=TUNING_RATE)
+            where = job.training.folder(root) / f"{job.training.tag}.{point.criterion}-{point.sparsity:g}.pt"
+            masked = tuned(model, masks, train, recipe, where, lambda text: None)
+            small, made = compacted(masked)
+            result |= {
+                "top1_tuned": top1(masked, test),
+                "top1_compacted": top1(small, test),
+                "before": asdict(made.before),
+                "after": asdict(made.after),
+                "channels_cut": made.channels_removed,
+                "dead_left": sum(left.channels for left in made.left_whole),
+                "max_error": made.max_error,
+            }
+        return result
+
+
+def anatomy(model: nn.Module, of_criterion: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """How strengths are spread over depth, and on which synapses the criteria agree."""
+    q = torch.tensor(QUANTILES, dtype=torch.float64)
+    strengths = {
+        path: {
+            "synapses": s.numel(),
+            "quantiles": s.double().flatten().quantile(q).tolist(),
+            "relative": (s / s.square().mean().sqrt()).double().flatten().quantile(q).tolist(),
+            "mean": float(s.mean()),
+        }
+        for path, s in of_criterion["strength"].items()
+    }
+    return {"strengths": strengths, "overlap": {f"{f:g}": overlaps(of_criterion, f) for f in (0.5, 0.9)}}
+
+
+def overlaps(of_criterion: dict[str, dict[str, Tensor]], fraction: float) -> dict[str, float]:
+    """Of what "strength" keeps, the share that another criterion keeps too; by chance it would be `1 - fraction`."""
+    kept = {
+        name: torch.cat([m.flatten() for m in synapse_masks(s, fraction=fraction, allow_dead=True).values()])
+        for name, s in of_criterion.items()
+    }
+    ours = kept["strength"]
+    return {name: float((mask & ours).sum() / ours.sum()) for name, mask in kept.items()}
+
+
+def described(job: Job) -> dict[str, Any]:
+    return {"part": job.part, **asdict(job.training), "held_out": job.held_out, "versions": versions()}
+
+
+def name_of(job: Job, point: Point | None) -> str:
+    """Names a line: by it a result is known to be there."""
+    training = job.training
+    words = [f"{training.net}-{training.width:g}", training.dataset, training.tag, f"seed{training.seed}"]
+    words += ["held out"] * job.held_out + [f"{training.recipe.epochs} epochs"]
+    if point:
+        words.append(f"{point.criterion} {point.sparsity:g} then {point.epochs} epochs")
+    return f"{job.part}: {' '.join(words)}"
+
+
+PARTS = ("choice", "vgg", "resnet", "lambda", "criteria", "task")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar (or CIFAR-10)")
+    parser.add_argument(
+        "--fashion",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of idx.gz files",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the checkpoints")
+    parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/study.md from what is there, run nothing"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    if options.page:
+        from benchmarks.study_page import write_page
+
+        print(f"written: {write_page(read_lines(options.results))}")
+        return 0
+    bench = Bench(options.data, options.fashion, options.runs)
+    try:
+        for seed in options.seeds:
+            for job in (job for part in options.parts for job in jobs(part, seed)):
+                done = {line["name"] for line in read_lines(options.results)}
+                for line in bench(job, done):
+                    add_line(line, options.results)
+                    tuned_to = f", fine-tuned {line['top1_tuned']:.2f}" if "top1_tuned" in line else ""
+                    print(f"{line['name']}: {line['top1']:.2f}{tuned_to}", flush=True)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
