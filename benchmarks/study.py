@@ -6,7 +6,7 @@
 A part trains nets as `examples/paper_cifar.py` does, then prunes, fine-tunes and compacts copies of each. Every result
 is a line of benchmarks/results/study.jsonl; what is there is not run again, and a training that was killed goes on
 from its last epoch. Every comparison inside a part has the same budget: the same epochs, the same fine-tuning. Test
-images are only measured on; the penalty's weights were chosen on held-out training images (part "choice").
+images are only measured on; the penalty's weight was chosen in the part "lambda", which holds out training images.
 """
 
 from __future__ import annotations
@@ -60,52 +60,54 @@ class Job:
     held_out: bool = False
 
 
-SMALL = {"net": "vgg16bn", "width": 0.125}
-WEIGHTS = {"vgg": 3e-5, "resnet": 3e-5, "small": 3e-5}
-SWEEP = (1e-5, 3e-5, 1e-4)
-TUNING_RATE = 0.05
+#: Widths and sparsities: the first sparsity is what rivals are run at, too.
+NETS: dict[str, tuple[str, float, tuple[float, ...]]] = {
+    "vgg": ("vgg16bn", 0.25, (0.9, 0.95, 0.98)),
+    "resnet": ("resnet18", 0.125, (0.6, 0.8, 0.9)),
+}
+EPOCHS, TUNING_EPOCHS, TUNING_RATE = 10, 2, 0.05
+WEIGHT = 3e-5
+#: The net of the smaller parts, and how long it is trained there.
+SMALL: dict[str, Any] = {"net": "vgg16bn", "width": 0.125}
+SMALL_EPOCHS = 3
+SWEEP: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight": 1e-5},
+    {"weight": 3e-5},
+    {"weight": 1e-4},
+    {"weight": 3e-4, "step": "proximal"},
+    {"weight": 3e-4, "form": "share"},
+)
 
 
 def jobs(part: str, seed: int) -> Iterator[Job]:
     """What belongs to a part."""
-
-    def training(epochs: int, weight: float, **others: Any) -> Training:
-        return Training(weight=weight, recipe=Recipe(epochs=epochs, bf16=True, seed=seed), **others)
-
-    def untuned(sparsities: tuple[float, ...], names: tuple[str, ...] = CRITERIA) -> list[Point]:
-        return [Point(name, sparsity, 0) for sparsity in sparsities for name in names]
-
-    if part in ("vgg", "resnet"):
-        net, width, asked = (
-            ("vgg16bn", 0.25, (0.9, 0.95, 0.98)) if part == "vgg" else ("resnet18", 0.125, (0.6, 0.8, 0.9))
-        )
-        rivals = [Point(name, asked[0], 3) for name in ("kernel norm", "random")]
-        dense = training(10, 0.0, net=net, width=width)
-        yield Job(part, dense, [Point("strength", 0.0, 3), *rivals, *untuned(asked[:1])])
-        ours = [Point("strength", sparsity, 3) for sparsity in asked]
-        yield Job(part, training(10, WEIGHTS[part], net=net, width=width), [*ours, *untuned(asked[:1])])
-    elif part in ("lambda", "choice"):
-        held_out = part == "choice"
-        for weight in (0.0, *SWEEP):
-            yield Job(part, training(4, weight, **SMALL), untuned((0.5, 0.7, 0.9), ("strength",)), held_out)
-        yield Job(
-            part,
-            replace(training(4, 3e-4, **SMALL), step="proximal"),
-            untuned((0.5, 0.7, 0.9), ("strength",)),
-            held_out,
-        )
-        yield Job(
-            part,
-            replace(training(4, 1e-3, **SMALL), form="share"),
-            untuned((0.5, 0.7, 0.9), ("share",)),
-            held_out,
-        )
+    if part in NETS:
+        yield from _main(part, seed)
+        return
+    recipe = Recipe(epochs=SMALL_EPOCHS, bf16=True, seed=seed)
+    if part == "lambda":
+        for options in SWEEP:
+            points = [Point(name, s, 0) for s in (0.5, 0.7, 0.9) for name in ("strength", "share")]
+            points.append(Point("strength", 0.9, 1))
+            yield Job(part, Training(recipe=recipe, **options, **SMALL), points, held_out=True)
     elif part == "criteria":
-        points = [Point(name, 0.7, 1) for name in CRITERIA]
-        yield Job(part, training(4, 0.0, **SMALL), points)
-        yield Job(part, training(4, WEIGHTS["small"], **SMALL), points)
+        points = [Point(name, 0.7, epochs) for name in CRITERIA for epochs in (0, 1)]
+        yield Job(part, Training(recipe=recipe, **SMALL), points, held_out=True)
     elif part == "task":
-        yield Job(part, training(4, WEIGHTS["small"], dataset="fashion-mnist", **SMALL))
+        yield Job(part, Training(recipe=recipe, weight=WEIGHT, dataset="fashion-mnist", **SMALL))
+
+
+def _main(part: str, seed: int) -> Iterator[Job]:
+    """A net without and one with the penalty, pruned and fine-tuned, beside what other criteria make of the former."""
+    net, width, (asked, *more) = NETS[part]
+    recipe = Recipe(epochs=EPOCHS, bf16=True, seed=seed)
+    untuned = [Point(name, asked, 0) for name in CRITERIA]
+    rivals = [Point(name, asked, TUNING_EPOCHS) for name in ("kernel norm", "random")]
+    dense = [Point("strength", 0.0, TUNING_EPOCHS), *rivals, *untuned]
+    yield Job(part, Training(net, width, recipe=recipe), dense)
+    ours = [Point("strength", sparsity, TUNING_EPOCHS) for sparsity in (asked, *more)]
+    yield Job(part, Training(net, width, weight=WEIGHT, recipe=recipe), [*ours, *untuned])
 
 
 class Bench:
@@ -224,7 +226,7 @@ def name_of(job: Job, point: Point | None) -> str:
     return f"{job.part}: {' '.join(words)}"
 
 
-PARTS = ("choice", "vgg", "resnet", "lambda", "criteria", "task")
+PARTS = (*NETS, "lambda", "criteria", "task")
 
 
 def arguments() -> argparse.Namespace:

@@ -27,6 +27,7 @@ from ss_pruning.folding import Dead, Folding
 from ss_pruning.following import Number
 from ss_pruning.layers import check_finite, width
 from ss_pruning.liveness import living_kernels, measure_liveness
+from ss_pruning.masks import check_unmasked
 from ss_pruning.planning import Floats, Ints, Schedule, Selection, schedule
 from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.report import LayerReport
@@ -57,7 +58,7 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
 
     Raises:
         ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
-        InputError: The model is wrapped by another framework.
+        InputError: The model holds masks that are not merged, or is wrapped by another framework.
         VerificationError: The compacted model would differ from the masked one.
 
     Example:
@@ -70,6 +71,7 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
     """
     begin = time.perf_counter()
     check_finite(model)
+    check_unmasked(model)
     wiring = trace(model, example_inputs)
     before = size_of(model, example_inputs, wiring)
     first = this = _Round(model, example_inputs, wiring)

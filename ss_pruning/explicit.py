@@ -77,7 +77,8 @@ class ExplicitStrengths:
     Attributes:
         paths: Layers whose strengths are parameters now: `parametrizations.weight.original0`, `[out, in // groups]`.
         moved: Batch norms whose scale is 1 now.
-        kept: Batch norms whose scale stays, fixed: other sources meet theirs in the channels that they feed.
+        kept: Batch norms whose scale stays, fixed: other sources meet theirs in the channels that they feed, or
+            what they put out is spread over several channels.
     """
 
     def __init__(
@@ -166,11 +167,11 @@ def _readers(wiring: Wiring, norm: str) -> Readers | None:
         channels = torch.cat([feed.pairs[:, 1] for feed in mine])
         others = [feed.pairs[:, 1] for feed in feeds if feed.source != norm]
         shared = others and bool(torch.isin(channels, torch.cat(others)).any())
-        if (
-            shared
-            or len(feeds) != len({f.source for f in feeds})
-            or wiring.layers[path].kind not in _SCALABLE
-        ):
+        spread = any(
+            len(feed.broadcast) for feed in mine
+        )  # one value reaches several channels, as from a gate
+        repeated = len(feeds) != len({feed.source for feed in feeds})
+        if shared or spread or repeated or wiring.layers[path].kind not in _SCALABLE:
             return None
         readers[path] = [feed.pairs for feed in mine]
     return readers
