@@ -29,6 +29,7 @@ from benchmarks.training import Recipe
 from examples.paper_cifar import CRITERIA, LABELLED, Training, compacted, scores, trained, tuned
 from ss_pruning.errors import InputError
 from ss_pruning.masks import mask_, synapse_masks
+from ss_pruning.strength import entropy
 
 LINES = RESULTS / "study.jsonl"
 HELD_OUT = 5_000
@@ -66,7 +67,7 @@ NETS: dict[str, tuple[str, float, tuple[float, ...]]] = {
     "resnet": ("resnet18", 0.125, (0.6, 0.8, 0.9)),
 }
 EPOCHS, TUNING_EPOCHS, TUNING_RATE = 10, 2, 0.05
-WEIGHT = 3e-5
+WEIGHT = 3e-4
 #: The net of the smaller parts, and how long it is trained there.
 SMALL: dict[str, Any] = {"net": "vgg16bn", "width": 0.125}
 SMALL_EPOCHS = 3
@@ -75,8 +76,10 @@ SWEEP: tuple[dict[str, Any], ...] = (
     {"weight": 1e-5},
     {"weight": 3e-5},
     {"weight": 1e-4},
-    {"weight": 3e-4, "step": "proximal"},
-    {"weight": 3e-4, "form": "share"},
+    {"weight": 3e-4},
+    {"weight": 1e-3},
+    {"weight": 1e-3, "step": "proximal"},
+    {"weight": 1e-3, "form": "share"},
 )
 
 
@@ -199,7 +202,27 @@ def anatomy(model: nn.Module, of_criterion: dict[str, dict[str, Tensor]]) -> dic
         }
         for path, s in of_criterion["strength"].items()
     }
-    return {"strengths": strengths, "overlap": {f"{f:g}": overlaps(of_criterion, f) for f in (0.5, 0.9)}}
+    return {
+        "strengths": strengths,
+        "overlap": {f"{f:g}": overlaps(of_criterion, f) for f in (0.5, 0.9)},
+        "entropy_agreement": entropy_agreement(of_criterion["strength"]),
+    }
+
+
+def entropy_agreement(strengths: dict[str, Tensor]) -> dict[str, float]:
+    """Rank correlation of variance and Gaussian entropy: of synapses, and of sums over those that read a channel."""
+    single, summed = [], []
+    for s in strengths.values():
+        variance = s.double().square().clamp_min(1e-30)
+        single.append(rank_correlation(variance.flatten(), entropy(variance).flatten()))
+        summed.append(rank_correlation(variance.sum(0), entropy(variance).sum(0)))
+    return {"synapses": sum(single) / len(single), "channels": sum(summed) / len(summed)}
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def overlaps(of_criterion: dict[str, dict[str, Tensor]], fraction: float) -> dict[str, float]:
