@@ -68,9 +68,10 @@ def optimiser(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     sgd = torch.optim.SGD(groups, lr=recipe.rate, momentum=MOMENTUM, nesterov=True)
-    if recipe.schedule == "steps":
+    if recipe.schedule == "steps" or steps < 4:
         return sgd, MultiStepLR(sgd, [steps // 2, steps * 3 // 4])
-    return sgd, OneCycleLR(sgd, recipe.rate, total_steps=steps, pct_start=recipe.warm_up)
+    warm_up = max(recipe.warm_up, 2 / steps)  # a cycle has to rise for at least two steps
+    return sgd, OneCycleLR(sgd, recipe.rate, total_steps=steps, pct_start=warm_up)
 
 
 def train_epoch(
