@@ -281,3 +281,24 @@ def test_two_processes_get_the_gradient_of_one() -> None:
                 assert torch.allclose(torch.tensor(results[rank][name]), torch.tensor(gradient), atol=1e-6), (
                     name
                 )
+
+
+def test_the_pruner_adds_the_gradient_of_the_penalty_and_follows_its_own_cuts() -> None:
+    from ss_pruning import SynapticImportance
+    from ss_pruning.integrations.graph_pruner import StrengthPruner
+
+    model = conv_bn().eval()
+    pruner = StrengthPruner(model, IMAGE, SynapticImportance(), reg=0.5, pruning_ratio=0.5, iterative_steps=2)
+    for _ in range(2):
+        model.zero_grad()
+        (0.5 * StrengthPenalty(model, IMAGE)()).backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model(torch.ones_like(IMAGE)).sum().backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters()}
+        pruner.regularize()
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad, before[name] + expected.get(name, 0.0), atol=1e-6), name
+        pruner.step()  # the second round meets a smaller model
+    assert model[3].weight.shape == (2, 2, 3, 3)
+    pruner.regularize(model, reg=0.0)
