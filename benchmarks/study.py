@@ -28,7 +28,7 @@ from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe
 from examples.paper_cifar import CRITERIA, LABELLED, Training, compacted, scores, trained, tuned
 from ss_pruning.errors import InputError
-from ss_pruning.masks import mask_, synapse_masks
+from ss_pruning.masks import Scope, mask_, synapse_masks
 from ss_pruning.strength import entropy
 
 LINES = RESULTS / "study.jsonl"
@@ -44,11 +44,17 @@ class Point:
         criterion: Which synapses go, see `examples.paper_cifar.CRITERIA`.
         sparsity: Which share of them goes.
         epochs: Of fine-tuning; 0 for none.
+        scope: Whether all layers are ranked together, see `ss_pruning.masks.synapse_masks`.
     """
 
     criterion: str
     sparsity: float
     epochs: int
+    scope: Scope = "global"
+
+    @property
+    def words(self) -> str:
+        return f"{self.criterion}{' by layer' * (self.scope == 'layer')} {self.sparsity:g}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ def _main(part: str, seed: int) -> Iterator[Job]:
     recipe = Recipe(epochs=EPOCHS, bf16=True, seed=seed)
     untuned = [Point(name, asked, 0) for name in CRITERIA]
     rivals = [Point(name, asked, TUNING_EPOCHS) for name in ("kernel norm", "random")]
+    rivals.append(Point("kernel norm", asked, TUNING_EPOCHS, "layer"))  # ranked together, whole layers may go
     dense = [Point("strength", 0.0, TUNING_EPOCHS), *rivals, *untuned]
     yield Job(part, Training(net, width, recipe=recipe), dense)
     ours = [Point("strength", sparsity, TUNING_EPOCHS) for sparsity in (asked, *more)]
@@ -168,14 +175,16 @@ class Bench:
     ) -> dict[str, Any]:
         """Accuracy before and after fine-tuning, and what compaction makes of it."""
         train, test = self.images_of(job.training.dataset, job.held_out)
-        masks = synapse_masks(of_criterion[point.criterion], fraction=point.sparsity, allow_dead=True)
+        masks = synapse_masks(
+            of_criterion[point.criterion], fraction=point.sparsity, scope=point.scope, allow_dead=True
+        )
         result: dict[str, Any] = {
             "top1": top1(mask_(copy.deepcopy(model), masks), test),
             "kept_by_layer": {path: float(mask.double().mean()) for path, mask in masks.items()},
         }
         if point.epochs:
             recipe = replace(job.training.recipe, epochs=point.epochs, rate=TUNING_RATE)
-            where = job.training.folder(root) / f"{job.training.tag}.{point.criterion}-{point.sparsity:g}.pt"
+            where = job.training.folder(root) / f"{job.training.tag}.{point.words.replace(' ', '-')}.pt"
             masked = tuned(model, masks, train, recipe, where, lambda text: None)
             small, made = compacted(masked)
             result |= {
@@ -245,7 +254,7 @@ def name_of(job: Job, point: Point | None) -> str:
     words = [f"{training.net}-{training.width:g}", training.dataset, training.tag, f"seed{training.seed}"]
     words += ["held out"] * job.held_out + [f"{training.recipe.epochs} epochs"]
     if point:
-        words.append(f"{point.criterion} {point.sparsity:g} then {point.epochs} epochs")
+        words.append(f"{point.words} then {point.epochs} epochs")
     return f"{job.part}: {' '.join(words)}"
 
 

@@ -94,7 +94,8 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     title = f"## {net}, width {width:g}: how many synapses can go"
     if not lines:
         return [title, "", "Not run yet.", ""]
-    dense = [line for line in lines if not line["weight"]]
+    by_layer = [line for line in lines if line.get("scope") == "layer"]
+    dense = [line for line in lines if not line["weight"] and line not in by_layer]
     ours = [line for line in lines if line["weight"]]
     base = _values(dense, "top1_tuned", criterion="strength", sparsity=0.0)
     as_trained = [[line for line in some if "criterion" not in line] for some in (dense, ours)]
@@ -108,6 +109,9 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
         (f"without, {name}, {TUNING_EPOCHS} epochs", dense, name, sparsities[0])
         for name in ("kernel norm", "random")
     ]
+    runs.append(
+        (f"without, kernel norm by layer, {TUNING_EPOCHS} epochs", by_layer, "kernel norm", sparsities[0])
+    )
     for label, some, criterion, sparsity in runs:
         at = {"criterion": criterion, "sparsity": sparsity}
         top = _seeds(_values(some, "top1_tuned", **at))
@@ -115,7 +119,8 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     text = [
         title,
         "",
-        f"Penalty weight {WEIGHT:g}; differences are to the dense net that was trained as long in all.",
+        f"Penalty weight {WEIGHT:g}; differences are to the dense net that was trained as long in all. Synapses of all layers "
+        "are ranked together, unless it says by layer; where that takes a whole layer, the net is at 10 %.",
         "",
     ]
     text += _table(["net", "synapses removed", "top-1 %", "difference"], rows)
