@@ -119,8 +119,8 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     text = [
         title,
         "",
-        f"Penalty weight {WEIGHT:g}; differences are to the dense net that was trained as long in all. Synapses of all layers "
-        "are ranked together, unless it says by layer; where that takes a whole layer, the net is at 10 %.",
+        f"Penalty weight {WEIGHT:g}; differences are to the dense net that was trained as long in all. Synapses of all "
+        "layers are ranked together, unless it says by layer; where that takes a whole layer, the net is at 10 %.",
         "",
     ]
     text += _table(["net", "synapses removed", "top-1 %", "difference"], rows)
