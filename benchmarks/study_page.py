@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy_page import spread
 from benchmarks.common import HERE
-from benchmarks.study import EPOCHS, NETS, QUANTILES, SMALL, SMALL_EPOCHS, TUNING_EPOCHS, WEIGHT
+from benchmarks.study import EPOCHS, NETS, QUANTILES, SMALL, SMALL_EPOCHS, TASK_WEIGHT, TUNING_EPOCHS, WEIGHT
 from examples.paper_cifar import CRITERIA
 
 PAGE = HERE.parent / "docs" / "study.md"
@@ -96,7 +96,7 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
         return [title, "", "Not run yet.", ""]
     by_layer = [line for line in lines if line.get("scope") == "layer"]
     dense = [line for line in lines if not line["weight"] and line not in by_layer]
-    ours = [line for line in lines if line["weight"]]
+    ours = [line for line in lines if line["weight"] == WEIGHT]
     base = _values(dense, "top1_tuned", criterion="strength", sparsity=0.0)
     as_trained = [[line for line in some if "criterion" not in line] for some in (dense, ours)]
     rows = [
@@ -226,11 +226,11 @@ def depth_section(lines: list[Line], page: Path) -> list[str]:
     """Where in depth synapses go, and how strengths are spread."""
     parts = ["## Where in depth", ""]
     for part in NETS:
-        trained = [line for line in _of(lines, part) if line["weight"] and "strengths" in line]
+        trained = [line for line in _of(lines, part) if line["weight"] == WEIGHT and "strengths" in line]
         pruned = [
             line
             for line in _of(lines, part)
-            if line["weight"] and _is(line, criterion="strength") and line.get("epochs")
+            if _is(line, criterion="strength", weight=WEIGHT) and line.get("epochs")
         ]
         if not trained or not pruned:
             parts += [f"{part}: not run yet.", ""]
@@ -255,7 +255,7 @@ def task_section(lines: list[Line], small: str, page: Path) -> list[str]:
         "CIFAR-10": [
             x
             for x in _of(lines, "lambda")
-            if _is(x, weight=WEIGHT, form="strength", step="gradient") and "strengths" in x
+            if _is(x, weight=TASK_WEIGHT, form="strength", step="gradient") and "strengths" in x
         ],
         "Fashion-MNIST": [x for x in _of(lines, "task") if "strengths" in x],
     }
@@ -266,7 +266,7 @@ def task_section(lines: list[Line], small: str, page: Path) -> list[str]:
     return [
         title,
         "",
-        f"{small}, penalty {WEIGHT:g}. Quantiles of each layer's strengths, relative to the layer's root "
+        f"{small}, penalty {TASK_WEIGHT:g}. Quantiles of each layer's strengths, relative to the layer's root "
         f"mean square (bands: "
         "from the lowest to the highest seed).",
         "",
