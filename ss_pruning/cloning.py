@@ -16,6 +16,7 @@ from ss_pruning.errors import ModelError
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
 _PLAIN = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type))
 _TABLES = ("_parameters", "_buffers")
+_EMPTY = frozenset((dict, OrderedDict, set))
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -36,7 +37,11 @@ def shell(model: nn.Module) -> nn.Module:
         for module, new in zip(modules, shells, strict=True):
             new.__dict__.update(
                 {
-                    name: value if type(value) in _PLAIN else _copied(name, value, memo)
+                    name: value
+                    if (kind := type(value)) in _PLAIN
+                    else kind()
+                    if kind in _EMPTY and not value and name[0] == "_"  # most tables of a module: of hooks, of buffers
+                    else _copied(name, value, memo)
                     for name, value in vars(module).items()
                 }
             )
@@ -97,7 +102,7 @@ def _is_ordinary(kind: type[nn.Module]) -> bool:
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if name.startswith("_") and kind in (dict, OrderedDict, set):
-        if not value or name in _TABLES:
+        if name in _TABLES:
             return kind(value)
         if name == "_modules" and all(id(module) in memo for module in value.values()):
             return kind({child: memo[id(module)] for child, module in value.items()})

@@ -97,19 +97,22 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 @contextlib.contextmanager
 def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = {module: module.training for module in model.modules()}
     cuda = torch.cuda.is_initialized()
     devices = sorted(
         {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
     )
     try:
         with torch.random.fork_rng(devices=devices):
-            for module, _ in flags:  # dropout would hide who feeds whom
-                module.training = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+            for module, flag in flags.items():  # dropout would hide who feeds whom
+                wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+                if flag != wanted:
+                    module.training = wanted
             yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, flag in flags.items():
+            if module.training != flag:
+                module.training = flag
 
 
 class _Recorder:
@@ -193,9 +196,7 @@ def _probe(
         recorder.double = False
         output = _run(model, example_inputs, recorder, training)
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
-    for arrival in recorder.arrivals:
-        if arrival.path not in known:
-            pull(arrival, leaves, labels, wiring)
+    pull([arrival for arrival in recorder.arrivals if arrival.path not in known], leaves, labels, wiring)
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             pull_output(tensor, leaves, wiring)
