@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.errors import ModelError
+from ss_pruning.walking import modules_of, tensors_of
 
 # What a class may define to be copied in a way of its own.
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
@@ -27,8 +28,8 @@ def shell(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: The model cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    modules = list(model.modules())
+    memo: dict[int, Any] = {id(t): t for t in tensors_of(model).values()}
+    modules = list(modules_of(model).values())
     try:
         if not all(map(_is_ordinary, {type(module) for module in modules})):
             return copy.deepcopy(model, memo)
@@ -58,7 +59,7 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """
     twin = shell(model)
     made: dict[int, Any] = {}
-    for module in twin.modules():
+    for module in modules_of(twin).values():
         tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for table in tables:
             for name, tensor in table.items():

@@ -25,6 +25,7 @@ from ss_pruning.settling import Search
 from ss_pruning.strength import strengths_along
 from ss_pruning.surgery import Plan
 from ss_pruning.verification import Bench
+from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
@@ -124,7 +125,7 @@ def prune_(
         macs_before=costs.macs,
         macs_after=costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
         params_before=costs.params,
-        params_after=sum(p.numel() for p in model.parameters()),
+        params_after=sum(p.numel() for p in parameters_of(model).values()),
         layers=_layer_reports(model, plan, wiring, strengths),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
@@ -200,7 +201,7 @@ def _check_options(
 
 def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:
     """Layer paths to keep whole: the named modules and everything inside them."""
-    paths = {module: path for path, module in model.named_modules()}
+    paths = {module: path for path, module in modules_of(model).items()}
     found: dict[str, str] = {}
     for item in ignore:
         if isinstance(item, nn.Module):
@@ -229,7 +230,7 @@ def _scores(
 
 
 def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any) -> list[LayerReport]:
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
     reports = []
     for path, strength in strengths.items():

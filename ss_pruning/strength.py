@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import trace
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 
@@ -101,7 +102,8 @@ def strengths_along(
     paths = synaptic_paths(wiring)
     with torch.no_grad():
         measured = measure(model, wiring, moments, example_inputs, paths)
-        powers = {path: synaptic_power(model.get_submodule(path), measured[path].variance) for path in paths}
+        modules = modules_of(model)
+        powers = {path: synaptic_power(modules[path], measured[path].variance) for path in paths}
     strengths = {path: power.sqrt() for path, power in powers.items()}
     return Strengths(strengths, {path: m.unscaled for path, m in measured.items()})
 
