@@ -207,7 +207,8 @@ def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
         weight = module.weight
     if isinstance(module, nn.Linear):
         return weight.square()
-    powers = weight.flatten(2).square().sum(2)
+    elements = weight.flatten(2)
+    powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)
     if isinstance(module, _ConvNd) and module.transposed:
         g = module.groups
         return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)

@@ -43,9 +43,9 @@ def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[N
 
 def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     before = vars(module).get("forward")
-    module.forward = forward
-    undo.callback(module.__delattr__, "forward") if before is None else undo.callback(
-        setattr, module, "forward", before
+    vars(module)["forward"] = forward
+    undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
+        vars(module).update, forward=before
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -164,7 +164,7 @@ def _noisy_run(
                 hook = _noise_hook(layer.in_axis, generator, by_image)
                 undo.callback(modules[path].register_forward_pre_hook(hook).remove)
         for path in _unheard(wiring):
-            undo.enter_context(_shape_only(modules[path]))
+            undo.callback(_shape_only(modules[path]))
         return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
 
 
@@ -180,10 +180,9 @@ def _unheard(wiring: Wiring) -> set[str]:
     return {path for path in read - read_by_others if path in wiring.layers}
 
 
-@contextlib.contextmanager
-def _shape_only(module: nn.Module) -> Iterator[None]:
-    """Let a layer see one image of its batch, and put out zeros in the right shape."""
-    forward, own = module.forward, "forward" in vars(module)
+def _shape_only(module: nn.Module) -> Callable[[], object]:
+    """Let a layer see one image of its batch, and put out zeros in the right shape; returns what undoes it."""
+    forward, before = module.forward, vars(module).get("forward")
 
     def one_image(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if channel_axis(module, x) == 0 or len(x) < 2:
@@ -191,14 +190,10 @@ def _shape_only(module: nn.Module) -> Iterator[None]:
         y = forward(x[:1], *args, **kwargs)
         return y.new_zeros((len(x), *y.shape[1:]))
 
-    module.forward = one_image
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
+    vars(module)["forward"] = one_image
+    if before is None:
+        return lambda: vars(module).pop("forward")
+    return lambda: vars(module).update(forward=before)
 
 
 def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callable[[nn.Module, Any], Any]:

@@ -258,7 +258,8 @@ def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
 
 def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
     """Floating-point parameters and (non-scalar) buffers outside the layers."""
-    owned = {id(t) for m in paths for t in tensors_of(m).values()}
+    owned = {id(t) for m in paths for t in (*m._parameters.values(), *m._buffers.values())}
+    owned |= {id(t) for m in paths if m._modules for t in tensors_of(m).values()}
     for name, parameter in parameters_of(model).items():
         if id(parameter) not in owned and parameter.is_floating_point():
             yield name, parameter

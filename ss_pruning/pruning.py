@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -131,7 +132,7 @@ def prune_(
         max_error=verified.max_error,
         settings=settings,
         seconds=clock.seconds,
-        versions={"torch": torch.__version__, **_versions("ss-pruning", "torch-pruning")},
+        versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
     )
 
 
@@ -262,11 +263,9 @@ def _quantiles(strength: torch.Tensor, most: int = 2**12) -> tuple[float, ...]:
     return float(low), *np.quantile(sample, QUANTILES[1:-1]).tolist(), float(high)
 
 
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+@cache
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -205,7 +205,7 @@ def _cut(modules: Mapping[str, nn.Module], cut: Cut) -> None:
 def cut_layer(module: nn.Module, cut: Cut) -> None:
     """Keep the channels `cut.kept` of one side of a layer, in that order."""
     before = dict(_own_tensors(module))
-    with _same_flags(module):
+    with torch.no_grad(), _same_flags(module):
         if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
             _cut_tensors(module, cut)
     if (

@@ -276,8 +276,8 @@ def _stir(twin: nn.Module) -> None:
     for tensor in tensors_of(twin).values():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        low, high = tensor.detach().aminmax()
-        if low == high:
+        flat = tensor.detach().flatten()
+        if flat[0] == flat[-1] and bool((flat == flat[0]).all()):
             noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
             tensor.data.add_(0.1 * noise)
 

@@ -6,6 +6,8 @@ model that was a tenth of its time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 
@@ -29,23 +31,24 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """What `dict(model.named_parameters())` gives."""
-    return _tensors_in(model, "_parameters")
+    return _tensors_in(modules_of(model), "_parameters")
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """What `dict(model.named_buffers())` gives."""
-    return _tensors_in(model, "_buffers")
+    return _tensors_in(modules_of(model), "_buffers")
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers."""
-    return {**parameters_of(model), **buffers_of(model)}
+    modules = modules_of(model)
+    return {**_tensors_in(modules, "_parameters"), **_tensors_in(modules, "_buffers")}
 
 
-def _tensors_in(model: nn.Module, table: str) -> dict[str, nn.Parameter]:
+def _tensors_in(modules: Mapping[str, nn.Module], table: str) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for path, module in modules_of(model).items():
+    for path, module in modules.items():
         for name, tensor in vars(module)[table].items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
