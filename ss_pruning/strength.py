@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
-from ss_pruning.moments import MomentSource, measure
+from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
@@ -99,13 +99,16 @@ def strengths_along(
     wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
-    paths = synaptic_paths(wiring)
-    with torch.no_grad():
-        measured = measure(model, wiring, moments, example_inputs, paths)
-        modules = modules_of(model)
-        powers = {path: synaptic_power(modules[path], measured[path].variance) for path in paths}
-    strengths = {path: power.sqrt() for path, power in powers.items()}
+    measured = measure(model, wiring, moments, example_inputs, synaptic_paths(wiring))
+    strengths = {path: power.sqrt() for path, power in powers_along(model, measured).items()}
     return Strengths(strengths, {path: m.unscaled for path, m in measured.items()})
+
+
+def powers_along(model: nn.Module, measured: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Squared strengths of the layers of which the moments were measured."""
+    modules = modules_of(model)
+    with torch.no_grad():
+        return {path: synaptic_power(modules[path], m.variance) for path, m in measured.items()}
 
 
 def synaptic_paths(wiring: Wiring) -> list[str]:

@@ -1,7 +1,7 @@
 """Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape.
 
-Single layers are cut by Torch-Pruning. What it cannot cut is gathered here: grouped convolutions that lose other
-positions in each group, further tensors of subclasses (the gain of a scaled convolution), frozen batch norms, loose
+Convolutions and linear layers are cut by Torch-Pruning. Norms (all their tensors with one index) and what it cannot cut
+are gathered here: grouped convolutions that lose other positions in each group, further tensors of subclasses (the gain of a scaled convolution), frozen batch norms, loose
 tensors, and channels that change places.
 """
 
@@ -197,7 +197,7 @@ def _in_order(cuts: Iterable[Cut], modules: Mapping[str, nn.Module]) -> list[Cut
 def _cut(modules: Mapping[str, nn.Module], cut: Cut) -> None:
     if cut.side == "tensor":
         owner, _, name = cut.path.rpartition(".")
-        _gather(modules[owner], name, cut.axis, cut.kept)
+        _gather(modules[owner], name, cut.axis, torch.tensor(cut.kept))
     else:
         cut_layer(modules[cut.path], cut)
 
@@ -213,7 +213,7 @@ def cut_layer(module: nn.Module, cut: Cut) -> None:
     ):  # further tensors of a subclass, such as the gain of a weight-standardised convolution
         for name, tensor in _own_tensors(module):
             if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, cut.kept)
+                _gather(module, name, 0, torch.tensor(cut.kept))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -234,19 +234,14 @@ def give_bias(module: nn.Module) -> nn.Parameter:
 def _cut_tensors(module: nn.Module, cut: Cut) -> None:
     import torch_pruning as tp
 
-    removed = cut.removed
     in_order = list(cut.kept) == sorted(cut.kept)
     lost_groups = isinstance(module, _ConvNd) and cut.side == "in" and module.in_channels != cut.width
     if isinstance(module, _ConvNd) and (groups_of(module) > 1 or lost_groups):
         _cut_grouped(module, cut)
     elif isinstance(module, _ConvNd) and in_order:
-        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, removed)
+        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, cut.removed)
     elif isinstance(module, nn.Linear) and in_order:
-        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, removed)
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and in_order:
-        tp.prune_batchnorm_out_channels(module, removed)
-    elif isinstance(module, nn.GroupNorm) and in_order and module.bias is not None:
-        tp.prune_groupnorm_out_channels(module, removed)
+        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, cut.removed)
     else:
         _gather_layer(module, cut)
 
@@ -267,29 +262,29 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
 
     _replace(conv, "weight", select)
     if cut.side == "out" and conv.bias is not None:
-        _gather(conv, "bias", 0, cut.kept)
+        _gather(conv, "bias", 0, kept)
     if len(alive) < groups:
         conv.in_channels, conv.groups = conv.in_channels // groups * len(alive), len(alive)
     setattr(conv, f"{cut.side}_channels", len(cut.kept))
 
 
 def _gather_layer(module: nn.Module, cut: Cut) -> None:
-    """Every layer that Torch-Pruning does not know, or whose channels change places."""
-    n = len(cut.kept)
+    """Norms, every layer that Torch-Pruning does not know, and those whose channels change places."""
+    n, kept = len(cut.kept), torch.tensor(cut.kept)
     if isinstance(module, nn.Linear):
-        _gather(module, "weight", 1 if cut.side == "in" else 0, cut.kept)
+        _gather(module, "weight", 1 if cut.side == "in" else 0, kept)
         if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, cut.kept)
+            _gather(module, "bias", 0, kept)
         setattr(module, f"{cut.side}_features", n)
     elif isinstance(module, _ConvNd):
-        _gather(module, "weight", int((cut.side == "in") != module.transposed), cut.kept)
+        _gather(module, "weight", int((cut.side == "in") != module.transposed), kept)
         if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, cut.kept)
+            _gather(module, "bias", 0, kept)
         setattr(module, f"{cut.side}_channels", n)
     else:
         for name, tensor in list(_own_tensors(module)):
             if tensor.dim() == 1 and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, cut.kept)
+                _gather(module, name, 0, kept)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             module.normalized_shape = (n,)
         elif isinstance(module, _NormBase):
@@ -300,9 +295,8 @@ def _gather_layer(module: nn.Module, cut: Cut) -> None:
             setattr(module, "num_features", n)  # noqa: B010
 
 
-def _gather(module: nn.Module, name: str, axis: int, kept: Iterable[int]) -> None:
+def _gather(module: nn.Module, name: str, axis: int, index: Tensor) -> None:
     """Replace a parameter or buffer (and its gradient) by its selected indices."""
-    index = torch.tensor(list(kept))
     _replace(module, name, lambda tensor: tensor.index_select(axis, index.to(tensor.device)))
 
 
