@@ -43,7 +43,7 @@ def code_version(side: str) -> str:
     if side == "ours":
         core = (
             "cloning coupling errors following labels layers macs masking moments planning provenance pruning pulling "
-            "reordering settling slots soundness staying strength surgery verification wiring"
+            "reordering settling slots soundness staying strength surgery verification walking wiring"
         )
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
         files += [ROOT / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")]
