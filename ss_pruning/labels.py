@@ -51,37 +51,52 @@ class Pulled:
     """What three pulls with the labels of one arrival left at one source.
 
     Attributes:
-        rows: `[3, channels, elements]`.
+        gradients: Three, in the source's shape.
+        axis: Where its channels lie.
         permuted: The permuted labels of the arrival's channels, numbered from 1.
     """
 
-    rows: Tensor
+    gradients: Sequence[Tensor]
+    axis: int
     permuted: Ints
 
-    @staticmethod
-    def of(gradients: Sequence[Tensor], axis: int, permuted: Ints) -> Pulled:
-        """From the three gradients, with one row for each index along `axis`."""
-        stacked = torch.stack(tuple(gradients)).movedim(axis + 1, 1)
-        return Pulled(stacked.reshape(*stacked.shape[:2], -1), permuted)
+    @property
+    def channels(self) -> int:
+        """How many the source has."""
+        return self.gradients[0].shape[self.axis]
 
     @property
     def tolerance(self) -> float:
         """float64 resolves the labels sharply; coarser, the check still tells mixed channels apart."""
-        return 1e-3 if self.rows.dtype == torch.float64 else 0.02 + 1e-5 * len(self.permuted)
+        return 1e-3 if self.gradients[0].dtype == torch.float64 else 0.02 + 1e-5 * len(self.permuted)
 
     def decoded(self, elements: Floats) -> tuple[Ints, Bools]:
-        """See `_channel_of`, for some elements of `rows`."""
+        """See `_channel_of`, for some elements of each gradient."""
         return _channel_of(elements, self.permuted, 0, len(self.permuted), self.tolerance)
+
+
+def _sums(pulled: Sequence[Pulled]) -> tuple[Floats, Bools]:
+    """By channel of all sources, one after the other: `[3, channels]` sums of its elements, and if any is not 0."""
+    summed = [
+        torch.cat([rows_along(p.gradients[k], p.axis).sum(1, dtype=torch.float64).cpu() for p in pulled])
+        for k in range(3)
+    ]
+    sums: Floats = torch.stack(summed).numpy()
+    touched: Bools = sums[0] != 0
+    parts = np.split(touched, np.cumsum([p.channels for p in pulled])[:-1])
+    for p, part in zip(pulled, parts, strict=True):
+        if not part.all():  # nothing arrives there, or what does cancels
+            part |= rows_along(p.gradients[0], p.axis).any(1).cpu().numpy()
+    return sums, touched
 
 
 def decode(pulled: Sequence[Pulled]) -> list[tuple[Tensor, Tensor]]:
     """For each source: pairs (its channel, consumer channel), and its channels whose elements feed several channels."""
     if not pulled:
         return []
-    sums = np.concatenate([p.rows.sum(2, dtype=torch.float64).cpu().numpy() for p in pulled], 1)
-    touched = np.concatenate([p.rows[0].any(1).cpu().numpy() for p in pulled])
+    sums, touched = _sums(pulled)
     # All sources in one go: label `i` of source `n` stands at `first[n] + i`.
-    sizes = [p.rows.shape[1] for p in pulled]
+    sizes = [p.channels for p in pulled]
     widths = [len(p.permuted) for p in pulled]
     first, width, tolerance = (
         np.repeat(values, sizes) for values in (np.cumsum([0, *widths[:-1]]), widths, [p.tolerance for p in pulled])
@@ -99,7 +114,9 @@ def _split_rest(pulled: Pulled, channel: Ints, clean: Bools, touched: Bools) -> 
     if not len(rest):
         return pairs, torch.from_numpy(rest)
     # Different elements of one source channel may go to different channels (a flatten): decode each by itself.
-    elements = pulled.rows[:, torch.from_numpy(rest).to(pulled.rows.device)].double().cpu().numpy()
+    at = torch.from_numpy(rest).to(pulled.gradients[0].device)
+    rows = [rows_along(g, pulled.axis)[at].double() for g in pulled.gradients]
+    elements = torch.stack(rows).cpu().numpy()
     channel, clean = pulled.decoded(elements)
     touched = elements[0] != 0
     mixed = (touched & ~clean).any(1)
@@ -121,7 +138,7 @@ def _channel_of(
 
 def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
-    channel, clean = Pulled.of(pulled, 0, permuted).decoded(torch.stack([g.double() for g in pulled]).cpu().numpy())
+    channel, clean = Pulled(pulled, 0, permuted).decoded(torch.stack([g.double() for g in pulled]).cpu().numpy())
     if not clean.any():
         return None
     for axis, size in enumerate(channel.shape):

@@ -118,7 +118,7 @@ def _pull_batch(
             # A loose tensor counts if its elements follow the channels along some axis.
             axis = leaf.axis if leaf.axis >= 0 or len(known) < 3 else aligned_axis(known, permuted)
             if len(known) == 3 and axis is not None:
-                reached.append((number, leaf, axis, Pulled.of(known, axis, permuted)))
+                reached.append((number, leaf, axis, Pulled(known, axis, permuted)))
     for (number, leaf, axis, _), (pairs, broadcast) in zip(reached, decode([r[-1] for r in reached]), strict=True):
         if len(pairs) or len(broadcast):
             found[number].append((leaf, axis, pairs, broadcast))
