@@ -135,9 +135,13 @@ def both(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     """Measure what is missing, print the totals."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="timm:NAME or torchvision:NAME; default: all that both prune")
+    parser.add_argument(
+        "names", nargs="*", help="timm:NAME or torchvision:NAME; default: all that both prune"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is there for this code, too")
-    parser.add_argument("--limit", type=float, default=600, help="start no further model after so many seconds")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="start no further model after so many seconds"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -41,7 +41,9 @@ def shell(model: nn.Module) -> nn.Module:
                     name: value
                     if (kind := type(value)) in _PLAIN
                     else kind()
-                    if kind in _EMPTY and not value and name[0] == "_"  # most tables of a module: of hooks, of buffers
+                    if kind in _EMPTY
+                    and not value
+                    and name[0] == "_"  # most tables of a module: of hooks, of buffers
                     else _copied(name, value, memo)
                     for name, value in vars(module).items()
                 }

@@ -82,7 +82,7 @@ def _sums(pulled: Sequence[Pulled]) -> tuple[Floats, Bools]:
         for k in range(3)
     ]
     sums: Floats = torch.stack(summed).numpy()
-    touched: Bools = sums[0] != 0
+    touched: Bools = np.asarray(sums[0] != 0)
     parts = np.split(touched, np.cumsum([p.channels for p in pulled])[:-1])
     for p, part in zip(pulled, parts, strict=True):
         if not part.all():  # nothing arrives there, or what does cancels
@@ -99,7 +99,8 @@ def decode(pulled: Sequence[Pulled]) -> list[tuple[Tensor, Tensor]]:
     sizes = [p.channels for p in pulled]
     widths = [len(p.permuted) for p in pulled]
     first, width, tolerance = (
-        np.repeat(values, sizes) for values in (np.cumsum([0, *widths[:-1]]), widths, [p.tolerance for p in pulled])
+        np.repeat(values, sizes)
+        for values in (np.cumsum([0, *widths[:-1]]), widths, [p.tolerance for p in pulled])
     )
     channel, clean = _channel_of(sums, np.concatenate([p.permuted for p in pulled]), first, width, tolerance)
     parts = zip(pulled, *(np.split(a, np.cumsum(sizes)[:-1]) for a in (channel, clean, touched)), strict=True)
@@ -119,7 +120,7 @@ def _split_rest(pulled: Pulled, channel: Ints, clean: Bools, touched: Bools) -> 
     elements = torch.stack(rows).cpu().numpy()
     channel, clean = pulled.decoded(elements)
     touched = elements[0] != 0
-    mixed = (touched & ~clean).any(1)
+    mixed: Bools = np.any(touched & ~clean, axis=1)
     row, column = np.nonzero(touched & ~mixed[:, None])
     more = np.unique(np.stack([rest[row], channel[row, column]], 1), axis=0)
     return torch.cat([pairs, torch.from_numpy(more)]), torch.from_numpy(rest[mixed])
@@ -132,13 +133,17 @@ def _channel_of(
     safe = np.where(pulled[0] == 0, 1.0, pulled[0])
     label, check = pulled[1] / safe, pulled[2] / safe
     channel = np.clip(np.nan_to_num(np.rint(label)), 1, width).astype(np.int64) - 1
-    near = (np.abs(label - (channel + 1)) < tolerance) & (np.abs(check - permuted[first + channel]) < tolerance)
+    near = (np.abs(label - (channel + 1)) < tolerance) & (
+        np.abs(check - permuted[first + channel]) < tolerance
+    )
     return channel, near & (pulled[0] != 0)
 
 
 def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
-    channel, clean = Pulled(pulled, 0, permuted).decoded(torch.stack([g.double() for g in pulled]).cpu().numpy())
+    channel, clean = Pulled(pulled, 0, permuted).decoded(
+        torch.stack([g.double() for g in pulled]).cpu().numpy()
+    )
     if not clean.any():
         return None
     for axis, size in enumerate(channel.shape):

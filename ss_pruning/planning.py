@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from ss_pruning.coupling import Coupling, Key, Unit
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
@@ -77,7 +77,7 @@ class Costs:
     def _collect(
         self,
         modules: Mapping[str, nn.Module],
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         wiring: Wiring,
         by_path: Mapping[str, int],
     ) -> None:

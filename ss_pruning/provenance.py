@@ -221,7 +221,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]  # flat at the operating point
+            slopes = [
+                m for m in modules_of(model).values() if isinstance(m, nn.PReLU)
+            ]  # flat at the operating point
             handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:

@@ -103,7 +103,11 @@ def _pull_batch(
     pulls = zip(
         *(
             torch.autograd.grad(
-                [arrival.tensor for arrival, _ in batch], tensors, cotangent, retain_graph=True, allow_unused=True
+                [arrival.tensor for arrival, _ in batch],
+                tensors,
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,
             )
             for cotangent in zip(*(c for c, _ in cotangents), strict=True)
         ),
@@ -119,7 +123,9 @@ def _pull_batch(
             axis = leaf.axis if leaf.axis >= 0 or len(known) < 3 else aligned_axis(known, permuted)
             if len(known) == 3 and axis is not None:
                 reached.append((number, leaf, axis, Pulled(known, axis, permuted)))
-    for (number, leaf, axis, _), (pairs, broadcast) in zip(reached, decode([r[-1] for r in reached]), strict=True):
+    for (number, leaf, axis, _), (pairs, broadcast) in zip(
+        reached, decode([r[-1] for r in reached]), strict=True
+    ):
         if len(pairs) or len(broadcast):
             found[number].append((leaf, axis, pairs, broadcast))
     return found

@@ -127,7 +127,8 @@ def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = 
     powers = kernel_powers(module, weight)
     groups = groups_of(module)
     by_group = variance.to(powers).reshape(groups, 1, -1)
-    return (powers.unflatten(0, (groups, -1)) * by_group).flatten(0, 1)
+    scaled: Tensor = powers.unflatten(0, (groups, -1)) * by_group
+    return scaled.flatten(0, 1)
 
 
 def share(power: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape.
 
-Convolutions and linear layers are cut by Torch-Pruning. Norms (all their tensors with one index) and what it cannot cut
-are gathered here: grouped convolutions that lose other positions in each group, further tensors of subclasses (the gain of a scaled convolution), frozen batch norms, loose
-tensors, and channels that change places.
+Convolutions and linear layers are cut by Torch-Pruning. Gathered here are norms (all their tensors with one index) and
+what it cannot cut: grouped convolutions that lose other positions in each group, further tensors of subclasses (the
+gain of a scaled convolution), frozen batch norms, loose tensors, and channels that change places.
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
     elif isinstance(module, _ConvNd) and in_order:
         (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, cut.removed)
     elif isinstance(module, nn.Linear) and in_order:
-        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, cut.removed)
+        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(
+            module, cut.removed
+        )
     else:
         _gather_layer(module, cut)
 
@@ -257,7 +259,7 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
         blocks = weight.unflatten(0, (groups, -1))[alive.to(weight.device)]  # [groups, rows, columns, ...]
         positions = kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]
         group = torch.arange(len(blocks), device=weight.device)[:, None]
-        selected = blocks.transpose(1, 1 + axis)[group, positions].transpose(1, 1 + axis)
+        selected: Tensor = blocks.transpose(1, 1 + axis)[group, positions].transpose(1, 1 + axis)
         return selected.flatten(0, 1).contiguous()
 
     _replace(conv, "weight", select)

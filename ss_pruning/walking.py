@@ -29,7 +29,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """What `dict(model.named_parameters())` gives."""
     return _tensors_in(modules_of(model), "_parameters")
 
@@ -45,8 +45,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**_tensors_in(modules, "_parameters"), **_tensors_in(modules, "_buffers")}
 
 
-def _tensors_in(modules: Mapping[str, nn.Module], table: str) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
+def _tensors_in(modules: Mapping[str, nn.Module], table: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, module in modules.items():
         for name, tensor in vars(module)[table].items():
