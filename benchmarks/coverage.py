@@ -156,7 +156,8 @@ def main() -> int:
         run(specs, sides, jobs=options.jobs, timeout=options.timeout, again=options.again)
     if not options.names and not options.family:
         compact()
-        coverage_page.write_all(candidates, latest(read_lines()), versions(), options.timeout)
+        code = code_version("ours")
+        coverage_page.write_all(candidates, latest(read_lines()), versions(), options.timeout, code)
     return 0
 
 

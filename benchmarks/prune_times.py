@@ -9,7 +9,8 @@ kept. Three works, each on a copy of its own:
 
 `prune_` verifies its cut on a copy, which Torch-Pruning does not do: those seconds are told apart. Copying the model,
 and what the first call in a process costs, count for nobody. A line per model is appended to
-`results/prune_times.jsonl`; what is there for the same code is not run again. `docs/coverage.md` shows the totals.
+`results/prune_times.jsonl`; what is there for the same code is not run again. Totals go to `results/prune_times.json`,
+and from there to `docs/coverage.md` (`python -m benchmarks.coverage --page`).
 
     OMP_NUM_THREADS=1 python -m benchmarks.prune_times
     OMP_NUM_THREADS=1 python -m benchmarks.prune_times timm:resnet18 --again
@@ -32,7 +33,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks import coverage
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, write
 from benchmarks.coverage_worker import MAX_RATIO, RATIO, Stages, _is_classifier, build, example_for
 from ss_pruning import prune_
 
@@ -162,7 +163,9 @@ def main() -> int:
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(json.dumps(line), flush=True)
-    print(json.dumps(both(read_lines().values()), indent=2))
+    times = both(read_lines().values())
+    print(json.dumps(times, indent=2))
+    write("prune_times", times)
     return 0
 
 
