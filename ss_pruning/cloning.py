@@ -17,7 +17,7 @@ from ss_pruning.walking import modules_of, tensors_of
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
 _PLAIN = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type))
 _TABLES = ("_parameters", "_buffers")
-_EMPTY = frozenset((dict, OrderedDict, set))
+_TABLE_KINDS = frozenset((dict, OrderedDict, set))
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -36,18 +36,14 @@ def shell(model: nn.Module) -> nn.Module:
         shells = [object.__new__(type(module)) for module in modules]
         memo.update({id(module): new for module, new in zip(modules, shells, strict=True)})
         for module, new in zip(modules, shells, strict=True):
-            new.__dict__.update(
-                {
-                    name: value
-                    if (kind := type(value)) in _PLAIN
-                    else kind()
-                    if kind in _EMPTY
-                    and not value
-                    and name[0] == "_"  # most tables of a module: of hooks, of buffers
-                    else _copied(name, value, memo)
-                    for name, value in vars(module).items()
-                }
-            )
+            for name, value in vars(module).items():
+                kind = type(value)
+                if kind in _PLAIN:
+                    new.__dict__[name] = value
+                elif kind in _TABLE_KINDS and not value and name.startswith("_"):  # of hooks, mostly
+                    new.__dict__[name] = kind()
+                else:
+                    new.__dict__[name] = _copied(name, value, memo)
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
     return shells[0]
@@ -104,7 +100,7 @@ def _is_ordinary(kind: type[nn.Module]) -> bool:
 
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if name.startswith("_") and kind in (dict, OrderedDict, set):
+    if name.startswith("_") and kind in _TABLE_KINDS:
         if name in _TABLES:
             return kind(value)
         if name == "_modules" and all(id(module) in memo for module in value.values()):

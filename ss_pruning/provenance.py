@@ -98,20 +98,20 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 @contextlib.contextmanager
 def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
-    flags = {module: module.training for module in modules_of(model).values()}
+    flags = [(module, module.training) for module in modules_of(model).values()]
     cuda = torch.cuda.is_initialized()
     devices = sorted(
         {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
     )
     try:
         with torch.random.fork_rng(devices=devices):
-            for module, flag in flags.items():  # dropout would hide who feeds whom
+            for module, flag in flags:  # dropout would hide who feeds whom
                 wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
                 if flag != wanted:
                     module.training = wanted
             yield
     finally:
-        for module, flag in flags.items():
+        for module, flag in flags:
             if module.training != flag:
                 module.training = flag
 

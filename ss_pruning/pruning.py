@@ -19,12 +19,11 @@ from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cu
 from ss_pruning.errors import InputError
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
-from ss_pruning.moments import measure
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
-from ss_pruning.strength import powers_along, synaptic_paths
+from ss_pruning.strength import powers_along
 from ss_pruning.surgery import Plan
 from ss_pruning.verification import Bench
 from ss_pruning.walking import modules_of, parameters_of
@@ -101,7 +100,7 @@ def prune_(
     with clock("score", 1):
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
-        powers = powers_along(model, measure(model, wiring, "batchnorm", None, synaptic_paths(wiring)))
+        powers, _ = powers_along(wiring, model, example_inputs)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan", 2):
         with clock("verify", 3):

@@ -99,16 +99,19 @@ def strengths_along(
     wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
-    measured = measure(model, wiring, moments, example_inputs, synaptic_paths(wiring))
-    strengths = {path: power.sqrt() for path, power in powers_along(model, measured).items()}
+    powers, measured = powers_along(wiring, model, example_inputs, moments)
+    strengths = {path: power.sqrt() for path, power in powers.items()}
     return Strengths(strengths, {path: m.unscaled for path, m in measured.items()})
 
 
-def powers_along(model: nn.Module, measured: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Squared strengths of the layers of which the moments were measured."""
+def powers_along(
+    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+) -> tuple[dict[str, Tensor], dict[str, Moments]]:
+    """Squared strengths by layer, and the moments that they come from."""
     modules = modules_of(model)
     with torch.no_grad():
-        return {path: synaptic_power(modules[path], m.variance) for path, m in measured.items()}
+        measured = measure(model, wiring, moments, example_inputs, synaptic_paths(wiring))
+        return {path: synaptic_power(modules[path], m.variance) for path, m in measured.items()}, measured
 
 
 def synaptic_paths(wiring: Wiring) -> list[str]:
