@@ -10,7 +10,7 @@ ratio is no channel number feed several channels at once (a broadcast gate, a so
 
 The layers themselves run in their own precision, what lies between them in float64: sums that nearly cancel (a
 softmax over two alike branches) would else blur the ratios. No table of operators, no trace: the cost is one forward
-pass and three local backward passes a layer.
+pass and three local backward passes for each set of layers of which no two have a source in common.
 """
 
 from __future__ import annotations
@@ -221,9 +221,8 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            slopes = [
-                m for m in modules_of(model).values() if isinstance(m, nn.PReLU)
-            ]  # flat at the operating point
+            # A PReLU is flat at the operating point.
+            slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
             handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:

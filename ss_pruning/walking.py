@@ -49,7 +49,7 @@ def _tensors_in(modules: Mapping[str, nn.Module], table: str) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, module in modules.items():
-        for name, tensor in vars(module)[table].items():
+        for name, tensor in getattr(module, table).items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 found[f"{path}.{name}" if path else name] = tensor
