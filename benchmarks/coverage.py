@@ -43,7 +43,7 @@ def code_version(side: str) -> str:
     if side == "ours":
         core = (
             "cloning coupling errors following labels layers macs masking moments planning provenance pruning pulling "
-            "reordering settling slots soundness staying strength surgery verification wiring"
+            "reordering settling slots soundness staying strength surgery verification walking wiring"
         )
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
         files += [ROOT / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")]
@@ -156,7 +156,8 @@ def main() -> int:
         run(specs, sides, jobs=options.jobs, timeout=options.timeout, again=options.again)
     if not options.names and not options.family:
         compact()
-        coverage_page.write_all(candidates, latest(read_lines()), versions(), options.timeout)
+        code = code_version("ours")
+        coverage_page.write_all(candidates, latest(read_lines()), versions(), options.timeout, code)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections import Counter
@@ -10,9 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from benchmarks.coverage_names import NAMED, Candidate
 
+TIMES = RESULTS / "prune_times.json"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 SIDE_NAMES = {"ours": "ss-pruning", "tp": "Torch-Pruning"}
 #: What a status means.
@@ -71,20 +73,22 @@ def exact(line: Mapping[str, Any]) -> float | None:
     return None if error is None or (line.get("mixers") and error > TOLERANCE) else float(error)
 
 
-def times(specs: Sequence[str], lines: Lines) -> dict[str, Any]:
-    """CPU seconds on the models that both sides prune; ours also without the verification on a copy."""
-    both = [s for s in specs if all(lines.get((s, side), {}).get("status") == "ok" for side in SIDE_NAMES)]
-    return {
-        "models": len(both),
-        **{side: sum(lines[s, side]["seconds"] for s in both) for side in SIDE_NAMES},
-        "verify": sum(lines[s, "ours"]["stages"].get("verify", 0.0) for s in both),
-    }
-
-
 def write_all(
-    candidates: Iterable[Candidate], lines: Lines, versions: Mapping[str, str], timeout: float
+    candidates: Iterable[Candidate],
+    lines: Lines,
+    versions: Mapping[str, str],
+    timeout: float,
+    code: str,
 ) -> None:
-    """Write `results/coverage.json` and `docs/coverage.md`."""
+    """Write `results/coverage.json` and `docs/coverage.md`.
+
+    Args:
+        candidates: The models.
+        lines: Results by model and side.
+        versions: Of the packages.
+        timeout: CPU seconds a model and side.
+        code: The present version of what our results depend on.
+    """
     models = list(candidates)
     specs = [c.spec for c in models]
     sides = {side: summary(specs, lines, side) for side in SIDE_NAMES}
@@ -99,19 +103,18 @@ def write_all(
         "models_listed": len(specs),
         "machine": machine,
         "sides": sides,
-        "both": times(specs, lines),
     }
     write(
         "coverage", {**facts, "models": [dict(lines[key]) for key in sorted(lines) if key[0] in set(specs)]}
     )
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(
-        "\n".join([*_head(facts, versions), *_table(models, lines), *_failures(specs, lines)]) + "\n"
+        "\n".join([*_head(facts, versions, code), *_table(models, lines), *_failures(specs, lines)]) + "\n"
     )
 
 
-def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
-    sides, both, machine = facts["sides"], facts["both"], facts["machine"]
+def _head(facts: Mapping[str, Any], versions: Mapping[str, str], code: str) -> list[str]:
+    sides, machine = facts["sides"], facts["machine"]
     stack = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [
         (f"models run, of {facts['models_listed']}", lambda s: s["models"]),
@@ -142,7 +145,7 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
             for label, value in rows
         ),
         "",
-        *_times(both),
+        *_times(code),
         *_acceptance(facts),
         *(f"- *{status}*: {meaning}." for status, meaning in STATUSES.items()),
         "",
@@ -160,20 +163,39 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _times(both: Mapping[str, Any]) -> list[str]:
-    """CPU seconds on the models that both prune, side by side."""
-    bare = both["ours"] - both["verify"]
-    ratio = f"{bare / both['tp']:.2f}" if both["tp"] else "-"
-    return [
-        f"CPU seconds in all on the {both['models']} models that both prune:",
+def _times(code: str) -> list[str]:
+    """CPU seconds on the models that both prune, side by side, as `benchmarks.prune_times` measured them."""
+    if not TIMES.is_file():
+        return ["How long both take was not measured: `python -m benchmarks.prune_times`.", ""]
+    times = json.loads(TIMES.read_text())
+    every, rest = times["all"], times["rest"]
+    slow = ", ".join(spec.partition(":")[2] for spec in every["slow"])
+    rows = [(f"all {every['models']} models", every)]
+    if slow:
+        rows.append((f"without {slow}", rest))
+    text = [
+        f"CPU seconds in all on {every['models']} models that both prune, from a fresh model to a cut one, in turns in "
+        "one process (`python -m benchmarks.prune_times`; copying the model and what the first call in a process costs "
+        "are left out). *Same*: `prune_` with Torch-Pruning's own `GroupMagnitudeImportance`; *default*: with the one "
+        "of ss-pruning, which runs the net on noise. *Verified*: with the check of the cut on a copy, which `prune_` "
+        "always does and Torch-Pruning does not. In brackets, the share of Torch-Pruning's time.",
         "",
-        "| ss-pruning, build + score + cut | ss-pruning, with verification | Torch-Pruning, build + score + cut |",
-        "|---:|---:|---:|",
-        f"| {bare:.1f} | {both['ours']:.1f} | {both['tp']:.1f} |",
-        "",
-        f"Without the verification on a copy, which Torch-Pruning does not do, ss-pruning takes {ratio} of its time.",
+        "| | Torch-Pruning | same | verified | default | verified |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(f"| {label} | {' | '.join(_shares(sums))} |" for label, sums in rows),
         "",
     ]
+    if slow:
+        text += [f"Torch-Pruning's total is mostly that of a few models ({slow}); hence the second row.", ""]
+    if every["codes"] != [code]:
+        text += ["These times are not all of the present version of the code.", ""]
+    return text
+
+
+def _shares(sums: Mapping[str, Any]) -> list[str]:
+    tp = sums["seconds"]["tp"]
+    ours = [sums[kind][name] for name in ("same", "default") for kind in ("bare", "seconds")]
+    return [f"{tp:.1f}", *(f"{seconds:.1f} ({seconds / tp:.2f})" for seconds in ours)]
 
 
 #: Why little goes, where the reasons that the report gives do not tell it all.

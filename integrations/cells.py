@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning.coupling import Cell, Member
 from ss_pruning.errors import InputError
 from ss_pruning.layers import is_depthwise
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 
@@ -43,7 +44,7 @@ class CellGraph:
     round: object = None
 
     def __post_init__(self) -> None:
-        self.modules = dict(self.model.named_modules())
+        self.modules = modules_of(self.model)
 
     def is_in_channel_pruning_fn(self, handler: Any) -> bool:
         """As in Torch-Pruning: norms and depthwise layers count on both sides."""
@@ -69,7 +70,7 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
             tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist()
         )
         width = member.index.shape[1]
-        group[-1].root_idxs = [i for i in range(cell.size) for _ in range(width)]
+        group[-1].root_idxs = np.repeat(np.arange(cell.size), width).tolist()
     return group
 
 

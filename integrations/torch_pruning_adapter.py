@@ -19,6 +19,7 @@ from ss_pruning.layers import is_depthwise
 from ss_pruning.moments import MomentSource, measure
 from ss_pruning.provenance import trace
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
+from ss_pruning.walking import modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import Wiring
 
 _GIVE_INPUTS = "give the input yourself: SynapticImportance(example_inputs=x)"
@@ -100,7 +101,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         given = getattr(graph, "wiring", None)
         if isinstance(given, Wiring):
             return given
-        shapes = tuple(p.shape for p in model.parameters())
+        shapes = tuple(p.shape for p in parameters_of(model).values())
         if self._wiring is not None and self._wiring[0]() is model and self._wiring[1] == shapes:
             return self._wiring[2]
         try:
@@ -125,7 +126,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         """`[in_channels]` scores of a consumer's input channels."""
         known = self._pass.scores
         if module not in known:
-            paths = self._pass.paths or {m: name for name, m in model.named_modules()}
+            paths = self._pass.paths or {m: name for name, m in modules_of(model).items()}
             self._pass.paths = paths
             if module not in paths:
                 raise InputError(
@@ -199,7 +200,7 @@ class _Pass:
         if current is not None and current is self.round:
             return
         self.round = current
-        versions = hash(tuple((id(t), t._version) for t in (*model.parameters(), *model.buffers())))
+        versions = hash(tuple((id(t), t._version) for t in tensors_of(model).values()))
         if current is not None or root in self.roots or versions != self.versions:
             self.versions = versions
             self.roots.clear()
@@ -214,10 +215,10 @@ def _state(model: nn.Module, wiring: Wiring) -> list[Any]:
 
     The values are compared as well because edits through `.data` are not counted.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    norms = [model.get_submodule(path) for path, layer in wiring.layers.items() if layer.kind == "norm"]
-    values = [t.detach().flatten().clone() for norm in norms for t in norm.parameters(recurse=False)]
-    return [wiring, tuple((id(t), t._version, t.data_ptr()) for t in tensors), *values]
+    modules = modules_of(model)
+    norms = [modules[path] for path, layer in wiring.layers.items() if layer.kind == "norm"]
+    values = [t.detach().flatten().clone() for m in norms for t in m._parameters.values() if t is not None]
+    return [wiring, tuple((id(t), t._version, t.data_ptr()) for t in tensors_of(model).values()), *values]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.errors import ModelError
+from ss_pruning.walking import modules_of, tensors_of
 
 # What a class may define to be copied in a way of its own.
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
 _PLAIN = frozenset((int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type))
 _TABLES = ("_parameters", "_buffers")
+_TABLE_KINDS = frozenset((dict, OrderedDict, set))
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -26,20 +28,22 @@ def shell(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: The model cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    modules = list(model.modules())
+    memo: dict[int, Any] = {id(t): t for t in tensors_of(model).values()}
+    modules = list(modules_of(model).values())
     try:
         if not all(map(_is_ordinary, {type(module) for module in modules})):
             return copy.deepcopy(model, memo)
         shells = [object.__new__(type(module)) for module in modules]
         memo.update({id(module): new for module, new in zip(modules, shells, strict=True)})
         for module, new in zip(modules, shells, strict=True):
-            new.__dict__.update(
-                {
-                    name: value if type(value) in _PLAIN else _copied(name, value, memo)
-                    for name, value in vars(module).items()
-                }
-            )
+            for name, value in vars(module).items():
+                kind = type(value)
+                if kind in _PLAIN:
+                    new.__dict__[name] = value
+                elif kind in _TABLE_KINDS and not value and name.startswith("_"):  # of hooks, mostly
+                    new.__dict__[name] = kind()
+                else:
+                    new.__dict__[name] = _copied(name, value, memo)
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
     return shells[0]
@@ -53,7 +57,7 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """
     twin = shell(model)
     made: dict[int, Any] = {}
-    for module in twin.modules():
+    for module in modules_of(twin).values():
         tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for table in tables:
             for name, tensor in table.items():
@@ -96,8 +100,8 @@ def _is_ordinary(kind: type[nn.Module]) -> bool:
 
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if name.startswith("_") and kind in (dict, OrderedDict, set):
-        if not value or name in _TABLES:
+    if name.startswith("_") and kind in _TABLE_KINDS:
+        if name in _TABLES:
             return kind(value)
         if name == "_modules" and all(id(module) in memo for module in value.values()):
             return kind({child: memo[id(module)] for child, module in value.items()})

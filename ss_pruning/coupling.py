@@ -31,6 +31,7 @@ from ss_pruning.staying import (
     frozen_slots,
     left_whole_of,
 )
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import INPUT, Wiring
 
 __all__ = [
@@ -117,7 +118,7 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
         ignore: Layer paths whose own channels (outputs) must stay, with the reason to report.
     """
     slots = Slots(wiring)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     family = components(slots.total, _ties(wiring, slots, modules))
     frozen = frozen_slots(wiring, slots, modules, ignore or {})
     reasons = family_reasons(slots, family, frozen)

@@ -7,6 +7,7 @@ just one channel listens: the ratio of the two is that channel. A third pull wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,47 +46,104 @@ def rows_along(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
-def decode(pulled: Sequence[Tensor], permuted: Ints, axis: int) -> tuple[Tensor, Tensor]:
-    """Pairs (source channel, consumer channel), and the source channels whose elements feed several channels."""
-    rows = [rows_along(g, axis) for g in pulled]
-    sums = torch.stack([g.sum(1, dtype=torch.float64) for g in rows]).cpu().numpy()
-    touched = rows[0].ne(0).any(1).cpu().numpy()
-    tolerance = _tolerance(pulled[0].dtype, permuted)
-    channel, clean = _channel_of(sums, permuted, tolerance)
+@dataclass(frozen=True)
+class Pulled:
+    """What three pulls with the labels of one arrival left at one source.
+
+    Attributes:
+        gradients: Three, in the source's shape.
+        axis: Where its channels lie.
+        permuted: The permuted labels of the arrival's channels, numbered from 1.
+    """
+
+    gradients: Sequence[Tensor]
+    axis: int
+    permuted: Ints
+
+    @property
+    def channels(self) -> int:
+        """How many the source has."""
+        return self.gradients[0].shape[self.axis]
+
+    @property
+    def tolerance(self) -> float:
+        """float64 resolves the labels sharply; coarser, the check still tells mixed channels apart."""
+        return 1e-3 if self.gradients[0].dtype == torch.float64 else 0.02 + 1e-5 * len(self.permuted)
+
+    def decoded(self, elements: Floats) -> tuple[Ints, Bools]:
+        """See `_channel_of`, for some elements of each gradient."""
+        return _channel_of(elements, self.permuted, 0, len(self.permuted), self.tolerance)
+
+
+def _sums(pulled: Sequence[Pulled]) -> tuple[Floats, Bools]:
+    """By channel of all sources, one after the other: `[3, channels]` sums of its elements, and if any is not 0."""
+    summed = [
+        torch.cat([rows_along(p.gradients[k], p.axis).sum(1, dtype=torch.float64).cpu() for p in pulled])
+        for k in range(3)
+    ]
+    sums: Floats = torch.stack(summed).numpy()
+    touched: Bools = np.asarray(sums[0] != 0)
+    parts = np.split(touched, np.cumsum([p.channels for p in pulled])[:-1])
+    for p, part in zip(pulled, parts, strict=True):
+        if not part.all():  # nothing arrives there, or what does cancels
+            part |= rows_along(p.gradients[0], p.axis).any(1).cpu().numpy()
+    return sums, touched
+
+
+def decode(pulled: Sequence[Pulled]) -> list[tuple[Tensor, Tensor]]:
+    """For each source: pairs (its channel, consumer channel), and its channels whose elements feed several channels."""
+    if not pulled:
+        return []
+    sums, touched = _sums(pulled)
+    # All sources in one go: label `i` of source `n` stands at `first[n] + i`.
+    sizes = [p.channels for p in pulled]
+    widths = [len(p.permuted) for p in pulled]
+    first, width, tolerance = (
+        np.repeat(values, sizes)
+        for values in (np.cumsum([0, *widths[:-1]]), widths, [p.tolerance for p in pulled])
+    )
+    channel, clean = _channel_of(sums, np.concatenate([p.permuted for p in pulled]), first, width, tolerance)
+    parts = zip(pulled, *(np.split(a, np.cumsum(sizes)[:-1]) for a in (channel, clean, touched)), strict=True)
+    return [_split_rest(*part) for part in parts]
+
+
+def _split_rest(pulled: Pulled, channel: Ints, clean: Bools, touched: Bools) -> tuple[Tensor, Tensor]:
+    """Pairs and broadcast channels of one source, of which the `clean` rows are decoded."""
     one = np.flatnonzero(touched & clean)
     pairs = torch.from_numpy(np.stack([one, channel[one]], 1))
     rest = np.flatnonzero(touched & ~clean)
     if not len(rest):
         return pairs, torch.from_numpy(rest)
     # Different elements of one source channel may go to different channels (a flatten): decode each by itself.
-    at = torch.from_numpy(rest).to(rows[0].device)
-    elements = torch.stack([g[at].double() for g in rows]).cpu().numpy()
-    channel, clean = _channel_of(elements, permuted, tolerance)
+    at = torch.from_numpy(rest).to(pulled.gradients[0].device)
+    rows = [rows_along(g, pulled.axis)[at].double() for g in pulled.gradients]
+    elements = torch.stack(rows).cpu().numpy()
+    channel, clean = pulled.decoded(elements)
     touched = elements[0] != 0
-    mixed = (touched & ~clean).any(1)
+    mixed: Bools = np.any(touched & ~clean, axis=1)
     row, column = np.nonzero(touched & ~mixed[:, None])
     more = np.unique(np.stack([rest[row], channel[row, column]], 1), axis=0)
     return torch.cat([pairs, torch.from_numpy(more)]), torch.from_numpy(rest[mixed])
 
 
-def _tolerance(dtype: torch.dtype, permuted: Ints) -> float:
-    """float64 resolves the labels sharply; in a coarser precision mixed channels are still told apart by the check."""
-    return 1e-3 if dtype == torch.float64 else 0.02 + 1e-5 * len(permuted)
-
-
-def _channel_of(pulled: Floats, permuted: Ints, tolerance: float) -> tuple[Ints, Bools]:
+def _channel_of(
+    pulled: Floats, permuted: Ints, first: Ints | int, width: Ints | int, tolerance: Floats | float
+) -> tuple[Ints, Bools]:
     """The channel that listens to each element, and whether it is the only one (both labels agree on it)."""
     safe = np.where(pulled[0] == 0, 1.0, pulled[0])
     label, check = pulled[1] / safe, pulled[2] / safe
-    channel = np.clip(np.nan_to_num(np.rint(label)), 1, len(permuted)).astype(np.int64) - 1
-    near = (np.abs(label - (channel + 1)) < tolerance) & (np.abs(check - permuted[channel]) < tolerance)
+    channel = np.clip(np.nan_to_num(np.rint(label)), 1, width).astype(np.int64) - 1
+    near = (np.abs(label - (channel + 1)) < tolerance) & (
+        np.abs(check - permuted[first + channel]) < tolerance
+    )
     return channel, near & (pulled[0] != 0)
 
 
 def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
-    tolerance = _tolerance(pulled[0].dtype, permuted)
-    channel, clean = _channel_of(torch.stack([g.double() for g in pulled]).cpu().numpy(), permuted, tolerance)
+    channel, clean = Pulled(pulled, 0, permuted).decoded(
+        torch.stack([g.double() for g in pulled]).cpu().numpy()
+    )
     if not clean.any():
         return None
     for axis, size in enumerate(channel.shape):

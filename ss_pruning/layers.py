@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.errors import ModelError
+from ss_pruning.walking import tensors_of
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
@@ -44,6 +45,8 @@ def is_norm(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) == 1 and module.weight is not None
+    if not module._parameters and not module._buffers:
+        return False
     names = ("weight", "bias", "running_mean", "running_var")
     tensors = [getattr(module, name, None) for name in names]
     if not list(module.children()) and all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors):
@@ -58,6 +61,8 @@ def is_foreign_norm(module: nn.Module) -> bool:
 
 def _foreign_kind(module: nn.Module) -> Kind | None:
     """What a module that is not torch's does with one weight a channel, found by asking it."""
+    if not module._parameters:
+        return None
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or _holds_tensors_inside(module):
         return None
@@ -185,7 +190,7 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ModelError: Names the first such tensor.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in tensors_of(model).items():
         # A sum is finite if all is, unless it overflows: a quick first look.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
@@ -202,7 +207,8 @@ def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
         weight = module.weight
     if isinstance(module, nn.Linear):
         return weight.square()
-    powers = weight.flatten(2).square().sum(2)
+    elements = weight.flatten(2)
+    powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)
     if isinstance(module, _ConvNd) and module.transposed:
         g = module.groups
         return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import flop_registry
 
 from ss_pruning.layers import kind_of
 from ss_pruning.provenance import call, preserved
+from ss_pruning.walking import modules_of
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
     """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2)."""
     counter = _MacCounter()
-    layers = [(path, module) for path, module in model.named_modules() if kind_of(module) is not None]
+    layers = [(path, module) for path, module in modules_of(model).items() if kind_of(module) is not None]
     handles = [module.register_forward_pre_hook(counter.entering(path)) for path, module in layers]
     handles += [module.register_forward_hook(counter.entering("")) for _, module in layers]
     try:

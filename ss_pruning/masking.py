@@ -14,19 +14,20 @@ from ss_pruning.cloning import shell
 from ss_pruning.layers import channel_axis, is_depthwise, mixes_channels
 from ss_pruning.planning import Selection
 from ss_pruning.surgery import Cut, cut_layer
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 
 @contextlib.contextmanager
 def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[None]:
     """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
-    undo = contextlib.ExitStack()
+    undo, modules = contextlib.ExitStack(), modules_of(model)
     with undo:
         for (path, side), kept in selection.items():
             layer = wiring.layers.get(path)
             if layer is None:
                 continue
-            module = model.get_submodule(path)
+            module = modules[path]
             cut = Cut(path, side, layer.inputs, kept)
             if side == "in" and not is_depthwise(module):
                 if type(module).__module__.startswith("torch.nn."):
@@ -42,9 +43,9 @@ def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[N
 
 def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     before = vars(module).get("forward")
-    module.forward = forward
-    undo.callback(module.__delattr__, "forward") if before is None else undo.callback(
-        setattr, module, "forward", before
+    vars(module)["forward"] = forward
+    undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
+        vars(module).update, forward=before
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis
 from ss_pruning.provenance import call, preserved
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 # Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
@@ -68,10 +69,10 @@ def measure(
 
 def norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     """Squared scale of every norm channel; 1 for a norm without a scale."""
-    scales = {}
+    scales, modules = {}, modules_of(model)
     for path, layer in wiring.layers.items():
         if layer.kind == "norm":
-            weight = getattr(model.get_submodule(path), "weight", None)
+            weight = getattr(modules[path], "weight", None)
             scales[path] = torch.ones(layer.outputs) if weight is None else weight.square()
     return scales
 
@@ -156,13 +157,14 @@ def _noisy_run(
         noise = torch.randn(shape, generator=generator).to(t)
         return noise if shrink == 1 else noise[..., : shape[-2] // shrink, : shape[-1] // shrink]
 
+    modules = modules_of(model)
     with contextlib.ExitStack() as undo:
         for path, layer in wiring.layers.items():
             if layer.kind == "norm":
                 hook = _noise_hook(layer.in_axis, generator, by_image)
-                undo.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
+                undo.callback(modules[path].register_forward_pre_hook(hook).remove)
         for path in _unheard(wiring):
-            undo.enter_context(_shape_only(model.get_submodule(path)))
+            undo.callback(_shape_only(modules[path]))
         return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
 
 
@@ -178,10 +180,9 @@ def _unheard(wiring: Wiring) -> set[str]:
     return {path for path in read - read_by_others if path in wiring.layers}
 
 
-@contextlib.contextmanager
-def _shape_only(module: nn.Module) -> Iterator[None]:
-    """Let a layer see one image of its batch, and put out zeros in the right shape."""
-    forward, own = module.forward, "forward" in vars(module)
+def _shape_only(module: nn.Module) -> Callable[[], object]:
+    """Let a layer see one image of its batch, and put out zeros in the right shape; returns what undoes it."""
+    forward, before = module.forward, vars(module).get("forward")
 
     def one_image(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if channel_axis(module, x) == 0 or len(x) < 2:
@@ -189,14 +190,10 @@ def _shape_only(module: nn.Module) -> Iterator[None]:
         y = forward(x[:1], *args, **kwargs)
         return y.new_zeros((len(x), *y.shape[1:]))
 
-    module.forward = one_image
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
+    vars(module)["forward"] = one_image
+    if before is None:
+        return lambda: vars(module).pop("forward")
+    return lambda: vars(module).update(forward=before)
 
 
 def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callable[[nn.Module, Any], Any]:
@@ -287,7 +284,8 @@ def _observe(
 ) -> dict[str, _Seen]:
     """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
     sums = {path: _Sums(wiring.layers[path].inputs) for path in paths}
-    handles = [model.get_submodule(path).register_forward_pre_hook(s) for path, s in sums.items()]
+    modules = modules_of(model)
+    handles = [modules[path].register_forward_pre_hook(s) for path, s in sums.items()]
     count = 0
     try:
         with preserved(model, training=False), torch.no_grad():
@@ -306,7 +304,7 @@ def _observe(
         raise InputError("the calibration batches are empty")
     found = {}
     for path, s in sums.items():
-        weight = model.get_submodule(path).weight
+        weight = modules[path].weight
         if s.values and isinstance(weight, Tensor):
             found[path] = s.seen(weight.dtype)
     return found

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from ss_pruning.coupling import Coupling, Key, Unit
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
 from ss_pruning.macs import count_macs
 from ss_pruning.surgery import Cut, Plan
+from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
 
 Floats = npt.NDArray[np.float64]
@@ -66,25 +67,32 @@ class Costs:
         self.number = {key: i for i, key in enumerate(self.keys)}
         self.widths: Floats = np.array([coupling.widths[key] for key in self.keys], dtype=np.float64)
         self.macs, by_path = count_macs(model, example_inputs)
-        self.params = sum(p.numel() for p in model.parameters())
+        parameters = parameters_of(model)
+        self.params = sum(p.numel() for p in parameters.values())
         # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
-        self._collect(model, wiring, by_path)
+        self._collect(modules_of(model), parameters, wiring, by_path)
 
-    def _collect(self, model: nn.Module, wiring: Wiring, by_path: Mapping[str, int]) -> None:
+    def _collect(
+        self,
+        modules: Mapping[str, nn.Module],
+        parameters: Mapping[str, Tensor],
+        wiring: Wiring,
+        by_path: Mapping[str, int],
+    ) -> None:
         full = len(self.keys)
-        modules = dict(model.named_modules())
         for path, layer in wiring.layers.items():
             if layer.kind == "positional":
                 continue
             out = self.number[(path, "through") if layer.kind in ("norm", "response") else (path, "out")]
             into = self.number[path, "in"] if layer.kind == "synaptic" else full
             self.mac_terms.append((by_path.get(path, 0), into, out))
-            for name, parameter in modules[path].named_parameters(recurse=False):
+            for name, parameter in modules[path]._parameters.items():
+                if parameter is None:
+                    continue
                 both = layer.kind == "synaptic" and name == "weight"
                 self.param_terms.append((parameter.numel(), into if both else full, out))
-        parameters = dict(model.named_parameters())
         for name in wiring.loose:
             if name in parameters:
                 self.param_terms.append((parameters[name].numel(), full, self.number[name, "tensor"]))

@@ -10,7 +10,7 @@ ratio is no channel number feed several channels at once (a broadcast gate, a so
 
 The layers themselves run in their own precision, what lies between them in float64: sums that nearly cancel (a
 softmax over two alike branches) would else blur the ratios. No table of operators, no trace: the cost is one forward
-pass and three local backward passes a layer.
+pass and three local backward passes for each set of layers of which no two have a source in common.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.labels import Labels
 from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
+from ss_pruning.walking import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import INPUT, Layer, Wiring
 
 # Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
@@ -53,7 +54,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
         InputError: NNI has wrapped the model.
     """
     check_unwrapped(model)
-    paths = {module: name for name, module in model.named_modules() if kind_of(module) is not None}
+    paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
     if not paths:
         raise ModelError("the model has no convolution or linear layer that could be pruned")
     wiring = Wiring()
@@ -72,7 +73,7 @@ def check_unwrapped(model: nn.Module) -> None:
     Raises:
         InputError: Names the first wrapped module.
     """
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         if "_nni_wrapper" in module._modules:
             raise InputError(
                 f"'{path}' is wrapped by NNI: call unwrap_model() of the pruner first. That gives back the unmasked "
@@ -97,19 +98,22 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 @contextlib.contextmanager
 def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules_of(model).values()]
     cuda = torch.cuda.is_initialized()
     devices = sorted(
         {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
     )
     try:
         with torch.random.fork_rng(devices=devices):
-            for module, _ in flags:  # dropout would hide who feeds whom
-                module.training = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+            for module, flag in flags:  # dropout would hide who feeds whom
+                wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+                if flag != wanted:
+                    module.training = wanted
             yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
 
 
 class _Recorder:
@@ -157,6 +161,8 @@ class _Recorder:
             self.arrivals.append(Arrival(path, x.clone(), axis, index))
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
+        if len(args) == 1 and args[0] is x and not kwargs:
+            return (_cast(x.detach(), dtype),), kwargs
         cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
             Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
         )
@@ -193,9 +199,7 @@ def _probe(
         recorder.double = False
         output = _run(model, example_inputs, recorder, training)
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
-    for arrival in recorder.arrivals:
-        if arrival.path not in known:
-            pull(arrival, leaves, labels, wiring)
+    pull([arrival for arrival in recorder.arrivals if arrival.path not in known], leaves, labels, wiring)
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             pull_output(tensor, leaves, wiring)
@@ -217,7 +221,8 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            slopes = [m for m in model.modules() if isinstance(m, nn.PReLU)]  # flat at the operating point
+            # A PReLU is flat at the operating point.
+            slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
             handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
@@ -254,10 +259,11 @@ def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
 
 def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
     """Floating-point parameters and (non-scalar) buffers outside the layers."""
-    owned = {id(t) for m in paths for t in (*m.parameters(), *m.buffers())}
-    for name, parameter in model.named_parameters():
+    owned = {id(t) for m in paths for t in (*m._parameters.values(), *m._buffers.values())}
+    owned |= {id(t) for m in paths if m._modules for t in tensors_of(m).values()}
+    for name, parameter in parameters_of(model).items():
         if id(parameter) not in owned and parameter.is_floating_point():
             yield name, parameter
-    for name, buffer in model.named_buffers():
+    for name, buffer in buffers_of(model).items():
         if id(buffer) not in owned and buffer.is_floating_point() and buffer.numel() > 1:
             yield name, buffer

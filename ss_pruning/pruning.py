@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,9 +23,10 @@ from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
-from ss_pruning.strength import strengths_along
+from ss_pruning.strength import powers_along
 from ss_pruning.surgery import Plan
 from ss_pruning.verification import Bench
+from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
@@ -98,7 +100,7 @@ def prune_(
     with clock("score", 1):
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
-        strengths = strengths_along(wiring, model, example_inputs)
+        powers, _ = powers_along(wiring, model, example_inputs)
     options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     with clock("plan", 2):
         with clock("verify", 3):
@@ -124,13 +126,13 @@ def prune_(
         macs_before=costs.macs,
         macs_after=costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
         params_before=costs.params,
-        params_after=sum(p.numel() for p in model.parameters()),
-        layers=_layer_reports(model, plan, wiring, strengths),
+        params_after=sum(p.numel() for p in parameters_of(model).values()),
+        layers=_layer_reports(model, plan, wiring, powers),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
         settings=settings,
         seconds=clock.seconds,
-        versions={"torch": torch.__version__, **_versions("ss-pruning", "torch-pruning")},
+        versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
     )
 
 
@@ -200,7 +202,7 @@ def _check_options(
 
 def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:
     """Layer paths to keep whole: the named modules and everything inside them."""
-    paths = {module: path for path, module in model.named_modules()}
+    paths = {module: path for path, module in modules_of(model).items()}
     found: dict[str, str] = {}
     for item in ignore:
         if isinstance(item, nn.Module):
@@ -228,14 +230,16 @@ def _scores(
     return [[next(scored).numpy() for _ in unit.cells] for unit in coupling.units]
 
 
-def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any) -> list[LayerReport]:
-    modules = dict(model.named_modules())
+def _layer_reports(
+    model: nn.Module, plan: Plan, wiring: Wiring, powers: Mapping[str, torch.Tensor]
+) -> list[LayerReport]:
+    modules = modules_of(model)
     kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
     reports = []
-    for path, strength in strengths.items():
+    for path, power in powers.items():
         layer = wiring.layers[path]
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
-        groups_before = layer.inputs // strength.shape[1]
+        groups_before = layer.inputs // power.shape[1]
         groups_after = inputs if layer.kind == "depthwise" else groups_before
         reports.append(
             LayerReport(
@@ -245,27 +249,26 @@ def _layer_reports(model: nn.Module, plan: Plan, wiring: Wiring, strengths: Any)
                 inputs_after=inputs,
                 outputs_before=layer.outputs,
                 outputs_after=outputs,
-                synapses_before=strength.numel(),
+                synapses_before=power.numel(),
                 synapses_after=outputs * inputs // groups_after,
-                strength=_quantiles(strength),
+                strength=_quantiles(power),
             )
         )
     return reports
 
 
-def _quantiles(strength: torch.Tensor, most: int = 2**12) -> tuple[float, ...]:
-    """`QUANTILES` of a layer's strengths; the inner ones of many from an even sample."""
-    values = strength.flatten()
-    low, high = values.aminmax()
-    sample = values[:: -(-len(values) // most)].double().cpu().numpy()
-    return float(low), *np.quantile(sample, QUANTILES[1:-1]).tolist(), float(high)
+def _quantiles(power: torch.Tensor, most: int = 2**12) -> tuple[float, ...]:
+    """`QUANTILES` of a layer's strengths, from their squares; the inner ones of many from an even sample."""
+    values = power.flatten()
+    low, high = (float(end.sqrt()) for end in values.aminmax())
+    sample = np.sort(values[:: -(-len(values) // most)].double().sqrt().cpu().numpy())
+    inner = np.interp(np.multiply(QUANTILES[1:-1], len(sample) - 1), np.arange(len(sample)), sample)
+    return low, *inner.tolist(), high
 
 
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+@cache
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss_pruning.labels import Ints, Labels, aligned_axis, decode, rows_along
+from ss_pruning.labels import Ints, Labels, Pulled, aligned_axis, decode, rows_along
 from ss_pruning.wiring import Feed, LooseTensor, Wiring
 
 #: Of all randomness in the probe.
@@ -54,61 +54,98 @@ def _reachable(root: Tensor, leaves: Mapping[int, Leaf]) -> list[Leaf]:
     return found
 
 
-def pull(arrival: Arrival, leaves: Mapping[int, Leaf], labels: Labels, wiring: Wiring) -> None:
-    """Pull labels from what arrived at a layer back to the leaves, and note who feeds whom."""
-    assert arrival.path is not None
-    near = _reachable(arrival.tensor, leaves)
-    if not near:
-        return
-    first, last = 0, arrival.tensor.shape[arrival.axis]
-    for leaf, found in zip(near, _pull_range(arrival, near, labels, first, last), strict=True):
-        if found is None:
-            continue
-        axis, pairs, broadcast = found
-        if leaf.axis < 0:
-            wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
-        elif len(broadcast):
-            pairs, broadcast = _pull_parts(arrival, leaf, labels, (first, last), pairs, broadcast)
-        wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
+def pull(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels, wiring: Wiring) -> None:
+    """Pull labels from what arrived at layers back to the leaves, and note who feeds whom."""
+    near = [_reachable(arrival.tensor, leaves) for arrival in arrivals]
+    found: dict[int, list[_Found]] = {}
+    for numbers in _apart(near):
+        batch = [(arrivals[i], near[i]) for i in numbers]
+        found.update(zip(numbers, _pull_batch(batch, labels), strict=True))
+    for i, arrival in enumerate(arrivals):
+        for leaf, axis, pairs, broadcast in found.get(i, []):
+            if leaf.axis < 0:
+                wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
+            elif len(broadcast):
+                pairs, broadcast = _pull_parts(arrival, leaf, labels, _whole(arrival), pairs, broadcast)
+            assert arrival.path is not None
+            wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
 
 
-_Found = tuple[int, Tensor, Tensor]
+#: A leaf that feeds an arrival; its axis, pairs and broadcast channels.
+_Found = tuple[Leaf, int, Tensor, Tensor]
+_Span = tuple[int, int]
 
 
-def _pull_range(
-    arrival: Arrival, near: Sequence[Leaf], labels: Labels, first: int, last: int
-) -> list[_Found | None]:
-    """For each leaf: axis, pairs and broadcast channels, seen from the channels `first ... last` of what arrived."""
+def _apart(near: Sequence[Sequence[Leaf]]) -> list[list[int]]:
+    """Numbers of arrivals, in batches of which no two see the same leaf: one backward pass serves a batch."""
+    batches: list[tuple[list[int], set[int]]] = []
+    for i, leaves in enumerate(near):
+        if leaves:
+            seen = {id(leaf) for leaf in leaves}
+            numbers, taken = next((b for b in batches if b[1].isdisjoint(seen)), ([], set()))
+            if not numbers:
+                batches.append((numbers, taken))
+            numbers.append(i)
+            taken |= seen
+    return [numbers for numbers, _ in batches]
+
+
+def _whole(arrival: Arrival) -> _Span:
+    return 0, arrival.tensor.shape[arrival.axis]
+
+
+def _pull_batch(
+    batch: Sequence[tuple[Arrival, Sequence[Leaf]]], labels: Labels, span: _Span | None = None
+) -> list[list[_Found]]:
+    """For each arrival the leaves that feed it, seen from its channels in `span`; no two arrivals see the same leaf."""
+    tensors = [leaf.tensor for _, near in batch for leaf in near]
+    cotangents = [_cotangents(arrival, labels, span or _whole(arrival)) for arrival, _ in batch]
+    pulls = zip(
+        *(
+            torch.autograd.grad(
+                [arrival.tensor for arrival, _ in batch],
+                tensors,
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for cotangent in zip(*(c for c, _ in cotangents), strict=True)
+        ),
+        strict=True,
+    )
+    found: list[list[_Found]] = []
+    reached: list[tuple[int, Leaf, int, Pulled]] = []
+    for number, ((_, near), (_, permuted)) in enumerate(zip(batch, cotangents, strict=True)):
+        found.append([])
+        for leaf in near:
+            known = [g for g in next(pulls) if g is not None and g.numel()]
+            # A loose tensor counts if its elements follow the channels along some axis.
+            axis = leaf.axis if leaf.axis >= 0 or len(known) < 3 else aligned_axis(known, permuted)
+            if len(known) == 3 and axis is not None:
+                reached.append((number, leaf, axis, Pulled(known, axis, permuted)))
+    for (number, leaf, axis, _), (pairs, broadcast) in zip(
+        reached, decode([r[-1] for r in reached]), strict=True
+    ):
+        if len(pairs) or len(broadcast):
+            found[number].append((leaf, axis, pairs, broadcast))
+    return found
+
+
+def _cotangents(arrival: Arrival, labels: Labels, span: _Span) -> tuple[list[Tensor], Ints]:
+    """What to pull with, 0 outside the channels of `span`, and the permuted labels."""
     *cotangents, permuted = labels(arrival.tensor, arrival.axis)
-    if last - first < arrival.tensor.shape[arrival.axis]:
+    if span != _whole(arrival):
         inside = torch.zeros_like(cotangents[0])
-        inside.narrow(arrival.axis, first, last - first).fill_(1)
+        inside.narrow(arrival.axis, span[0], span[1] - span[0]).fill_(1)
         cotangents = [c * inside for c in cotangents]
-    tensors = [leaf.tensor for leaf in near]
-    pulls = [
-        torch.autograd.grad(arrival.tensor, tensors, c, retain_graph=True, allow_unused=True)
-        for c in cotangents
-    ]
-    return [_found(leaf, pulled, permuted) for leaf, *pulled in zip(near, *pulls, strict=True)]
-
-
-def _found(leaf: Leaf, pulled: Sequence[Tensor | None], permuted: Ints) -> _Found | None:
-    known = [g for g in pulled if g is not None and g.numel()]
-    if len(known) < len(pulled):
-        return None
-    # A loose tensor counts if its elements follow the channels along some axis.
-    axis = leaf.axis if leaf.axis >= 0 else aligned_axis(known, permuted)
-    if axis is None:
-        return None
-    pairs, broadcast = decode(known, permuted, axis)
-    return (axis, pairs, broadcast) if len(pairs) or len(broadcast) else None
+    return cotangents, permuted
 
 
 def _pull_parts(
     arrival: Arrival,
     leaf: Leaf,
     labels: Labels,
-    span: tuple[int, int],
+    span: _Span,
     pairs: Tensor,
     broadcast: Tensor,
     patience: int = 2,
@@ -122,8 +159,8 @@ def _pull_parts(
     if span[1] - span[0] < 2:
         return pairs, broadcast
     spans = ((span[0], middle), (middle, span[1]))
-    halves = [_pull_range(arrival, [leaf], labels, *half)[0] for half in spans]
-    mixed = torch.cat([found[2] for found in halves if found is not None]).unique()
+    halves = [_pull_batch([(arrival, [leaf])], labels, half)[0] for half in spans]
+    mixed = torch.cat([broadcast[:0], *(rest for half in halves for *_, rest in half)]).unique()
     if not set(broadcast.tolist()) - set(mixed.tolist()):
         patience -= 1
         if not patience or len(broadcast) < _STREAM:
@@ -131,13 +168,11 @@ def _pull_parts(
     resolved = [pairs]
     still: list[Tensor] = [broadcast[:0]]
     for half, found in zip(spans, halves, strict=True):
-        if found is None:
-            continue
-        _, more, rest = found
-        if len(rest):
-            more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
-        resolved.append(more)
-        still.append(rest)
+        for *_, more, rest in found:
+            if len(rest):
+                more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
+            resolved.append(more)
+            still.append(rest)
     left = torch.cat(still).unique()
     merged = torch.cat(resolved).unique(dim=0)
     return merged[~torch.isin(merged[:, 0], left)], left

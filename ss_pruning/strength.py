@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
-from ss_pruning.moments import MomentSource, measure
+from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import INPUT, Wiring
 
 
@@ -98,12 +99,19 @@ def strengths_along(
     wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
-    paths = synaptic_paths(wiring)
-    with torch.no_grad():
-        measured = measure(model, wiring, moments, example_inputs, paths)
-        powers = {path: synaptic_power(model.get_submodule(path), measured[path].variance) for path in paths}
+    powers, measured = powers_along(wiring, model, example_inputs, moments)
     strengths = {path: power.sqrt() for path, power in powers.items()}
     return Strengths(strengths, {path: m.unscaled for path, m in measured.items()})
+
+
+def powers_along(
+    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+) -> tuple[dict[str, Tensor], dict[str, Moments]]:
+    """Squared strengths by layer, and the moments that they come from."""
+    modules = modules_of(model)
+    with torch.no_grad():
+        measured = measure(model, wiring, moments, example_inputs, synaptic_paths(wiring))
+        return {path: synaptic_power(modules[path], m.variance) for path, m in measured.items()}, measured
 
 
 def synaptic_paths(wiring: Wiring) -> list[str]:
@@ -136,7 +144,8 @@ def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = 
 def at_synapses(module: nn.Module, channels: Tensor, outputs: int) -> Tensor:
     """What belongs to input channels, `[in_channels]`, at each synapse that starts there: `[outputs, in // groups]`."""
     groups = groups_of(module)
-    return channels.reshape(groups, -1).repeat_interleave(outputs // groups, 0)
+    by_group = channels.reshape(groups, 1, -1).expand(-1, outputs // groups, -1)
+    return by_group.reshape(outputs, -1)
 
 
 def share(power: Tensor) -> Tensor:

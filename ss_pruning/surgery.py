@@ -1,8 +1,8 @@
 """Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape.
 
-Single layers are cut by Torch-Pruning. What it cannot cut is gathered here: grouped convolutions that lose other
-positions in each group, further tensors of subclasses (the gain of a scaled convolution), frozen batch norms, loose
-tensors, and channels that change places.
+Convolutions and linear layers are cut by Torch-Pruning. Gathered here are norms (all their tensors with one index) and
+what it cannot cut: grouped convolutions that lose other positions in each group, further tensors of subclasses (the
+gain of a scaled convolution), frozen batch norms, loose tensors, and channels that change places.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning.coupling import Key, Side
 from ss_pruning.errors import PlanError
 from ss_pruning.layers import groups_of, is_depthwise, width
+from ss_pruning.walking import modules_of, tensors_of
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
@@ -48,7 +49,8 @@ class Cut:
     @property
     def removed(self) -> list[int]:
         """The channels that go, ascending."""
-        return sorted(set(range(self.width)) - set(self.kept))
+        stays = set(self.kept)
+        return [channel for channel in range(self.width) if channel not in stays]
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ class Plan:
             PlanError: The plan does not fit the model.
         """
         self._check(model)
-        for cut in _in_order(self.cuts, model):
-            _cut(model, cut)
+        modules = modules_of(model)
+        for cut in _in_order(self.cuts, modules):
+            _cut(modules, cut)
         for attribute in self.attributes:
-            set_number(model.get_submodule(attribute.path), attribute)
+            set_number(modules[attribute.path], attribute)
         for path in self.biases:
-            give_bias(model.get_submodule(path))
+            give_bias(modules[path])
         before = getattr(model, PLAN_ATTRIBUTE, None)
         setattr(model, PLAN_ATTRIBUTE, before.then(self) if isinstance(before, Plan) else self)
         return model
@@ -141,8 +144,7 @@ class Plan:
             raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
 
     def _check(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        tensors = _tensors(model)
+        modules, tensors = modules_of(model), tensors_of(model)
         for cut in self.cuts:
             if cut.side == "tensor":
                 tensor = tensors.get(cut.path)
@@ -175,10 +177,6 @@ def _cut_from(data: Mapping[str, Any]) -> Cut:
     return cut
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def _side_width(module: nn.Module, side: Side) -> int | None:
     try:
         return width(module, "in" if side == "in" else "out")
@@ -186,28 +184,28 @@ def _side_width(module: nn.Module, side: Side) -> int | None:
         return None
 
 
-def _in_order(cuts: Iterable[Cut], model: nn.Module) -> list[Cut]:
+def _in_order(cuts: Iterable[Cut], modules: Mapping[str, nn.Module]) -> list[Cut]:
     """Outputs first; inputs of depthwise layers not at all: those follow their outputs.
 
     Cut the other way round, a grouped convolution left with one input a group would pass for a depthwise one, and a
     depthwise one left with one channel for a plain one.
     """
-    inputs = [c for c in cuts if c.side == "in" and not is_depthwise(model.get_submodule(c.path))]
+    inputs = [c for c in cuts if c.side == "in" and not is_depthwise(modules[c.path])]
     return [*(c for c in cuts if c.side != "in"), *inputs]
 
 
-def _cut(model: nn.Module, cut: Cut) -> None:
+def _cut(modules: Mapping[str, nn.Module], cut: Cut) -> None:
     if cut.side == "tensor":
         owner, _, name = cut.path.rpartition(".")
-        _gather(model.get_submodule(owner), name, cut.axis, cut.kept)
+        _gather(modules[owner], name, cut.axis, torch.tensor(cut.kept))
     else:
-        cut_layer(model.get_submodule(cut.path), cut)
+        cut_layer(modules[cut.path], cut)
 
 
 def cut_layer(module: nn.Module, cut: Cut) -> None:
     """Keep the channels `cut.kept` of one side of a layer, in that order."""
     before = dict(_own_tensors(module))
-    with _same_flags(module):
+    with torch.no_grad(), _same_flags(module):
         if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
             _cut_tensors(module, cut)
     if (
@@ -215,12 +213,13 @@ def cut_layer(module: nn.Module, cut: Cut) -> None:
     ):  # further tensors of a subclass, such as the gain of a weight-standardised convolution
         for name, tensor in _own_tensors(module):
             if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, cut.kept)
+                _gather(module, name, 0, torch.tensor(cut.kept))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
 
 
 def give_bias(module: nn.Module) -> nn.Parameter:
@@ -235,19 +234,16 @@ def give_bias(module: nn.Module) -> nn.Parameter:
 def _cut_tensors(module: nn.Module, cut: Cut) -> None:
     import torch_pruning as tp
 
-    removed = cut.removed
     in_order = list(cut.kept) == sorted(cut.kept)
     lost_groups = isinstance(module, _ConvNd) and cut.side == "in" and module.in_channels != cut.width
     if isinstance(module, _ConvNd) and (groups_of(module) > 1 or lost_groups):
         _cut_grouped(module, cut)
     elif isinstance(module, _ConvNd) and in_order:
-        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, removed)
+        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, cut.removed)
     elif isinstance(module, nn.Linear) and in_order:
-        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(module, removed)
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and in_order:
-        tp.prune_batchnorm_out_channels(module, removed)
-    elif isinstance(module, nn.GroupNorm) and in_order and module.bias is not None:
-        tp.prune_groupnorm_out_channels(module, removed)
+        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(
+            module, cut.removed
+        )
     else:
         _gather_layer(module, cut)
 
@@ -262,33 +258,35 @@ def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
     def select(weight: Tensor) -> Tensor:
         blocks = weight.unflatten(0, (groups, -1))[alive.to(weight.device)]  # [groups, rows, columns, ...]
         positions = kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]
-        return torch.cat([block.index_select(axis, p) for block, p in zip(blocks, positions, strict=True)])
+        group = torch.arange(len(blocks), device=weight.device)[:, None]
+        selected: Tensor = blocks.transpose(1, 1 + axis)[group, positions].transpose(1, 1 + axis)
+        return selected.flatten(0, 1).contiguous()
 
     _replace(conv, "weight", select)
     if cut.side == "out" and conv.bias is not None:
-        _gather(conv, "bias", 0, cut.kept)
+        _gather(conv, "bias", 0, kept)
     if len(alive) < groups:
         conv.in_channels, conv.groups = conv.in_channels // groups * len(alive), len(alive)
     setattr(conv, f"{cut.side}_channels", len(cut.kept))
 
 
 def _gather_layer(module: nn.Module, cut: Cut) -> None:
-    """Every layer that Torch-Pruning does not know, or whose channels change places."""
-    n = len(cut.kept)
+    """Norms, every layer that Torch-Pruning does not know, and those whose channels change places."""
+    n, kept = len(cut.kept), torch.tensor(cut.kept)
     if isinstance(module, nn.Linear):
-        _gather(module, "weight", 1 if cut.side == "in" else 0, cut.kept)
+        _gather(module, "weight", 1 if cut.side == "in" else 0, kept)
         if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, cut.kept)
+            _gather(module, "bias", 0, kept)
         setattr(module, f"{cut.side}_features", n)
     elif isinstance(module, _ConvNd):
-        _gather(module, "weight", int((cut.side == "in") != module.transposed), cut.kept)
+        _gather(module, "weight", int((cut.side == "in") != module.transposed), kept)
         if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, cut.kept)
+            _gather(module, "bias", 0, kept)
         setattr(module, f"{cut.side}_channels", n)
     else:
         for name, tensor in list(_own_tensors(module)):
             if tensor.dim() == 1 and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, cut.kept)
+                _gather(module, name, 0, kept)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             module.normalized_shape = (n,)
         elif isinstance(module, _NormBase):
@@ -299,9 +297,8 @@ def _gather_layer(module: nn.Module, cut: Cut) -> None:
             setattr(module, "num_features", n)  # noqa: B010
 
 
-def _gather(module: nn.Module, name: str, axis: int, kept: Iterable[int]) -> None:
+def _gather(module: nn.Module, name: str, axis: int, index: Tensor) -> None:
     """Replace a parameter or buffer (and its gradient) by its selected indices."""
-    index = torch.tensor(list(kept))
     _replace(module, name, lambda tensor: tensor.index_select(axis, index.to(tensor.device)))
 
 
@@ -323,11 +320,13 @@ def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -
 @contextlib.contextmanager
 def _same_flags(module: nn.Module) -> Iterator[None]:
     """Torch-Pruning makes fresh parameters: carry over `requires_grad` and the memory format."""
-    flags = {name: p.requires_grad for name, p in module.named_parameters(recurse=False)}
+    flags = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
     weight = getattr(module, "weight", None)
     last = isinstance(weight, Tensor) and weight.dim() == 4 and not weight.is_contiguous()
     yield
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
         parameter.requires_grad_(flags.get(name, True))
         if last and parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -32,6 +32,7 @@ from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.reordering import reordered
 from ss_pruning.surgery import Plan
+from ss_pruning.walking import modules_of, tensors_of
 from ss_pruning.wiring import Wiring
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
@@ -212,7 +213,7 @@ class Bench:
                 x = x.index_select(layer.in_axis, torch.tensor(channels, device=x.device))
             sums[path].append(float(x.double().abs().sum()))
 
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         handles = [
             modules[path].register_forward_pre_hook(lambda _, args, path=path: arrived(path, args[0]))
             for path in sums
@@ -272,11 +273,11 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
 
 def _stir(twin: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
-    for tensor in [*twin.parameters(), *twin.buffers()]:
+    for tensor in tensors_of(twin).values():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        low, high = tensor.detach().aminmax()
-        if low == high:
+        flat = tensor.detach().flatten()
+        if flat[0] == flat[-1] and bool((flat == flat[0]).all()):
             noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
             tensor.data.add_(0.1 * noise)
 
@@ -289,13 +290,14 @@ class _watching:  # noqa: N801 - a context manager, used as a verb
     ) -> None:
         self.handles = [
             module.register_forward_pre_hook(self._hook(path, visit), with_kwargs=True)
-            for path, module in model.named_modules()
+            for path, module in modules_of(model).items()
         ]
 
     @staticmethod
     def _hook(path: str, visit: Callable[..., Any]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves = pytree.tree_leaves((args, kwargs))
+            plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+            leaves = args if plain else pytree.tree_leaves((args, kwargs))
             visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
 
         return hook

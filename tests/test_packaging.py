@@ -22,8 +22,9 @@ HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "tor
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "_choices", "errors", "labels", "layers", "report_style"},
-    {"_cache", "cloning", "preprocessing", "wiring"},
+    {"_atomic", "_choices", "errors", "labels", "report_style", "walking"},
+    {"_cache", "cloning", "layers", "preprocessing"},
+    {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},
     {"data", "moments", "coupling"},
