@@ -80,6 +80,8 @@ class Report:
         command: the command line that made the report.
         bytes_before: size of the dense model's tensors.
         bytes_after: the same, pruned.
+        latency_before: seconds of a forward pass of the dense model, the median.
+        latency_after: the same, pruned, measured in turns with it.
     """
 
     model: str
@@ -99,6 +101,8 @@ class Report:
     command: str | None = None
     bytes_before: int | None = None
     bytes_after: int | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -133,6 +137,9 @@ class Report:
             if before_count is not None and after_count is not None:
                 kept = percent(after_count / before_count) if before_count else "-"
                 rows.append((name, count(before_count, unit), count(after_count, unit), kept))
+        if self.latency_before is not None and self.latency_after is not None:
+            before, after = (f"{1000 * value:.3g} ms" for value in (self.latency_before, self.latency_after))
+            rows.append(("latency", before, after, percent(self.latency_after / self.latency_before)))
         return rows
 
     def verification(self) -> str:
