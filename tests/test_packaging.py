@@ -38,7 +38,7 @@ LAYERS = [
     {"compensation", "summing"},
     {"distillation", "folding", "reconstruction"},
     {"cutting"},
-    {"report"},
+    {"exporting", "histories", "report"},
     {"_console", "_options", "accounting", "report_html", "scores"},
     {"files"},
     {"models"},
