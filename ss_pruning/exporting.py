@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX and `torch.export` programs, with any batch size, compared with the model as written."""
+"""Models for other runtimes: ONNX and `torch.export` programs, with any batch size, run and compared as written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Exported:
         path: The file.
         format: "onnx" or "pt2".
         bytes: Its size.
-        max_error: Largest difference between its outputs and the model's, relative to the largest output, over two batch
-            sizes.
+        max_error: Largest difference between its outputs and the model's, relative to the largest output, at two
+            batch sizes.
     """
 
     path: Path
@@ -53,8 +53,8 @@ def export(
 ) -> Exported:
     """Write `model` in eval mode for other runtimes, whole or not at all, and check the file against the model.
 
-    The first axis of every input is the batch and stays free; all other sizes are fixed. The check runs the file, ONNX in
-    onnxruntime, on two batch sizes.
+    The first axis of every input is the batch and stays free; all other sizes are fixed. The check runs the file, ONNX
+    in onnxruntime, on two batch sizes.
 
     Args:
         model: Any model that `torch.export` can follow; not changed.
@@ -79,7 +79,8 @@ def export(
             error = max(_difference(run, model, inputs) for inputs in (small, large))
             if not error <= TOLERANCE:  # NaN, too
                 raise VerificationError(
-                    f"the {chosen} file's outputs differ from the model's by {error:.1e} of the largest; it was not kept"
+                    f"the {chosen} file's outputs differ from the model's by {error:.1e} of the largest; it was not "
+                    "kept"
                 )
     written = Path(path)
     return Exported(written, chosen, written.stat().st_size, error)
@@ -167,9 +168,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
 
     def run(inputs: Any) -> list[Tensor]:
         values = [tensor.detach().cpu().numpy() for tensor in _tensors(inputs)]
-        return [
-            torch.from_numpy(value) for value in session.run(None, dict(zip(names, values, strict=True)))
-        ]
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, values, strict=True)))]
 
     return run
 

@@ -1,6 +1,7 @@
-"""Pruned models as files: safetensors, with the plan, the architecture's name and a checksum in the metadata. No pickle.
+"""Pruned models as files: safetensors with the plan, the architecture's name and a checksum in the metadata.
 
-Checkpoints that Torch-Pruning users write, weights beside a pruning history, are read too.
+Checkpoints that Torch-Pruning users write, weights beside a pruning history, are read too. Nothing but tensors and
+plain values is ever unpickled.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ def load(
 
     Args:
         path: The file. Or a checkpoint with a history of Torch-Pruning's (or of `GraphPruner`), as
-            `torch.save({"model": model.state_dict(), "pruning": pruner.pruning_history()}, path)` writes it; nothing but
-            tensors and plain values is unpickled from it.
+            `torch.save({"model": model.state_dict(), "pruning": pruner.pruning_history()}, path)` writes it.
         architecture: A callable that builds the dense model, or a name such as "timm:resnet18"; may be left out
             where the file names one.
         example_inputs: What `forward` takes; only a history of Torch-Pruning's asks for it, and only where the
@@ -104,6 +104,18 @@ def load(
     _apply(plan, model, path)
     _fill(model, tensors, path)
     return model.eval()
+
+
+def architecture_of(path: str | os.PathLike[str]) -> str | None:
+    """The architecture that a file names; None where it names none.
+
+    Raises:
+        InputError: The file does not exist.
+        FileFormatError: It is damaged, or not written by `save`.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"there is no file '{path}'")
+    return None if zipfile.is_zipfile(path) else _read(path).architecture
 
 
 def _from_history(
@@ -158,7 +170,11 @@ def _noted(
         ) from error
     if version not in _READ:
         raise FileFormatError(f"'{path}' has format {version!r}; this version reads up to {_FORMAT}")
-    if not isinstance(plan, str) or not isinstance(architecture, str | None) or (version > 1 and not checksum):
+    if (
+        not isinstance(plan, str)
+        or not isinstance(architecture, str | None)
+        or (version > 1 and not checksum)
+    ):
         raise FileFormatError(f"'{path}' is damaged: its note about the plan is incomplete")
     return _Content(architecture, plan, tensors), checksum
 

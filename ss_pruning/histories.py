@@ -94,8 +94,8 @@ def _replay(history: History, model: nn.Module, example_inputs: Any) -> None:
         graph.load_pruning_history([[str(name), bool(out), list(idxs)] for name, out, idxs in history])
     except Exception as error:
         raise PlanError(
-            f"Torch-Pruning cannot redo this history ({type(error).__name__}: {error}); it belongs to another model, or "
-            "to other example inputs"
+            f"Torch-Pruning cannot redo this history ({type(error).__name__}: {error}); it belongs to another model, "
+            "or to other example inputs"
         ) from error
 
 

@@ -169,7 +169,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 def _uncertainty(times: Sequence[Sequence[float]]) -> float:
     """Standard error of the least certain median, relative, as it is for normal noise (1.25 s / sqrt(n))."""
-    compared = [_ratios(values, times[0]) for values in times[1:]] or [times[0]]
+    compared = [_ratios(values, times[0]) for values in times[1:]] or [list(times[0])]
 
     def error(values: Sequence[float]) -> float:
         low, high = _quartiles(values)
@@ -191,20 +191,22 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     themselves.
     """
     device = device_of(example_inputs)
-    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
+    own: dict[int, int] = {storage.data_ptr(): storage.nbytes() for storage in storages}
     with preserved(model, training=False), torch.inference_mode():
         if device.type == "cuda":
             call(model, example_inputs)
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+            before = int(torch.cuda.memory_allocated(device))
             call(model, example_inputs)
             torch.cuda.synchronize(device)
-            return torch.cuda.max_memory_allocated(device) - before + sum(own.values())
+            return int(torch.cuda.max_memory_allocated(device)) - before + sum(own.values())
         with _Alive() as alive:
             call(model, example_inputs)
     inputs = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
-    return alive.most + sum(own.values()) + sum(t.untyped_storage().nbytes() for t in inputs)
+    given: int = sum(tensor.untyped_storage().nbytes() for tensor in inputs)
+    return alive.most + sum(own.values()) + given
 
 
 class _Alive(TorchDispatchMode):

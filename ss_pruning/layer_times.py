@@ -43,9 +43,9 @@ class LayerTime:
     """One layer's cost.
 
     Attributes:
-        grid: `[inputs, outputs]`, seconds at the shares `GRID` of the two widths; a layer with one width has it in both.
-        waste: By side, `[roundings]`: by how much a width just above a block, a multiple of `ROUNDINGS[i]` and no better,
-            costs more than its share of the next block; empty where the side is too narrow to tell.
+        grid: `[inputs, outputs]`, seconds at the shares `GRID` of the two widths; equal rows if it has only one.
+        waste: By side, `[roundings]`: by how much a width just above a block, a multiple of `ROUNDINGS[i]` but of
+            no larger one, costs more than its share of the next block; no entry where the side is too narrow to tell.
     """
 
     grid: Floats
@@ -120,9 +120,7 @@ def layer_times(model: nn.Module, example_inputs: Any, wiring: Wiring) -> LayerT
     return LayerTimes(layers)
 
 
-def _arrivals(
-    model: nn.Module, example_inputs: Any, paths: Collection[str]
-) -> dict[str, tuple[Tensor, int]]:
+def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> dict[str, tuple[Tensor, int]]:
     """By path: an empty tensor like what the layer is called on, and how often it is."""
     seen: dict[str, tuple[Tensor, int]] = {}
 
@@ -194,7 +192,9 @@ class _Lone:
 
     @property
     def _grouped(self) -> bool:
-        return isinstance(self.module, _ConvNd) and groups_of(self.module) > 1 and not is_depthwise(self.module)
+        return (
+            isinstance(self.module, _ConvNd) and groups_of(self.module) > 1 and not is_depthwise(self.module)
+        )
 
     def _waste(self) -> dict[str, Floats]:
         sides = ("in", "out") if self.kind == "synaptic" else (self.side,)

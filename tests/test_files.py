@@ -113,7 +113,9 @@ def test_pruned_twice_is_one_plan_and_loads(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- mutated files
 
 
-def changed(content: bytes, folder: Path, change: Callable[[dict[str, Any]], object], seal: bool = False) -> Path:
+def changed(
+    content: bytes, folder: Path, change: Callable[[dict[str, Any]], object], seal: bool = False
+) -> Path:
     """A copy of the file with another note; `seal` gives it the checksum that goes with it."""
     source, target = folder / "original.safetensors", folder / "changed.safetensors"
     source.write_bytes(content)
@@ -151,7 +153,10 @@ def spliced(content: bytes, chance: random.Random) -> bytes:
 
 def sized(content: bytes, chance: random.Random) -> bytes:
     """The header claims another length."""
-    return struct.pack("<Q", chance.choice((0, 1, 2**31, 2**63, 2**64 - 1, chance.randrange(9999)))) + content[8:]
+    return (
+        struct.pack("<Q", chance.choice((0, 1, 2**31, 2**63, 2**64 - 1, chance.randrange(9999))))
+        + content[8:]
+    )
 
 
 def renoted(content: bytes, chance: random.Random) -> bytes:
@@ -162,12 +167,16 @@ def renoted(content: bytes, chance: random.Random) -> bytes:
     plan = json.loads(note["plan"])
     kind = chance.randrange(5)
     if kind == 0:
-        note[chance.choice(list(note))] = chance.choice((None, -1, 1, 1e300, [], {}, "", "timm:resnet18", True))
+        note[chance.choice(list(note))] = chance.choice(
+            (None, -1, 1, 1e300, [], {}, "", "timm:resnet18", True)
+        )
     elif kind == 1:
         note.pop(chance.choice(list(note)))
     elif kind == 2:
         cut = chance.choice(plan["cuts"])
-        cut[chance.choice(list(cut))] = chance.choice((None, -1, 10**12, [], [0, 0], [10**9], "x", "out", 1.5))
+        cut[chance.choice(list(cut))] = chance.choice(
+            (None, -1, 10**12, [], [0, 0], [10**9], "x", "out", 1.5)
+        )
         note["plan"] = json.dumps(plan)
     elif kind == 3:
         note["plan"] = "[" * 10**4
@@ -276,14 +285,18 @@ def test_a_fit_check_is_made_before_the_tensors_are_used(
 ) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(original[0])
-    with pytest.raises(PlanError, match="the plan expects 8 channels on side 'out' of 'stem', the model has no such"):
+    with pytest.raises(
+        PlanError, match="the plan expects 8 channels on side 'out' of 'stem', the model has no such"
+    ):
         load(path, BY_NAME["plain"].make)
 
 
 # ---------------------------------------------------------------- Torch-Pruning's histories
 
 
-def pruned_by_torch_pruning(make: Callable[[], nn.Module], x: Tensor, steps: int = 1) -> tuple[nn.Module, Any]:
+def pruned_by_torch_pruning(
+    make: Callable[[], nn.Module], x: Tensor, steps: int = 1
+) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = make().eval()
     pruner = tp.pruner.BasePruner(
@@ -323,7 +336,9 @@ def test_checkpoints_of_torch_pruning_load(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["resnet50", "densenet121", "mobilenet_v3_large", "regnet_x_400mf"])
 def test_checkpoints_of_torch_pruning_load_by_name(name: str, tmp_path: Path) -> None:
     x = torch.randn(1, 3, 64, 64)
-    model, history = pruned_by_torch_pruning(lambda: torchvision.models.get_model(name, weights=None), x, steps=3)
+    model, history = pruned_by_torch_pruning(
+        lambda: torchvision.models.get_model(name, weights=None), x, steps=3
+    )
     torch.save({"model": model.state_dict(), "pruning": history}, tmp_path / "pruned.pth")
     loaded = load(tmp_path / "pruned.pth", f"torchvision:{name}")
     assert torch.equal(loaded(x), model(x))
@@ -334,7 +349,9 @@ def test_checkpoints_of_graph_pruner_load(tmp_path: Path) -> None:
     model = net.make().eval()
     pruner = GraphPruner(model, net.example, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5)
     pruner.step()
-    torch.save({"state_dict": model.state_dict(), "pruning_history": pruner.pruning_history()}, tmp_path / "p.pth")
+    torch.save(
+        {"state_dict": model.state_dict(), "pruning_history": pruner.pruning_history()}, tmp_path / "p.pth"
+    )
     assert same(load(tmp_path / "p.pth", net.make), model)
 
 

@@ -42,7 +42,8 @@ LAYERS = [
     {"_console", "_options", "accounting", "report_html", "scores"},
     {"files"},
     {"models"},
-    {"_job", "compaction", "pruning"},
+    {"_job", "benching", "compaction", "pruning"},
+    {"_delivery"},
     {"cli"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer} | {"demo": 1}
