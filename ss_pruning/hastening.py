@@ -50,7 +50,7 @@ def stopwatch(model: nn.Module, inputs: Any) -> Measure:
 
     def measure(plan: Plan) -> tuple[Timing, Timing]:
         small = plan.apply_(shell(model))
-        dense, pruned = measure_latency([model, small], inputs)
+        dense, pruned = measure_latency([model, small], inputs, precision=_CLOSE / 2, rounds=(7, 25))
         return dense, pruned
 
     return measure

@@ -202,7 +202,8 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
             call(model, example_inputs)
             torch.cuda.synchronize(device)
             return int(torch.cuda.max_memory_allocated(device)) - before + sum(own.values())
-        with _Alive() as alive:
+        alive = _Alive()
+        with alive:
             call(model, example_inputs)
     inputs = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     given: int = sum(tensor.untyped_storage().nbytes() for tensor in inputs)

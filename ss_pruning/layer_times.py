@@ -165,7 +165,10 @@ class _Lone:
         self.module = copy.deepcopy(module).eval()
         self.module._forward_hooks.clear()
         self.module._forward_pre_hooks.clear()
-        self.x = torch.zeros_like(x, device=device).normal_() if x.is_floating_point() else x
+        noise = torch.Generator(device).manual_seed(0)  # the user's random state is not ours to spend
+        self.x = torch.zeros_like(x, device=device)
+        if x.is_floating_point():
+            self.x.normal_(generator=noise)
         self.device, self.kind, self.side = device, kind, side
         self.inputs, self.outputs = self._widths()
 
