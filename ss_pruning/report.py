@@ -82,6 +82,7 @@ class Report:
         bytes_after: the same, pruned.
         latency_before: seconds of a forward pass of the dense model, the median.
         latency_after: the same, pruned, measured in turns with it.
+        latency_ratio: the median, over the turns, of the one as a share of the other.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Report:
     bytes_after: int | None = None
     latency_before: float | None = None
     latency_after: float | None = None
+    latency_ratio: float | None = None
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -137,9 +139,10 @@ class Report:
             if before_count is not None and after_count is not None:
                 kept = percent(after_count / before_count) if before_count else "-"
                 rows.append((name, count(before_count, unit), count(after_count, unit), kept))
-        if self.latency_before is not None and self.latency_after is not None:
-            before, after = (f"{1000 * value:.3g} ms" for value in (self.latency_before, self.latency_after))
-            rows.append(("latency", before, after, percent(self.latency_after / self.latency_before)))
+        times = self.latency_before, self.latency_after
+        if self.latency_ratio is not None:
+            before, after = (f"{1000 * (seconds or 0.0):.3g} ms" for seconds in times)
+            rows.append(("latency", before, after, percent(self.latency_ratio)))
         return rows
 
     def verification(self) -> str:

@@ -299,9 +299,7 @@ def test_the_clock_has_the_last_word(target: float, offset: float, monkeypatch: 
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: guess)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model, offset))
     report = prune_(model, X, latency=target)
-    assert report.latency_before is not None
-    assert report.latency_after is not None
-    assert report.latency_after / report.latency_before == pytest.approx(target, rel=hastening.TOLERANCE)
+    assert report.latency_ratio == pytest.approx(target, rel=hastening.TOLERANCE)
     assert report.settings["latency"] == target
     assert "latency" in [row[0] for row in report.headline()]
 
@@ -343,9 +341,7 @@ def test_a_coarse_net_comes_as_close_as_it_can_from_below(monkeypatch: pytest.Mo
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model))
     report = prune_(model, X, latency=0.9, round_to=4)
-    assert report.latency_after is not None
-    assert report.latency_before is not None
-    assert report.latency_after / report.latency_before == pytest.approx(0.75, abs=0.01)
+    assert report.latency_ratio == pytest.approx(0.75, abs=0.01)
 
 
 @pytest.mark.slow
@@ -356,9 +352,7 @@ def test_really_measured_latency_prunes_a_real_net() -> None:
     dense = copy.deepcopy(model)
     report = prune_(model, X[:1], latency=0.6, latency_inputs=images)
     a, b = measure_latency([dense, model], images)
-    assert report.latency_after is not None
-    assert report.latency_before is not None
-    assert report.latency_after / report.latency_before == pytest.approx(0.6, rel=0.15)
+    assert report.latency_ratio == pytest.approx(0.6, rel=0.15)
     assert 0.4 < b.over(a) < 0.8  # loose: whoever else uses the processor is in it
 
 
@@ -382,9 +376,9 @@ def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPa
 
 
 def test_comparisons_hold_what_they_say() -> None:
-    dense, small = Net(64), Net(8)
+    dense, small = Net(256), Net(8)
     (setting,) = benching.settings([4])
-    found = benching.compare({"dense": dense, "pruned": small}, (3, 16, 16), setting, CPU)
+    found = benching.compare({"dense": dense, "pruned": small}, (3, 32, 32), setting, CPU)
     assert found.ratios["dense"] == 1.0
     assert found.ratios["pruned"] < 1.0
     for speed in found.speeds.values():
