@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "round_to=8": {"round_to": 8},
     'round_to="measured"': {"round_to": "measured"},
+    'cost_exponent=1, round_to="measured"': {"cost_exponent": 1.0, "round_to": "measured"},
     'scope="local", round_to="measured"': {"scope": "local", "round_to": "measured"},
 }
 NETS = ("resnet50", "mobilenet_v3_large")
@@ -105,12 +106,11 @@ class Bench:
         """Two of them in the settings that people deploy in."""
         models, facts = self.at_budget("resnet50")
         few = {name: models[name] for name in ("dense", "default", 'round_to="measured"')}
-        batches = (1, 32, 256) if self.device.type == "cuda" else (1, 32)
-        wanted = settings(batches) + settings(
-            [max(batches) if self.device.type == "cuda" else self.options.batch],
-            ["float32", "bf16"],
-            ["contiguous", "channels_last"],
+        gpu = self.device.type == "cuda"
+        wanted = settings(
+            [256 if gpu else self.options.batch], ["float32", "bf16"], ["contiguous", "channels_last"]
         )
+        wanted += settings([1, 32, 256] if gpu else [1, 32])
         for setting in dict.fromkeys(wanted):
             self.compared("settings", "resnet50", few, setting, facts)
 
@@ -153,7 +153,7 @@ class Bench:
         pictures = as_input(draw(train, 512, self.options.seed)[0])
         for name, (by_macs, round_to) in TABLE_USES.items():
             dense = load_net("resnet56", data, Path("runs")).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for target in (0.6, 0.4):
+            for target in self.options.targets:
                 model = copy.deepcopy(dense)
                 with costs_of_macs() if by_macs else contextlib.nullcontext():
                     report = prune_(
