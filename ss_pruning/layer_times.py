@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning import _cache
 from ss_pruning.coupling import Key, Side, Unit
 from ss_pruning.latency import digest, machine, race
-from ss_pruning.layers import groups_of, is_depthwise
+from ss_pruning.layers import groups_of, is_depthwise, width
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Cut, cut_layer
 from ss_pruning.wiring import Wiring
@@ -147,15 +147,27 @@ def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> La
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     what = type(module).__qualname__, repr(module), tuple(x.shape), x.stride(), x.dtype
     name = f"layer-{digest(what, kind, machine(device), GRID, ROUNDINGS)}"
-    kept = _cache.read(name)
-    if kept is None:
-        time = _Lone(module, x, device, kind, side).measured()
-        tensors = {"grid": time.grid, **{f"waste.{key}": value for key, value in time.waste.items()}}
-        _cache.write(name, {key: torch.from_numpy(value) for key, value in tensors.items()}, {})
-        return time
-    arrays = {key: tensor.numpy().astype(np.float64) for key, tensor in kept[0].items()}
+    kept = _from_cache(name)
+    if kept is not None:
+        return kept
+    time = _Lone(module, x, device, kind, side).measured()
+    tensors = {"grid": time.grid, **{f"waste.{key}": value for key, value in time.waste.items()}}
+    _cache.write(name, {key: torch.from_numpy(value) for key, value in tensors.items()}, {})
+    return time
+
+
+def _from_cache(name: str) -> LayerTime | None:
+    found = _cache.read(name)
+    arrays = {key: tensor.double().numpy() for key, tensor in found[0].items()} if found else {}
     waste = {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith("waste.")}
-    return LayerTime(arrays["grid"], waste)
+    grid = arrays.get("grid")
+    if (
+        grid is None
+        or grid.shape != (len(GRID),) * 2
+        or any(len(w) != len(ROUNDINGS) for w in waste.values())
+    ):
+        return None  # not there, or not ours
+    return LayerTime(grid, waste)
 
 
 class _Lone:
@@ -170,17 +182,13 @@ class _Lone:
         if x.is_floating_point():
             self.x.normal_(generator=noise)
         self.device, self.kind, self.side = device, kind, side
-        self.inputs, self.outputs = self._widths()
-
-    def _widths(self) -> tuple[int, int]:
-        from ss_pruning.layers import width
-
-        return width(self.module, "in"), width(self.module, "out")
+        self.inputs, self.outputs = width(self.module, "in"), width(self.module, "out")
 
     def measured(self) -> LayerTime:
+        """The layer's times; proportional to its widths where it cannot be cut to any."""
         try:
             return LayerTime(self._grid(), self._waste())
-        except (RuntimeError, ValueError, IndexError, TypeError):  # a layer that cannot be cut to any width
+        except (RuntimeError, ValueError, IndexError, TypeError):
             scale = np.outer(GRID, GRID) if self.kind == "synaptic" else np.outer(np.ones(3), GRID)
             return LayerTime(self._seconds(self.inputs, self.outputs) * scale, {})
 
@@ -212,8 +220,8 @@ class _Lone:
     def _waste_above(self, base: int, side: str) -> Floats:
         """The cost of widths just above `base`, against a straight line between the blocks at both ends."""
 
-        def seconds(width: int) -> float:
-            return self._seconds(*((width, self.outputs) if side == "in" else (self.inputs, width)))
+        def seconds(n: int) -> float:
+            return self._seconds(*((n, self.outputs) if side == "in" else (self.inputs, n)))
 
         low, high = seconds(base), seconds(base + _BLOCK)
         line = [low + (high - low) * r / _BLOCK for r in ROUNDINGS[:-1]]
