@@ -106,20 +106,16 @@ class Bench:
         """Two of them in the settings that people deploy in."""
         models, facts = self.at_budget("resnet50")
         few = {name: models[name] for name in ("dense", "default", 'round_to="measured"')}
-        gpu = self.device.type == "cuda"
-        wanted = settings(
-            [256 if gpu else self.options.batch], ["float32", "bf16"], ["contiguous", "channels_last"]
-        )
-        wanted += settings([1, 32, 256] if gpu else [1, 32])
-        for setting in dict.fromkeys(wanted):
+        layouts, dtypes = ("contiguous", "channels_last"), ("float32", "bf16")
+        _, *others = settings([self.options.batch], dtypes, layouts)  # the first is that of `budget`
+        for setting in (*others, *settings([1, 32])):
             self.compared("settings", "resnet50", few, setting, facts)
 
     def compiled(self) -> None:
         """Through torch.compile."""
         models, facts = self.at_budget("resnet50")
         few = {name: models[name] for name in ("dense", 'round_to="measured"')}
-        batch = 256 if self.device.type == "cuda" else self.options.batch
-        for setting in settings([batch], compiled=[True]):
+        for setting in settings([self.options.batch], compiled=[True]):
             self.compared("compiled", "resnet50", few, setting, facts)
 
     def targets(self) -> None:
@@ -225,7 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["budget", "settings", "targets"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=8, help="for budget and targets")
+    parser.add_argument("--batch", type=int, help="by default 8 on a CPU, 256 on a GPU")
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--nets", nargs="+", default=list(NETS), help="for targets")
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
@@ -246,6 +242,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    options.batch = options.batch or (256 if options.device.startswith("cuda") else 8)
     bench = Bench(options)
     for part in options.parts:
         getattr(bench, part)()

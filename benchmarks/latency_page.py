@@ -21,12 +21,12 @@ INTRODUCTION = """# Latency after pruning
 
 Fewer multiply-accumulates are not the aim, less time is. All models of a table ran in turns in one process, first \
 forwards and then backwards, and *of dense* is the median, over the rounds, of a model's time as a share of the dense \
-model's in the same round. Weights are random, which costs the same time, except where accuracy is given. Images: \
-{pixels} x {pixels} unless CIFAR-10.
+model's in the same round. Where the same was run several times, the last run counts, and the smallest and the largest \
+share of all runs stand in brackets: that is how far a figure can be trusted. Weights are random, which costs the same \
+time, except where accuracy is given. Images: {pixels} x {pixels} unless CIFAR-10.
 
 Made by `python -m benchmarks.latency` and `python -m benchmarks.latency --page` from \
-`benchmarks/results/latency.jsonl` \
-({versions}).
+`benchmarks/results/latency.jsonl` ({versions}).
 """
 
 
@@ -34,7 +34,9 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     """Write the tables; of several results for the same thing the last counts."""
     if not lines:
         raise SystemExit("no result yet: run python -m benchmarks.latency first")
-    latest = {_what(line): line for line in lines}
+    latest = {
+        _what(line): {**line, "runs": [other for other in lines if _alike(line, other)]} for line in lines
+    }
     versions = ", ".join(f"{name} {text}" for name, text in lines[-1]["versions"].items())
     pixels = next(line["pixels"] for line in lines)
     parts = [INTRODUCTION.format(pixels=pixels, versions=versions)]
@@ -67,6 +69,15 @@ def _what(line: Line) -> tuple[Any, ...]:
     )
 
 
+def _alike(line: Line, other: Line) -> bool:
+    """True for comparisons of the same net in the same setting on the same machine."""
+    return (
+        "comparison" in line
+        and "comparison" in other
+        and _what({**line, "part": ""}) == _what({**other, "part": ""})
+    )
+
+
 def _by_machine(lines: Iterable[Line]) -> dict[str, list[Line]]:
     found: dict[str, list[Line]] = {}
     for line in lines:
@@ -80,7 +91,7 @@ def _budget(lines: list[Line]) -> list[str]:
     parts = []
     for line in (line for line in lines if line["part"] == "budget"):
         comparison = line["comparison"]
-        rows = [_row(comparison, way, line["facts"]) for way in comparison["speeds"]]
+        rows = [_row(line, way) for way in comparison["speeds"]]
         parts += [
             f"### {line['net']} at half of its multiply-accumulates",
             "",
@@ -110,8 +121,18 @@ def _verdict(line: Line) -> list[str]:
     return [f"Against what the MACs promise (aim: within {GPU_NEAR:.0%}): {off}.", ""]
 
 
-def _row(comparison: dict[str, Any], way: str, facts: dict[str, Any]) -> str:
-    speed, known = comparison["speeds"][way], facts.get(way, {})
+def _share(line: Line, way: str) -> str:
+    """Of the dense time: in the last run, and from the smallest to the largest of all."""
+    ratios = [run["comparison"]["ratios"].get(way) for run in line["runs"]]
+    seen = [ratio for ratio in ratios if ratio is not None]
+    last = line["comparison"]["ratios"].get(way)
+    if last is None:
+        return ""
+    return f"{last:.3f}" + f" [{min(seen):.3f}, {max(seen):.3f}]" * (len(seen) > 1 and way != "dense")
+
+
+def _row(line: Line, way: str) -> str:
+    speed, known = line["comparison"]["speeds"][way], line["facts"].get(way, {})
     shares = [f"{known[key]:.3f}" if key in known else "1" for key in ("macs_kept", "params_kept", "file")]
     peak = f"{speed['peak_bytes'] / 1e6:,.0f} MB" if speed["peak_bytes"] else ""
     times = [f"{1000 * speed['seconds']:.1f} ms", f"{1000 * speed['low']:.1f} to {1000 * speed['high']:.1f}"]
@@ -121,13 +142,15 @@ def _row(comparison: dict[str, Any], way: str, facts: dict[str, Any]) -> str:
         *times,
         f"{speed['images_per_second']:,.1f}",
         peak,
-        f"{comparison['ratios'][way]:.3f}",
+        _share(line, way),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def _settings(lines: list[Line]) -> list[str]:
+    shown = {_what({**line, "part": ""}) for line in lines if line["part"] == "budget"}
     chosen = [line for line in lines if line["part"] in ("settings", "compiled")]
+    chosen = [line for line in chosen if _what({**line, "part": ""}) not in shown]
     if not chosen:
         return []
     ways = list(
@@ -139,9 +162,9 @@ def _settings(lines: list[Line]) -> list[str]:
         f"| setting | dense, median | middle half | {' | '.join(f'{way}, of dense' for way in ways)} |",
         "|---|---:|---:|" + "---:|" * len(ways),
     ]
-    for comparison in (line["comparison"] for line in chosen):
-        dense, ratios = comparison["speeds"]["dense"], comparison["ratios"]
-        cells = [f"{ratios[way]:.3f}" if way in ratios else "" for way in ways]
+    for line in chosen:
+        comparison = line["comparison"]
+        dense, cells = comparison["speeds"]["dense"], [_share(line, way) for way in ways]
         times = f"{1000 * dense['seconds']:.1f} ms | {1000 * dense['low']:.1f} to {1000 * dense['high']:.1f}"
         parts.append(f"| {Setting(**comparison['setting'])} | {times} | {' | '.join(cells)} |")
     return [*parts, ""]
