@@ -42,7 +42,7 @@ def open_file(file: Path, spec: str | None, input_size: str | None) -> Opened:
         )
     dense = build_model(known)
     size = size_of(input_size) if input_size else input_of(known, dense).size
-    pruned = load(file, lambda: build_model(known))
+    pruned = load(file, lambda: build_model(known), torch.zeros(1, *size))
     return Opened(dense, pruned, (size[0], size[1], size[2]))
 
 

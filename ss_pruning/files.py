@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +94,7 @@ def load(
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'")
-    if zipfile.is_zipfile(path):
+    if _is_checkpoint(path):
         model, plan, tensors = _from_history(path, architecture, example_inputs)
     else:
         content = _read(path)
@@ -115,7 +114,13 @@ def architecture_of(path: str | os.PathLike[str]) -> str | None:
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'")
-    return None if zipfile.is_zipfile(path) else _read(path).architecture
+    return None if _is_checkpoint(path) else _read(path).architecture
+
+
+def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so."""
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _from_history(

@@ -128,14 +128,19 @@ class Costs:
 
     def _slope(self, kind: Cost) -> Floats:
         """`[sides]`: what the whole width of each side is worth."""
-        if kind == "latency" and self.times is not None:
-            slopes = self.times.slope(dict.fromkeys(self.keys, 1.0))
+        if kind == "latency":
+            slopes = self._measured().slope(dict.fromkeys(self.keys, 1.0))
             return np.array([slopes[key] for key in self.keys])
         terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
-        slope = np.zeros(len(self.keys) + 1)
+        slope = np.zeros(len(self.keys) + 1)  # the last side is always full
         for side in (1, 2):
             np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
         return slope[:-1]
+
+    def _measured(self) -> LayerTimes:
+        if self.times is None:
+            raise InputError("costs in seconds need measured layer times: set Costs.times")
+        return self.times
 
     def dense(self, kind: Cost) -> float:
         """What the dense model costs."""
@@ -146,8 +151,8 @@ class Costs:
     def after(self, kind: Cost, removed: Floats) -> float:
         """Cost when `removed` (`[sides]`) channels are gone."""
         share = np.append((self.widths - removed) / self.widths, 1.0)
-        if kind == "latency" and self.times is not None:
-            return self.times.total(dict(zip(self.keys, share.tolist(), strict=False)))
+        if kind == "latency":
+            return self._measured().total(dict(zip(self.keys, share[:-1].tolist(), strict=True)))
         terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
         into, out = terms[:, 1].astype(np.int64), terms[:, 2].astype(np.int64)
         saved = float((terms[:, 0] * (1 - share[into] * share[out])).sum())

@@ -16,7 +16,7 @@ from ss_pruning.compensation import Method
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
-from ss_pruning.hastening import settle_in_time, stopwatch
+from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.layer_times import layer_times, roundings
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
@@ -26,7 +26,7 @@ from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import strengths_along
 from ss_pruning.surgery import Plan
-from ss_pruning.verification import Bench
+from ss_pruning.verification import Bench, Verified
 from ss_pruning.wiring import Wiring
 
 #: Called with a stage's name, how much of it is done, and how much there is.
@@ -111,7 +111,7 @@ def prune_(
         round_to = "measured"
     options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
-    if latency is not None or round_to == "measured":
+    if round_to == "measured" or latency is not None:
         with clock("time layers", 2):
             costs.times = layer_times(model, timed_on, wiring)
     with clock("plan", 2):
@@ -119,10 +119,7 @@ def prune_(
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
         search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), cost_exponent)
-        hastened = (
-            None if latency is None else settle_in_time(search, scores, latency, stopwatch(model, timed_on))
-        )
-        verified = search.settle(scores) if hastened is None else hastened.verified
+        verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
@@ -146,12 +143,21 @@ def prune_(
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
         settings=settings,
-        latency_before=hastened.dense.median if hastened else None,
-        latency_after=hastened.pruned.median if hastened else None,
-        latency_ratio=hastened.ratio if hastened else None,
         seconds=clock.seconds,
         versions={"torch": torch.__version__, **_versions("ss-pruning", "torch-pruning")},
+        **times,
     )
+
+
+def _settled(
+    search: Search, scores: list[list[Floats]], latency: float | None, measure: Measure
+) -> tuple[Verified, dict[str, Any]]:
+    """The plan, and what a report says of its time where that was the budget."""
+    if latency is None:
+        return search.settle(scores), {}
+    found = settle_in_time(search, scores, latency, measure)
+    times = {"before": found.dense.median, "after": found.pruned.median, "ratio": found.ratio}
+    return found.verified, {f"latency_{name}": value for name, value in times.items()}
 
 
 def _default_importance(images: Any) -> Any:
