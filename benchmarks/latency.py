@@ -182,10 +182,10 @@ class Bench:
 
 #: What of the table is used on the way to a latency: (whether channels are weighed by MACs instead of time, rounding).
 TABLE_USES: dict[str, tuple[bool, Any]] = {
-    "nothing: importance by MACs, any width": (True, 1),
-    "widths only: importance by MACs, measured rounding": (True, None),
-    "times only: importance by time, any width": (False, 1),
-    "both: importance by time, measured rounding": (False, None),
+    "nothing: importance by MACs, any width": (True, None),
+    "widths only: importance by MACs, measured rounding": (True, "measured"),
+    "times only: importance by time, any width": (False, None),
+    "both: importance by time, measured rounding": (False, "measured"),
 }
 
 

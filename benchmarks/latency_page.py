@@ -15,6 +15,8 @@ PAGE = HERE.parent / "docs" / "latency.md"
 #: how near to its promise of MACs a GPU should come.
 CPU_GOAL, NEAR, GPU_NEAR = 0.62, 0.05, 0.15
 
+MEASURED = 'round_to="measured"'
+
 Line = dict[str, Any]
 
 INTRODUCTION = """# Latency after pruning
@@ -42,7 +44,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     parts = [INTRODUCTION.format(pixels=pixels, versions=versions)]
     for title, of in _by_machine(latest.values()).items():
         parts += [f"## {title}", ""]
-        for section in (_budget, _settings, _targets, _trained):
+        for section in (_budget, _settings, _rounding, _targets, _trained):
             parts += section(of)
     if not any(line["machine"]["device"] == "cuda" for line in latest.values()):
         parts += [
@@ -168,6 +170,21 @@ def _settings(lines: list[Line]) -> list[str]:
         times = f"{1000 * dense['seconds']:.1f} ms | {1000 * dense['low']:.1f} to {1000 * dense['high']:.1f}"
         parts.append(f"| {Setting(**comparison['setting'])} | {times} | {' | '.join(cells)} |")
     return [*parts, ""]
+
+
+def _rounding(lines: list[Line]) -> list[str]:
+    """What widths as measured spare, over all runs: a share of the time that any widths take at the same MACs."""
+    runs = {id(run): run for line in lines for run in line["runs"]}
+    ratios = [run["comparison"]["ratios"] for run in runs.values()]
+    gains = [r[MEASURED] / r["default"] - 1 for r in ratios if MEASURED in r and "default" in r]
+    if not gains:
+        return []
+    low, high = min(gains), max(gains)
+    return [
+        f"`{MEASURED}` against any width, same MACs, over {len(gains)} comparisons: time {low:+.1%} to {high:+.1%}, "
+        f"in the middle {statistics.median(gains):+.1%}.",
+        "",
+    ]
 
 
 def _targets(lines: list[Line]) -> list[str]:

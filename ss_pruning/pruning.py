@@ -71,7 +71,7 @@ def prune_(
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
-            this machine ask for, which is what `latency` does by default.
+            this machine ask for.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
@@ -107,8 +107,6 @@ def prune_(
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         strengths = strengths_along(wiring, model, example_inputs)
-    if latency is not None and round_to is None:
-        round_to = "measured"
     options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
