@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import platform
 import statistics
 import time
@@ -263,8 +262,3 @@ def _processor() -> str:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def digest(*parts: object) -> str:
-    """A short name for what is described by the parts."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

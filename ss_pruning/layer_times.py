@@ -7,6 +7,7 @@ blocks of channels, so that time goes in steps where MACs go in a line. The tabl
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning import _cache
 from ss_pruning.coupling import Key, Side, Unit
-from ss_pruning.latency import digest, machine, race
+from ss_pruning.latency import machine, race
 from ss_pruning.layers import groups_of, is_depthwise, width
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Cut, cut_layer
@@ -145,8 +146,9 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
 
 def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> LayerTime:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    what = type(module).__qualname__, repr(module), tuple(x.shape), x.stride(), x.dtype
-    name = f"layer-{digest(what, kind, machine(device), GRID, ROUNDINGS)}"
+    what = type(module).__qualname__, repr(module), tuple(x.shape), x.stride(), x.dtype, kind
+    recipe = repr((what, machine(device), GRID, ROUNDINGS))
+    name = f"layer-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}"
     kept = _from_cache(name)
     if kept is not None:
         return kept
