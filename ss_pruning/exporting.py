@@ -71,6 +71,8 @@ def export(
     check_writable(path)
     if chosen == "onnx":
         _need_onnx()
+        if any(tensor.dtype is torch.bfloat16 for tensor in _tensors(example_inputs)):
+            raise InputError("onnxruntime takes no bfloat16 inputs: export model.float(), with float inputs")
     small, large = (_with_batch(example_inputs, batch) for batch in _BATCHES)
     with preserved(model, training=False), _quiet():
         program = _followed(model, small)

@@ -171,6 +171,8 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
         export(Tiny(), tmp_path / "absent" / "net.pt2", X)
     with pytest.raises(InputError, match="every input needs a batch axis"):
         export(Tiny(), tmp_path / "net.pt2", torch.tensor(1.0))
+    with pytest.raises(InputError, match=r"export model\.float\(\), with float inputs"):
+        export(Tiny().bfloat16(), tmp_path / "net.onnx", X.bfloat16())
 
 
 def test_missing_onnx_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
