@@ -13,8 +13,10 @@ from ss_pruning.surgery import Plan
 
 if TYPE_CHECKING:
     from ss_pruning.compaction import compact_
+    from ss_pruning.exporting import export
     from ss_pruning.files import load, save
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
+    from ss_pruning.latency import measure_latency
     from ss_pruning.pruning import prune_
     from ss_pruning.report import Report
 
@@ -28,7 +30,9 @@ __all__ = [
     "compact_",
     "couple",
     "errors",
+    "export",
     "load",
+    "measure_latency",
     "prune_",
     "save",
     "synaptic_strength",
@@ -40,7 +44,9 @@ _LAZY = {
     "Report": "ss_pruning.report",
     "SynapticImportance": "ss_pruning.integrations.torch_pruning_adapter",
     "compact_": "ss_pruning.compaction",
+    "export": "ss_pruning.exporting",
     "load": "ss_pruning.files",
+    "measure_latency": "ss_pruning.latency",
     "prune_": "ss_pruning.pruning",
     "save": "ss_pruning.files",
 }

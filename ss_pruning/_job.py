@@ -37,7 +37,7 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
     if request.moments is Moments.data and request.data is None:
         raise InputError("--moments data reads images: say where they are with --data.")
-    device = _device(request.device)
+    device = device_of(request.device)
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if request.weights is None and not request.model.startswith("demo:"):
@@ -60,7 +60,7 @@ def _preprocess(default: Preprocess, request: Request) -> Preprocess:
     """Apply --input-size, --mean and --std."""
     changes: dict[str, Any] = {}
     if request.input_size is not None:
-        size = _size(request.input_size)
+        size = size_of(request.input_size)
         changes["size"] = size
         if size[1:] != default.size[1:]:
             changes["crop"] = 1.0  # a size that the model's own crop was not made for: use the whole image
@@ -72,7 +72,8 @@ def _preprocess(default: Preprocess, request: Request) -> Preprocess:
     return dataclasses.replace(default, **changes)
 
 
-def _size(text: str) -> tuple[int, int, int]:
+def size_of(text: str) -> tuple[int, int, int]:
+    """Read `CxHxW`."""
     parts = text.lower().replace(",", "x").split("x")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise InputError(f"--input-size is channels x height x width, as in 3x224x224, not {text!r}.")
@@ -87,7 +88,8 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
         raise InputError(f"--{name} is one number per channel, as in 0.5,0.5,0.5, not {text!r}.") from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; a GPU, if there is one, by default."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,6 +167,12 @@ def _pictures(data: Data, job: Job) -> list[Tensor]:
 
 def _batches(pictures: Any) -> list[Tensor]:
     return [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
+
+
+def timed_on(job: Job, batch: int) -> Tensor:
+    """Random images, so many at a time, to time the model on."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *job.preprocess.size, generator=generator).to(job.device)
 
 
 def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCallback) -> Report:

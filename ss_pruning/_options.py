@@ -10,6 +10,7 @@ import typer
 from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Scope, Score
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
+_SETTING = "Setting"
 
 Model = Annotated[
     str,
@@ -159,8 +160,13 @@ CostExponent = Annotated[
     ),
 ]
 RoundTo = Annotated[
-    int | None,
-    _option(_CRITERION, help="Keep widths multiples of this.", metavar="N", show_default=False),
+    str | None,
+    _option(
+        _CRITERION,
+        help="Keep widths multiples of this; with measured, each of what its layers' times on this machine ask for.",
+        metavar="N|measured",
+        show_default=False,
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -193,6 +199,45 @@ OutFile = Annotated[
 Macs = Annotated[float | None, _fraction("Keep this fraction of the multiply-accumulates.")]
 Params = Annotated[float | None, _fraction("Keep this fraction of the parameters.")]
 Ratio = Annotated[float | None, _fraction("Remove this fraction of the channels.")]
+Latency = Annotated[
+    float | None, _fraction("Keep this fraction of the time of a forward pass, as measured here.")
+]
+Batch = Annotated[int, _option(_IMAGES, help="Measure times on so many images at once.", metavar="N", min=1)]
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", show_default=False, help="A model.safetensors of ss-prune prune.")
+]
+Architecture = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "--model",
+        help="What was pruned, where the file does not name it; as for ss-prune prune. [bold]A .py file is executed."
+        "[/bold]",
+        metavar="MODEL",
+        show_default="what the file names",
+    ),
+]
+ExportFormat = Annotated[
+    str | None,
+    _option(
+        _OUTPUT, help="onnx, or pt2 (torch.export).", metavar="onnx|pt2", show_default="by the name of --out"
+    ),
+]
+ExportOut = Annotated[
+    Path | None,
+    _option(_OUTPUT, help="File to write.", metavar="FILE", show_default="beside the model"),
+]
+Batches = Annotated[str, _option(_IMAGES, help="Images at a time, one or several.", metavar="N,N,N")]
+Dtypes = Annotated[str, _option(_SETTING, help="Number types: float32, bf16, float16.", metavar="NAME,NAME")]
+Layouts = Annotated[
+    str, _option(_SETTING, help="Memory layouts: contiguous, channels_last.", metavar="NAME,NAME")
+]
+Compiled = Annotated[bool, _option(_SETTING, "--compiled", help="Also by torch.compile.", metavar="")]
+Threads = Annotated[
+    int | None,
+    _option(_OUTPUT, help="Threads of the CPU.", metavar="N", show_default="torch's own", min=1),
+]
 
 PRUNE_HELP = """Prune a model to a budget.
 
@@ -219,6 +264,10 @@ A net that keeps working, without any image:
 
     ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
 
+Six tenths of the time, as measured on this machine eight images at a time:
+
+    ss-prune prune timm:resnet50 --weights resnet50.safetensors --latency 0.6 --batch 8 --out runs/r50
+
 Another criterion for comparison:
 
     ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
@@ -236,4 +285,30 @@ SCORE_EXAMPLES = """
     ss-prune score torchvision:resnet18 --weights resnet18.pth
 
     ss-prune score demo:digits --out strengths.safetensors
+"""
+
+EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
+
+The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.
+"""
+
+EXPORT_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune export runs/digits/model.safetensors --format onnx
+
+    ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
+"""
+
+BENCH_HELP = """Measure what pruning gained: dense against pruned, in turns, in one process.
+
+Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and layout.
+"""
+
+BENCH_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune bench runs/digits/model.safetensors --batch 1,64
+
+    ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
 """

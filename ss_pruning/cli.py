@@ -1,4 +1,4 @@
-"""The command line: `ss-prune prune` and `ss-prune score`."""
+"""The command line: `ss-prune prune`, `score`, `export` and `bench`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def prune(
     macs: option.Macs = None,
     params: option.Params = None,
     ratio: option.Ratio = None,
+    latency: option.Latency = None,
     weights: option.Weights = None,
     weights_by_order: option.ByOrder = False,
     data: option.DataPlace = None,
@@ -45,6 +46,7 @@ def prune(
     input_size: option.InputSize = None,
     mean: option.Mean = None,
     std: option.Std = None,
+    batch: option.Batch = 1,
     importance: option.Criterion = Importance.synaptic,
     moments: option.MomentsOption = None,
     score: option.ScoreOption = None,
@@ -62,14 +64,14 @@ def prune(
 ) -> None:
     """Prune a model to a budget, report, and write the result."""
     with guarded():
-        budget = _budget(macs=macs, params=params, ratio=ratio)
+        budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
         _check_calibration(calibration, compensation)
         request = Request.of(context.params)
         options = {
             **budget,
             "ignore": tuple(ignore or ()),
-            "round_to": round_to,
+            "round_to": _multiple(round_to),
             "scope": scope.value,
             "max_ratio": max_ratio,
             "cost_exponent": cost_exponent,
@@ -81,9 +83,12 @@ def prune(
             job = _job.prepare(request, progress)
             pictures = _job.calibration(compensation, calibration, seed, job, progress)
             chosen = _job.make_importance(importance, score, request, job, pictures)
-            report = _job.run(job, chosen, {**options, "calibration": pictures}, progress)
+            inputs = {"calibration": pictures, "latency_inputs": _job.timed_on(job, batch)}
+            report = _job.run(job, chosen, {**options, **inputs}, progress)
             if calibration is not None:
                 options["calibration"] = calibration.value
+            if report.latency_before is not None:
+                options["batch"] = batch
             report.settings.update(options | _job.settings_of(request, importance, chosen, job))
             report.command = _command_line(context)
             if out is not None:
@@ -124,6 +129,76 @@ def score(
     scores.show(summary, facts, as_json)
 
 
+@app.command(help=option.EXPORT_HELP, epilog=option.EXPORT_EXAMPLES)
+def export(
+    file: option.File,
+    format: option.ExportFormat = None,  # noqa: A002 - the option's name
+    out: option.ExportOut = None,
+    model: option.Architecture = None,
+    input_size: option.InputSize = None,
+) -> None:
+    """Write a pruned model for another runtime, and say how far the file is from the model."""
+    with guarded():
+        import torch
+
+        from ss_pruning import _delivery, exporting
+        from ss_pruning.errors import InputError
+
+        if out is None and format not in ("onnx", "pt2"):
+            raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
+        opened = _delivery.open_file(file, model, input_size)
+        example = torch.randn(1, *opened.size, generator=torch.Generator().manual_seed(0))
+        target = out or file.with_suffix(f".{format}")
+        written = exporting.export(opened.pruned, target, example, format)  # type: ignore[arg-type]
+    typer.echo(
+        f"written: {written.path} ({written.bytes / 1e6:.1f} MB); its outputs differ from the model's by at most "
+        f"{written.max_error:.1e} of the largest"
+    )
+
+
+@app.command(help=option.BENCH_HELP, epilog=option.BENCH_EXAMPLES)
+def bench(
+    file: option.File,
+    batch: option.Batches = "1",
+    dtype: option.Dtypes = "float32",
+    layout: option.Layouts = "contiguous",
+    compiled: option.Compiled = False,
+    model: option.Architecture = None,
+    input_size: option.InputSize = None,
+    threads: option.Threads = None,
+    device: option.Device = None,
+    as_json: option.Json = False,
+) -> None:
+    """Measure dense against pruned."""
+    with guarded(), progress_bars() as progress:
+        import torch
+
+        from ss_pruning import _delivery, _job, benching
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        wanted = benching.settings(
+            _counts(batch), dtype.split(","), layout.split(","), (False, True) if compiled else (False,)
+        )
+        place = _job.device_of(device)
+        opened = _delivery.open_file(file, model, input_size)
+        comparisons, sizes = _delivery.bench(opened, wanted, place, progress)
+    if as_json:
+        typer.echo(_delivery.as_json(comparisons, sizes, place), nl=False)
+        return
+    from rich.console import Console
+
+    Console().print(benching.table(comparisons, sizes, place))
+
+
+def _counts(text: str) -> list[int]:
+    from ss_pruning.errors import InputError
+
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise InputError(f"--batch is one or several whole numbers, as in 1,32,256, not {text!r}.")
+    return [int(part) for part in text.split(",")]
+
+
 def _budget(**given: float | None) -> dict[str, float]:
     from ss_pruning.errors import InputError
 
@@ -131,10 +206,20 @@ def _budget(**given: float | None) -> dict[str, float]:
     if len(chosen) != 1:
         listed = " and ".join(f"--{name}" for name in chosen) or "none"
         raise InputError(
-            f"give exactly one of --macs, --params and --ratio; {listed} was given. "
+            f"give exactly one of --macs, --params, --latency and --ratio; {listed} was given. "
             "For example, --macs 0.8 keeps 80 % of the multiply-accumulates."
         )
     return chosen
+
+
+def _multiple(text: str | None) -> int | str | None:
+    from ss_pruning.errors import InputError
+
+    if text is None or text == "measured":
+        return text
+    if not text.isdigit():
+        raise InputError(f"--round-to is a whole number, such as 8, or measured, not {text!r}.")
+    return int(text)
 
 
 def _check_synaptic_options(importance: Importance, moments: Moments | None, score: Score | None) -> None:

@@ -1,13 +1,19 @@
-"""Pruned models as files: safetensors, with the plan and the architecture's name in the metadata. No pickle."""
+"""Pruned models as files: safetensors with the plan, the architecture's name and a checksum in the metadata.
+
+Checkpoints that Torch-Pruning users write, weights beside a pruning history, are read too. Nothing but tensors and
+plain values is ever unpickled.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,9 +23,26 @@ from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
 
 _KEY = "ss_pruning"
-_FORMAT = 1
+_FORMAT = 2
+_READ = (1, 2)  # the first had no checksum
 
 Architecture = str | Callable[[], nn.Module]
+
+
+class _Content(NamedTuple):
+    """What a file says: how to build the dense model, what was cut, and the tensors."""
+
+    architecture: str | None
+    plan: str
+    tensors: dict[str, Tensor]
+
+    def checksum(self) -> str:
+        """SHA-256 of all of it."""
+        whole = hashlib.sha256(json.dumps([self.architecture, self.plan]).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return whole.hexdigest()
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | None = None) -> None:
@@ -35,20 +58,31 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
         InputError: The folder is missing or read-only.
     """
     plan = getattr(model, PLAN_ATTRIBUTE, Plan())
-    note = {"format": _FORMAT, "architecture": architecture, "plan": plan.to_json()}
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    content = _Content(architecture, plan.to_json(), tensors)
+    note = {
+        "format": _FORMAT,
+        "architecture": content.architecture,
+        "plan": content.plan,
+        "sha256": content.checksum(),
+    }
     with replacing(path) as temporary:
         save_file(tensors, str(temporary), metadata={_KEY: json.dumps(note)})
 
 
-def load(path: str | os.PathLike[str], architecture: Architecture | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str], architecture: Architecture | None = None, example_inputs: Any = None
+) -> nn.Module:
     """Rebuild a model written by `save`: build the dense architecture, apply the plan, load the tensors.
 
     Args:
-        path: The file.
+        path: The file. Or a checkpoint with a history of Torch-Pruning's (or of `GraphPruner`), as
+            `torch.save({"model": model.state_dict(), "pruning": pruner.pruning_history()}, path)` writes it.
         architecture: A callable that builds the dense model, or a name such as "timm:resnet18"; may be left out
             where the file names one.
+        example_inputs: What `forward` takes; only a history of Torch-Pruning's asks for it, and only where the
+            architecture is a callable.
 
     Returns:
         The model in eval mode, on the CPU, with outputs equal bit for bit to the saved one's.
@@ -58,32 +92,96 @@ def load(path: str | os.PathLike[str], architecture: Architecture | None = None)
         FileFormatError: The file is truncated, damaged, or not written by `save`.
         PlanError: The architecture is not the one that was pruned.
     """
-    note, tensors = _read(path)
-    model = _build(architecture if architecture is not None else note["architecture"], path)
-    plan = Plan.from_json(note["plan"])
-    plan.apply_(model)
+    if not Path(path).is_file():
+        raise InputError(f"there is no file '{path}'")
+    if _is_checkpoint(path):
+        model, plan, tensors = _from_history(path, architecture, example_inputs)
+    else:
+        content = _read(path)
+        model = _build(architecture if architecture is not None else content.architecture, path)
+        plan, tensors = Plan.from_json(content.plan), content.tensors
+    _apply(plan, model, path)
     _fill(model, tensors, path)
     return model.eval()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def architecture_of(path: str | os.PathLike[str]) -> str | None:
+    """The architecture that a file names; None where it names none.
+
+    Raises:
+        InputError: The file does not exist.
+        FileFormatError: It is damaged, or not written by `save`.
+    """
     if not Path(path).is_file():
         raise InputError(f"there is no file '{path}'")
+    return None if _is_checkpoint(path) else _read(path).architecture
+
+
+def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so."""
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _from_history(
+    path: str | os.PathLike[str], architecture: Architecture | None, example_inputs: Any
+) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
+    from ss_pruning.histories import plan_of, read_checkpoint
+    from ss_pruning.models import input_of
+
+    tensors, history = read_checkpoint(path)
+    model = _build(architecture, path)
+    if example_inputs is None and isinstance(architecture, str):
+        example_inputs = torch.zeros(1, *input_of(architecture, model).size)
+    return model, plan_of(history, model, example_inputs), tensors
+
+
+def _apply(plan: Plan, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Cut the fresh model; a plan that somebody wrote by hand may fail anywhere."""
+    try:
+        plan.apply_(model)
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan in '{path}' does not fit the architecture ({error})") from error
+
+
+def _read(path: str | os.PathLike[str]) -> _Content:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"'{path}' is truncated or no safetensors file ({error})") from error
+    content, checksum = _noted(metadata, tensors, path)
+    if checksum is not None and checksum != content.checksum():
+        raise FileFormatError(f"'{path}' is damaged: its checksum does not fit; get the file again")
+    return content
+
+
+def _noted(
+    metadata: Mapping[str, str], tensors: dict[str, Tensor], path: str | os.PathLike[str]
+) -> tuple[_Content, str | None]:
+    """The content, and the checksum that it should have (None in the first format)."""
     try:
         note = json.loads(metadata[_KEY])
-        if note["format"] != _FORMAT:
-            raise FileFormatError(f"'{path}' has format {note['format']!r}; this version reads {_FORMAT}")
-        return {"architecture": note["architecture"], "plan": note["plan"]}, tensors
-    except (KeyError, ValueError, TypeError) as error:
+        version, architecture, plan, checksum = (
+            note["format"],
+            note["architecture"],
+            note["plan"],
+            note.get("sha256"),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"'{path}' holds no plan of ours; write files with ss_pruning.save, or load plain weights yourself"
         ) from error
+    if version not in _READ:
+        raise FileFormatError(f"'{path}' has format {version!r}; this version reads up to {_FORMAT}")
+    if (
+        not isinstance(plan, str)
+        or not isinstance(architecture, str | None)
+        or (version > 1 and not checksum)
+    ):
+        raise FileFormatError(f"'{path}' is damaged: its note about the plan is incomplete")
+    return _Content(architecture, plan, tensors), checksum
 
 
 def _build(architecture: Any, path: str | os.PathLike[str]) -> nn.Module:

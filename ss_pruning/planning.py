@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ss_pruning.coupling import Coupling, Key, Unit
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
+from ss_pruning.layer_times import LayerTimes
 from ss_pruning.macs import count_macs
 from ss_pruning.surgery import Cut, Plan
 from ss_pruning.walking import modules_of, parameters_of
@@ -27,6 +28,8 @@ Ints = npt.NDArray[np.int64]
 #: Channels that stay, by layer side.
 Selection = dict[Key, tuple[int, ...]]
 Scope = Literal["global", "local"]
+#: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.
+Cost = Literal["macs", "params", "latency"]
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,24 @@ class Budget:
     """What to reach.
 
     Attributes:
-        kind: "macs" or "params" to keep, or "ratio" of channels to remove.
+        kind: "macs", "params" or "latency" to keep, or "ratio" of channels to remove.
         value: As a share of the dense model's, in (0, 1).
     """
 
-    kind: Literal["macs", "params", "ratio"]
+    kind: Literal["macs", "params", "latency", "ratio"]
     value: float
 
     @staticmethod
-    def of(macs: float | None, params: float | None, ratio: float | None) -> Budget:
-        """Make one from the three keyword arguments of which exactly one is given.
+    def of(**choices: float | None) -> Budget:
+        """Make one from keyword arguments, named like its kinds, of which exactly one is given.
 
         Raises:
             InputError: None or several are given, or a value outside (0, 1).
         """
-        given = [(k, v) for k, v in (("macs", macs), ("params", params), ("ratio", ratio)) if v is not None]
+        given = [(kind, value) for kind, value in choices.items() if value is not None]
         if len(given) != 1:
             raise InputError(
-                "give exactly one of macs=, params= (shares to keep) and ratio= (share to remove)"
+                "give exactly one of macs=, params=, latency= (shares to keep) and ratio= (share to remove)"
             )
         kind, value = given[0]
         if not 0 < value < 1:
@@ -60,7 +63,13 @@ class Budget:
 
 
 class Costs:
-    """MACs and parameters of the model as functions of how far each unit has shrunk."""
+    """MACs, parameters and seconds of the model as functions of how far each unit has shrunk.
+
+    Attributes:
+        times: What the layers take; None unless latency is the budget.
+    """
+
+    times: LayerTimes | None = None
 
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
         self.keys = list(coupling.widths)
@@ -118,24 +127,44 @@ class Costs:
                     removed[u, self.number[member.path, member.side]] += member.index.size / unit.steps
         return removed
 
-    def per_family(self, units: Sequence[Unit], kind: Literal["macs", "params"]) -> Floats:
+    def per_family(self, units: Sequence[Unit], kind: Cost) -> Floats:
         """`[units]`: what the dense model saves with the first family of each unit, as a share of its cost."""
-        terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
-        slope = np.zeros(len(self.keys) + 1)  # cost by channel, on each side
-        for side in (1, 2):
-            np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
-        saved = self.removed_per_step(units) @ (slope[:-1] / self.widths)
+        saved = self.removed_per_step(units) @ (self._slope(kind) / self.widths)
         families = np.array([sum(cell.size for cell in unit.cells) / unit.steps for unit in units])
-        saved_each: Floats = saved / families / (self.macs if kind == "macs" else self.params)
+        saved_each: Floats = saved / families / self.dense(kind)
         return saved_each
 
-    def after(self, kind: Literal["macs", "params"], removed: Floats) -> float:
-        """Cost when `removed` (`[sides]`) channels are gone."""
+    def _slope(self, kind: Cost) -> Floats:
+        """`[sides]`: what the whole width of each side is worth."""
+        if kind == "latency":
+            slopes = self._measured().slope(dict.fromkeys(self.keys, 1.0))
+            return np.array([slopes[key] for key in self.keys])
         terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
+        slope = np.zeros(len(self.keys) + 1)  # the last side is always full
+        for side in (1, 2):
+            np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
+        return slope[:-1]
+
+    def _measured(self) -> LayerTimes:
+        if self.times is None:
+            raise InputError("costs in seconds need measured layer times: set Costs.times")
+        return self.times
+
+    def dense(self, kind: Cost) -> float:
+        """What the dense model costs."""
+        if kind == "latency":
+            return self.after(kind, np.zeros(len(self.keys)))
+        return self.macs if kind == "macs" else self.params
+
+    def after(self, kind: Cost, removed: Floats) -> float:
+        """Cost when `removed` (`[sides]`) channels are gone."""
         share = np.append((self.widths - removed) / self.widths, 1.0)
+        if kind == "latency":
+            return self._measured().total(dict(zip(self.keys, share[:-1].tolist(), strict=True)))
+        terms = np.array(self.mac_terms if kind == "macs" else self.param_terms).reshape(-1, 3)
         into, out = terms[:, 1].astype(np.int64), terms[:, 2].astype(np.int64)
         saved = float((terms[:, 0] * (1 - share[into] * share[out])).sum())
-        return (self.macs if kind == "macs" else self.params) - saved
+        return self.dense(kind) - saved
 
 
 @dataclass(frozen=True)
@@ -166,7 +195,7 @@ def schedule(
     *,
     scope: Scope = "global",
     max_ratio: float | Sequence[float] = 0.9,
-    round_to: int | None = None,
+    round_to: int | Mapping[str, int] | None = None,
 ) -> Schedule:
     """Order the moves of all units.
 
@@ -176,7 +205,7 @@ def schedule(
         scope: "global" compares scores across units; "local" shrinks all units evenly.
         max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); one step of every
             unit always stays.
-        round_to: Widths that remain are multiples of this.
+        round_to: Widths that remain are multiples of this, or of its own by a unit's name.
     """
     keys: list[Floats] = []
     moves: list[Ints] = []
@@ -186,7 +215,8 @@ def schedule(
         ranked.append([np.argsort(s, kind="stable") for s in cell_scores])
         steps = unit.steps
         per_step = sum(cell.size for cell in unit.cells) // steps
-        ends = _stops(unit, caps[u], round_to)
+        multiple = round_to.get(unit.name, 1) if isinstance(round_to, Mapping) else round_to
+        ends = _stops(unit, caps[u], multiple)
         taken = np.diff(ends, prepend=0)
         if scope == "local":
             keys.append(ends / steps)
@@ -240,14 +270,16 @@ def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) 
 def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> int:
     """The smallest number of moves whose cost is within the budget, by bisection."""
     per_step = costs.removed_per_step(units)
-    kind: Literal["macs", "params"] = "macs" if budget.kind == "macs" else "params"
-    dense = costs.macs if kind == "macs" else costs.params
+    kind: Cost = "params" if budget.kind == "ratio" else budget.kind
+    dense = costs.dense(kind)
 
     def cost(moves: int) -> float:
         return costs.after(kind, plan.taken(moves) @ per_step)
 
     goal, low, high = budget.value * dense, 0, len(plan.unit)
     if cost(high) > goal:
+        if kind == "latency":  # a table's seconds are a guess: the clock will say how far this goes
+            return high
         raise BudgetError(
             f"{kind}={budget.value} is below what is reachable; the smallest is {kind}={cost(high) / dense:.4f} "
             "(raise max_ratio, or ignore less)"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from ss_pruning.compensation import Method
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
+from ss_pruning.hastening import Measure, settle_in_time, stopwatch
+from ss_pruning.layer_times import layer_times, roundings
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
@@ -25,7 +27,7 @@ from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import powers_along
 from ss_pruning.surgery import Plan
-from ss_pruning.verification import Bench
+from ss_pruning.verification import Bench, Verified
 from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
 
@@ -41,14 +43,16 @@ def prune_(
     macs: float | None = None,
     params: float | None = None,
     ratio: float | None = None,
+    latency: float | None = None,
     importance: Any = None,
     ignore: Iterable[str | nn.Module] = (),
-    round_to: int | None = None,
+    round_to: int | Literal["measured"] | None = None,
     scope: Scope = "global",
     max_ratio: float = 0.9,
     cost_exponent: float = 0.5,
     compensation: Method = "none",
     calibration: Any = None,
+    latency_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prune whole channels of `model` in place, by synaptic strength or any Torch-Pruning importance.
@@ -62,11 +66,14 @@ def prune_(
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
         macs: Share of the multiply-accumulates to keep; met from below, to within one step.
         params: Share of the parameters to keep; likewise.
-        ratio: Share of the prunable channels to remove. Give exactly one of the three.
+        ratio: Share of the prunable channels to remove.
+        latency: Share of the time of a forward pass to keep, as measured on this machine; met to within 5 %. Channels
+            then compete by importance per second, see `ss_pruning.layer_times`. Give exactly one of the four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise.
         ignore: Modules or module paths whose output channels stay.
-        round_to: Remaining widths are multiples of this.
+        round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
+            this machine ask for.
         scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
@@ -76,6 +83,7 @@ def prune_(
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
             "distilled": images made from the model's batch norms, see `ss_pruning.distillation`.
+        latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
         progress: Called with (stage, done, total), "distil" in steps of its own.
 
     Returns:
@@ -87,7 +95,7 @@ def prune_(
         NothingToPruneError: No channel may go.
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
-    budget = Budget.of(macs, params, ratio)
+    budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent)
     check_compensation(compensation, calibration)
     check_finite(model)
@@ -101,13 +109,17 @@ def prune_(
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         powers, _ = powers_along(wiring, model, example_inputs)
-    options = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
+    options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
+    timed_on = example_inputs if latency_inputs is None else latency_inputs
+    if round_to == "measured" or latency is not None:
+        with clock("time layers", 2):
+            costs.times = layer_times(model, timed_on, wiring)
     with clock("plan", 2):
         with clock("verify", 3):
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, options, cost_exponent)
-        verified = search.settle(scores)
+        search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), cost_exponent)
+        verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs)
     settings = {
@@ -133,7 +145,19 @@ def prune_(
         settings=settings,
         seconds=clock.seconds,
         versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
+        **times,
     )
+
+
+def _settled(
+    search: Search, scores: list[list[Floats]], latency: float | None, measure: Measure
+) -> tuple[Verified, dict[str, Any]]:
+    """The plan, and what a report says of its time where that was the budget."""
+    if latency is None:
+        return search.settle(scores), {}
+    found = settle_in_time(search, scores, latency, measure)
+    times = {"before": found.dense.median, "after": found.pruned.median, "ratio": found.ratio}
+    return found.verified, {f"latency_{name}": value for name, value in times.items()}
 
 
 def _default_importance(images: Any) -> Any:
@@ -185,7 +209,7 @@ class _Clock:
 def _check_options(
     scope: str,
     max_ratio: float,
-    round_to: int | None,
+    round_to: int | str | None,
     cost_exponent: float,
 ) -> None:
     if scope not in ("global", "local"):
@@ -196,8 +220,15 @@ def _check_options(
         raise InputError(
             f"cost_exponent={cost_exponent} must lie in [0, 10]; 0.5 is the default, 0 ignores costs"
         )
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-        raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8")
+    if round_to not in (None, "measured") and (not isinstance(round_to, int) or round_to < 1):
+        raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8, or 'measured'")
+
+
+def _rounded(options: dict[str, Any], costs: Costs, coupling: Coupling) -> dict[str, Any]:
+    """The options with each unit's own multiple, if those are to be measured."""
+    if options["round_to"] != "measured" or costs.times is None:
+        return options
+    return {**options, "round_to": roundings(costs.times, coupling.units)}
 
 
 def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:

@@ -80,6 +80,9 @@ class Report:
         command: the command line that made the report.
         bytes_before: size of the dense model's tensors.
         bytes_after: the same, pruned.
+        latency_before: seconds of a forward pass of the dense model, the median.
+        latency_after: the same, pruned, measured in turns with it.
+        latency_ratio: the median, over the turns, of the one as a share of the other.
     """
 
     model: str
@@ -99,6 +102,9 @@ class Report:
     command: str | None = None
     bytes_before: int | None = None
     bytes_after: int | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    latency_ratio: float | None = None
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -133,6 +139,10 @@ class Report:
             if before_count is not None and after_count is not None:
                 kept = percent(after_count / before_count) if before_count else "-"
                 rows.append((name, count(before_count, unit), count(after_count, unit), kept))
+        times = self.latency_before, self.latency_after
+        if self.latency_ratio is not None:
+            before, after = (f"{1000 * (seconds or 0.0):.3g} ms" for seconds in times)
+            rows.append(("latency", before, after, percent(self.latency_ratio)))
         return rows
 
     def verification(self) -> str:

@@ -138,9 +138,9 @@ class Plan:
                     f"plan format {data['format']!r} is unknown here; this version reads {_FORMAT}"
                 )
             cuts = tuple(_cut_from(c) for c in data["cuts"])
-            attributes = tuple(Attribute(**a) for a in data["attributes"])
+            attributes = tuple(_attribute_from(a) for a in data["attributes"])
             return Plan(cuts, attributes, tuple(str(path) for path in data["biases"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
 
     def _check(self, model: nn.Module) -> None:
@@ -175,6 +175,11 @@ def _cut_from(data: Mapping[str, Any]) -> Cut:
     if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= cut.width:
         raise PlanError(f"the kept channels of '{cut.path}' are not distinct numbers below {cut.width}")
     return cut
+
+
+def _attribute_from(data: Mapping[str, Any]) -> Attribute:
+    position = None if data["position"] is None else int(data["position"])
+    return Attribute(str(data["path"]), str(data["name"]), position, int(data["before"]), int(data["after"]))
 
 
 def _side_width(module: nn.Module, side: Side) -> int | None:

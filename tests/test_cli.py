@@ -505,6 +505,15 @@ def test_program_fails_with_a_panel_and_code_2() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["export", "bench"])
+def test_help_of_the_later_commands_teaches(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.replace("│", " ").split())
+    assert f"ss-prune {command} runs/digits/model.safetensors" in text
+    assert "A .py file is executed" in text
+
+
 @pytest.mark.parametrize("command", ["prune", "score"])
 def test_help_teaches(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
@@ -531,6 +540,99 @@ def test_help_names_every_choice_and_every_example_parses() -> None:
     ):
         assert name in text
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("ss-prune ")]
-    assert len(examples) == 5
+    assert len(examples) == 6
     known = {option for line in text.splitlines() for option in line.split() if option.startswith("--")}
     assert {word for example in examples for word in example.split() if word.startswith("--")} <= known
+
+
+# ---------------------------------------------------------------- export and bench
+
+
+@pytest.fixture
+def saved(net: str, tmp_path: Path) -> Path:
+    """A file that does not name its architecture."""
+    assert run("prune", net, *SIZE, "--macs", 0.5, "--out", tmp_path / "saved").exit_code == 0
+    return tmp_path / "saved" / "model.safetensors"
+
+
+def test_export_writes_a_file_that_was_tried(saved: Path, net: str, tmp_path: Path) -> None:
+    result = run("export", saved, "--model", net, *SIZE, "--out", tmp_path / "net.pt2")
+    assert result.exit_code == 0, result.output
+    assert "its outputs differ from the model's by at most" in result.stdout
+    images = torch.randn(3, 3, 16, 16)
+    right = ss_pruning.load(saved, lambda: build_model(net))(images)
+    torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(images), right)
+
+
+def test_export_takes_named_architectures_and_writes_beside_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+    pytest.importorskip("onnxscript", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+    assert run("prune", "demo:digits", "--macs", 0.7, "--out", tmp_path).exit_code == 0
+    result = run("export", tmp_path / "model.safetensors", "--format", "onnx")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_bench_compares_dense_with_pruned(saved: Path, net: str) -> None:
+    options = ("--batch", "1,2", "--dtype", "float32,bf16", "--device", "cpu")
+    shown = run("bench", saved, "--model", net, *SIZE, *options)
+    assert shown.exit_code == 0, shown.output
+    for words in ("batch 2, bf16", "latency, median", "middle half", "peak memory", "images", "file"):
+        assert words in shown.stdout
+    found = json.loads(run("bench", saved, "--model", net, *SIZE, *options, "--json").stdout)
+    assert len(found["comparisons"]) == 4
+    assert found["file_bytes"]["pruned"] < found["file_bytes"]["dense"]
+    assert found["machine"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("export", "FILE"), "say what to write: --format onnx, --format pt2"),
+        (
+            ("export", "FILE", "--format", "pt2"),
+            "does not name its architecture: say what was pruned, as in --model",
+        ),
+        (("export", "FILE", "--format", "pt2", "--model", "demo:digits"), "the plan expects"),
+        (("bench", "FILE", "--batch", "one"), "--batch is one or several whole numbers"),
+        (("bench", "FILE", "--dtype", "int4"), "'int4' is unknown; use float32, bf16, float16"),
+        (("bench", "absent.safetensors"), "there is no file 'absent.safetensors'"),
+        (
+            ("prune", "NET", "--macs", "0.5", "--round-to", "even"),
+            "--round-to is a whole number, such as 8, or measured",
+        ),
+        (("prune", "NET", "--macs", "0.5", "--latency", "0.5"), "--macs and --latency was given"),
+    ],
+)
+def test_bad_requests_to_export_and_bench_say_what_to_do(
+    saved: Path, net: str, command: tuple[str, ...], message: str
+) -> None:
+    words = {"FILE": str(saved), "NET": net}
+    assert message in refused(*(words.get(word, word) for word in command))
+
+
+def test_a_latency_target_is_recorded(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ss_pruning import hastening
+    from ss_pruning.latency import Timing
+
+    sizes: list[int] = []
+
+    def stopwatch(model: nn.Module, inputs: torch.Tensor) -> hastening.Measure:
+        sizes.append(len(inputs))
+        dense = sum(p.numel() for p in model.parameters())
+
+        def measure(plan: Any) -> tuple[Timing, Timing]:
+            small = sum(p.numel() for p in plan.apply_(build_model(net)).parameters())
+            return Timing((dense / 1e6,)), Timing((small / 1e6,))
+
+        return measure
+
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ss_pruning.pruning.stopwatch", stopwatch)
+    result = run("prune", net, *SIZE, "--latency", 0.6, "--batch", 5, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    report = Report.load_json(tmp_path / "out" / "report.json")
+    assert sizes == [5]
+    assert report.latency_ratio == pytest.approx(0.6, rel=0.08)  # 16 channels are coarse
+    assert (report.settings["latency"], report.settings["batch"]) == (0.6, 5)
+    assert "latency" in result.stdout
