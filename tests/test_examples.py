@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +33,22 @@ def readme_blocks() -> list[str]:
     return [block.replace("pretrained=True", "pretrained=False") for block in blocks]
 
 
+def pages() -> list[Path]:
+    """Return the pages of the documentation that hold Python."""
+    return [
+        page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python\n" in page.read_text("utf-8")
+    ]
+
+
+def need(code: str) -> None:
+    """Skip unless the optional packages that the code imports are here."""
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, flags=re.MULTILINE))
+    wanted = imported | ({"nni"} if "nni_adapter" in code else set())
+    wanted |= {"sklearn"} if "digits_data" in code else set()
+    for name in wanted & {"accelerate", "lightning", "nni", "onnx", "onnxruntime", "sklearn", "timm"}:
+        pytest.importorskip(name, reason=f"the code needs the optional package {name}")
+
+
 def test_readme_shows_its_uses_in_python() -> None:
     blocks = readme_blocks()
     for use in (
@@ -45,9 +64,69 @@ def test_readme_shows_its_uses_in_python() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_readme_code_runs(block: str, tmp_path: Path) -> None:
-    if "nni_adapter" in block:
-        pytest.importorskip("nni", reason="NNI is an optional extra: pip install 'ss-pruning[nni]'")
+    need(block)
     run(tmp_path, "-c", block)
+
+
+def test_the_documentation_has_code() -> None:
+    names = {page.name for page in pages()}
+    assert {"tutorial.md", "theory.md", "own_importance.md", "training_loop.md", "nni.md"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+def test_code_of_the_documentation_runs(page: Path, tmp_path: Path) -> None:
+    """All blocks of a page, in order and in one process: a later one may use what an earlier one made."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL))
+    need(code)
+    run(tmp_path, "-c", code)
+
+
+def commands(page: Path) -> list[str]:
+    """Return the `ss-prune` commands that a page shows."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("ss-prune ")]
+
+
+def lay_out(folder: Path) -> None:
+    """Put what the commands name into a folder: weights, a model file, photos."""
+    import torchvision
+    from PIL import Image
+
+    networks = {"resnet50.safetensors": "resnet50", "r18.safetensors": "resnet18"}
+    for file, name in networks.items():
+        save_file(torchvision.models.get_model(name, weights=None).state_dict(), folder / file)
+    (folder / "models").mkdir()
+    source = "import torchvision\n\ndef build():\n    return torchvision.models.resnet18(weights=None)\n"
+    (folder / "models" / "net.py").write_text(source)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), folder / "net.pth")
+    for number, label in enumerate(("cat", "dog")):
+        (folder / "photos" / label).mkdir(parents=True)
+        for index in range(4):
+            picture = Image.new("RGB", (72, 72), (60 * index, 90 * number, 30))
+            picture.save(folder / "photos" / label / f"{index}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+)
+def test_commands_of_the_documentation_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order and in one folder, on small images where a command does not say how large they are."""
+    shown = commands(page)
+    if not shown:
+        pytest.skip("the page shows no command")
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
+    lay_out(tmp_path)
+    for command in shown:
+        words = shlex.split(command, comments=True)[1:]
+        need(" ".join(f"import {name}\n" for name in ("timm",) if f"{name}:" in command))
+        need("digits_data" if "--data digits" in command else "")
+        if words[0] in ("prune", "score") and "demo:" not in command and "--input-size" not in words:
+            words += ["--input-size", "3x64x64"]
+        run(tmp_path, "-m", "ss_pruning.cli", *words)
 
 
 @pytest.mark.slow
