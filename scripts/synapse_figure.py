@@ -18,6 +18,7 @@ from ss_pruning import synaptic_strength
 PICTURE = Path(__file__).parents[1] / "docs" / "synapse.svg"
 SCALES = (1.6, 0.4, 0.9)
 NORMS = (0.5, 1.2, 0.7)
+GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 INK, MUTED, BLUE, PALE, ORANGE = "#1b1f24", "#59636e", "#0b6bcb", "#d6e6f8", "#c2410c"
 ROWS, OUTPUT = (105, 205, 305), (545, 205)
 
@@ -71,7 +72,7 @@ def synapse(number: int, weights: Tensor, strength: float, share: float) -> str:
             words(
                 120,
                 y + 42,
-                f"|γ<tspan font-size='9' dy='3'>{number + 1}</tspan><tspan dy='-3'>| = {SCALES[number]}</tspan>",
+                f"|{GAMMA}<tspan font-size='9' dy='3'>{number + 1}</tspan><tspan dy='-3'>| = {SCALES[number]}</tspan>",
                 small,
             ),
             kernel(y, weights),
@@ -102,10 +103,10 @@ def picture() -> str:
         "</title>",
         '<rect width="780" height="392" rx="8" fill="#fff"/>',
         words(120, 30, "input channel", title),
-        words(120, 48, "γ z + β, z standard", f'font-size="12" fill="{MUTED}"'),
+        words(120, 48, f"{GAMMA} z + β, z standard", f'font-size="12" fill="{MUTED}"'),
         words(259, 30, "kernel", title),
         words(356, 30, "strength", title),
-        words(356, 48, "s = |γ| ‖W‖", f'font-size="12" fill="{MUTED}"'),
+        words(356, 48, f"s = |{GAMMA}| ‖W‖", f'font-size="12" fill="{MUTED}"'),
         words(545, 30, "output channel", title),
         words(680, 30, "share", title),
         words(680, 48, "s² of the sum of s²", f'font-size="12" fill="{MUTED}"'),

@@ -52,6 +52,7 @@ tbody tr { border-top: 1px solid var(--line); }
   background: var(--raised); border-left: 4px solid var(--good); padding: .6rem .8rem;
   max-width: 44rem; margin: 1rem 0 0;
 }
+.verdict.open { border-left-color: var(--cut); }
 .nobreak { white-space: nowrap; }
 .mark { color: var(--good); font-weight: 700; }
 code, pre, .name {
@@ -83,10 +84,10 @@ pre {
 .pruned { fill: var(--pruned); }
 .cut { fill: var(--cut); }
 .track { fill: var(--line); }
-.box { fill: var(--box); stroke: var(--pruned); stroke-width: 1; }
+.violin { fill: var(--box); stroke: var(--pruned); stroke-width: 1; vector-effect: non-scaling-stroke; }
 .dot { fill: var(--dense); }
 .grid { stroke: var(--line); stroke-width: 1; }
-.whisker { stroke: var(--pruned); stroke-width: 1.5; }
+.whisker { stroke: var(--pruned); stroke-width: 4; }
 .median { stroke: var(--ink); stroke-width: 2; }
 .gap { fill: var(--paper); }
 .legend { display: block; white-space: nowrap; margin-top: .4rem; }
