@@ -46,6 +46,9 @@ tbody tr { border-top: 1px solid var(--line); }
 .headline tbody th { font-weight: 400; }
 .headline td:nth-child(3) { font-weight: 600; }
 .headline tbody td { white-space: nowrap; }
+.both { max-width: 100%; }
+.both tbody td { white-space: normal; }
+.both td:nth-child(3) { font-weight: 400; }
 .facts th { font-weight: 400; color: var(--muted); min-width: 8rem; }
 .facts td { overflow-wrap: anywhere; }
 .verdict {
