@@ -106,6 +106,8 @@ summary { cursor: pointer; color: var(--link); }
   .axis { grid-template-columns: minmax(0,1fr); }
   th, td { padding-right: .4rem; }
   .headline { font-size: .92rem; }
+  .both { font-size: .82rem; }
+  .both th:not(:first-child), .both td:not(:first-child) { padding-left: .3rem; }
   .facts th { min-width: 6.5rem; }
 }
 @media print {

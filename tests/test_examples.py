@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,46 @@ def test_quickstart_runs(tmp_path: Path) -> None:
     kept = [int(share) for share in re.findall(r"(\d+)%", output)]
     assert len(kept) == 2
     assert all(30 < share < 80 for share in kept)
+
+
+@pytest.mark.slow
+def test_custom_importance_keeps_what_magnitude_loses(tmp_path: Path) -> None:
+    need("digits_data")
+    output = run(tmp_path, str(ROOT / "examples" / "torch_pruning_custom.py"), "--macs", "0.5")
+    reached = dict(re.findall(r"│ (entropy lost|SynapticImportance|group magnitude)[^│]*│ ([\d.]+)%", output))
+    assert float(reached["entropy lost"]) > float(reached["group magnitude"])
+    assert float(reached["entropy lost"]) > 90
+
+
+@pytest.mark.slow
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a kernel of its own; every cell but the text leaves an output."""
+    nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient and ipykernel")
+    for name in ("ipykernel", "matplotlib", "sklearn"):
+        if find_spec(name) is None:
+            pytest.skip(f"the notebook needs {name}")
+    import nbformat
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the client's own event loop
+        client.execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in code)
+    pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    spec = spec_from_file_location("synapse_figure", ROOT / "scripts" / "synapse_figure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    figure = module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    assert figure.PICTURE.read_text(encoding="utf-8") == figure.picture()
 
 
 def test_timm_example_prunes_saves_and_loads(tmp_path: Path) -> None:
