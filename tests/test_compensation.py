@@ -16,7 +16,7 @@ from ss_pruning.coupling import couple
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import to_plan
 from ss_pruning.provenance import trace
-from ss_pruning.reconstruction import reconstruct_
+from ss_pruning.reconstruction import _solve, reconstruct_
 from ss_pruning.surgery import Plan
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME, randomise
@@ -243,3 +243,21 @@ def test_images_of_the_wrong_shape_leave_the_model_alone(method: str) -> None:
 def test_batches_are_joined_up_to_a_limit() -> None:
     batches = [(torch.full((3, 1), float(i)), torch.zeros(3)) for i in range(4)]
     assert gather_batches(batches, most=7).flatten().tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_reconstruct_copes_with_an_input_that_says_the_same_as_the_bias() -> None:
+    """A constant among many inputs that are zero: sums in single precision can then be indefinite."""
+    rows, inputs = 1000.0, 289
+    gram = torch.zeros(1, inputs, inputs, dtype=torch.float64)
+    for i, j in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        gram[0, i, j] = rows
+    gram[0, -1, -1] *= 1 - 1e-6  # as rounding leaves it
+    assert torch.linalg.eigvalsh(gram[0]).min() < 0
+    cross, start = (
+        torch.zeros(1, inputs, 1, dtype=torch.float64),
+        torch.zeros(1, inputs, 1, dtype=torch.float64),
+    )
+    cross[0, 0], cross[0, -1] = 3 * rows, 3 * rows  # the output is 3 wherever the input is 1
+    found = _solve(gram, cross, start, 1e-4)[0, :, 0]
+    assert float(found[0] + found[-1]) == pytest.approx(3, rel=1e-3)
+    assert found[1:-1].abs().max() == 0
