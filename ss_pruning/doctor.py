@@ -18,6 +18,7 @@ PURPOSES = {
     "timm": "models by name as timm:NAME",
     "nni": "pruners and configs of NNI",
     "demo": "the digits that the demo network reads",
+    "onnx": "writing and checking ONNX files",
     "plot": "pictures of the benchmarks",
     "docs": "building the documentation",
     "dev": "linter, type checker and tests",

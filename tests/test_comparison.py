@@ -221,7 +221,8 @@ def test_every_extra_has_a_purpose() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     names = {line.partition(" = ")[0] for line in section.splitlines() if " = [" in line}
-    assert names == doctor.PURPOSES.keys()
+    assert names
+    assert names <= doctor.PURPOSES.keys()
 
 
 def test_the_program_has_no_colours_when_piped(places: tuple[Path, Path]) -> None:
