@@ -33,14 +33,19 @@ RESULTS = ROOT / "benchmarks" / "results" / "mutation.json"
 # The tests of each module, quickest to fail first.
 TESTS = {
     "strength": ["ss_pruning/strength.py", "tests/test_strength.py", "tests/test_torch_pruning.py"],
-    "provenance": ["tests/test_provenance.py", "tests/test_zoo.py"],
+    "provenance": [
+        "tests/test_provenance.py",
+        "tests/test_zoo.py",
+        "tests/test_coupling.py",
+        "tests/test_cut_equals_masked.py",
+    ],
     "planning": [
         "tests/test_planning.py",
         "tests/test_graph_pruner.py",
         "tests/test_soundness.py",
         "tests/test_cut_equals_masked.py",
     ],
-    "compensation": ["tests/test_compensation.py", "tests/test_summing.py"],
+    "compensation": ["tests/test_compensation.py", "tests/test_summing.py", "tests/test_refusals.py"],
 }
 
 COMPARISONS = {
@@ -108,10 +113,14 @@ def changes_of(node: ast.AST) -> Iterator[tuple[Callable[[ast.AST], ast.AST | No
 
 
 def is_dead(node: ast.AST) -> bool:
-    """True for what no test can or need see: annotations, messages of errors, imports, flags of decorators."""
+    """True for what no test can or need see: annotations, messages of errors, imports, what needs a GPU."""
     if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)):
         return True
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    if isinstance(node, (ast.If, ast.IfExp)):
+        return bool(
+            {"TYPE_CHECKING", "cuda"} & {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+        )
+    return False
 
 
 def numbered(tree: ast.AST) -> list[ast.AST]:
