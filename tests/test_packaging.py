@@ -15,7 +15,7 @@ import pytest
 import ss_pruning
 
 ROOT = Path(__file__).parents[1]
-CORE = ROOT / "ss_pruning"
+CORE = Path(ss_pruning.__file__).parent
 
 # `import ss_pruning` must load none of these.
 HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "torch_pruning", "typer")
@@ -180,6 +180,8 @@ def test_masks_are_compacted_without_nni() -> None:
 
 
 def test_integrations_refuse_their_bare_name() -> None:
+    if not (ROOT / "integrations").is_dir():
+        pytest.skip("only a checkout has a folder of that name")
     with pytest.raises(subprocess.CalledProcessError) as failure:
         loaded_by("import integrations")
     assert re.search(r"ImportError: .*write 'import ss_pruning\.integrations' instead", failure.value.stderr)
