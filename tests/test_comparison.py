@@ -230,3 +230,21 @@ def test_the_program_has_no_colours_when_piped(places: tuple[Path, Path]) -> Non
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr == ""
+
+
+def test_help_teaches_exit_codes_completion_and_every_command() -> None:
+    text = " ".join(run("--help").stdout.replace("│", " ").split())
+    for words in (
+        "Exit codes: 0 done",
+        "130 interrupted",
+        "--install-completion",
+        "prune",
+        "score",
+        "compare",
+        "doctor",
+    ):
+        assert words in text
+    assert "ss-prune compare runs/synaptic runs/magnitude" in " ".join(
+        run("compare", "--help").stdout.split()
+    )
+    assert "--json" in run("doctor", "--help").stdout
