@@ -133,7 +133,13 @@ def test_commands_of_the_documentation_run(
     lay_out(tmp_path)
     for command in shown:
         words = shlex.split(command, comments=True)[1:]
-        need(" ".join(f"import {name}\n" for name in ("timm",) if f"{name}:" in command))
+        need(
+            "".join(
+                f"import {name}\n"
+                for name in ("timm", "onnx")
+                if re.search(f"{name}:|--format {name}", command)
+            )
+        )
         need("digits_data" if "--data digits" in command else "")
         if words[0] in ("prune", "score") and "demo:" not in command and "--input-size" not in words:
             words += ["--input-size", "3x64x64"]
