@@ -5,7 +5,7 @@ from __future__ import annotations
 STYLE = """
 :root {
   color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --muted: #59636e; --line: #d5dae0;
-  --raised: #f4f6f8; --dense: #8c96a3; --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec;
+  --raised: #f4f6f8; --dense: #87919e; --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec;
   --good: #1a7f37; --link: #0b5cad;
 }
 @media (prefers-color-scheme: dark) {
@@ -112,7 +112,7 @@ summary { cursor: pointer; color: var(--link); }
 }
 @media print {
   :root {
-    --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --raised: #f4f4f4; --dense: #8c96a3;
+    --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --raised: #f4f4f4; --dense: #87919e;
     --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec; --good: #1a7f37; --link: #000;
   }
   body { max-width: none; padding: 0; font-size: 10.5pt; }

@@ -24,6 +24,7 @@ from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.report import QUANTILES, LayerReport, LeftWhole, Report, count, jsonable, percent, printable
 from ss_pruning.report_certainty import certainty
 from ss_pruning.report_strength import LogScale, density
+from ss_pruning.report_style import STYLE
 
 STRENGTH = (0.0, *(0.01 * 1.3**n for n in range(len(QUANTILES) - 2)), 10.0)
 EVIL = """<script>alert("1")</script>&'\x1b[31m\udcff"""
@@ -468,3 +469,32 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     said = dict(certainty(example(settings=settings)))
     assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
     assert "its own noise" in said["strengths"]
+
+
+# ---------------------------------------------------------------- contrast
+
+
+def luminance(colour: str) -> float:
+    digits = colour.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    channels = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    """By WCAG 2: 1 for the same colour, 21 for black on white."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", range(3), ids=["light", "dark", "print"])
+def test_text_and_figures_stand_out_from_the_paper(scheme: int) -> None:
+    assert contrast("#000", "#fff") == pytest.approx(21)
+    blocks = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w+)", blocks[scheme]))
+    for name in ("ink", "muted", "link", "good"):  # text
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+    for name in ("dense", "pruned", "cut"):  # figures
+        assert contrast(colours[name], colours["paper"]) >= 3, name
+    assert contrast(colours["ink"], colours["raised"]) >= 4.5
