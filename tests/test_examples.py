@@ -119,6 +119,7 @@ def lay_out(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
 )
@@ -142,7 +143,7 @@ def test_commands_of_the_documentation_run(
         )
         need("digits_data" if "--data digits" in command else "")
         if words[0] in ("prune", "score") and "demo:" not in command and "--input-size" not in words:
-            words += ["--input-size", "3x64x64"]
+            words += ["--input-size", "3x32x32"]
         run(tmp_path, "-m", "ss_pruning.cli", *words)
 
 
