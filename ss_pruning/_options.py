@@ -1,4 +1,4 @@
-"""The options of both commands, with their help."""
+"""The options of all commands, with their help."""
 
 from __future__ import annotations
 
@@ -196,6 +196,17 @@ OutFile = Annotated[
         show_default=False,
     ),
 ]
+FirstReport = Annotated[
+    Path,
+    typer.Argument(metavar="A", show_default=False, help="A report.json, or the folder that holds it."),
+]
+SecondReport = Annotated[
+    Path, typer.Argument(metavar="B", show_default=False, help="The one to compare with it.")
+]
+HtmlFile = Annotated[
+    Path | None,
+    _option(_OUTPUT, help="Write one self-contained page there.", metavar="FILE", show_default=False),
+]
 Macs = Annotated[float | None, _fraction("Keep this fraction of the multiply-accumulates.")]
 Params = Annotated[float | None, _fraction("Keep this fraction of the parameters.")]
 Ratio = Annotated[float | None, _fraction("Remove this fraction of the channels.")]
@@ -312,3 +323,24 @@ BENCH_EXAMPLES = """
 
     ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
 """
+
+COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
+
+A and B are folders that `ss-prune prune --out` has written, or their report.json.
+"""
+
+COMPARE_EXAMPLES = """
+[bold]Example[/bold]
+
+    ss-prune compare runs/synaptic runs/magnitude --html runs/compare.html
+"""
+
+DOCTOR_HELP = """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
+
+Exit code 2 where a package that is needed is missing.
+"""
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug (with its traceback), 2 refused (the message says what to do), "
+    "130 interrupted."
+)

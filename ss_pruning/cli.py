@@ -1,4 +1,4 @@
-"""The command line: `ss-prune prune`, `score`, `export` and `bench`."""
+"""The command line: `ss-prune prune`, `score`, `export`, `bench`, `compare` and `doctor`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ss_pruning import _options as option
 from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Scope, Score
-from ss_pruning._console import guarded, progress_bars
+from ss_pruning._console import FAILED, guarded, progress_bars
 
 if TYPE_CHECKING:
     from ss_pruning.report import Report
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ss-prune",
     help="Prune convolutional networks by synaptic strength.",
+    epilog=option.EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -197,6 +197,56 @@ def _counts(text: str) -> list[int]:
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise InputError(f"--batch is one or several whole numbers, as in 1,32,256, not {text!r}.")
     return [int(part) for part in text.split(",")]
+
+
+@app.command(help=option.COMPARE_HELP, epilog=option.COMPARE_EXAMPLES)
+def compare(
+    a: option.FirstReport,
+    b: option.SecondReport,
+    html: option.HtmlFile = None,
+    as_json: option.Json = False,
+) -> None:
+    """Put two reports side by side."""
+    with guarded():
+        from ss_pruning import comparison, comparison_html
+        from ss_pruning._atomic import check_writable, write_text
+
+        if html is not None:
+            check_writable(html)
+        first, second = comparison.open_report(a), comparison.open_report(b)
+        found = comparison.compare(first, second, str(a), str(b))
+        if html is not None:
+            write_text(html, comparison_html.render(found, first, second))
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+        return
+    _print(found.table(), *found.notes)
+    if html is not None:
+        _print(f"written: {html}")
+
+
+@app.command(help=option.DOCTOR_HELP)
+def doctor(as_json: option.Json = False) -> None:
+    """Say what is installed and what could be."""
+    with guarded():
+        from ss_pruning import doctor as checks
+
+        found = checks.examine()
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        _print(*found.tables(), *found.hints())
+    if not found.is_well:
+        raise typer.Exit(FAILED)
+
+
+def _print(*entries: Any) -> None:
+    """Print tables, and texts as they are, on stdout."""
+    from rich.console import Console
+
+    console = Console()
+    for entry in entries:
+        console.print(entry, markup=False)
 
 
 def _budget(**given: float | None) -> dict[str, float]:

@@ -61,7 +61,7 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
         InputError: The model holds masks that are not merged, or is wrapped by another framework.
         VerificationError: The compacted model would differ from the masked one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> with torch.no_grad():

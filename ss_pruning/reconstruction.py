@@ -32,6 +32,8 @@ from ss_pruning.wiring import Wiring
 
 # Ridge, as a share of the mean diagonal of the Gram matrix; the one that predicts held-out images best is taken.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+# Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
+_ROUNDING = 1e-5
 # Patches a layer is fitted on: at most so many, since a few hundred a parameter change nothing any more.
 _ROWS = 65536
 # Numbers in one chunk of patches.
@@ -232,7 +234,11 @@ def _solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
     d = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(1, keepdim=True).clamp_min(1e-12)
     penalty = torch.cat([ridge * diagonal.expand(-1, d - 1), 1e-9 * diagonal], 1)
-    factor = torch.linalg.cholesky(gram + torch.diag_embed(penalty))
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(penalty))
+    if bool(failed.any()):
+        # Inputs that hardly vary say the same as the bias, to within the rounding of sums in single precision.
+        penalty = penalty + _ROUNDING * gram.diagonal(dim1=-2, dim2=-1)
+        factor = torch.linalg.cholesky(gram + torch.diag_embed(penalty))
     return start + torch.cholesky_solve(cross - gram @ start, factor)
 
 

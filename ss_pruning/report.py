@@ -17,7 +17,7 @@ from ss_pruning.errors import FileFormatError
 if TYPE_CHECKING:
     from rich.table import Table
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 """The quantiles in `LayerReport.strength`."""
 
 _FORMAT = "ss-pruning report 1"

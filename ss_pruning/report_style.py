@@ -5,7 +5,7 @@ from __future__ import annotations
 STYLE = """
 :root {
   color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --muted: #59636e; --line: #d5dae0;
-  --raised: #f4f6f8; --dense: #8c96a3; --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec;
+  --raised: #f4f6f8; --dense: #87919e; --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec;
   --good: #1a7f37; --link: #0b5cad;
 }
 @media (prefers-color-scheme: dark) {
@@ -46,12 +46,16 @@ tbody tr { border-top: 1px solid var(--line); }
 .headline tbody th { font-weight: 400; }
 .headline td:nth-child(3) { font-weight: 600; }
 .headline tbody td { white-space: nowrap; }
+.both { max-width: 100%; }
+.both tbody td { white-space: normal; }
+.both td:nth-child(3) { font-weight: 400; }
 .facts th { font-weight: 400; color: var(--muted); min-width: 8rem; }
 .facts td { overflow-wrap: anywhere; }
 .verdict {
   background: var(--raised); border-left: 4px solid var(--good); padding: .6rem .8rem;
   max-width: 44rem; margin: 1rem 0 0;
 }
+.verdict.open { border-left-color: var(--cut); }
 .nobreak { white-space: nowrap; }
 .mark { color: var(--good); font-weight: 700; }
 code, pre, .name {
@@ -83,10 +87,10 @@ pre {
 .pruned { fill: var(--pruned); }
 .cut { fill: var(--cut); }
 .track { fill: var(--line); }
-.box { fill: var(--box); stroke: var(--pruned); stroke-width: 1; }
+.violin { fill: var(--box); stroke: var(--pruned); stroke-width: 1; vector-effect: non-scaling-stroke; }
 .dot { fill: var(--dense); }
 .grid { stroke: var(--line); stroke-width: 1; }
-.whisker { stroke: var(--pruned); stroke-width: 1.5; }
+.whisker { stroke: var(--pruned); stroke-width: 4; }
 .median { stroke: var(--ink); stroke-width: 2; }
 .gap { fill: var(--paper); }
 .legend { display: block; white-space: nowrap; margin-top: .4rem; }
@@ -102,11 +106,13 @@ summary { cursor: pointer; color: var(--link); }
   .axis { grid-template-columns: minmax(0,1fr); }
   th, td { padding-right: .4rem; }
   .headline { font-size: .92rem; }
+  .both { font-size: .82rem; }
+  .both th:not(:first-child), .both td:not(:first-child) { padding-left: .3rem; }
   .facts th { min-width: 6.5rem; }
 }
 @media print {
   :root {
-    --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --raised: #f4f4f4; --dense: #8c96a3;
+    --paper: #fff; --ink: #000; --muted: #444; --line: #ccc; --raised: #f4f4f4; --dense: #87919e;
     --pruned: #0b6bcb; --cut: #c2410c; --box: #9cc4ec; --good: #1a7f37; --link: #000;
   }
   body { max-width: none; padding: 0; font-size: 10.5pt; }

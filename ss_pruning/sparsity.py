@@ -130,7 +130,7 @@ def strength_penalty(model: nn.Module, wiring: Wiring, paths: Collection[str] | 
         wiring: What `trace` found for it.
         paths: Layers whose synapses count; all by default.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ss_pruning import trace
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))

@@ -80,7 +80,7 @@ def synaptic_strength(
         InputError: Unknown moments, or no batch.
         ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 import ss_pruning
 from ss_pruning import prune_
-from ss_pruning.compensation import fold_linear_, fold_means_, gather_batches
+from ss_pruning.compensation import _is_padded, _regression, fold_linear_, fold_means_, gather_batches
 from ss_pruning.coupling import couple
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import to_plan
 from ss_pruning.provenance import trace
-from ss_pruning.reconstruction import reconstruct_
+from ss_pruning.reconstruction import _solve, reconstruct_
 from ss_pruning.surgery import Plan
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME, randomise
@@ -243,3 +243,78 @@ def test_images_of_the_wrong_shape_leave_the_model_alone(method: str) -> None:
 def test_batches_are_joined_up_to_a_limit() -> None:
     batches = [(torch.full((3, 1), float(i)), torch.zeros(3)) for i in range(4)]
     assert gather_batches(batches, most=7).flatten().tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_reconstruct_copes_with_an_input_that_says_the_same_as_the_bias() -> None:
+    """A constant among many inputs that are zero: sums in single precision can then be indefinite."""
+    rows, inputs = 1000.0, 289
+    gram = torch.zeros(1, inputs, inputs, dtype=torch.float64)
+    for i, j in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        gram[0, i, j] = rows
+    gram[0, -1, -1] *= 1 - 1e-6  # as rounding leaves it
+    assert torch.linalg.eigvalsh(gram[0]).min() < 0
+    cross, start = (
+        torch.zeros(1, inputs, 1, dtype=torch.float64),
+        torch.zeros(1, inputs, 1, dtype=torch.float64),
+    )
+    cross[0, 0], cross[0, -1] = 3 * rows, 3 * rows  # the output is 3 wherever the input is 1
+    found = _solve(gram, cross, start, 1e-4)[0, :, 0]
+    assert float(found[0] + found[-1]) == pytest.approx(3, rel=1e-3)
+    assert found[1:-1].abs().max() == 0
+
+
+def test_batches_are_gathered_up_to_so_many_and_no_more_are_read() -> None:
+    read = []
+
+    def loader() -> object:
+        for number in range(10):
+            read.append(number)
+            yield torch.full((3, 2), float(number)), torch.zeros(3)
+
+    found = gather_batches(loader(), most=7)
+    assert found[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert read == [0, 1, 2]
+    assert len(gather_batches(torch.zeros(2000, 1))) == 1024
+
+
+def test_the_regression_is_the_ridge_solution() -> None:
+    """Against the formula, with the ridge a thousandth of the mean variance of what stays."""
+    rows = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    covariance = 1e-4 * rows.T @ rows / 200
+    kept, removed = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])
+    inner = covariance[kept][:, kept]
+    wanted = covariance[removed][:, kept] @ torch.linalg.inv(inner + 1e-3 * inner.trace() / 4 * torch.eye(4))
+    assert torch.allclose(_regression(covariance, kept, removed), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["mean", "linear"])
+def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
+    x = images()
+    for padding, inexact in ((0, []), (1, ["conv2"])):
+        dense = double_net(kernel=3, padding=padding)
+        small, plan, wiring = cut(dense, [1, 4], x)
+        if method == "mean":
+            outcome = fold_means_(small, dense, plan, wiring, "gaussian", x)  # type: ignore[arg-type]
+        else:
+            outcome = fold_linear_(small, dense, plan, wiring, x)  # type: ignore[arg-type]
+        assert outcome.layers == ["conv2"]
+        assert outcome.inexact == inexact
+
+
+@pytest.mark.parametrize(
+    ("layer", "padded"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Conv2d(2, 2, 1, padding=1), False),
+        (nn.Conv2d(2, 2, 3), False),
+        (nn.Conv2d(2, 2, (1, 3), padding=(0, 1)), True),
+        (nn.Conv2d(2, 2, 3, padding="same"), True),
+        (nn.Conv2d(2, 2, 3, padding="valid"), False),
+        (nn.ConvTranspose2d(2, 2, 1), False),
+        (nn.ConvTranspose2d(2, 2, 2), True),
+        (nn.ConvTranspose2d(2, 2, 1, stride=2), True),
+    ],
+    ids=str,
+)
+def test_where_a_constant_may_meet_a_border(layer: nn.Module, padded: bool) -> None:
+    assert _is_padded(layer) is padded

@@ -185,3 +185,84 @@ def test_deep_copies_agree() -> None:
         trace(model, net.example).sources(path) == trace(twin, net.example).sources(path)
         for path in net.sources
     )
+
+
+class Keyword(nn.Module):
+    """Calls its layers by keyword, with something else in front, and returns more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = F.relu(self.bn1(input=self.conv1(input=x)))
+        return {"classes": self.conv2(input=y), "features": y, "mask": y > 0, "scale": 2}
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    wiring = trace(Keyword(), torch.randn(2, 3, 4, 4))
+    assert wiring.sources("conv2") == [[("bn1", channel)] for channel in range(4)]
+
+
+def test_channels_that_reach_the_output_are_known() -> None:
+    wiring = trace(Keyword(), torch.randn(2, 3, 4, 4))
+    reached = {path: sorted(channels.tolist()) for path, channels in wiring.reaches_output.items()}
+    assert reached == {"conv2": [0, 1], "bn1": [0, 1, 2, 3]}
+
+
+def test_calls_of_a_shared_layer_are_told_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.shared = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.bn2(self.shared(self.bn1(x))))
+
+    feeds = trace(Twice(), torch.randn(2, 4, 3, 3)).feeds["shared"]
+    assert {(feed.call, feed.source) for feed in feeds} == {(0, "bn1"), (1, "bn2")}
+
+
+def test_tensors_outside_layers_are_loose_if_they_hold_numbers_by_channel() -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+            self.register_buffer("shift", torch.zeros(4, 1, 1))
+            self.register_buffer("temperature", torch.ones(()))
+            self.register_buffer("order", torch.arange(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)[:, self.order] * self.scale + self.shift
+            return self.fc(F.relu(x).mean((2, 3)) * self.temperature)
+
+    wiring = trace(Loose(), torch.randn(2, 3, 4, 4))
+    assert {name: tensor.axis for name, tensor in wiring.loose.items()} == {"scale": 0, "shift": 0}
+
+
+def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
+    class Auxiliary(nn.Module):
+        """The head that runs in training normalises single values: one image is not enough."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.bn, self.fc2, self.out = (
+                nn.Linear(3, 4),
+                nn.BatchNorm1d(4),
+                nn.Linear(4, 2),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc1(x)
+            return self.out(x) + self.fc2(self.bn(x)) if self.training else self.out(x)
+
+    model = Auxiliary()
+    statistics = model.bn.running_mean.clone()
+    wiring = trace(model, torch.randn(1, 3))
+    assert wiring.uncalled == ()
+    assert wiring.sources("fc2") == [[("bn", channel)] for channel in range(4)]
+    assert torch.equal(model.bn.running_mean, statistics)

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import nn
 
-from ss_pruning import report_html
+from ss_pruning import prune_, synaptic_strength
 from ss_pruning.errors import FileFormatError, InputError
-from ss_pruning.report import LayerReport, LeftWhole, Report, count, jsonable, percent, printable
+from ss_pruning.report import QUANTILES, LayerReport, LeftWhole, Report, count, jsonable, percent, printable
+from ss_pruning.report_certainty import certainty
+from ss_pruning.report_strength import LogScale, density
+from ss_pruning.report_style import STYLE
 
-STRENGTH = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0)
+STRENGTH = (0.0, *(0.01 * 1.3**n for n in range(len(QUANTILES) - 2)), 10.0)
 EVIL = """<script>alert("1")</script>&'\x1b[31m\udcff"""
 
 
@@ -365,24 +370,58 @@ def test_a_wide_whole_layer_does_not_squeeze_the_others() -> None:
 
 
 def test_log_scale_covers_the_values_in_whole_decades() -> None:
-    scale = report_html._LogScale([0.02, 3.0])
+    scale = LogScale([0.02, 3.0])
     assert (scale.low, scale.high) == (-2, 1)
     assert [round(scale.at(value), 6) for value in (0.01, 0.1, 1, 10)] == [0, 0.333333, 0.666667, 1]
     assert [label for _, label in scale.ticks()] == ["10¹", "10⁰", "10⁻¹", "10⁻²"]
 
 
 def test_log_scale_holds_out_against_extremes() -> None:
-    scale = report_html._LogScale([1e-300, 1.0])
+    scale = LogScale([1e-300, 1.0])
     assert scale.high - scale.low == 8
     assert scale.at(0.0) == scale.at(1e-300) == 0.0
-    one = report_html._LogScale([0.5])
+    one = LogScale([0.5])
     assert 0.0 <= one.at(0.5) <= 1.0
     assert len({label for _, label in one.ticks()}) == len(one.ticks()) >= 2
-    exact = report_html._LogScale([1.0, 1.0])
+    exact = LogScale([1.0, 1.0])
     assert exact.high > exact.low
 
 
-@given(st.lists(st.floats(min_value=1e-30, max_value=1e30), min_size=7, max_size=7))
+def test_a_violin_is_as_high_as_synapses_are_many() -> None:
+    """Half of the synapses in the lowest tenth of the axis, the other half spread over the rest."""
+    positions = [0.2 * level if level <= 0.5 else 0.1 + 1.8 * (level - 0.5) for level in QUANTILES]
+    heights = density(positions)
+    assert max(heights) == 1.0
+    assert heights[2] == pytest.approx(1.0, abs=0.01)
+    assert heights[30] == pytest.approx(1 / 9, abs=0.01)
+
+
+def test_a_violin_of_equal_strengths_is_a_spike() -> None:
+    heights = density([0.5] * len(QUANTILES))
+    assert [n for n, height in enumerate(heights) if height] == [29, 30, 31]
+
+
+@given(st.lists(st.floats(0, 1), min_size=len(QUANTILES), max_size=len(QUANTILES)))
+def test_densities_stay_between_none_and_the_highest(positions: list[float]) -> None:
+    heights = density(sorted(positions))
+    assert max(heights) == 1.0
+    assert min(heights) >= 0.0
+
+
+def test_the_violin_of_a_model_agrees_with_its_strengths() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 40, 3), nn.Flatten()
+    )
+    nn.init.uniform_(net[1].weight)
+    x = torch.zeros(1, 3, 8, 8)
+    strengths = synaptic_strength(net, x)["3"].flatten()
+    report = prune_(net, x, ratio=0.2)
+    recorded = report.layers[1].strength
+    assert recorded == pytest.approx(torch.quantile(strengths, torch.tensor(QUANTILES)).tolist(), rel=1e-4)
+    assert "not recorded" not in report.to_html()
+
+
+@given(st.lists(st.floats(min_value=1e-30, max_value=1e30), min_size=len(QUANTILES), max_size=len(QUANTILES)))
 def test_boxes_stay_inside_whatever_the_strengths(values: list[float]) -> None:
     html = replace(example(), layers=[layer(strength=tuple(sorted(values)))]).to_html()
     positions = [float(found) for found in re.findall(r'(?:x1|x2|cx|width|x)="([\d.]+)%"', html)]
@@ -390,12 +429,72 @@ def test_boxes_stay_inside_whatever_the_strengths(values: list[float]) -> None:
 
 
 def test_strengths_that_are_all_zero_or_infinite_do_not_break_the_page() -> None:
-    report = replace(example(), layers=[layer(strength=(0.0,) * 7)])
+    report = replace(example(), layers=[layer(strength=(0.0,) * len(QUANTILES))])
     assert "strengths of this model were not recorded" in report.to_html()
-    report = replace(example(), layers=[layer(strength=(*STRENGTH[:6], math.inf))])
+    report = replace(example(), layers=[layer(strength=(*STRENGTH[:-1], math.inf))])
     Page(report.to_html())
 
 
 def test_the_verdict_says_that_weights_were_compensated_afterwards() -> None:
     report = Report("net", 2, 1, 2, 1, [], [], 0.0, settings={"compensation": "linear"})
     assert report.verification().endswith("Then the remaining weights were compensated (linear).")
+
+
+# ---------------------------------------------------------------- how certain
+
+
+def test_certainty_tells_of_each_number_how_it_was_come_by() -> None:
+    said = dict(certainty(example()))
+    # sqrt(0.93391 * 0.06609 / 10000) and sqrt(0.912 * 0.088 / 10000), in points
+    assert "10,000 images" in said["top-1"]
+    assert "0.25 points (dense) and 0.28 points (pruned)" in said["top-1"]
+    assert "3.1e-07 of the largest output" in said["cut equals masked"]
+    assert said["compensation"].startswith("None")
+    assert "100 %" in said["strengths"]
+    assert all(words in Page(example().to_html()).text for words in said.values())
+
+
+def test_certainty_does_not_claim_what_was_not_done() -> None:
+    bare = example(accuracy_after=None, max_error=math.inf, layers=0, settings={"compensation": "mean"})
+    said = dict(certainty(bare))
+    assert said["top-1"].startswith("Not measured")
+    assert said["cut equals masked"] == "Not verified."
+    assert said["strengths"] == "Not recorded."
+    assert "after the check" in said["compensation"]
+    assert "not recorded" in dict(certainty(example(images=None)))["top-1"]
+
+
+def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_variances() -> None:
+    settings = {"compensation": "linear", "inexact at padded borders": "a, b", "moments": "gaussian"}
+    said = dict(certainty(example(settings=settings)))
+    assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
+    assert "its own noise" in said["strengths"]
+
+
+# ---------------------------------------------------------------- contrast
+
+
+def luminance(colour: str) -> float:
+    digits = colour.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    channels = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    """By WCAG 2: 1 for the same colour, 21 for black on white."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", range(3), ids=["light", "dark", "print"])
+def test_text_and_figures_stand_out_from_the_paper(scheme: int) -> None:
+    assert contrast("#000", "#fff") == pytest.approx(21)
+    blocks = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w+)", blocks[scheme]))
+    for name in ("ink", "muted", "link", "good"):  # text
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+    for name in ("dense", "pruned", "cut"):  # figures
+        assert contrast(colours[name], colours["paper"]) >= 3, name
+    assert contrast(colours["ink"], colours["raised"]) >= 4.5

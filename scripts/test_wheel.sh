@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Build sdist and wheel, install the wheel with one extra (or none) into an environment of its own, and run the tests
+# that apply there: what needs a package that is missing skips, with the reason.
+#
+#   bash scripts/test_wheel.sh EXTRA...       each alone, one after the other; 'none' for no extra
+#
+# PYTHON   the interpreter (default .venv/bin/python if there is one, else python3)
+# BORROW   a site-packages folder whose torch, torchvision and numpy are used instead of downloading them again
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    python=python3
+    [ -x .venv/bin/python ] && python=$root/.venv/bin/python
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+echo "== sdist, and the wheel from it"
+"$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+wheel=$(echo "$work"/dist/*.whl)
+
+# Everything that PyTorch needs, and nothing that an extra would add.
+borrowed() {
+    "$python" - "$BORROW" "$1" <<'PYTHON'
+import os
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+found = {re.sub(r"[-_.]+", "-", d.name).lower(): d for d in metadata.distributions(path=[str(source)])}
+todo, wanted = ["torch", "torchvision", "numpy"], set()
+while todo:
+    name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+    if name in wanted or name not in found:
+        continue
+    wanted.add(name)
+    for line in found[name].requires or []:
+        if "extra ==" not in line:
+            todo.append(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0])
+for name in wanted:
+    for file in found[name].files or []:
+        top = file.parts[0]
+        if top not in ("..", "__pycache__") and (source / top).exists() and not (target / top).exists():
+            os.symlink(source / top, target / top)
+print("borrowed:", *sorted(wanted))
+PYTHON
+}
+
+for extra in "$@"; do
+    echo "== the wheel with: $extra"
+    rm -rf "$work/env" "$work/tests"
+    "$python" -m venv "$work/env"
+    own=$work/env/bin/python
+    site=$("$own" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    [ -z "${BORROW:-}" ] || borrowed "$site"
+    what=$wheel
+    [ "$extra" = none ] || what="$wheel[$extra]"
+    "$own" -m pip install --quiet --disable-pip-version-check "$what" pytest pytest-timeout hypothesis
+    # The tests alone, away from the checkout: the package must come from the wheel.
+    mkdir -p "$work/tests"
+    tar -C "$root" -cf - tests examples benchmarks scripts docs README.md CONTRIBUTING.md CITATION.cff pyproject.toml conftest.py |
+        tar -C "$work/tests" -xf -
+    cd "$work/tests"
+    "$own" - "$site" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import ss_pruning
+
+path = Path(ss_pruning.__file__).resolve()
+sys.exit(0 if Path(sys.argv[1]).resolve() in path.parents else f"{path} is not the wheel's")
+PYTHON
+    "$own" -m ss_pruning.cli doctor
+    "$own" -m pytest -q -rs -p no:cacheprovider --override-ini=testpaths=tests ${TESTS:-tests}
+    cd "$root"
+done
+echo "== all green"
