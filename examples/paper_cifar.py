@@ -231,8 +231,8 @@ def show(top: Mapping[str, float], made: Compaction, seconds: Mapping[str, float
     dead = sum(left.channels for left in made.left_whole)
     console.print(
         f"{made.channels_removed} channels cut, {dead} dead ones had to stay; the outputs of masked and compacted net "
-        f"differ by {made.max_error:.1e} ({made.precision}). A batch of {TIMED_BATCH} takes {seconds['ratio']:.2f} of the "
-        "dense net's time here; zero kernels in what is left save none."
+        f"differ by {made.max_error:.1e} ({made.precision}). A batch of {TIMED_BATCH} takes {seconds['ratio']:.2f} of "
+        "the dense net's time here; zero kernels in what is left save none."
     )
 
 
