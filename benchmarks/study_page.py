@@ -10,7 +10,17 @@ from typing import Any
 
 from benchmarks.accuracy_page import spread
 from benchmarks.common import HERE
-from benchmarks.study import EPOCHS, NETS, QUANTILES, SMALL, SMALL_EPOCHS, TASK_WEIGHT, TUNING_EPOCHS, WEIGHT
+from benchmarks.study import (
+    EPOCHS,
+    NETS,
+    QUANTILES,
+    SMALL,
+    SMALL_EPOCHS,
+    SWEEP,
+    TASK_WEIGHT,
+    TUNING_EPOCHS,
+    WEIGHT,
+)
 from examples.paper_cifar import CRITERIA
 
 PAGE = HERE.parent / "docs" / "study.md"
@@ -109,9 +119,9 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
         (f"without, {name}, {TUNING_EPOCHS} epochs", dense, name, sparsities[0])
         for name in ("kernel norm", "random")
     ]
-    runs.append(
-        (f"without, kernel norm by layer, {TUNING_EPOCHS} epochs", by_layer, "kernel norm", sparsities[0])
-    )
+    if by_layer:
+        label = f"without, kernel norm by layer, {TUNING_EPOCHS} epochs"
+        runs.append((label, by_layer, "kernel norm", sparsities[0]))
     for label, some, criterion, sparsity in runs:
         at = {"criterion": criterion, "sparsity": sparsity}
         top = _seeds(_values(some, "top1_tuned", **at))
@@ -189,12 +199,17 @@ def _label(line: Line) -> str:
     return f"{line['weight']:g}{kind}" + (", proximal" if line["step"] == "proximal" else "")
 
 
+def _in_sweep(line: Line) -> bool:
+    plain = {"weight": 0.0, "step": "gradient", "form": "strength"}
+    return any(_is(line, **(plain | options)) for options in SWEEP)
+
+
 def lambda_section(lines: list[Line], small: str, page: Path) -> list[str]:
     """Sensitivity to the penalty's weight and to the threshold."""
     title = "## How much penalty, and which threshold"
     if not lines:
         return [title, "", "Not run yet.", ""]
-    labels = list(dict.fromkeys(_label(line) for line in lines))
+    labels = list(dict.fromkeys(_label(line) for line in lines if _in_sweep(line)))
     rows = []
     curves: dict[str, dict[float, list[float]]] = {}
     for label in labels:
