@@ -82,8 +82,6 @@ SMALL: dict[str, Any] = {"net": "vgg16bn", "width": 0.125}
 SMALL_EPOCHS = 3
 SWEEP: tuple[dict[str, Any], ...] = (
     {},
-    {"weight": 1e-5},
-    {"weight": 3e-5},
     {"weight": 1e-4},
     {"weight": 3e-4},
     {"weight": 1e-3},
@@ -116,10 +114,12 @@ def _main(part: str, seed: int) -> Iterator[Job]:
     recipe = Recipe(epochs=EPOCHS, bf16=True, seed=seed)
     untuned = [Point(name, asked, 0) for name in CRITERIA]
     rivals = [Point(name, asked, TUNING_EPOCHS) for name in ("kernel norm", "random")]
-    rivals.append(Point("kernel norm", asked, TUNING_EPOCHS, "layer"))  # ranked together, whole layers may go
+    if part == "vgg":  # ranked together, its last layers go as a whole
+        rivals.append(Point("kernel norm", asked, TUNING_EPOCHS, "layer"))
     dense = [Point("strength", 0.0, TUNING_EPOCHS), *rivals, *untuned]
     yield Job(part, Training(net, width, recipe=recipe), dense)
-    ours = [Point("strength", sparsity, TUNING_EPOCHS) for sparsity in (asked, *more)]
+    tried = (asked, *more) if seed == 0 else (asked,)
+    ours = [Point("strength", sparsity, TUNING_EPOCHS) for sparsity in tried]
     yield Job(part, Training(net, width, weight=WEIGHT, recipe=recipe), [*ours, *untuned])
 
 
@@ -188,6 +188,10 @@ class Bench:
         if point.epochs:
             recipe = replace(job.training.recipe, epochs=point.epochs, rate=TUNING_RATE)
             where = job.training.folder(root) / f"{job.training.tag}.{point.words.replace(' ', '-')}.pt"
+            if not all(
+                bool(mask.any()) for mask in masks.values()
+            ):  # nothing gets through: nothing to learn from
+                recipe = replace(recipe, epochs=0)
             masked = tuned(model, masks, train, recipe, where, lambda text: None)
             small, made = compacted(masked)
             result |= {

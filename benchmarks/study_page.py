@@ -10,7 +10,17 @@ from typing import Any
 
 from benchmarks.accuracy_page import spread
 from benchmarks.common import HERE
-from benchmarks.study import EPOCHS, NETS, QUANTILES, SMALL, SMALL_EPOCHS, TASK_WEIGHT, TUNING_EPOCHS, WEIGHT
+from benchmarks.study import (
+    EPOCHS,
+    NETS,
+    QUANTILES,
+    SMALL,
+    SMALL_EPOCHS,
+    SWEEP,
+    TASK_WEIGHT,
+    TUNING_EPOCHS,
+    WEIGHT,
+)
 from examples.paper_cifar import CRITERIA
 
 PAGE = HERE.parent / "docs" / "study.md"
@@ -60,10 +70,14 @@ def _is(line: Line, **values: Any) -> bool:
     return all(line.get(key) == value for key, value in values.items())
 
 
-def _values(lines: Iterable[Line], what: str, **values: Any) -> list[float]:
-    """One value a seed, in the order of seeds."""
+def _by_seed(lines: Iterable[Line], what: str, **values: Any) -> dict[int, float]:
     chosen = [line for line in lines if _is(line, **values) and line.get(what) is not None]
-    return [line[what] for line in sorted(chosen, key=lambda line: line["recipe"]["seed"])]
+    return {line["recipe"]["seed"]: line[what] for line in chosen}
+
+
+def _values(lines: Iterable[Line], what: str, **values: Any) -> list[float]:
+    """One value a seed."""
+    return list(_by_seed(lines, what, **values).values())
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -79,13 +93,11 @@ def _seeds(values: list[float]) -> str:
     return spread(values, by_chance=True) or "not run"
 
 
-def _pair(lines: list[Line], what: str, base: list[float], **values: Any) -> str:
-    """The mean difference to `base`, seed by seed."""
-    mine = _values(lines, what, **values)
-    if not mine or len(mine) != len(base):
-        return ""
-    gaps = [a - b for a, b in zip(mine, base, strict=True)]
-    return f"{statistics.mean(gaps):+.2f}"
+def _gap(lines: list[Line], base: dict[int, float], **values: Any) -> float | None:
+    """The mean difference to `base` after fine-tuning, over the seeds that both have."""
+    mine = _by_seed(lines, "top1_tuned", **values)
+    gaps = [value - base[seed] for seed, value in mine.items() if seed in base]
+    return statistics.mean(gaps) if gaps else None
 
 
 def main_section(part: str, lines: list[Line]) -> list[str]:
@@ -97,11 +109,11 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     by_layer = [line for line in lines if line.get("scope") == "layer"]
     dense = [line for line in lines if not line["weight"] and line not in by_layer]
     ours = [line for line in lines if line["weight"] == WEIGHT]
-    base = _values(dense, "top1_tuned", criterion="strength", sparsity=0.0)
+    base = _by_seed(dense, "top1_tuned", criterion="strength", sparsity=0.0)
     as_trained = [[line for line in some if "criterion" not in line] for some in (dense, ours)]
     rows = [
         ["dense, as trained", "", _seeds(_values(as_trained[0], "top1")), ""],
-        ["dense, fine-tuned as long", "0 %", _seeds(base), "0"],
+        ["dense, fine-tuned as long", "0 %", _seeds(list(base.values())), "0"],
         ["trained with the penalty", "0 %", _seeds(_values(as_trained[1], "top1")), ""],
     ]
     runs = [(f"with the penalty, strength, {TUNING_EPOCHS} epochs", ours, "strength", s) for s in sparsities]
@@ -109,13 +121,14 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
         (f"without, {name}, {TUNING_EPOCHS} epochs", dense, name, sparsities[0])
         for name in ("kernel norm", "random")
     ]
-    runs.append(
-        (f"without, kernel norm by layer, {TUNING_EPOCHS} epochs", by_layer, "kernel norm", sparsities[0])
-    )
+    if by_layer:
+        label = f"without, kernel norm by layer, {TUNING_EPOCHS} epochs"
+        runs.append((label, by_layer, "kernel norm", sparsities[0]))
     for label, some, criterion, sparsity in runs:
         at = {"criterion": criterion, "sparsity": sparsity}
         top = _seeds(_values(some, "top1_tuned", **at))
-        rows.append([label, f"{sparsity:.0%}", top, _pair(some, "top1_tuned", base, **at)])
+        gap = _gap(some, base, **at)
+        rows.append([label, f"{sparsity:.0%}", top, "" if gap is None else f"{gap:+.2f}"])
     text = [
         title,
         "",
@@ -127,14 +140,11 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     return text + _highest(ours, base, sparsities) + _compaction(ours, sparsities)
 
 
-def _highest(ours: list[Line], base: list[float], sparsities: tuple[float, ...]) -> list[str]:
-    kept = []
-    for sparsity in sparsities:
-        mine = _values(ours, "top1_tuned", criterion="strength", sparsity=sparsity, epochs=TUNING_EPOCHS)
-        if mine and len(mine) == len(base) and statistics.mean(mine) >= statistics.mean(base) - 1:
-            kept.append(sparsity)
+def _highest(ours: list[Line], base: dict[int, float], sparsities: tuple[float, ...]) -> list[str]:
+    gaps = {sparsity: _gap(ours, base, criterion="strength", sparsity=sparsity) for sparsity in sparsities}
+    kept = [sparsity for sparsity, gap in gaps.items() if gap is not None and gap >= -1]
     found = f"{max(kept):.0%}" if kept else "none"
-    tried = ", ".join(f"{s:.0%}" for s in sparsities)
+    tried = ", ".join(f"{sparsity:.0%}" for sparsity, gap in gaps.items() if gap is not None)
     return [
         f"The highest sparsity tried ({tried}) that stays within 1 point, mean over seeds: **{found}**.",
         "",
@@ -189,12 +199,17 @@ def _label(line: Line) -> str:
     return f"{line['weight']:g}{kind}" + (", proximal" if line["step"] == "proximal" else "")
 
 
+def _in_sweep(line: Line) -> bool:
+    plain = {"weight": 0.0, "step": "gradient", "form": "strength"}
+    return any(_is(line, **(plain | options)) for options in SWEEP)
+
+
 def lambda_section(lines: list[Line], small: str, page: Path) -> list[str]:
     """Sensitivity to the penalty's weight and to the threshold."""
     title = "## How much penalty, and which threshold"
     if not lines:
         return [title, "", "Not run yet.", ""]
-    labels = list(dict.fromkeys(_label(line) for line in lines))
+    labels = list(dict.fromkeys(_label(line) for line in lines if _in_sweep(line)))
     rows = []
     curves: dict[str, dict[float, list[float]]] = {}
     for label in labels:
