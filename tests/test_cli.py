@@ -263,7 +263,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "give exactly one of --macs, --params and --ratio; none was given"),
+        ((), "give exactly one of --macs, --params, --latency and --ratio; none was given"),
         (("--macs", 0.5, "--ratio", 0.5), "--macs and --ratio was given"),
         (("--macs", 7), "7"),
         (
