@@ -165,7 +165,7 @@ def main() -> int:
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(json.dumps(line), flush=True)
-    times = both(read_lines().values())
+    times = {"listed": len(pruned), **both(read_lines().values())}
     print(json.dumps(times, indent=2))
     write("prune_times", times)
     return 0
