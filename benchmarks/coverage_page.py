@@ -174,11 +174,12 @@ def _times(code: str) -> list[str]:
     if slow:
         rows.append((f"without {slow}", rest))
     text = [
-        f"CPU seconds in all on {every['models']} models that both prune, from a fresh model to a cut one, in turns in "
-        "one process (`python -m benchmarks.prune_times`; copying the model and what the first call in a process costs "
-        "are left out). *Same*: `prune_` with Torch-Pruning's own `GroupMagnitudeImportance`; *default*: with the one "
-        "of ss-pruning, which runs the net on noise. *Verified*: with the check of the cut on a copy, which `prune_` "
-        "always does and Torch-Pruning does not. In brackets, the share of Torch-Pruning's time.",
+        f"CPU seconds in all on {every['models']} of the {times['listed']} models that both prune, from a fresh model "
+        "to a cut one, in turns in one process (`python -m benchmarks.prune_times`; copying the model and what the "
+        "first call in a process costs are left out). *Same*: `prune_` with Torch-Pruning's own "
+        "`GroupMagnitudeImportance`; *default*: with the one of ss-pruning, which runs the net on noise. *Verified*: "
+        "with the check of the cut on a copy, which `prune_` always does and Torch-Pruning does not. In brackets, the "
+        "share of Torch-Pruning's time.",
         "",
         "| | Torch-Pruning | same | verified | default | verified |",
         "|---|---:|---:|---:|---:|---:|",
