@@ -126,23 +126,28 @@ def test_others_are_those_of_the_run() -> None:
 
 
 def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = randomise(Net(*["plain"] * 4), 0).eval()
     generator = torch.Generator().manual_seed(5)
     x, fresh = (torch.randn(n, 3, 12, 12, generator=generator) for n in (128, 64))
-    small = copy.deepcopy(dense)
-    prune_(small, IMAGE, ratio=0.5, ignore=["stem", *(f"blocks.{i}.conv2" for i in range(4))])
-    plan, wiring = small.ss_pruning_plan, trace(dense, IMAGE)
+
+    def run(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            stream: Tensor = model.eval().blocks(F.relu(dense.norm(dense.stem(fresh))))
+        return stream
 
     def error() -> float:
         model = copy.deepcopy(small)
-        reconstruct_(model, dense, plan, wiring, x)
-        with torch.no_grad():
-            return float(
-                (model.eval().blocks(F.relu(dense.norm(dense.stem(fresh)))) - stream).square().mean()
-            )
+        reconstruct_(model, dense, small.ss_pruning_plan, trace(dense, IMAGE), x)
+        return float((run(model) - run(dense)).square().mean())
 
-    with torch.no_grad():
-        stream = dense.blocks(F.relu(dense.norm(dense.stem(fresh))))
-    with_sums = error()
-    monkeypatch.setattr("ss_pruning.reconstruction.find_sums", lambda *_: {})
-    assert with_sums < 0.95 * error()
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        dense = randomise(Net(*["plain"] * 4), seed).eval()
+        small = copy.deepcopy(dense)
+        prune_(small, IMAGE, ratio=0.5, ignore=["stem", *(f"blocks.{i}.conv2" for i in range(4))])
+        with_sums = error()
+        with monkeypatch.context() as without:
+            without.setattr("ss_pruning.reconstruction.find_sums", lambda *_: {})
+            ratios.append(with_sums / error())
+    assert max(ratios) < 1
+    assert sum(ratios) / 3 < 0.9
