@@ -17,7 +17,6 @@ from benchmarks.study import (
     SMALL,
     SMALL_EPOCHS,
     SWEEP,
-    TASK_WEIGHT,
     TUNING_EPOCHS,
     WEIGHT,
 )
@@ -270,7 +269,7 @@ def task_section(lines: list[Line], small: str, page: Path) -> list[str]:
         "CIFAR-10": [
             x
             for x in _of(lines, "lambda")
-            if _is(x, weight=TASK_WEIGHT, form="strength", step="gradient") and "strengths" in x
+            if _is(x, weight=WEIGHT, form="strength", step="gradient") and "strengths" in x
         ],
         "Fashion-MNIST": [x for x in _of(lines, "task") if "strengths" in x],
     }
@@ -281,7 +280,7 @@ def task_section(lines: list[Line], small: str, page: Path) -> list[str]:
     return [
         title,
         "",
-        f"{small}, penalty {TASK_WEIGHT:g}. Quantiles of each layer's strengths, relative to the layer's root "
+        f"{small}, penalty {WEIGHT:g}. Quantiles of each layer's strengths, relative to the layer's root "
         f"mean square (bands: "
         "from the lowest to the highest seed).",
         "",

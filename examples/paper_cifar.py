@@ -258,7 +258,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=("cifar10", "fashion-mnist"), default="cifar10")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the images")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="checkpoints and reports")
-    parser.add_argument("--weight", type=float, default=6e-4, help="of the penalty in the loss")
+    parser.add_argument("--weight", type=float, default=3e-4, help="of the penalty in the loss")
     parser.add_argument("--form", choices=("strength", "share"), default="strength", help="what is penalised")
     parser.add_argument("--step", choices=("gradient", "proximal"), default="gradient")
     parser.add_argument("--criterion", choices=CRITERIA, default="strength", help="which synapses go")
