@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
+unset PYTHONPATH  # it would win over the wheel
 python=${PYTHON:-}
 if [ -z "$python" ]; then
     python=python3
