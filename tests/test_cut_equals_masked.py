@@ -435,3 +435,15 @@ def test_stages_are_timed_and_verification_is_one() -> None:
     assert all(seconds > 0 for seconds in report.seconds.values())
     assert told[0] == ("trace", 0, 5)
     assert told[-1] == ("cut", 5, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+def test_cifar_resnets_lose_half_of_their_padded_residual_stream(name: str) -> None:
+    from benchmarks.cifar_models import cifar_resnet, stream_layers
+
+    torch.manual_seed(0)
+    model = cifar_resnet(name).eval()
+    before = {path: model.get_submodule(path).out_channels for path in stream_layers(model)}
+    report = prune_(model, torch.zeros(1, 3, 16, 16), ratio=0.5, scope="local")
+    assert report.max_error <= 1e-10
+    assert {path: 2 * model.get_submodule(path).out_channels for path in before} == before
