@@ -5,9 +5,9 @@
     plan.apply_(model)
     check_agreement(model)  # raises everywhere if one process holds something else
 
-`model` is the bare model, not DistributedDataParallel around it: wrap it again afterwards, and build the optimiser anew,
-since the parameters are new. Without `torch.distributed` both functions work as for a single process. Plans travel as
-JSON, never as pickles.
+`model` is the bare model, not DistributedDataParallel around it: wrap it again afterwards, and build the optimiser
+anew, since the parameters are new. Without `torch.distributed` both functions work as for a single process. Plans
+travel as JSON, never as pickles.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def check_agreement(model: nn.Module) -> None:
     odd = [rank for rank, digest in enumerate(gathered) if not torch.equal(digest, gathered[0])]
     if odd:
         raise PlanError(
-            f"the model of process {', '.join(map(str, odd))} is not that of process 0: tensors of other shapes, or cut "
-            "by another plan. Make the plan once (ss_pruning.distributed.broadcast_plan) and start from the same model"
+            f"the model of process {', '.join(map(str, odd))} is not that of process 0: tensors of other shapes, or "
+            "cut by another plan. Start from the same model, and make the plan once "
+            "(ss_pruning.distributed.broadcast_plan)"
         )
 
 
