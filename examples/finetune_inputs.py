@@ -56,7 +56,7 @@ class Augmented(Dataset[Any]):
 
 
 def loaders(options: Options, preprocess: Preprocess) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Batches for all processes together: `Accelerator(split_batches=True)` gives each its part."""
+    """Batches for all processes together: accelerate's `split_batches` gives each its part."""
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast
+from accelerate.utils import DataLoaderConfiguration, broadcast
 from rich.progress import track
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -277,13 +277,13 @@ def start(options: Options, accelerator: Accelerator) -> tuple[Run, DataLoader[A
         )
     spec = spec_of(options)
     model = starting_model(options, spec)
-    train, val = loaders(options, preprocess_of(options, spec, model))
+    train, val = accelerator.prepare(*loaders(options, preprocess_of(options, spec, model)))
     here = Run(options, accelerator, model, spec, len(train))
     if options.teacher is not None:
         teacher = dense_model(options, spec, options.teacher)
         here.teacher = teacher.to(accelerator.device).requires_grad_(False)
     here.restore()
-    return here, *accelerator.prepare(train, val)
+    return here, train, val
 
 
 def run(options: Options, accelerator: Accelerator) -> list[dict[str, float]]:
@@ -320,10 +320,11 @@ def board_of(options: Options, accelerator: Accelerator, done: int) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv, __doc__)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the others wait while the first one plans
-    cpu = options.cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(
-        split_batches=True, cpu=cpu, mixed_precision=options.amp, kwargs_handlers=[patience]
+        cpu=options.cpu or not torch.accelerator.is_available(),
+        mixed_precision=options.amp,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],  # the others wait for the plan
     )
     try:
         run(options, accelerator)
