@@ -38,7 +38,7 @@ from examples import finetune_timm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--size", "32", "--batch", "16", "--workers", "0", "--cpu", "--rate", "0.005")
-PRUNED = ("--epochs", "4", "--prune-epoch", "2", "--macs", "0.6", "--sparsity", "0.3", "--penalty", "1e-4",
+PRUNED = ("--epochs", "3", "--prune-epoch", "1", "--macs", "0.6", "--sparsity", "0.3", "--penalty", "1e-4",
           "--distil", "0.5")  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _fresh_accelerator() -> Iterator[None]:
 def here(data: Path, out: Path, *options: str) -> int:
     """The example in this process."""
     AcceleratorState._reset_state(True)
-    return finetune_timm.main([*options, *SHORT, "--data", str(data), "--out", str(out)])
+    return finetune_timm.main([*SHORT, *options, "--data", str(data), "--out", str(out)])
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -80,31 +80,35 @@ def checkpoint(out: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- one process
 
 
-def test_it_prunes_masks_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert here(data, tmp_path, "test_resnet", *PRUNED) == 0
-    log = log_of(tmp_path)
-    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4]
-    assert log[0]["penalty"] > 0 == log[2]["penalty"]
-    saved = checkpoint(tmp_path)
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert here(data, out, "test_resnet", *PRUNED) == 0
+    return out
+
+
+def test_it_prunes_masks_and_goes_on(whole: Path) -> None:
+    log, saved = log_of(whole), checkpoint(whole)
+    assert [entry["epoch"] for entry in log] == [1, 2, 3]
+    assert log[0]["penalty"] > 0 == log[1]["penalty"]
     assert saved["sparsified"]
     assert saved["masks"]
-    small = ss_pruning.load(tmp_path / "final.safetensors")
+    small = ss_pruning.load(whole / "final.safetensors")
     assert ss_pruning.Plan.from_json(saved["plan"]) == small.ss_pruning_plan
-    dense = ss_pruning.load(tmp_path / "dense.safetensors")
+    dense = ss_pruning.load(whole / "dense.safetensors")
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
-    for path, mask in saved["masks"].items():  # three epochs later, what was masked is 0
+    for path, mask in saved["masks"].items():  # two epochs later, what was masked is 0
         assert torch.equal(kernel_powers(small.get_submodule(path)).detach() > 0, mask), path
         assert not mask.all()
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    assert "multiply-accumulates" in capsys.readouterr().out
+    assert list((whole / "tensorboard").glob("events*"))
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_interrupted_it_ends_with_the_same_weights(
-    epoch: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epoch: int, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the epoch before the cut, and in the one that begins with it."""
-    assert here(data, tmp_path / "whole", "test_resnet", *PRUNED) == 0
+    """Stopped in the epoch that begins with the cut, and in the one after it."""
     plain = finetune_timm.Run.step
 
     def stops(self: Any, images: Any, labels: Any, step: int) -> Any:
@@ -115,10 +119,10 @@ def test_interrupted_it_ends_with_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(finetune_timm.Run, "step", stops)
         with pytest.raises(KeyboardInterrupt):
-            here(data, tmp_path / "parts", "test_resnet", *PRUNED)
-    assert len(log_of(tmp_path / "parts")) == epoch - 1
-    assert here(data, tmp_path / "parts", "test_resnet", *PRUNED) == 0
-    first, second = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+            here(data, tmp_path, "test_resnet", *PRUNED)
+    assert len(log_of(tmp_path)) == epoch - 1
+    assert here(data, tmp_path, "test_resnet", *PRUNED) == 0
+    first, second = checkpoint(whole), checkpoint(tmp_path)
     assert first["plan"] == second["plan"]
     assert first["log"] == second["log"]
     for part in ("masks", "model", "ema"):
@@ -273,7 +277,7 @@ def test_a_process_with_another_plan_is_an_error_in_all(tmp_path: Path) -> None:
 
 
 def launch(data: Path, out: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
-    script = ("-m", "examples.finetune_timm", *options, *SHORT, "--data", str(data), "--out", str(out))
+    script = ("-m", "examples.finetune_timm", *SHORT, *options, "--data", str(data), "--out", str(out))
     return subprocess.Popen(
         torchrun(*script, restarts=restarts),
         cwd=ROOT,
@@ -314,7 +318,7 @@ def test_a_killed_rank_is_restarted_and_ends_with_the_same_metrics(data: Path, t
     assert whole.returncode == 0, said
     out = tmp_path / "killed"
     run = launch(data, out, "test_resnet", *PRUNED, restarts=2)
-    for epoch in (1, 3):
+    for epoch in (1, 2):
         while len(log_of(out)) < epoch and run.poll() is None:
             time.sleep(0.02)
         children = psutil.Process(run.pid).children()
