@@ -42,12 +42,10 @@ from ss_pruning._atomic import make_writable_folder, replacing, write_text
 from ss_pruning.cloning import copied
 from ss_pruning.distributed import broadcast_plan, check_agreement
 from ss_pruning.errors import InputError, ModelError, SSPruningError
-from ss_pruning.layers import kernel_powers
-from ss_pruning.masks import mask_, masks_of, merge_masks_, synapse_masks
+from ss_pruning.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
 from ss_pruning.models import build_model
+from ss_pruning.pruning import planned
 from ss_pruning.sparsity import StrengthPenalty, warm_up
-from ss_pruning.strength import synaptic_paths
-from ss_pruning.surgery import PLAN_ATTRIBUTE
 
 TEMPERATURE = 2.0
 
@@ -65,7 +63,7 @@ class Run:
         self.teacher: nn.Module | None = None
         self.log: list[dict[str, float]] = []
         if options.keep_zeros:
-            mask_(self.model, zeros_of(self.model, self.example))
+            mask_(self.model, zero_masks(self.model))
         self.ema = ModelEmaV3(self.model, decay=options.ema, use_warmup=True)
 
     def wrap(self) -> None:
@@ -104,7 +102,7 @@ class Run:
                 self.plan.apply_(model)
                 check_agreement(model)
         if options.sparsity or options.keep_zeros:
-            masks = zeros_of(self.model, self.example)
+            masks = zero_masks(self.model)
             for model in models:
                 mask_(model, masks)
         self.sparsified = True
@@ -115,12 +113,10 @@ class Run:
         return {path: strengths[path] for path in StrengthPenalty(self.model, self.example).paths}
 
     def planned(self) -> ss_pruning.Plan:
-        """Which channels stay; found on a copy."""
-        twin = copied(self.model)
-        vars(twin).pop(PLAN_ATTRIBUTE, None)  # of an earlier cut: only what comes on top is wanted
-        report = ss_pruning.prune_(twin, self.example, macs=self.options.macs, round_to=self.options.round_to)
+        """Which channels stay."""
+        budget = {"macs": self.options.macs, "round_to": self.options.round_to}
+        plan, report = planned(self.model, self.example, **budget)
         self.say(f"pruned: {report.macs_before:,} -> {report.macs_after:,} multiply-accumulates")
-        plan: ss_pruning.Plan = getattr(twin, PLAN_ATTRIBUTE)
         return plan
 
     def save(self) -> None:
@@ -250,13 +246,6 @@ class Run:
         """The batches, with a progress bar in the first process if it has a terminal."""
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         return track(loader, what, total=len(loader), disable=not shown, transient=True)
-
-
-def zeros_of(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
-    """Masks that keep all kernels zero that are zero now."""
-    paths = synaptic_paths(ss_pruning.trace(model, example))
-    alive = {path: kernel_powers(model.get_submodule(path)).detach() > 0 for path in paths}
-    return {path: mask for path, mask in alive.items() if not mask.all()}
 
 
 def cosine(step: int, steps: int, rising: int) -> float:
