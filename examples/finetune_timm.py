@@ -2,7 +2,8 @@
 
     python -m examples.finetune_timm resnet50 --weights resnet50.safetensors --data photos --macs 0.5 --epochs 30
     accelerate launch --num_processes 8 --mixed_precision bf16 -m examples.finetune_timm resnet50 ...
-    torchrun --nproc-per-node 8 --max-restarts 3 -m examples.finetune_timm resnet50 ...
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a restart may meet the addresses of dead processes
+    torchrun --standalone --nproc-per-node 8 --max-restarts 3 -m examples.finetune_timm resnet50 ...
 
 `--data` holds train/CLASS/* and val/CLASS/*. Three ways to use it:
 

@@ -4,8 +4,8 @@
     Trainer(max_epochs=30, callbacks=[prune]).fit(module, loader)
     merge_masks_(module.model)
 
-Works with one device and with DistributedDataParallel; all ranks cut the same channels, or all raise. Checkpoints hold the
-plan and the masks: `trainer.fit(module, loader, ckpt_path=...)` goes on from any of them, before or after the cut.
+Works with one device and with DistributedDataParallel; all ranks cut the same channels, or all raise. Checkpoints hold
+the plan and the masks: `trainer.fit(module, loader, ckpt_path=...)` goes on from any, before or after the cut.
 """
 
 from __future__ import annotations

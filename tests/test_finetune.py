@@ -219,6 +219,7 @@ def cut(*kept):
     return Plan.from_json(text + '"attributes":[],"biases":[]}')
 
 def attempt(what, run):
+    dist.barrier()
     begin = time.monotonic()
     try:
         found = run()
@@ -247,7 +248,9 @@ def torchrun(*arguments: str, processes: int = 2, restarts: int = 0) -> list[str
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Not shared: restarted workers would find the addresses of dead ones in the launcher's store, see docs/distributed.md.
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, **store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
