@@ -248,7 +248,7 @@ def torchrun(*arguments: str, processes: int = 2, restarts: int = 0) -> list[str
 
 
 def environment() -> dict[str, str]:
-    # Not shared: restarted workers would find the addresses of dead ones in the launcher's store, see docs/distributed.md.
+    # Not shared: restarted workers might find addresses of dead ones in the launcher's store (docs/distributed.md).
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return {**os.environ, **store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
