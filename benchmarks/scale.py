@@ -151,9 +151,9 @@ def page(result: dict[str, Any]) -> str:
         f"|---|---:|---:|{'---:|' * len(STAGES)}---:|---:|---:|---:|",
         *(row(name, measured[name]) for name in ordered),
         "",
-        "The stages are in seconds of wall-clock time; CPU s is the processor time of all of them. The last column is the "
-        "peak of resident memory, less what the process held besides the model before, over the bytes of the model: 2 means "
-        "that pruning needs as much again as the model.",
+        "The stages are in seconds of wall-clock time; CPU s is the processor time of all of them. The last column is "
+        "the peak of resident memory, less what the process held besides the model before, over the bytes of the "
+        "model: 2 means that pruning needs as much again as the model.",
         "",
         f"Largest peak to model: {measured[worst]['peak_to_model']:.2f} ({worst}).",
         "" if slope is None else f"CPU time grows as parameters to the power {slope:.2f} over these models.",

@@ -1,4 +1,4 @@
-"""What docs/distributed.md says of FSDP2: cut or mask first and shard then; two processes against unsharded training."""
+"""What docs/distributed.md says of FSDP2: cut or mask first, shard then; two processes against unsharded training."""
 
 from __future__ import annotations
 
