@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.layers import by_kernel, kernel_powers
+from ss_pruning.layers import by_kernel, kernel_powers, kind_of
 from ss_pruning.strength import share
 
 Masks = Mapping[str, Tensor]
@@ -186,6 +186,13 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
         if (own := _mask_of(module)) is not None:
             found[path] = kernel_powers(module, own.mask.double()) > 0
     return found
+
+
+def zero_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Masks for `mask_` that keep zero what is zero now, after `merge_masks_` and a cut, say."""
+    layers = {path: module for path, module in model.named_modules() if kind_of(module) == "synaptic"}
+    alive = {path: kernel_powers(module).detach() > 0 for path, module in layers.items()}
+    return {path: mask for path, mask in alive.items() if not mask.all()}
 
 
 def merge_masks_(model: nn.Module) -> nn.Module:

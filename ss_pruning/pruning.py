@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ss_pruning.cloning import copied
 from ss_pruning.compensation import Method
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
@@ -26,7 +27,7 @@ from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import powers_along
-from ss_pruning.surgery import Plan
+from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
 from ss_pruning.verification import Bench, Verified
 from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
@@ -158,6 +159,24 @@ def _settled(
     found = settle_in_time(search, scores, latency, measure)
     times = {"before": found.dense.median, "after": found.pruned.median, "ratio": found.ratio}
     return found.verified, {f"latency_{name}": value for name, value in times.items()}
+
+
+def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, Report]:
+    """What `prune_` would do, found on a copy; the model is left as it is.
+
+    The plan comes on top of the cuts that the model has had: apply it to the model, or to its likes in other processes
+    (`ss_pruning.distributed`). Compensation is not part of a plan.
+
+    Args:
+        model: As for `prune_`.
+        example_inputs: As for `prune_`.
+        options: As for `prune_`.
+    """
+    twin = copied(model)
+    vars(twin).pop(PLAN_ATTRIBUTE, None)
+    report = prune_(twin, example_inputs, **options)
+    plan: Plan = getattr(twin, PLAN_ATTRIBUTE)
+    return plan, report
 
 
 def _default_importance(images: Any) -> Any:

@@ -18,7 +18,17 @@ ROOT = Path(__file__).parents[1]
 CORE = Path(ss_pruning.__file__).parent
 
 # `import ss_pruning` must load none of these.
-HEAVY = ("matplotlib", "nni", "rich", "sklearn", "ss_pruning.demo", "timm", "torch_pruning", "typer")
+HEAVY = (
+    "accelerate",
+    "matplotlib",
+    "nni",
+    "rich",
+    "sklearn",
+    "ss_pruning.demo",
+    "timm",
+    "torch_pruning",
+    "typer",
+)
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
@@ -31,7 +41,7 @@ LAYERS = [
     {"latency", "liveness", "macs", "strength", "surgery"},
     {"layer_times"},
     {"planning"},
-    {"explicit", "following", "masking", "masks", "reordering"},
+    {"distributed", "explicit", "following", "masking", "masks", "reordering"},
     {"sparsity", "verification"},
     {"soundness"},
     {"settling"},
@@ -134,7 +144,16 @@ def test_core_imports_go_one_way() -> None:
 
 
 def test_core_loads_no_framework_with_its_modules() -> None:
-    frameworks = {"matplotlib", "nni", "sklearn", "timm", "torch_pruning"}
+    frameworks = {
+        "accelerate",
+        "lightning",
+        "matplotlib",
+        "nni",
+        "pytorch_lightning",
+        "sklearn",
+        "timm",
+        "torch_pruning",
+    }
     for name, source in core_sources().items():
         roots = {found.split(".")[0] for found in imports_on_load(source)}
         assert not roots & frameworks, name

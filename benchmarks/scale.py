@@ -1,0 +1,230 @@
+"""What pruning costs, by model size: seconds and peak memory of tracing, scoring, planning, verifying and cutting.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.scale --models resnet18 resnet50 convnext_tiny   # adds to results/scale.json
+    python -m benchmarks.scale --models all                                                 # up to what fits 24 GiB
+    python -m benchmarks.scale --page                                                       # docs/scale.md and its plot
+
+Each model gets a process of its own, random weights, one image of --size pixels, and `prune_` to 70 % of its
+multiply-accumulates. Memory is resident memory of that process as Linux counts it, its peak reset before each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import HERE, RESULTS, write
+from ss_pruning._atomic import write_text
+
+MODELS = (
+    "resnet18", "resnet50", "convnext_tiny", "efficientnet_b5", "resnet152", "regnety_320", "dm_nfnet_f3",
+    "convnext_large", "convnext_xlarge", "dm_nfnet_f6", "regnety_640", "resnetv2_152x4_bit", "regnety_1280",
+    "convnext_xxlarge",
+)  # fmt: skip
+STAGES = ("trace", "score", "plan", "verify", "cut")
+MACS = 0.7
+GIB = 2**30
+
+
+class Peaks:
+    """A progress callback that notes the peak of resident memory in each stage, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self.stage = ""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        if self.stage:
+            self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), resident("VmHWM"))
+        with contextlib.suppress(OSError):  # where this is not allowed, the peak is that of all stages so far
+            Path("/proc/self/clear_refs").write_text("5")
+        self.stage = stage
+
+
+def resident(what: str) -> int:
+    """Bytes: "VmRSS", now, or "VmHWM", the peak."""
+    (kibibytes,) = re.findall(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(kibibytes)
+
+
+def measure(name: str, size: int) -> dict[str, Any]:
+    """Prune one model, in this process."""
+    from ss_pruning import prune_
+    from ss_pruning.models import build_model
+
+    torch.manual_seed(0)
+    warm = build_model("timm:test_resnet")
+    prune_(warm, torch.randn(1, 3, 32, 32), macs=MACS)  # imports and the like do not count
+    model = build_model(f"timm:{name}")
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    before, peaks, used = resident("VmRSS"), Peaks(), cpu_seconds()
+    report = prune_(model, torch.randn(1, 3, size, size), macs=MACS, progress=peaks)
+    peaks("")
+    return {
+        "size": size,
+        "params": report.params_before,
+        "params_after": report.params_after,
+        "model_bytes": held,
+        "resident_before": before,
+        "peaks": peaks.peaks,
+        # what is there besides the model before pruning (Python, PyTorch) does not count
+        "peak_to_model": (max(peaks.peaks.values()) - before + held) / held,
+        "seconds": report.seconds,
+        "cpu_seconds": cpu_seconds() - used,
+        "max_error": report.max_error,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def in_child(name: str, size: int) -> dict[str, Any]:
+    """Measured in a process of its own; one that dies (out of memory, say) is noted, not hidden."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--worker", name, "--size", str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"size": size, "failed": f"exit code {done.returncode}: {last[:300]}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def stored() -> dict[str, Any]:
+    path = RESULTS / "scale.json"
+    return json.loads(path.read_text())["models"] if path.is_file() else {}
+
+
+# ---------------------------------------------------------------- page
+
+
+def exponent(models: dict[str, Any]) -> float | None:
+    """The slope of log CPU seconds over log parameters, by least squares; 1 is linear. None for fewer than three."""
+    points = [(math.log(m["params"]), math.log(m["cpu_seconds"])) for m in models.values()]
+    if len(points) < 3:
+        return None
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+
+
+def row(name: str, model: dict[str, Any]) -> str:
+    seconds = " | ".join(f"{model['seconds'].get(stage, 0):.2f}" for stage in STAGES)
+    peak = max(model["peaks"].values())
+    return (
+        f"| {name} | {model['size']} | {model['params'] / 1e6:.1f} | {seconds} | {model['cpu_seconds']:.1f} | "
+        f"{model['model_bytes'] / GIB:.3f} | {peak / GIB:.2f} | {model['peak_to_model']:.2f} |"
+    )
+
+
+def page(result: dict[str, Any]) -> str:
+    """docs/scale.md."""
+    measured = {name: m for name, m in result["models"].items() if "failed" not in m}
+    ordered = sorted(measured, key=lambda name: measured[name]["params"])
+    failed = [f"- {name}: {m['failed']}" for name, m in result["models"].items() if "failed" in m]
+    missing = [name for name in MODELS if name not in result["models"]]
+    slope = exponent(measured)
+    worst = max(ordered, key=lambda name: measured[name]["peak_to_model"])
+    head = " | ".join(STAGES)
+    lines = [
+        "# Scale",
+        "",
+        "Time and memory of pruning against the size of the model. Written by `python -m benchmarks.scale --page` from "
+        "`benchmarks/results/scale.json`; how it is measured stands at the top of `benchmarks/scale.py`.",
+        "",
+        "![seconds and memory against parameters](scale.svg)",
+        "",
+        f"| model | pixels | parameters, M | {head} | CPU s | model, GiB | peak, GiB | peak to model |",
+        f"|---|---:|---:|{'---:|' * len(STAGES)}---:|---:|---:|---:|",
+        *(row(name, measured[name]) for name in ordered),
+        "",
+        "The stages are in seconds of wall-clock time; CPU s is the processor time of all of them. The last column is "
+        "the peak of resident memory, less what the process held besides the model before, over the bytes of the "
+        "model: 2 means that pruning needs as much again as the model.",
+        "",
+        f"Largest peak to model: {measured[worst]['peak_to_model']:.2f} ({worst}).",
+        "" if slope is None else f"CPU time grows as parameters to the power {slope:.2f} over these models.",
+        "",
+        f"Machine: {result['machine']}, load when it was written {result['load']:.1f}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + ".",
+        "",
+        *(["Failed:", "", *failed, ""] if failed else []),
+        f"Not run yet: {', '.join(missing)}." if missing else "All models of the list were run.",
+    ]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def plot(models: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "scale"
+    ordered = sorted((m for m in models.values() if "failed" not in m), key=lambda m: m["params"])
+    millions = [m["params"] / 1e6 for m in ordered]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for stage in STAGES:
+        left.loglog(millions, [m["seconds"].get(stage, math.nan) for m in ordered], "o-", label=stage)
+    right.loglog(millions, [m["model_bytes"] / GIB for m in ordered], "o-", label="model")
+    right.loglog(
+        millions, [max(m["peaks"].values()) / GIB for m in ordered], "o-", label="peak of the process"
+    )
+    for axes, label in ((left, "seconds"), (right, "GiB")):
+        axes.set(xlabel="parameters, millions", ylabel=label)
+        axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=[], help=f"names of timm, or 'all': {', '.join(MODELS)}"
+    )
+    parser.add_argument("--size", type=int, default=64, help="side of the image [%(default)s]")
+    parser.add_argument("--page", action="store_true", help="write docs/scale.md")
+    parser.add_argument("--worker", metavar="MODEL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.worker, options.size)))
+        return
+    models = stored()
+    for name in MODELS if options.models == ["all"] else options.models:
+        models[name] = in_child(name, options.size)
+        print(name, json.dumps(models[name]), flush=True)
+        machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of PyTorch"
+        write("scale", {"models": models, "machine": machine, "load": load()})
+    if options.page:
+        result = json.loads((RESULTS / "scale.json").read_text())
+        plot(result["models"], HERE.parent / "docs" / "scale.svg")
+        write_text(HERE.parent / "docs" / "scale.md", page(result))
+
+
+def load() -> float:
+    """Processes that wanted the processor in the last minute."""
+    with open("/proc/loadavg") as file:
+        return float(file.read().split()[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What a fine-tuning run starts from: images and models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
+
+import ss_pruning
+from examples.finetune_options import Options
+from ss_pruning.errors import InputError
+from ss_pruning.models import build_model, input_of
+from ss_pruning.preprocessing import Preprocess, transform
+
+
+class Draws(Sampler[int]):
+    """The images of an epoch in random order, each as a number that also says which epoch it is drawn for."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.seed, self.epoch = images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        order = torch.randperm(self.images, generator=generator)
+        return iter((order + self.epoch * self.images).tolist())
+
+
+class Augmented(Dataset[Any]):
+    """Images by the numbers of `Draws`: what chance does to one depends on seed and number, not on who loads it."""
+
+    def __init__(self, folder: ImageFolder, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, draw: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1_000_003 * self.seed + draw)
+            return self.folder[draw % len(self.folder)]
+
+
+def loaders(options: Options, preprocess: Preprocess) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Batches for all processes together: accelerate's `split_batches` gives each its part."""
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                preprocess.size[1:],
+                scale=(options.crop, 1),
+                interpolation=InterpolationMode(preprocess.interpolation),
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocess.mean, preprocess.std),
+        ]
+    )
+    train, val = (
+        ImageFolder(str(options.data / part), change)
+        for part, change in (("train", augment), ("val", transform(preprocess)))
+    )
+    if train.classes != val.classes:
+        raise InputError(f"'{options.data}' has other classes in train than in val")
+    if len(train) < options.batch:
+        raise InputError(f"{len(train)} images are less than one batch: lower --batch {options.batch}")
+    shared = {
+        "batch_size": options.batch,
+        "num_workers": options.workers,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    draws = Draws(len(train), options.seed)
+    return (
+        DataLoader(Augmented(train, options.seed), sampler=draws, drop_last=True, **shared),
+        DataLoader(val, **shared),
+    )
+
+
+def spec_of(options: Options) -> str:
+    """The architecture as `ss_pruning.load` takes it, with an output for each class.
+
+    Raises:
+        InputError: The folders of images are missing.
+    """
+    for part in ("train", "val"):
+        if not (options.data / part).is_dir():
+            raise InputError(
+                f"'{options.data}' needs the folders train and val, with one folder for each class"
+            )
+    classes = sum(entry.is_dir() for entry in (options.data / "train").iterdir())
+    name = named(options)
+    return name if "num_classes=" in name else f"{name},num_classes={classes}"
+
+
+def named(options: Options) -> str:
+    return options.model if ":" in options.model else f"timm:{options.model}"
+
+
+def dense_model(options: Options, spec: str, weights: Path | None) -> nn.Module:
+    """The architecture, with a new classifier where the weights are of other classes."""
+    if weights is None:
+        return build_model(spec)
+    (classes,) = map(int, re.findall(r"num_classes=(\d+)", spec))
+    model = build_model(named(options), weights)
+    if getattr(model, "num_classes", classes) != classes:
+        model.reset_classifier(classes)  # type: ignore[operator]
+    return model
+
+
+def starting_model(options: Options, spec: str) -> nn.Module:
+    """From plain weights, from a file of ss_pruning (pruned, perhaps), or from nothing."""
+    torch.manual_seed(options.seed)
+    if options.weights is not None and is_ours(options.weights):
+        return ss_pruning.load(options.weights, lambda: build_model(spec))
+    return dense_model(options, spec, options.weights)
+
+
+def is_ours(path: Path) -> bool:
+    """True for a file that `ss_pruning.save` has written."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "ss_pruning" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def preprocess_of(options: Options, spec: str, model: nn.Module) -> Preprocess:
+    """The input that the model was made for, in the asked size."""
+    found = input_of(spec, model)
+    if not options.size:
+        return found
+    size = (found.size[0], options.size, options.size)
+    return Preprocess(size, found.mean, found.std, found.crop, found.interpolation)
