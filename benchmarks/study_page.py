@@ -89,7 +89,8 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def _seeds(values: list[float]) -> str:
-    return spread(values, by_chance=True) or "not run"
+    text = spread(values, by_chance=True) or "not run"
+    return f"{text} (two seeds)" if len(values) == 2 else text
 
 
 def _gap(lines: list[Line], base: dict[int, float], **values: Any) -> float | None:
