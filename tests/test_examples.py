@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
+#: Lightning uses what PyTorch has deprecated.
+LIGHTNINGS_OWN = "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning"
 
 
 def run(folder: Path, *arguments: str) -> str:
     """Run Python in `folder`, so that what it writes lands there; warnings are errors there too."""
-    command = [sys.executable, "-W", "error", *arguments]
+    command = [sys.executable, "-W", "error", "-W", LIGHTNINGS_OWN, *arguments]
     # The checkout's own package, installed or not.
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
