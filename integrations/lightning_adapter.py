@@ -35,7 +35,7 @@ from ss_pruning.surgery import Plan
 __all__ = ["StrengthPruning"]
 
 
-class StrengthPruning(Callback):
+class StrengthPruning(Callback):  # type: ignore[misc]
     """Sparse training, pruning and masked fine-tuning in one `Trainer.fit`.
 
     The gradient of the penalty is added once for each step of the optimiser, after gradients are accumulated and
@@ -105,7 +105,7 @@ class StrengthPruning(Callback):
             loads(checkpoint)
 
         # Lightning asks the module before it loads the tensors, but callbacks only after.
-        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = on_load_checkpoint
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo `setup`."""
@@ -140,7 +140,8 @@ class StrengthPruning(Callback):
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         try:
-            return pl_module.get_submodule(self.network)
+            network: nn.Module = pl_module.get_submodule(self.network)
+            return network
         except AttributeError as error:
             raise InputError(
                 f"network='{self.network}' is no module of {type(pl_module).__name__}; name the attribute that holds "
