@@ -71,15 +71,16 @@ def settle_in_time(search: Search, scores: list[list[Floats]], target: float, me
     for _ in range(_TRIALS):
         search.budget = Budget("latency", goal)
         verified = search.settle(scores)
-        if any(verified.plan == other.verified.plan for other in tried):
-            break  # steps are coarser than what is left to gain
-        found = Hastened(verified, *measure(verified.plan), len(tried) + 1)
-        tried.append(found)
+        known = next((other for other in tried if other.verified.plan == verified.plan), None)
+        found = known or Hastened(verified, *measure(verified.plan), len(tried) + 1)
+        if known is None:
+            tried.append(found)
         if abs(found.ratio / target - 1) <= _CLOSE:
             break
         low, high = (low, goal) if found.ratio > target else (goal, high)
         goal *= target / found.ratio
-        goal = goal if low < goal < high else (low + high) / 2
+        # Steps are coarse where a plan comes back: what it says of the table was used already.
+        goal = goal if known is None and low < goal < high else (low + high) / 2
     return _closest(tried, target)
 
 

@@ -633,7 +633,7 @@ def test_a_latency_target_is_recorded(net: str, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.output
     report = Report.load_json(tmp_path / "out" / "report.json")
     assert sizes == [5]
-    # Steps are coarse in a net of 16 channels, and which come first hangs on times that are measured here.
-    assert 0.3 < report.latency_ratio <= 0.65
+    # How near it comes hangs on times of tiny layers that are measured here: see the tests of the search for that.
+    assert 0 < report.latency_ratio <= 0.6 * 1.05 + 1e-9
     assert (report.settings["latency"], report.settings["batch"]) == (0.6, 5)
     assert "latency" in result.stdout
