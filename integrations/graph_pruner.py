@@ -35,7 +35,6 @@ from ss_pruning.layers import is_depthwise
 from ss_pruning.planning import Floats, Ints, Schedule, schedule
 from ss_pruning.provenance import trace
 from ss_pruning.settling import FORWARD_REASON, Settler
-from ss_pruning.sparsity import Form, StrengthPenalty
 from ss_pruning.surgery import Plan
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "GraphPruner",
     "GroupNormPruner",
     "GrowingRegPruner",
-    "StrengthPruner",
 ]
 
 _HEADS = ("prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict")
@@ -326,52 +324,6 @@ class _Scoped(Settler):
                     [rows_of(c, np.sort(rank[: steps * (c.size // unit.steps)])) for c, rank in pairs]
                 )
         return parts
-
-
-class StrengthPruner(GraphPruner):
-    """A pruner whose `regularize` trains towards sparse synapses; call it between `backward` and the optimiser's step.
-
-    Args:
-        model: Any CNN.
-        example_inputs: What `forward` takes.
-        importance: Any Torch-Pruning importance; `SynapticImportance()` fits.
-        reg: What the penalty is multiplied with.
-        form: See `ss_pruning.sparsity.StrengthPenalty`.
-        **options: As for `GraphPruner`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        importance: Callable[[Any], Tensor | None],
-        reg: float = 1e-4,
-        form: Form = "strength",
-        **options: Any,
-    ) -> None:
-        super().__init__(model, example_inputs, importance, **options)
-        self.reg, self.form, self._regularized_inputs = reg, form, example_inputs
-        self.update_regularizer()
-
-    def update_regularizer(self) -> None:
-        """Look at the model anew; `step` does so by itself."""
-        self._penalty: StrengthPenalty | None = None
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `GraphPruner.step`."""
-        self.update_regularizer()
-        return super().step(*args, **kwargs)
-
-    def regularize(self, model: nn.Module | None = None, reg: float | None = None) -> None:
-        """Add the gradient of the penalty to those that `backward` has left.
-
-        Args:
-            model: Not needed: the pruner's own; other pruners of Torch-Pruning take it.
-            reg: In place of the pruner's.
-        """
-        if self._penalty is None:
-            self._penalty = StrengthPenalty(self.model, self._regularized_inputs, form=self.form)
-        self._penalty.add_gradients_(self.reg if reg is None else reg)
 
 
 class GroupNormPruner(tp.pruner.GroupNormPruner, GraphPruner):  # type: ignore[misc]

@@ -285,7 +285,7 @@ def test_two_processes_get_the_gradient_of_one() -> None:
 
 def test_the_pruner_adds_the_gradient_of_the_penalty_and_follows_its_own_cuts() -> None:
     from ss_pruning import SynapticImportance
-    from ss_pruning.integrations.graph_pruner import StrengthPruner
+    from ss_pruning.integrations.strength_pruner import StrengthPruner
 
     model = conv_bn().eval()
     pruner = StrengthPruner(model, IMAGE, SynapticImportance(), reg=0.5, pruning_ratio=0.5, iterative_steps=2)
