@@ -29,6 +29,10 @@ from ss_pruning.wiring import Wiring
 
 # Relative difference of outputs in float64 that counts as rounding.
 _EQUAL = 1e-9
+#: Layers into whose kernels a scale can be moved.
+_SCALABLE = ("synaptic", "depthwise")
+#: By layer that reads a norm: pairs of the norm's channels and the layer's.
+Readers = dict[str, list[Tensor]]
 
 
 class StrengthTimesKernel(nn.Module):
@@ -108,15 +112,15 @@ class ExplicitStrengths:
         self.model, self.paths = model, tuple(p for p in inner_paths(wiring) if p not in ignore)
         if unknown or not self.paths:
             raise InputError(f"no such layers: {unknown}" if unknown else "no layer is left to parametrise")
-        for path in self.paths:
-            if parametrize.is_parametrized(model.get_submodule(path)):
-                raise ModelError(f"'{path}' has a parametrisation already; remove or merge it first")
         feeding = {
             f.source for p in self.paths for f in wiring.feeds[p] if _has_scale(model, wiring, f.source)
         }
         owning = {norm: readers for norm in feeding if (readers := _readers(wiring, norm)) is not None}
         self.moved = tuple(norm for norm in wiring.layers if norm in owning and norm not in keep)
         self.kept = tuple(norm for norm in wiring.layers if norm in feeding and norm not in self.moved)
+        for path in (*self.paths, *(path for norm in self.moved for path in owning[norm])):
+            if parametrize.is_parametrized(model.get_submodule(path)):
+                raise ModelError(f"'{path}' has a parametrisation already; remove or merge it first")
         _check_movable(model, example_inputs, {norm: owning[norm] for norm in self.moved})
         for norm in self.moved:
             _move_scale_(model, norm, owning[norm])
@@ -143,9 +147,6 @@ class ExplicitStrengths:
         for scale in self._frozen:
             scale.requires_grad_(True)
         return self.model
-
-
-Readers = dict[str, list[Tensor]]
 
 
 def _has_scale(model: nn.Module, wiring: Wiring, source: str) -> bool:
@@ -175,9 +176,6 @@ def _readers(wiring: Wiring, norm: str) -> Readers | None:
             return None
         readers[path] = [feed.pairs for feed in mine]
     return readers
-
-
-_SCALABLE = ("synaptic", "depthwise")
 
 
 @torch.no_grad()

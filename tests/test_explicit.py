@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ss_pruning import synaptic_strength
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.explicit import ExplicitStrengths, explicit_strength
+from ss_pruning.masks import mask_
 from ss_pruning.sparsity import StrengthPenalty
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME
@@ -188,3 +189,30 @@ def test_a_copy_is_independent() -> None:
         model[3].parametrizations.weight.original0.zero_()
     assert torch.equal(twin(IMAGE), before)
     assert not torch.equal(model(IMAGE), before)
+
+
+class Fork(nn.Module):
+    """One norm that two convolutions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.left, self.right = nn.Conv2d(4, 5, 3), nn.Conv2d(4, 5, 3)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y: Tensor = self.head(torch.relu(self.left(x) + self.right(x)).mean((2, 3)))
+        return y
+
+
+def test_a_masked_reader_of_a_scale_that_would_be_moved_is_refused() -> None:
+    model = stirred(Fork())
+    expected = model(IMAGE)
+    assert ExplicitStrengths(twin := copy.deepcopy(model), IMAGE, ignore=["right"]).moved == ("norm",)
+    assert torch.allclose(twin(IMAGE), expected, atol=1e-6)
+    mask_(model, {"right": torch.ones(5, 4, dtype=torch.bool)})
+    before = snapshot(model)
+    with pytest.raises(ModelError, match="'right' has a parametrisation already"):
+        ExplicitStrengths(model, IMAGE, ignore=["right"])
+    assert snapshot(model) == before
