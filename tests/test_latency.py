@@ -18,6 +18,7 @@ from ss_pruning.errors import BudgetError, InputError, ModelError
 from ss_pruning.latency import Timing, measure_latency, peak_memory, race
 from ss_pruning.layer_times import GRID, ROUNDINGS, LayerTime, LayerTimes
 from ss_pruning.planning import Costs
+from ss_pruning.verification import Verified
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME, randomise
 
@@ -424,3 +425,25 @@ def test_unknown_settings_are_refused(options: Any, message: str) -> None:
 def test_public_names() -> None:
     assert ss_pruning.measure_latency is measure_latency
     assert ROUNDINGS[0] == 1
+
+
+def test_the_search_goes_on_where_a_plan_comes_back() -> None:
+    """Steps are coarse: 1 % too slow down to a budget of 0.35, right down to 0.3, far too fast below."""
+
+    class Coarse:
+        budget: Any = None
+
+        def settle(self, _: Any) -> Any:
+            goal = self.budget.value
+            return Verified("slow" if goal > 0.35 else "right" if goal > 0.3 else "fast", 0.0)  # type: ignore[arg-type]
+
+    seconds = {"slow": 0.635, "right": 0.6, "fast": 0.1}
+    measured: list[str] = []
+
+    def measure(plan: Any) -> tuple[Timing, Timing]:
+        measured.append(plan)
+        return Timing((1.0,)), Timing((seconds[plan],))
+
+    found = hastening.settle_in_time(Coarse(), [], 0.6, measure)  # type: ignore[arg-type]
+    assert found.ratio == 0.6
+    assert sorted(measured) == ["fast", "right", "slow"]  # each plan is measured once

@@ -175,6 +175,12 @@ def test_the_fraction_is_exact_and_takes_the_weakest(seed: int, fraction: float)
         assert flat[~stays].max() <= flat[stays].min()
 
 
+@pytest.mark.parametrize("count", range(1, 11))
+def test_equal_synapses_stay_in_the_number_that_the_variance_asks_for(count: int) -> None:
+    masks = synapse_masks({"a": torch.ones(1, 10)}, kept_variance=count / 10)
+    assert int(masks["a"].sum()) == count
+
+
 def test_a_variance_of_zero_keeps_nothing_of_a_dead_output() -> None:
     masks = synapse_masks({"a": torch.tensor([[0.0, 0.0], [1.0, 0.0]])}, kept_variance=1.0)
     assert masks["a"].tolist() == [[False, False], [True, False]]
