@@ -132,7 +132,7 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     text = [
         title,
         "",
-        f"Penalty weight {WEIGHT:g}; differences are to the dense net that was trained as long in all. Synapses of all "
+        f"Penalty weight {WEIGHT:g}; differences are, seed by seed, to the dense net trained as long. Synapses of all "
         "layers are ranked together, unless it says by layer; where that takes a whole layer, the net is at 10 %.",
         "",
     ]
