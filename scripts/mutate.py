@@ -33,7 +33,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "mutation.json"
 
 # The tests of each module, quickest to fail first.
 TESTS = {
-    "strength": ["ss_pruning/strength.py", "tests/test_strength.py", "tests/test_torch_pruning.py"],
+    "strength": [
+        "ss_pruning/strength.py",
+        "tests/test_sparsity.py",
+        "tests/test_strength.py",
+        "tests/test_torch_pruning.py",
+    ],
     "provenance": [
         "tests/test_provenance.py",
         "tests/test_zoo.py",
