@@ -257,7 +257,8 @@ def table(results: dict[str, dict[str, int]]) -> str:
     rows.append(f"\n{killed} of {tried} killed ({killed / tried:.0%}), drawn with seed {seeds}.")
     if first != killed:
         rows.append(
-            f"At first it was {first / tried:.0%}: tests were written, or added to the module's list, for some that survived."
+            f"At first it was {first / tried:.0%}: tests were written, or added to the module's list, for some that "
+            "survived."
         )
     return "\n".join(rows)
 
