@@ -72,7 +72,7 @@ NETS: dict[str, tuple[str, float, tuple[float, ...]]] = {
     "vgg": ("vgg16bn", 0.25, (0.9, 0.95)),
     "resnet": ("resnet18", 0.125, (0.6, 0.8)),
 }
-EPOCHS, TUNING_EPOCHS, TUNING_RATE = 10, 2, 0.05
+EPOCHS, TUNING_EPOCHS, TUNING_RATE = 10, 6, 0.05
 #: Of the sweep in the part "lambda" the largest that costs no accuracy before pruning.
 WEIGHT = 3e-4
 #: The net of the smaller parts, and how long it is trained there.
@@ -115,10 +115,10 @@ def _main(part: str, seed: int) -> Iterator[Job]:
     if part == "vgg":  # ranked together, its last layers go as a whole
         rivals.append(Point("kernel norm", asked, TUNING_EPOCHS, "layer"))
     dense = [Point("strength", 0.0, TUNING_EPOCHS), *rivals, *untuned]
-    yield Job(part, Training(net, width, recipe=recipe), dense)
     tried = (asked, *more) if seed == 0 else (asked,)
     ours = [Point("strength", sparsity, TUNING_EPOCHS) for sparsity in tried]
     yield Job(part, Training(net, width, weight=WEIGHT, recipe=recipe), [*ours, *untuned])
+    yield Job(part, Training(net, width, recipe=recipe), dense)
 
 
 class Bench:
@@ -185,7 +185,8 @@ class Bench:
         }
         if point.epochs:
             recipe = replace(job.training.recipe, epochs=point.epochs, rate=TUNING_RATE)
-            where = job.training.folder(root) / f"{job.training.tag}.{point.words.replace(' ', '-')}.pt"
+            words = f"{point.words.replace(' ', '-')}-{point.epochs}"
+            where = job.training.folder(root) / f"{job.training.tag}.{words}.pt"
             if not all(
                 bool(mask.any()) for mask in masks.values()
             ):  # nothing gets through: nothing to learn from
