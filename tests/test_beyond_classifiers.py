@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import detection, segmentation
+from torchvision.models import detection, optical_flow, segmentation
 
 from ss_pruning import prune_
 from tests import oracle
@@ -98,6 +98,35 @@ class Clip(nn.Module):
         return self.head(self.pool(F.relu(self.norm(self.time(F.relu(self.space(x)))))).flatten(1))
 
 
+class Recurrent(nn.Module):
+    """Steps of a gated block. The net reads the block's width before the block runs, as RAFT does."""
+
+    class Step(nn.Module):
+        def __init__(self, hidden: int, context: int) -> None:
+            super().__init__()
+            self.hidden = hidden
+            self.mix = Block(2, hidden + context, hidden)
+            self.gate, self.new = (nn.Conv2d(hidden, hidden, 3, 1, 1) for _ in range(2))
+
+        def forward(self, h: Tensor, context: Tensor) -> Tensor:
+            x = self.mix(torch.cat([h, context], 1))
+            gate = torch.sigmoid(self.gate(x))
+            return (1 - gate) * h + gate * torch.tanh(self.new(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = Block(2, 3, 24)
+        self.step = self.Step(16, 8)
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start, width = self.start(x), self.step.hidden
+        h, context = start[:, :width], start[:, width:]
+        for _ in range(2):
+            h = self.step(h, context)
+        return self.head(h)
+
+
 @dataclass(frozen=True)
 class Case:
     """A net, what its forward takes, and whether it takes seconds."""
@@ -168,6 +197,14 @@ def test_small_nets(case: Case) -> None:
     )
 
 
+def test_number_that_is_read_early_and_only_equals_a_width() -> None:
+    """`hidden` stays 16 as the state does, though another layer of 16 channels inside the block shrinks."""
+    model, x = Recurrent().eval(), torch.randn(1, 3, 8, 8)
+    prune_(model, x, ratio=0.4, ignore=["start.0", "step.gate", "step.new"])
+    assert (model.step.hidden, model.step.mix[0].out_channels) == (16, 10)
+    assert model(x).shape == (1, 2, 8, 8)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_small_nets_train(case: Case) -> None:
     _, model = prune_and_look(case)
@@ -200,3 +237,15 @@ def test_detection(case: Case) -> None:
     total = sum(losses.values())
     total.backward()
     assert math.isfinite(float(total.detach()))
+
+
+@pytest.mark.slow
+def test_optical_flow() -> None:
+    torch.manual_seed(0)
+    model = optical_flow.raft_small(weights=None).eval()
+    images = torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+    report = prune_(model, images, macs=0.6)
+    assert model.update_block.hidden_state_size < 96  # read by the net before its module runs
+    assert report.macs_after < 0.61 * report.macs_before
+    with torch.no_grad():
+        assert [flow.shape for flow in model(*images)] == [(1, 2, 128, 128)] * 12
