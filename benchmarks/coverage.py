@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -73,7 +74,7 @@ def compact() -> None:
 def _child(spec: str, side: str, timeout: float, connection: Connection) -> None:
     torch.set_num_threads(1)
     try:
-        connection.send(coverage_worker.examine(spec, side, timeout))
+        connection.send(coverage_worker.examine(partial(coverage_worker.known, spec), side, timeout))
     except BaseException as error:  # the dense model itself fails, or memory runs out
         said = f"{type(error).__name__}: {error} at {traceback.format_exc()[-300:]}"
         connection.send({"status": "dense fails", "error": said})

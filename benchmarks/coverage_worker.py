@@ -11,9 +11,10 @@ import signal
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -69,6 +70,11 @@ def build(spec: str) -> nn.Module:
     else:
         options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, **options)
+    return stirred(model)
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """The model in eval mode; constant tensors get noise."""
     generator = torch.Generator().manual_seed(1)
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
@@ -132,7 +138,9 @@ def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, di
     }
 
 
-def prune_tp(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict[str, Any]]:
+def prune_tp(
+    model: nn.Module, x: Tensor, stages: Stages, whole: Collection[str] = ()
+) -> tuple[Removed, dict[str, Any]]:
     names = {module: path for path, module in model.named_modules()}
     depthwise = {m for m in names if isinstance(m, _ConvNd) and m.groups == m.in_channels > 1}
     magnitude = tp.importance.GroupMagnitudeImportance()
@@ -150,7 +158,7 @@ def prune_tp(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict
             global_pruning=False,
             max_pruning_ratio=MAX_RATIO,
             pruning_ratio_dict={},
-            ignored_layers=[m for m in names if _is_classifier(m)],
+            ignored_layers=[m for m, path in names.items() if _is_classifier(m) or path in whole],
             in_channel_groups={},
             out_channel_groups={},
             num_heads={},
@@ -258,17 +266,32 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def examine(spec: str, side: str, timeout: float) -> dict[str, Any]:
-    """Everything about one model and one side, as one line of results."""
+def known(spec: str) -> tuple[nn.Module, Tensor]:
+    """A model of timm or torchvision, and an image for it."""
+    model = build(spec)
+    return model, example_for(model)
+
+
+def examine(
+    made: Callable[[], tuple[nn.Module, Tensor]], side: str, timeout: float, whole: Collection[str] = ()
+) -> dict[str, Any]:
+    """Everything about one model and one side, as one line of results.
+
+    Args:
+        made: Builds the model, and an input for it.
+        side: One of `SIDES`.
+        timeout: CPU seconds.
+        whole: Layers that Torch-Pruning must be told to leave whole, besides classifiers of 1,000 classes.
+    """
     warnings.simplefilter("ignore")
-    dense = build(spec)
-    x = example_for(dense)
+    dense, x = made()
     model, stages = copy.deepcopy(dense), Stages()
     result: dict[str, Any] = {"pixels": x.shape[-1], "params_before": params(dense)}
     started = time.process_time()
     try:
         with _limit(timeout):
-            removed, facts = (prune_ours if side == "ours" else prune_tp)(model, x, stages)
+            prune = prune_ours if side == "ours" else partial(prune_tp, whole=whole)
+            removed, facts = prune(model, x, stages)
     except OutOfTimeError:
         result.update(status="timeout", error=f"more than {timeout:g} s of CPU time in {_stage(stages)}")
     except SSPruningError as error:

@@ -17,8 +17,8 @@ from ss_pruning.following import Number
 from ss_pruning.verification import Verified
 from ss_pruning.wiring import pattern
 
-# How often a unit is tried with more and more numbers fixed.
-_PATIENCE = 4
+# How often a unit is tried with numbers fixed.
+_PATIENCE = 10
 
 #: What units have in common that are alike: the layers they touch; and, to be the same, the sizes of their cells.
 Kind = tuple[tuple[str, str], ...]
@@ -123,31 +123,38 @@ class SoundPart:
         return []
 
     def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | None:
-        """Verify again with numbers fixed that followed here: perhaps one only happened to equal a width.
+        """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
 
-        First those of the module where it failed and of what encloses it, then all. What is fixed in one block is fixed
-        in its likes, and each trial may get further and bring up others.
+        First those of the module where it failed and of what encloses it; if there are none, those of one name after
+        the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
         """
         before = self.verified.followed() if self.verified else frozenset()
         rightly = {_alike(number) for number in before}
-        for near in (True, False):
-            suspects: set[Number] = set()
-            latest = error
-            for _ in range(_PATIENCE):
-                new = {n for n in latest.followed - before if not near or _inside(latest.at or "", n[0])}
-                alike = {_alike(number) for number in new}
-                added = (new | alike - rightly) - suspects
-                if not added:
-                    break
-                suspects |= added
+        left = _PATIENCE
+
+        def suspects(latest: VerificationError) -> list[set[Number]]:
+            new = latest.followed - before
+            near = {n for n in new if _inside(latest.at or "", n[0])}
+            return [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
+
+        def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
+            nonlocal left
+            for numbers in suspects(latest):
+                if not left:
+                    return None
+                left -= 1
+                more = fixed | numbers | {_alike(number) for number in numbers} - rightly
                 try:
-                    verified = self.attempt({*self.sound, *part}, {*self.fixed, *suspects}, locate=near)
+                    verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
                 except VerificationError as again:
-                    latest = again
+                    if found := tried(more, again):
+                        return found
                     continue
-                self.fixed |= suspects
+                self.fixed |= more
                 return verified
-        return None
+            return None
+
+        return tried(set(), error)
 
 
 def _alike(number: Number) -> Number:
@@ -160,4 +167,4 @@ def _kind(unit: Unit) -> Kind:
 
 
 def _inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
+    return not module or path == module or path.startswith(f"{module}.")

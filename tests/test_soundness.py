@@ -99,3 +99,22 @@ def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
     assert not part.failed
     assert ("blocks.#", "heads", None) in part.fixed
     assert bench.trials < 8
+
+
+class Stacked(Bench):
+    """The width may follow, layer numbers that equal it may not: the net then takes another layer's output."""
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        self.trials += 1
+        followed = [n for n in (("net.0", "width", None), ("net.3", "index", None)) if n not in fixed]
+        if followed != [("net.0", "width", None)]:
+            raise VerificationError("takes nothing", followed, "head")
+        return Verified(Plan(), 0.0)
+
+
+def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> None:
+    bench = Stacked([unit("net.0.conv")], ())
+    part = searched(bench)
+    assert not part.failed
+    assert ("net.3", "index", None) in part.fixed
+    assert ("net.0", "width", None) not in part.fixed
