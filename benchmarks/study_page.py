@@ -106,6 +106,8 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     title = f"## {net}, width {width:g}: how many synapses can go"
     if not lines:
         return [title, "", "Not run yet.", ""]
+    shorter = _shorter(lines, sparsities[0])
+    lines = [line for line in lines if line.get("epochs", 0) in (0, TUNING_EPOCHS)]
     by_layer = [line for line in lines if line.get("scope") == "layer"]
     dense = [line for line in lines if not line["weight"] and line not in by_layer]
     ours = [line for line in lines if line["weight"] == WEIGHT]
@@ -137,7 +139,34 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
         "",
     ]
     text += _table(["net", "synapses removed", "top-1 %", "difference"], rows)
-    return text + _highest(ours, base, sparsities) + _compaction(ours, sparsities)
+    text += shorter + _highest(ours, base, sparsities)
+    return text + _untuned(dense, ours, sparsities[0]) + _compaction(ours, sparsities)
+
+
+def _untuned(dense: list[Line], ours: list[Line], sparsity: float) -> list[str]:
+    """What each criterion leaves before any fine-tuning."""
+    rows = []
+    for name in CRITERIA:
+        at = {"criterion": name, "sparsity": sparsity, "epochs": 0}
+        rows.append([name, *(_seeds(_values(some, "top1", **at)) for some in (dense, ours))])
+    head = ["criterion", "trained without the penalty", "trained with it"]
+    return [f"Before fine-tuning, {sparsity:.0%} removed, top-1 %:", "", *_table(head, rows)]
+
+
+def _shorter(lines: list[Line], sparsity: float) -> list[str]:
+    """The same after fewer epochs of fine-tuning, where that was run."""
+    text = []
+    for epochs in sorted({line.get("epochs", 0) for line in lines} - {0, TUNING_EPOCHS}):
+        at = [line for line in lines if line.get("epochs") == epochs]
+        base = _by_seed(at, "top1_tuned", criterion="strength", sparsity=0.0)
+        ours = {"criterion": "strength", "sparsity": sparsity, "weight": WEIGHT}
+        gap = _gap(at, base, **ours)
+        if gap is not None:
+            top = _seeds(_values(at, "top1_tuned", **ours))
+            text.append(
+                f"With {epochs} epochs of fine-tuning instead, for both: {top} at {sparsity:.0%}, {gap:+.2f}.\n"
+            )
+    return text
 
 
 def _highest(ours: list[Line], base: dict[int, float], sparsities: tuple[float, ...]) -> list[str]:

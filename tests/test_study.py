@@ -79,19 +79,22 @@ def test_the_page_shows_what_the_lines_say(tmp_path: Path) -> None:
     ours = replace(dense, weight=study.WEIGHT)
     lines = []
     for seed in range(3):
-        at = {"epochs": 2, "sparsity": 0.0, "criterion": "strength"}
+        at = {"epochs": study.TUNING_EPOCHS, "sparsity": 0.0, "criterion": "strength"}
         lines += [
             line("vgg", seed, dense, top1=81.5 + seed),
             line("vgg", seed, dense, top1=81.5, top1_tuned=82.0 + seed, **at),
             line("vgg", seed, ours, top1=10.0, top1_tuned=81.5 + seed, **{**at, "sparsity": asked}),
             line("vgg", seed, dense, top1=10.0, top1_tuned=70.0 + seed,
                  **{**at, "sparsity": asked, "criterion": "kernel norm"}),
+            line("vgg", seed, dense, top1_tuned=80.0, **{**at, "epochs": 1}),
+            line("vgg", seed, ours, top1_tuned=79.0, **{**at, "epochs": 1, "sparsity": asked}),
         ]  # fmt: skip
     text = study_page.write_page(lines, tmp_path / "study.md").read_text()
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("|")}
     assert "83.00 ± 1.00 | 0 |" in rows["dense, fine-tuned as long"]
     assert f"{asked:.0%} | 82.50 ± 1.00 | -0.50 |" in text
-    assert "71.00 ± 1.00 | -12.00 |" in rows["without, kernel norm, 2 epochs"]
+    assert "71.00 ± 1.00 | -12.00 |" in rows[f"without, kernel norm, {study.TUNING_EPOCHS} epochs"]
     assert f"within 1 point, mean over seeds: **{asked:.0%}**" in text
-    assert "not run" in rows["without, random, 2 epochs"]
+    assert "not run" in rows[f"without, random, {study.TUNING_EPOCHS} epochs"]
+    assert f"With 1 epochs of fine-tuning instead, for both: 79.00 ± 0.00 at {asked:.0%}, -1.00." in text
     assert "torch 9" in text
