@@ -130,7 +130,7 @@ class _Recorder:
 
     def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
         """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
-        shape = [n if axis in (a, -1) else 1 for a, n in enumerate(like.shape)]
+        shape = [n if a == axis else 1 for a, n in enumerate(like.shape)]
         centre = torch.empty(shape).uniform_(_LOW, _HIGH, generator=self.generator)
         jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
         dtype = torch.float64 if self.double else like.dtype
@@ -161,8 +161,6 @@ class _Recorder:
             self.arrivals.append(Arrival(path, x.clone(), axis, index))
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
-        if len(args) == 1 and args[0] is x and not kwargs:
-            return (_cast(x.detach(), dtype),), kwargs
         cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
             Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
         )
@@ -221,9 +219,8 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            # A PReLU is flat at the operating point.
             slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
-            handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
+            handles += [module.register_forward_hook(_sloped) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -238,9 +235,10 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 handle.remove()
 
 
-def _slope_times_input(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+def _sloped(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
     (x,) = args
-    return x * module.weight.reshape([-1 if axis == 1 else 1 for axis in range(max(x.dim(), 1))])
+    return -nn.functional.prelu(-x.abs(), module.weight)
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

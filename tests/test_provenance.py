@@ -266,3 +266,28 @@ def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
     assert wiring.uncalled == ()
     assert wiring.sources("fc2") == [[("bn", channel)] for channel in range(4)]
     assert torch.equal(model.bn.running_mean, statistics)
+
+
+class Shuffled(nn.Module):
+    """Between its two layers a permutation by a matrix that is neither parameter nor buffer, in single precision."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, len(order)), nn.Linear(len(order), 2)
+        self.matrix = torch.eye(len(order))[order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)) @ self.matrix.T)
+
+
+def test_code_that_insists_on_single_precision_is_traced_in_it() -> None:
+    order = [3, 1, 4, 0, 2]
+    wiring = trace(Shuffled(order), torch.randn(2, 3))
+    assert wiring.sources("fc2") == [[("fc1", channel)] for channel in order]
+
+
+def test_slopes_are_seen_though_a_rectifier_follows() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.ReLU(), nn.Linear(4, 2))
+    wiring = trace(net, torch.randn(2, 3))
+    assert {name: tensor.axis for name, tensor in wiring.loose.items()} == {"1.weight": 0}
+    assert wiring.sources("3") == [[("0", channel)] for channel in range(4)]
