@@ -137,7 +137,7 @@ def prune_(
     )
 
 
-def _sizes(model: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> dict[str, int]:
+def _sizes(model: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> dict[str, Any]:
     """MACs and parameters, before and after; the model is cut already."""
     return {
         "macs_before": costs.macs,
@@ -166,7 +166,12 @@ def _settled(
     if latency is None:
         return search.settle(scores), {}
     found = settle_in_time(search, scores, latency, measure)
-    times = {"before": found.dense.median, "after": found.pruned.median, "ratio": found.ratio}
+    times = {
+        "before": found.dense.median,
+        "after": found.pruned.median,
+        "ratio": found.ratio,
+        "spread": found.spread,
+    }
     return found.verified, {f"latency_{name}": value for name, value in times.items()}
 
 
