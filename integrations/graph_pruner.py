@@ -109,28 +109,29 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         _check_options(found_by_the_graph)
         self.model, self.importance = model, importance
         self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
-        self.pruning_ratio = pruning_ratio if ch_sparsity is None else ch_sparsity
-        self.max_pruning_ratio, self.root_module_types = max_pruning_ratio, root_module_types
-        for name in ("pruning_ratio", "max_pruning_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        ignored = list(ignored_layers or ())
+        self.root_module_types = root_module_types
+        self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")
+        self.pruning_ratio = _checked(pruning_ratio if ch_sparsity is None else ch_sparsity, "pruning_ratio")
+        self.iterative_steps, self.current_step = iterative_steps, 0
+        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
+        self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
+        self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
+        self._build(example_inputs, forward_fn, list(ignored_layers or ()))
+
+    def _build(self, example_inputs: Any, forward_fn: Any, ignored: list[nn.Module | nn.Parameter]) -> None:
+        """The graph, and what Torch-Pruning's own methods read besides."""
         self.ignored_layers = [m for item in ignored if isinstance(item, nn.Module) for m in item.modules()]
         self.ignored_params = [item for item in ignored if isinstance(item, nn.Parameter)]
         self.in_channel_groups: dict[Any, int] = {}
         self.out_channel_groups: dict[Any, int] = {}
         self.num_heads: dict[Any, int] = {}
         self.DG = ChannelGraph().build_dependency(
-            model,
+            self.model,
             example_inputs,
             forward_fn=forward_fn,
             ignored_layers=self.ignored_layers,
             ignored_params=self.ignored_params,
         )
-        self.iterative_steps, self.current_step = iterative_steps, 0
-        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
-        self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
-        self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
         self._first_widths = {path: layer.outputs for path, layer in self.DG.wiring.layers.items()}
         self.removed: Counter[Hashable] = Counter()
         self._failed: dict[str, LeftWhole] = {}
@@ -140,8 +141,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.pruning_ratio_dict: dict[nn.Module, list[float]] = {}
         self._own_scope: dict[nn.Module, int] = {}
         for number, (modules, ratio) in enumerate((ratios or {}).items()):
-            if not 0 <= ratio <= 1:
-                raise InputError(f"pruning_ratio_dict holds {ratio}, which does not lie in [0, 1]")
+            _checked(ratio, "a ratio of pruning_ratio_dict")
             for module in modules if isinstance(modules, tuple) else (modules,):
                 for layer in module.modules():
                     self.pruning_ratio_dict[layer] = self.iterative_pruning_ratio_scheduler(
@@ -256,6 +256,12 @@ def _regularisable(dep: Any) -> bool:
     if not isinstance(module, _ConvNd) or is_depthwise(module):
         return True
     return not module.transposed and (module.groups == 1 or dep.handler != tp.prune_conv_in_channels)
+
+
+def _checked(ratio: float, name: str) -> float:
+    if not 0 <= ratio <= 1:
+        raise InputError(f"{name}={ratio} must lie in [0, 1]")
+    return ratio
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Build sdist and wheel, install the wheel with one extra (or none) into an environment of its own, and run the tests
-# that apply there: what needs a package that is missing skips, with the reason.
+# Build sdist and wheel, install the wheel with one extra (or none) into an environment of its own, import all tests
+# there, and run those that apply: without an extra the core's, with one those of what it adds. What needs a package
+# that is missing skips, with the reason.
 #
 #   bash scripts/test_wheel.sh EXTRA...       each alone, one after the other; 'none' for no extra
 #
 # PYTHON   the interpreter (default .venv/bin/python if there is one, else python3)
+# TESTS    what to run instead, for example all of 'tests'
 # BORROW   a site-packages folder whose torch, torchvision and numpy are used instead of downloading them again
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,6 +53,20 @@ print("borrowed:", *sorted(wanted))
 PYTHON
 }
 
+# An extra's tests are tests/test_EXTRA.py, if there is no other word here.
+tests_of() {
+    case $1 in
+        none) names="planning coupling strength masks files report comparison refusals" ;;
+        demo) names="demo data" ;;
+        onnx) names=exporting ;;
+        plot) names=accuracy_benchmark ;;
+        timm) names=models ;;
+        train) names=finetune ;;
+        *) names=$1 ;;
+    esac
+    printf 'tests/test_%s.py ' packaging $names
+}
+
 for extra in "$@"; do
     echo "== the wheel with: $extra"
     rm -rf "$work/env" "$work/tests"
@@ -76,7 +92,9 @@ path = Path(ss_pruning.__file__).resolve()
 sys.exit(0 if Path(sys.argv[1]).resolve() in path.parents else f"{path} is not the wheel's")
 PYTHON
     "$own" -m ss_pruning.cli doctor
-    "$own" -m pytest -q -rs -p no:cacheprovider --override-ini=testpaths=tests ${TESTS:-tests}
+    "$own" -m pytest -q -p no:cacheprovider --collect-only tests >"$work/collected.log" ||
+        { cat "$work/collected.log"; exit 1; }
+    "$own" -m pytest -q -rs -p no:cacheprovider ${TESTS:-$(tests_of "$extra")}
     cd "$root"
 done
 echo "== all green"

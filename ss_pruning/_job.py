@@ -123,7 +123,7 @@ def make_importance(
     return makers[importance]()
 
 
-def calibration(
+def calibration_images(
     compensation: Compensation, source: Calibration | None, seed: int, job: Job, progress: ProgressCallback
 ) -> list[Tensor] | Tensor | None:
     """Return unlabelled images for a compensation that wants some; `mean` does without if need be."""
@@ -169,14 +169,25 @@ def _batches(pictures: Any) -> list[Tensor]:
     return [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
 
 
-def timed_on(job: Job, batch: int) -> Tensor:
+def _timed_on(job: Job, batch: int) -> Tensor:
     """Random images, so many at a time, to time the model on."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, *job.preprocess.size, generator=generator).to(job.device)
 
 
-def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCallback) -> Report:
-    """Measure, prune in place, measure again."""
+def run(
+    job: Job, importance: Any, options: dict[str, Any], pictures: Any, batch: int, progress: ProgressCallback
+) -> Report:
+    """Measure, prune in place, measure again.
+
+    Args:
+        job: What to prune.
+        importance: What decides which channels go.
+        options: Of `prune_`; they become settings of the report.
+        pictures: Calibration images, or None.
+        batch: Times are measured on so many images at once.
+        progress: Told of the stages.
+    """
     from ss_pruning import prune_
 
     size = _tensor_bytes(job.model)
@@ -185,7 +196,11 @@ def run(job: Job, importance: Any, options: dict[str, Any], progress: ProgressCa
     def stage(name: str, done: int, total: int) -> None:
         progress(f"pruning: {name}", done, total)
 
-    report: Report = prune_(job.model, job.example, importance=importance, progress=stage, **options)
+    inputs = {"calibration": pictures, "latency_inputs": _timed_on(job, batch)}
+    report: Report = prune_(
+        job.model, job.example, importance=importance, progress=stage, **inputs, **options
+    )
+    report.settings.update(options if report.latency_before is None else {**options, "batch": batch})
     after, _ = _measure("accuracy, pruned", job, progress)
     return dataclasses.replace(
         report,
@@ -224,7 +239,9 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
+def settings_of(
+    request: Request, importance: Importance, calibration: Calibration | None, chosen: Any, job: Job
+) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
     moments = getattr(chosen, "moments", None)
     given = moments if isinstance(moments, str) else Moments.data.value
@@ -235,6 +252,7 @@ def settings_of(request: Request, importance: Importance, chosen: Any, job: Job)
         "data": request.data,
         "importance": importance.value,
         **(synaptic if importance is Importance.synaptic else {}),
+        **({} if calibration is None else {"calibration": calibration.value}),
         "input size": "x".join(map(str, job.preprocess.size)),
         "seed": request.seed,
         "device": str(job.device),

@@ -81,15 +81,10 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            pictures = _job.calibration(compensation, calibration, seed, job, progress)
+            pictures = _job.calibration_images(compensation, calibration, seed, job, progress)
             chosen = _job.make_importance(importance, score, request, job, pictures)
-            inputs = {"calibration": pictures, "latency_inputs": _job.timed_on(job, batch)}
-            report = _job.run(job, chosen, {**options, **inputs}, progress)
-            if calibration is not None:
-                options["calibration"] = calibration.value
-            if report.latency_before is not None:
-                options["batch"] = batch
-            report.settings.update(options | _job.settings_of(request, importance, chosen, job))
+            report = _job.run(job, chosen, options, pictures, batch, progress)
+            report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
             report.command = _command_line(context)
             if out is not None:
                 _job.write(job, report, out)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning.errors import InputError
-from ss_pruning.report import Report, count, jsonable, percent, plain
+from ss_pruning.report import Report, count, jsonable, milliseconds, percent, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ABSENT = "-"
+# Dense times that differ by more than this are not from like conditions.
+_SAME_TIME = 0.1
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,19 @@ def _figures(a: Report, b: Report) -> list[Figure]:
             rows.append(
                 Figure(name, count(dense, unit), first, second, f"{100 * (theirs / ours - 1):+.1f} %")
             )
-    return rows
+    return rows + _times(a, b)
+
+
+def _times(a: Report, b: Report) -> list[Figure]:
+    """The shares compare: each was measured in turns with the dense model."""
+    if not a.latency_ratio or not b.latency_ratio:
+        return []
+    dense = dict.fromkeys(milliseconds(report.latency_before) for report in (a, b))
+    first, second = (
+        f"{milliseconds(report.latency_after)} ({percent(report.latency_ratio or 0.0)})" for report in (a, b)
+    )
+    difference = f"{100 * (b.latency_ratio / a.latency_ratio - 1):+.1f} %"
+    return [Figure("latency", " / ".join(dense), first, second, difference)]
 
 
 def _layers(a: Report, b: Report) -> list[LayerPair]:
@@ -158,6 +172,11 @@ def _notes(a: Report, b: Report) -> list[str]:
         notes.append(f"The accuracies were measured on {a.images} and {b.images} images.")
     if a.accuracy_before != b.accuracy_before:
         notes.append("The dense accuracies differ: other weights, or other images.")
+    if a.latency_before and b.latency_before and abs(b.latency_before / a.latency_before - 1) > _SAME_TIME:
+        notes.append(
+            f"The dense model took {milliseconds(a.latency_before)} and {milliseconds(b.latency_before)}: another "
+            "batch, machine or load. Compare the shares of it, with care."
+        )
     return notes
 
 

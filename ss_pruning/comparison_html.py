@@ -41,9 +41,10 @@ def _headline(comparison: Comparison) -> str:
 
 def _cell(figure: str) -> str:
     """Let a line break only where a phone needs it: not between a number and its sign."""
-    return (
-        parts.text(figure).replace(" ", "&nbsp;").replace("&nbsp;(", " (").replace("&nbsp;points", " points")
-    )
+    held = parts.text(figure).replace(" ", "&nbsp;")
+    for before, behind in (("", "("), ("", "points"), ("/", "")):
+        held = held.replace(f"{before}&nbsp;{behind}", f"{before} {behind}")
+    return held
 
 
 def _widths(comparison: Comparison) -> str:

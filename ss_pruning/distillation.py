@@ -51,6 +51,7 @@ def distill(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: StepProgress | None = None,
+    cached: bool = False,
 ) -> Tensor:
     """Make calibration images from a model's batch norms: no data, no labels.
 
@@ -64,6 +65,7 @@ def distill(
         seed: Of the noise to start from.
         device: Compute there; the model's own by default.
         progress: Called with (steps done, steps in all).
+        cached: Take what was made earlier of the same model with the same settings, and keep what is made, on disk.
 
     Returns:
         `[images, channels, positions...]`, as the model takes them, that is after any normalisation of pixels.
@@ -76,50 +78,60 @@ def distill(
     count = default_images(example) if images is None else images
     if count < 1 or steps < 1:
         raise InputError(f"images={count} and steps={steps} must be positive whole numbers")
-    place = example.device if device is None else torch.device(device)
-    half = -(-count // 2)
+    shape = (count, *example.shape[1:])
+    name = f"distilled-{_key(model, shape, steps, seed)}" if cached else None
+    found = None if name is None else _kept(name, shape)
+    if found is None:
+        place = example.device if device is None else torch.device(device)
+        found = _make(model, shape, steps, seed, place, progress or (lambda done, total: None))
+        if name is not None:
+            _cache.write(name, {"images": found.float().cpu()}, {})
+    return found.to(example).contiguous()
+
+
+def distilled(model: nn.Module, example_inputs: Any, **settings: Any) -> Tensor:
+    """`distill` with a cache: `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder.
+
+    It knows a model by its structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder
+    only costs time.
+
+    Args:
+        model: As for `distill`.
+        example_inputs: As for `distill`.
+        settings: As for `distill`.
+    """
+    return distill(model, example_inputs, cached=True, **settings)
+
+
+def _make(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    steps: int,
+    seed: int,
+    place: torch.device,
+    progress: StepProgress,
+) -> Tensor:
+    """The images in float32: one half is made, the other are its mirror images."""
+    half = -(-shape[0] // 2)
     sizes = [min(_BATCH, half - begin) for begin in range(0, half, _BATCH)]
     generator = torch.Generator().manual_seed(seed)
     made = []
     with torch.inference_mode(False), torch.enable_grad(), _listening(model, place, seed) as listen:
         for number, size in enumerate(sizes):
-            noise = _natural_noise((size, *example.shape[1:]), generator).to(place)
+            noise = _natural_noise((size, *shape[1:]), generator).to(place)
 
             def report(done: int, before: int = number * steps) -> None:
-                if progress is not None:
-                    progress(before + done, len(sizes) * steps)
+                progress(before + done, len(sizes) * steps)
 
             made.append(_optimise(noise, listen, steps, report))
     found = torch.cat(made)
-    return torch.cat([found, found.flip(-1)])[:count].to(example).contiguous()
+    return torch.cat([found, found.flip(-1)])[: shape[0]]
 
 
-def distilled(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    images: int | None = None,
-    steps: int = 60,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    progress: StepProgress | None = None,
-) -> Tensor:
-    """`distill`, or what it made earlier of the same model with the same settings, kept on disk.
-
-    The cache is `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder. It knows a model by its
-    structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder only costs time.
-    """
-    example = _example(example_inputs)
-    count = default_images(example) if images is None else images
-    shape = (count, *example.shape[1:])
-    name = f"distilled-{_key(model, shape, steps, seed)}"
+def _kept(name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """What the cache holds under that name, if it is sound."""
     found = (_cache.read(name) or ({}, {}))[0].get("images")
-    if found is None or found.shape != shape or not found.isfinite().all():
-        found = distill(
-            model, example, images=count, steps=steps, seed=seed, device=device, progress=progress
-        )
-        _cache.write(name, {"images": found.float().cpu()}, {})
-    return found.to(example)
+    return found if found is not None and found.shape == shape and bool(found.isfinite().all()) else None
 
 
 def default_images(example: Tensor) -> int:

@@ -125,9 +125,12 @@ class ExplicitStrengths:
         for norm in self.moved:
             _move_scale_(model, norm, owning[norm])
         self._frozen = self._freeze()
-        scales = norm_scales(model, wiring)
+        self._parametrise(wiring)
+
+    def _parametrise(self, wiring: Wiring) -> None:
+        scales = norm_scales(self.model, wiring)
         for path in self.paths:
-            module = model.get_submodule(path)
+            module = self.model.get_submodule(path)
             variance = from_norms(wiring, path, scales).variance.detach()
             deviation = torch.where(variance > 0, variance, 1.0).sqrt()
             synapses = at_synapses(module, deviation, len(kernel_powers(module)))

@@ -44,6 +44,11 @@ class Hastened:
         """The cut model's time as a share of the dense model's."""
         return self.pruned.over(self.dense)
 
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles of that share over the turns."""
+        return self.pruned.spread_over(self.dense)
+
 
 def stopwatch(model: nn.Module, inputs: Any) -> Measure:
     """A function that cuts a copy of `model` to a plan and times it, in turns with `model` itself."""

@@ -49,6 +49,10 @@ class Timing:
         """The median, over the rounds, of this time as a share of the other's in the same round."""
         return statistics.median(_ratios(self.seconds, other.seconds))
 
+    def spread_over(self, other: Timing) -> tuple[float, float]:
+        """The quartiles of what `over` is the median of."""
+        return _quartiles(_ratios(self.seconds, other.seconds))
+
 
 def measure_latency(
     models: Sequence[nn.Module],

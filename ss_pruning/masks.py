@@ -58,15 +58,9 @@ def synapse_masks(
         >>> masks["conv"].tolist()
         [[False, True], [True, False]]
     """
-    rules = {"fraction": fraction, "threshold": threshold, "kept_variance": kept_variance}
-    given = {name: value for name, value in rules.items() if value is not None}
-    if len(given) != 1 or scope not in ("global", "layer"):
-        raise InputError(
-            f"give exactly one of {', '.join(rules)} (there are {len(given)}), and scope 'global' or 'layer'"
-        )
-    ((rule, value),) = given.items()
-    if not math.isfinite(value) or value < 0 or (rule != "threshold" and value > 1):
-        raise InputError(f"{rule}={value} is out of range")
+    rule, value = _rule(fraction=fraction, threshold=threshold, kept_variance=kept_variance)
+    if scope not in ("global", "layer"):
+        raise InputError(f"scope={scope!r} is unknown; use 'global' or 'layer'")
     bad = [path for path, scores in strengths.items() if scores.isnan().any()]
     if bad:
         raise InputError(f"the scores of '{bad[0]}' hold NaN")
@@ -85,6 +79,17 @@ def synapse_masks(
             "pass allow_dead=True"
         )
     return masks
+
+
+def _rule(**rules: float | None) -> tuple[str, float]:
+    """The one that is given, and its value."""
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise InputError(f"give exactly one of {', '.join(rules)}; there are {len(given)}")
+    ((rule, value),) = given.items()
+    if not math.isfinite(value) or value < 0 or (rule != "threshold" and value > 1):
+        raise InputError(f"{rule}={value} is out of range")
+    return rule, value
 
 
 def _strongest(scores: list[Tensor], fraction: float) -> list[Tensor]:

@@ -16,6 +16,7 @@ pass and three local backward passes for each set of layers of which no two have
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -119,24 +120,26 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
 class _Recorder:
     """Forward hooks that cut every layer loose and remember what arrived at it."""
 
-    def __init__(self, paths: Mapping[nn.Module, str], wiring: Wiring, offset: Mapping[str, int]) -> None:
-        self.paths, self.wiring = paths, wiring
+    def __init__(self, paths: Mapping[nn.Module, str], double: bool) -> None:
+        self.paths, self.double = paths, double
+        self.layers: dict[str, Layer] = {}
         self.leaves: list[Leaf] = []
         self.arrivals: list[Arrival] = []
-        self.calls = dict(offset)
+        self.calls: Counter[str] = Counter()
         self.current: str | None = None
-        self.double = True
         self.generator = torch.Generator().manual_seed(SEED)
 
     def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
         """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
-        shape = [n if axis in (a, -1) else 1 for a, n in enumerate(like.shape)]
+        shape = [n if a == axis else 1 for a, n in enumerate(like.shape)]
         centre = torch.empty(shape).uniform_(_LOW, _HIGH, generator=self.generator)
         jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
-        dtype = torch.float64 if self.double else like.dtype
-        tensor = (centre + jitter).to(like.device, dtype).requires_grad_()
+        tensor = (centre + jitter).to(like.device, self.precision(like)).requires_grad_()
         self.leaves.append(Leaf(source, tensor, axis))
         return tensor.clone()
+
+    def precision(self, like: Tensor) -> torch.dtype:
+        return torch.float64 if self.double else like.dtype
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -148,21 +151,18 @@ class _Recorder:
         kind = kind_of(module)
         assert kind is not None
         axis = channel_axis(module, x)
-        if path not in self.wiring.layers:
+        if path not in self.layers:
             positional = kind == "positional"
             inputs, outputs = (
                 (x.shape[axis],) * 2 if positional else (width(module, "in"), width(module, "out"))
             )
-            self.wiring.layers[path] = Layer(path, kind, inputs, outputs, axis)
-            self.wiring.feeds[path] = []
-        index = self.calls[path] = self.calls.get(path, -1) + 1
+            self.layers[path] = Layer(path, kind, inputs, outputs, axis)
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
-            self.arrivals.append(Arrival(path, x.clone(), axis, index))
+            self.arrivals.append(Arrival(path, x.clone(), axis, self.calls[path]))
+        self.calls[path] += 1
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
-        if len(args) == 1 and args[0] is x and not kwargs:
-            return (_cast(x.detach(), dtype),), kwargs
         cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
             Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
         )
@@ -179,9 +179,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _first_tensor(tree: Any) -> Tensor | None:
-    args, _ = tree
-    if args and isinstance(args[0], Tensor):
-        return args[0]
     return next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
 
 
@@ -189,17 +186,17 @@ def _probe(
     model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], wiring: Wiring, *, training: bool
 ) -> None:
     """One labelled pass; adds what it finds to `wiring`."""
-    known = set(wiring.layers)
-    offset = {path: max((f.call for f in feeds), default=-1) for path, feeds in wiring.feeds.items()}
-    recorder = _Recorder(paths, wiring, offset)
+    recorder = _Recorder(paths, double=True)
     try:
         output = _run(model, example_inputs, recorder, training)
     except ModelError:  # some code between layers insists on the precision it was written for
-        recorder = _Recorder(paths, wiring, offset)
-        recorder.double = False
+        recorder = _Recorder(paths, double=False)
         output = _run(model, example_inputs, recorder, training)
+    new = {path: layer for path, layer in recorder.layers.items() if path not in wiring.layers}
+    wiring.layers |= new
+    wiring.feeds |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
-    pull([arrival for arrival in recorder.arrivals if arrival.path not in known], leaves, labels, wiring)
+    pull([arrival for arrival in recorder.arrivals if arrival.path in new], leaves, labels, wiring)
     for tensor in pytree.tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             pull_output(tensor, leaves, wiring)
@@ -221,9 +218,8 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
-            # A PReLU is flat at the operating point.
             slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
-            handles += [module.register_forward_hook(_slope_times_input) for module in slopes]
+            handles += [module.register_forward_hook(_sloped) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -238,20 +234,20 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 handle.remove()
 
 
-def _slope_times_input(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+def _sloped(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+    """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
     (x,) = args
-    return x * module.weight.reshape([-1 if axis == 1 else 1 for axis in range(max(x.dim(), 1))])
+    return -nn.functional.prelu(-x.abs(), module.weight)
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor]) if tensor.dim() > 1 and len(tensor) == 1 else tensor
+    return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor
 
 
 def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return tensor
-    dtype = torch.float64 if recorder.double else tensor.dtype
-    leaf = tensor.detach().to(dtype, copy=True).requires_grad_()
+    leaf = tensor.detach().to(recorder.precision(tensor), copy=True).requires_grad_()
     single = len(at) > 0 and tensor.dim() == 3  # a list of images, as detectors take, has no batch axis
     recorder.leaves.append(Leaf(INPUT, leaf, 0 if single else min(1, tensor.dim() - 1)))
     return leaf.clone()

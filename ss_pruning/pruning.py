@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ss_pruning.cloning import copied
-from ss_pruning.compensation import Method
+from ss_pruning.compensation import Method, Outcome
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
 from ss_pruning.errors import InputError
@@ -123,31 +123,40 @@ def prune_(
         verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs)
-    settings = {
-        budget.kind: budget.value,
-        "importance": type(criterion).__name__,
-        **options,
-        "cost_exponent": cost_exponent,
-        "compensation": compensation,
-    }
-    if isinstance(calibration, str):
-        settings["calibration"] = calibration
-    if outcome.inexact:
-        settings["inexact at padded borders"] = ", ".join(outcome.inexact)
+    options = {**options, "cost_exponent": cost_exponent, "compensation": compensation}
     return Report(
         model=type(model).__name__,
-        macs_before=costs.macs,
-        macs_after=costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
-        params_before=costs.params,
-        params_after=sum(p.numel() for p in parameters_of(model).values()),
+        **_sizes(model, example_inputs, plan, costs),
         layers=_layer_reports(model, plan, wiring, powers),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
-        settings=settings,
+        settings=_settings(budget, criterion, options, calibration, outcome),
         seconds=clock.seconds,
         versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
         **times,
     )
+
+
+def _sizes(model: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> dict[str, Any]:
+    """MACs and parameters, before and after; the model is cut already."""
+    return {
+        "macs_before": costs.macs,
+        "macs_after": costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
+        "params_before": costs.params,
+        "params_after": sum(p.numel() for p in parameters_of(model).values()),
+    }
+
+
+def _settings(
+    budget: Budget, criterion: Any, options: dict[str, Any], calibration: Any, outcome: Outcome
+) -> dict[str, Any]:
+    """What a report says of how it came about."""
+    settings = {budget.kind: budget.value, "importance": type(criterion).__name__, **options}
+    if isinstance(calibration, str):
+        settings["calibration"] = calibration
+    if outcome.inexact:
+        settings["inexact at padded borders"] = ", ".join(outcome.inexact)
+    return settings
 
 
 def _settled(
@@ -157,7 +166,12 @@ def _settled(
     if latency is None:
         return search.settle(scores), {}
     found = settle_in_time(search, scores, latency, measure)
-    times = {"before": found.dense.median, "after": found.pruned.median, "ratio": found.ratio}
+    times = {
+        "before": found.dense.median,
+        "after": found.pruned.median,
+        "ratio": found.ratio,
+        "spread": found.spread,
+    }
     return found.verified, {f"latency_{name}": value for name, value in times.items()}
 
 

@@ -14,6 +14,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -61,11 +62,9 @@ def reconstruct_(
         images: One batch of inputs; more is better, a few hundred are enough.
         progress: Called with (layers done, layers in all).
     """
-    outcome = Outcome()
-    kept = {cut.path: cut.kept for cut in plan.cuts if cut.side == "out"}
+    outcome, norms = Outcome(), norms_behind(wiring)
+    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
     paths = _solvable(pruned, wiring, plan, outcome)
-    modules = {pruned.get_submodule(path): path for path in paths}
-    norms = norms_behind(wiring)
     found = find_sums(dense, images[:1] if isinstance(images, Tensor) else images, norms)
     sums = {path: found[path] for path in paths if path in found}
     with (
@@ -73,14 +72,13 @@ def reconstruct_(
         torch.no_grad(),
         preserved(pruned, training=False),
         Others(pruned, sums) as others,
+        contextlib.ExitStack() as hooks,
     ):
 
-        def solve(module: nn.Module, args: tuple[Any, ...]) -> None:
-            path = modules[module]
+        def solve(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             target = outputs(path)
             if path in kept:
-                index = torch.tensor(kept[path], device=target.device)
-                target = target.index_select(channel_axis(module, target), index)
+                target = target.index_select(channel_axis(module, target), kept[path].to(target.device))
             if path in sums:
                 target = target - others.take(path)
             weight, bias = _fit(module, args[0], target)
@@ -89,12 +87,10 @@ def reconstruct_(
             outcome.layers.append(path)
             progress(len(outcome.layers), len(paths))
 
-        handles = [module.register_forward_pre_hook(solve) for module in modules]
-        try:
-            call(pruned, images)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for path in paths:
+            handle = pruned.get_submodule(path).register_forward_pre_hook(partial(solve, path))
+            hooks.callback(handle.remove)
+        call(pruned, images)
     return outcome
 
 

@@ -83,6 +83,7 @@ class Report:
         latency_before: seconds of a forward pass of the dense model, the median.
         latency_after: the same, pruned, measured in turns with it.
         latency_ratio: the median, over the turns, of the one as a share of the other.
+        latency_spread: the quartiles of that share over the turns.
     """
 
     model: str
@@ -105,6 +106,7 @@ class Report:
     latency_before: float | None = None
     latency_after: float | None = None
     latency_ratio: float | None = None
+    latency_spread: tuple[float, float] | None = None
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -141,7 +143,7 @@ class Report:
                 rows.append((name, count(before_count, unit), count(after_count, unit), kept))
         times = self.latency_before, self.latency_after
         if self.latency_ratio is not None:
-            before, after = (f"{1000 * (seconds or 0.0):.3g} ms" for seconds in times)
+            before, after = (milliseconds(seconds) for seconds in times)
             rows.append(("latency", before, after, percent(self.latency_ratio)))
         return rows
 
@@ -176,6 +178,9 @@ class Report:
             layers = [_layer(entry) for entry in known.pop("layers")]
             left_whole = [_left_whole(entry) for entry in known.pop("left_whole")]
             known["max_error"] = float(known["max_error"])
+            if (spread := known.get("latency_spread")) is not None:
+                low, high = spread
+                known["latency_spread"] = (float(low), float(high))
             return cls(layers=layers, left_whole=left_whole, **known)
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"the report is damaged: {error}.") from error
@@ -245,6 +250,15 @@ def percent(fraction: float, digits: int = 1) -> str:
     ('70.0 %', '93.39 %')
     """
     return f"{100 * fraction:.{digits}f} %"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Write a time.
+
+    >>> milliseconds(0.0123456), milliseconds(None)
+    ('12.3 ms', '-')
+    """
+    return "-" if seconds is None else f"{1000 * seconds:.3g} ms"
 
 
 def plain(text: object) -> str:

@@ -19,10 +19,12 @@ _VARIANCES = {
 
 def certainty(report: Report) -> list[tuple[str, str]]:
     """Return (number, how it was come by and how certain it is)."""
+    timed = [("latency", _latency(report))] if report.latency_ratio is not None else []
     return [
         ("top-1", _accuracy(report)),
         ("multiply-accumulates", "Counted while the model ran on one input: exact for inputs of that size."),
         ("parameters", "Counted: exact."),
+        *timed,
         ("cut equals masked", _cut(report)),
         ("compensation", _compensation(report)),
         ("strengths", _strengths(report)),
@@ -48,6 +50,21 @@ def _accuracy(report: Report) -> str:
     return (
         f"Measured on {images:,} images, the same for both. As a statement on other images of the kind, the standard "
         f"error is {errors[0]} points (dense) and {errors[1]} points (pruned)."
+    )
+
+
+def _latency(report: Report) -> str:
+    batch = report.settings.get("batch")
+    on = "the inputs that were given" if batch is None else f"a batch of {batch}"
+    spread = report.latency_spread
+    middle = (
+        ""
+        if spread is None
+        else f" In half of the turns it was between {percent(spread[0])} and {percent(spread[1])}."
+    )
+    return (
+        f"Measured on {on}, dense and pruned in turns; the share is the median over the turns.{middle} It holds for "
+        "this machine, number of threads and batch."
     )
 
 

@@ -160,5 +160,6 @@ def unbroken_numbers(value: str) -> str:
 
 
 def breakable(value: object) -> str:
-    """Escape, and allow a line break after each dot of a module path."""
-    return text(value).replace(".", ".<wbr>")
+    """Escape, and allow a line break after the dots of a module path, but none in a number or before its unit."""
+    lines = re.sub(r"\.(?!\d)|(?<!\d)\.", ".<wbr>", text(value))
+    return re.sub(r"(?<=\d) (?=%|ms\b)", "&nbsp;", lines)

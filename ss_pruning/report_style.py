@@ -31,6 +31,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 .note { color: var(--muted); font-size: .9rem; max-width: 44rem; margin: .25rem 0 .75rem; }
 .muted { color: var(--muted); font-weight: 400; }
 a { color: var(--link); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 nav ul {
   list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; padding: 0; margin: 1rem 0 0;
   font-size: .9rem;
@@ -105,7 +106,8 @@ summary { cursor: pointer; color: var(--link); }
   .rows .figure, .axis .figure { grid-column: 1/-1; }
   .axis { grid-template-columns: minmax(0,1fr); }
   th, td { padding-right: .4rem; }
-  .headline { font-size: .92rem; }
+  .headline { font-size: .9rem; }
+  .headline th:not(:first-child), .headline td:not(:first-child) { padding-left: .35rem; }
   .both { font-size: .82rem; }
   .both th:not(:first-child), .both td:not(:first-child) { padding-left: .3rem; }
   .facts th { min-width: 6.5rem; }

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ss_pruning import comparison_html, doctor
 from ss_pruning.cli import app
-from ss_pruning.comparison import Comparison, compare
+from ss_pruning.comparison import Comparison, Figure, compare
 from ss_pruning.errors import InputError
 from ss_pruning.report import LayerReport, Report
 from tests.test_report import EVIL, Page
@@ -109,6 +109,32 @@ def test_unknown_figures_are_left_out() -> None:
     bare = replace(A, accuracy_after=None)
     assert [row.name for row in compare(bare, B).figures] == ["multiply-accumulates", "parameters"]
     assert compare(replace(A, accuracy_before=None), B).figures[0].dense == "-"
+
+
+TIMED_A = replace(A, latency_before=0.0500, latency_after=0.0302, latency_ratio=0.6)
+TIMED_B = replace(B, latency_before=0.0502, latency_after=0.0243, latency_ratio=0.48)
+
+
+def test_latencies_are_compared_as_shares_of_the_dense_model() -> None:
+    found = compare(TIMED_A, TIMED_B)
+    row = found.figures[-1]
+    # 0.48 / 0.6 = 0.8: the shares count, as each was measured against its own dense model
+    assert row == Figure("latency", "50 ms / 50.2 ms", "30.2 ms (60.0 %)", "24.3 ms (48.0 %)", "-20.0 %")
+    assert found.notes == []
+    html = comparison_html.render(found, TIMED_A, TIMED_B)
+    assert "24.3 ms (48.0 %)" in Page(html).text
+    assert "50&nbsp;ms&nbsp;/ 50.2&nbsp;ms" in html  # a phone has no room for both on one line
+    assert compare(TIMED_A, TIMED_A).figures[-1].dense == "50 ms"
+
+
+def test_a_latency_that_only_one_report_holds_is_left_out() -> None:
+    for pair in ((TIMED_A, B), (A, TIMED_B)):
+        assert "latency" not in {row.name for row in compare(*pair).figures}
+
+
+def test_dense_times_that_differ_are_said() -> None:
+    (note,) = compare(TIMED_A, replace(TIMED_B, latency_before=0.0775)).notes
+    assert "took 50 ms and 77.5 ms" in note
 
 
 def test_the_page_tells_both_and_needs_nothing_from_outside() -> None:

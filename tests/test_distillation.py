@@ -183,7 +183,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Tensor:
         raise AssertionError("made anew")
 
-    monkeypatch.setattr("ss_pruning.distillation.distill", fail)
+    monkeypatch.setattr("ss_pruning.distillation._make", fail)
 
 
 def test_the_cache_hands_out_what_was_made(net: Net, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def test_timing_reads_the_middle() -> None:
         timing.over(other) == 0.5
     )  # by round: neither 3 / 6 of the medians nor the mean, by chance the same here
     assert Timing((1.0, 10.0, 2.0)).over(Timing((2.0, 10.0, 8.0))) == 0.5
+    # the shares are 1/2, 10/10 and 2/8
+    assert Timing((1.0, 10.0, 2.0)).spread_over(Timing((2.0, 10.0, 8.0))) == (0.375, 0.75)
 
 
 def test_rounds_are_in_turns_and_change_direction(clock: Clock) -> None:
@@ -358,6 +360,8 @@ def test_really_measured_latency_prunes_a_real_net() -> None:
     report = prune_(model, X[:1], latency=0.6, latency_inputs=images)
     a, b = measure_latency([dense, model], images)
     assert report.latency_ratio == pytest.approx(0.6, rel=0.15)
+    low, high = report.latency_spread
+    assert low <= report.latency_ratio <= high
     assert 0.4 < b.over(a) < 0.8  # loose: whoever else uses the processor is in it
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.provenance import trace
+from ss_pruning.wiring import INPUT
 from tests import oracle
 from tests.snapshot import Bomb, snapshot
 from tests.zoo import BY_NAME, ZOO, Net
@@ -266,3 +267,124 @@ def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
     assert wiring.uncalled == ()
     assert wiring.sources("fc2") == [[("bn", channel)] for channel in range(4)]
     assert torch.equal(model.bn.running_mean, statistics)
+
+
+class Shuffled(nn.Module):
+    """Between its two layers a permutation by a matrix that is neither parameter nor buffer, in single precision."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, len(order)), nn.Linear(len(order), 2)
+        self.matrix = torch.eye(len(order))[order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)) @ self.matrix.T)
+
+
+def test_code_that_insists_on_single_precision_is_traced_in_it() -> None:
+    order = [3, 1, 4, 0, 2]
+    wiring = trace(Shuffled(order), torch.randn(2, 3))
+    assert wiring.sources("fc2") == [[("fc1", channel)] for channel in order]
+
+
+def test_slopes_are_seen_though_a_rectifier_follows() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.ReLU(), nn.Linear(4, 2))
+    wiring = trace(net, torch.randn(2, 3))
+    assert {name: tensor.axis for name, tensor in wiring.loose.items()} == {"1.weight": 0}
+    assert wiring.sources("3") == [[("0", channel)] for channel in range(4)]
+
+
+class Precise(nn.Linear):
+    """Notes the precision in which it is run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = {x.dtype, self.weight.dtype}
+        return super().forward(x)
+
+
+def test_layers_run_in_their_own_precision() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), Precise(4, 4), nn.Linear(4, 2)).bfloat16()
+    nn.utils.parametrize.register_parametrization(net[1], "weight", nn.Identity())
+    trace(net, torch.randn(2, 3, dtype=torch.bfloat16))
+    assert net[1].seen == {torch.bfloat16}
+
+
+def test_a_number_that_steers_the_model_is_left_alone() -> None:
+    class Steered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(3, 2), nn.Linear(2, 2)
+            self.scale = nn.Parameter(torch.ones(2))
+            self.register_buffer("shift", torch.zeros(2))
+            self.register_buffer("ready", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.ready != 1:
+                raise RuntimeError("not initialised")
+            return self.fc2(F.relu(self.fc1(x) * self.scale + self.shift))
+
+    assert set(trace(Steered(), torch.randn(2, 3)).loose) == {"scale", "shift"}
+
+
+class Views(nn.Module):
+    """Takes images one by one, of any size, and a number for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, images: list[Tensor], weights: Tensor) -> Tensor:
+        means = torch.stack([F.relu(self.conv(image[None])).mean((0, 2, 3)) for image in images])
+        return self.fc(means * weights[:, None])
+
+
+def test_a_list_of_images_and_a_number_for_each() -> None:
+    images = [torch.randn(3, 4, 4), torch.randn(3, 6, 5)]
+    wiring = trace(Views(), (images, torch.ones(2)))
+    assert wiring.sources("conv") == [[(INPUT, channel)] for channel in range(3)]
+    assert [set(found) >= {("conv", c)} for c, found in enumerate(wiring.sources("fc"))] == [True] * 4
+
+
+def test_channels_of_a_signal_are_on_the_axis_behind_the_batch() -> None:
+    wiring = trace(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)), torch.randn(2, 3, 8))
+    assert wiring.sources("0") == [[(INPUT, channel)] for channel in range(3)]
+
+
+class TwoWays(nn.Module):
+    """In training its channels run backwards, and a head is there that may refuse its input."""
+
+    def __init__(self, least: int = 1) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.aux, self.head = (
+            nn.Linear(n, m) for n, m in ((3, 4), (4, 2), (4, 5), (5, 2))
+        )
+        self.least = least
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(x))
+        if not self.training:
+            return self.fc2(x)
+        seen = F.relu(self.aux(x))
+        if len(x) < self.least:
+            raise ValueError("too small")
+        return self.fc2(x.flip(1)) + self.head(seen)
+
+
+def test_where_training_is_wired_otherwise_evaluation_counts() -> None:
+    wiring = trace(TwoWays().train(), torch.randn(3, 3))
+    assert wiring.sources("fc2") == [[("fc1", channel)] for channel in range(4)]
+    assert wiring.sources("head") == [[("aux", channel)] for channel in range(5)]
+    assert {feed.call for feeds in wiring.feeds.values() for feed in feeds} == {0}
+
+
+def test_a_head_that_refuses_its_input_is_uncalled_as_a_whole() -> None:
+    wiring = trace(TwoWays(least=9), torch.randn(3, 3))
+    assert wiring.uncalled == ("aux", "head")
+    assert set(wiring.layers) == set(wiring.feeds) == {"fc1", "fc2"}
+
+
+def test_a_model_that_nni_has_wrapped_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[1].add_module("_nni_wrapper", nn.Identity())
+    with pytest.raises(InputError, match="'1' is wrapped by NNI"):
+        trace(net, torch.randn(2, 3))

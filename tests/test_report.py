@@ -454,6 +454,20 @@ def test_certainty_tells_of_each_number_how_it_was_come_by() -> None:
     assert all(words in Page(example().to_html()).text for words in said.values())
 
 
+def test_certainty_of_a_latency_tells_of_its_spread_and_what_it_holds_for() -> None:
+    assert "latency" not in dict(certainty(example()))
+    timed = example(latency_before=0.05, latency_after=0.03, latency_ratio=0.6, latency_spread=(0.58, 0.611))
+    said = dict(certainty(timed))["latency"]
+    assert "median over the turns" in said
+    assert "between 58.0 % and 61.1 %" in said
+    assert "inputs that were given" in said
+    assert said in Page(timed.to_html()).text
+    assert Report.from_dict(json.loads(timed.to_json())) == timed
+    batch = replace(timed, settings={"batch": 8}, latency_spread=None)
+    assert "a batch of 8," in dict(certainty(batch))["latency"]
+    assert "between" not in dict(certainty(batch))["latency"]
+
+
 def test_certainty_does_not_claim_what_was_not_done() -> None:
     bare = example(accuracy_after=None, max_error=math.inf, layers=0, settings={"compensation": "mean"})
     said = dict(certainty(bare))
