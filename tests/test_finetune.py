@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -279,10 +280,19 @@ def test_a_process_with_another_plan_is_an_error_in_all(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- training in two processes
 
 
-def launch(data: Path, out: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+def accelerate_launch(*arguments: str) -> list[str]:
+    """Two processes on CPU: the script is told so; `accelerate launch --cpu` would start one without MPI."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    settings = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    return [*launcher, *settings, "--main_process_port", "0", *arguments]
+
+
+def launch(
+    data: Path, out: Path, *options: str, restarts: int = 0, accelerate: bool = False
+) -> subprocess.Popen[str]:
     script = ("-m", "examples.finetune_timm", *SHORT, *options, "--data", str(data), "--out", str(out))
     return subprocess.Popen(
-        torchrun(*script, restarts=restarts),
+        accelerate_launch(*script) if accelerate else torchrun(*script, restarts=restarts),
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -294,13 +304,20 @@ def launch(data: Path, out: Path, *options: str, restarts: int = 0) -> subproces
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "model", [("test_convnext",), ("test_resnet", "--freeze-norms")], ids=["layer norms", "frozen"]
+    ("accelerate", "model"),
+    [(False, ("test_convnext",)), (True, ("test_resnet", "--freeze-norms"))],
+    ids=["torchrun, layer norms", "accelerate launch, frozen batch norms"],
 )
-def test_two_processes_do_what_one_does(model: tuple[str, ...], data: Path, tmp_path: Path) -> None:
-    two = launch(data, tmp_path / "two", *model, *PRUNED)
+def test_two_processes_do_what_one_does(
+    accelerate: bool, model: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    two = launch(data, tmp_path / "two", *model, *PRUNED, accelerate=accelerate)
     said, _ = two.communicate()
     assert two.returncode == 0, said
     assert "2 process(es)" in said
+    cuts = re.findall(r"process (\d) was cut to (\w+)", said)
+    assert sorted(rank for rank, _ in cuts) == ["0", "1"]
+    assert len({digest for _, digest in cuts}) == 1
     assert here(data, tmp_path / "one", *model, *PRUNED) == 0
     first, second = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert first["plan"] == second["plan"]
