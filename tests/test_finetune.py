@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import ss_pruning
@@ -36,6 +38,7 @@ pytest.importorskip("tensorboard", reason="an optional extra: pip install 'ss-pr
 from accelerate.state import AcceleratorState
 
 from examples import finetune_timm
+from tests.killing import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--size", "32", "--batch", "16", "--workers", "0", "--cpu", "--rate", "0.005")
@@ -129,6 +132,46 @@ def test_interrupted_it_ends_with_the_same_weights(
     for part in ("masks", "model", "ema"):
         assert first[part].keys() == second[part].keys()
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_loses_nothing_that_was_saved(
+    kills: int, data: Path, tmp_path: Path
+) -> None:
+    """Each kill is followed by the same command; a run that gets to its end has the weights of an undisturbed one."""
+
+    def command(out: Path) -> list[str]:
+        return ["test_resnet", *SHORT, *PRUNED, "--data", str(data), "--out", str(out)]
+
+    chance, out, number, ends = random.Random(0), tmp_path / "0", 0, 0
+    with forks("examples.finetune_timm") as run:
+        begin = time.monotonic()
+        assert run(None, "examples.finetune_timm:main", command(tmp_path / "whole")) == 0
+        seconds, whole = time.monotonic() - begin, checkpoint(tmp_path / "whole")
+        while number < kills or not ends:
+            saved = len(checkpoint(out)["log"]) if (out / "last.pt").is_file() else 0
+            code = run(
+                chance.uniform(0, seconds) if number < kills else None,
+                "examples.finetune_timm:main",
+                command(out),
+            )
+            assert code in (0, -signal.SIGKILL)
+            number += code != 0
+            assert whole["log"][: len(log_of(out))] == log_of(out)
+            if (out / "last.pt").is_file():
+                state = checkpoint(out)
+                assert len(state["log"]) >= saved
+                assert state["log"] == whole["log"][: len(state["log"])]
+                if state["sparsified"]:
+                    assert state["plan"] == whole["plan"]
+                    ss_pruning.load(out / "dense.safetensors")
+            else:
+                assert not saved
+            if code == 0:
+                first, second = (load_file(path / "final.safetensors") for path in (tmp_path / "whole", out))
+                assert all(torch.equal(value, second[name]) for name, value in first.items())
+                ends, out = ends + 1, tmp_path / str(ends + 1)
 
 
 def test_a_pruned_file_goes_on_with_its_zeros(data: Path, tmp_path: Path) -> None:
