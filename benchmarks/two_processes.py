@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!-- two processes -->", "<!-- /two processes -->"
 NETS = ("resnet18", "mobilenetv3_small_050")
 #: Images to train on and to test on.
-COUNTS = {"train": 2000, "test": 2000}
+COUNTS = {"train": 1500, "test": 1000}
 BATCH, MACS = 64, 0.6
 COMMON = ("--size", "32", "--crop", "0.7", "--batch", str(BATCH), "--workers", "0", "--cpu", "--ema", "0.9")
 DENSE = ("--epochs", "6", "--rate", "0.05", "--warm-up", "1")

@@ -134,7 +134,7 @@ def test_interrupted_it_ends_with_the_same_weights(
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_loses_nothing_that_was_saved(
     kills: int, data: Path, tmp_path: Path

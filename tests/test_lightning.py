@@ -217,6 +217,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_processes_prune_alike_and_do_what_one_does(tmp_path: Path) -> None:
     """Penalty, masks, cut and a checkpoint from after the cut, under DistributedDataParallel on CPU."""
     script = tmp_path / "distributed.py"
