@@ -125,7 +125,7 @@ def connect(options: Options) -> None:
         ray.init(options.address, runtime_env=environment | code)
     else:
         here = {**environment, "env_vars": {**environment["env_vars"], "PYTHONPATH": str(ROOT)}}
-        ray.init(include_dashboard=False, runtime_env=here)
+        ray.init("local", include_dashboard=False, runtime_env=here)  # whatever cluster may be running here
 
 
 def sweep(options: Options) -> list[Row]:

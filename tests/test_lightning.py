@@ -165,12 +165,13 @@ def test_sharded_models_are_refused() -> None:
 ROOT = Path(__file__).resolve().parent.parent
 #: Frozen batch norms: images do not meet in them, so that two processes do what one does.
 DISTRIBUTED = """
+import os
 import sys
 import warnings
 
 warnings.simplefilter("ignore")
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ss_pruning.integrations.lightning_adapter import StrengthPruning
 from tests.test_lightning import EXAMPLE, Classifier, trainer
@@ -186,12 +187,16 @@ class Frozen(Classifier):
 torch.set_num_threads(1)
 out, devices = sys.argv[1], int(sys.argv[2])
 pixels = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-images = DataLoader(TensorDataset(pixels, torch.arange(32) % 3), batch_size=16 // devices)
+dataset = TensorDataset(pixels, torch.arange(32) % 3)
+# Lightning's own sampler would shuffle. Its first process is started by hand, without a LOCAL_RANK.
+part = DistributedSampler(dataset, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+images = DataLoader(dataset, batch_size=16 // devices, sampler=part)
 
 
 def fit(epochs, ckpt_path=None):
     module, callback = Frozen(), StrengthPruning(EXAMPLE, weight=1e-2, epoch=1, macs=0.7, sparsity=0.3)
-    run = trainer(out, callback, max_epochs=epochs, strategy="ddp" if devices > 1 else "auto", devices=devices)
+    strategy = {"strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
+    run = trainer(out, callback, max_epochs=epochs, devices=devices, **strategy)
     run.fit(module, images, ckpt_path=ckpt_path)
     return run, module, callback
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,28 +98,34 @@ def test_nothing_is_reported_to_rays_makers() -> None:
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
-@pytest.fixture
-def cluster() -> Iterator[str]:
+@contextlib.contextmanager
+def cluster(environment: dict[str, str]) -> Iterator[str]:
     """The address of a cluster of one machine, with two CPUs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from ray.cluster_utils import Cluster
-
-        machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        yield machines.address
-        machines.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ("start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false")
+    command = [sys.executable, "-m", "ray.scripts.scripts", *start, "--disable-usage-stats"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as head:
+        try:
+            assert head.stdout is not None
+            assert any("Ray runtime started" in line for line in head.stdout)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_it_goes_on_on_a_cluster(tmp_path: Path, cluster: str) -> None:
+@pytest.mark.timeout(1800)
+def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
     """Killed without warning with trials done and trials running; then taken up by the cluster's address."""
     psutil = pytest.importorskip("psutil", reason="tells which processes are left")
     data, out = like_fashion_mnist(tmp_path / "data"), tmp_path / "out"
     same = ("--data", str(data), *COMMON)
     command = [sys.executable, "-m", "examples.sweep", *same, *GRID, "--images", "0", "--batch", "128", "--out",
                str(out), "--at-a-time", "2"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, **token, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     while len(done := list(out.glob("results/*.json"))) < 2 and run.poll() is None:
         time.sleep(0.02)
