@@ -1,13 +1,14 @@
 """What pruning gains in time: dense and pruned models in turns, in one process, at budgets of MACs and of time.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.latency --parts budget settings targets
+    OMP_NUM_THREADS=2 python -m benchmarks.latency     # budget, settings, compiled, targets
     python -m benchmarks.latency --parts trained       # needs CIFAR-10 and the checkpoints, see --data
-    python -m benchmarks.latency --device cuda --parts budget settings compiled targets
+    python -m benchmarks.latency --device cuda
     python -m benchmarks.latency --page                # writes docs/latency.md from what is there
 
-A CPU that does something else at the same time shows in the spreads. On a GPU the settings are batch 1, 32 and 256 at
-224 pixels, which needs about 24 GiB for ResNet-50 in float32. Weights are random except in `trained`: they cost the
-same time.
+Every comparison is a line, written when it is done. A run that was stopped goes on where it was, on the same day or by
+the name that it was given (--run); under another name everything is measured once more. A CPU that does something else
+at the same time shows in the spreads. On a GPU the settings are batch 1, 32 and 256 at 224 pixels, which needs about
+24 GiB for ResNet-50 in float32. Weights are random except in `trained`: they cost the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from torch import nn
 
 from benchmarks.accuracy import add_line, read_lines
 from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.latency_page import what_of, write_page
 from ss_pruning import prune_
-from ss_pruning.benching import Comparison, Setting, compare, file_bytes, settings
+from ss_pruning.benching import Setting, compare, file_bytes, settings
 from ss_pruning.latency import machine
 from ss_pruning.planning import Costs, Floats
 from ss_pruning.report import Report
@@ -44,7 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     'scope="local", round_to="measured"': {"scope": "local", "round_to": "measured"},
 }
 NETS = ("resnet50", "mobilenet_v3_large")
-TARGETS = (0.75, 0.6, 0.5)
+TARGETS = (0.6,)
 _LIMIT = 25.0  # seconds of timing a comparison
 
 
@@ -60,6 +64,16 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
         self.size = 3, options.pixels, options.pixels
+        self.machine = machine(self.device)
+        self.done = {what_of(line) for line in read_lines(options.results) if line.get("run") == options.run}
+        self.made: dict[tuple[str, str], tuple[nn.Module, dict[str, Any]]] = {}
+
+    def todo(self, part: str, net: str, setting: Setting | None = None, **what: Any) -> bool:
+        """Whether this run has no line of it yet."""
+        compared = {"comparison": {"setting": asdict(setting)}} if setting else {}
+        return (
+            what_of({"part": part, "net": net, "machine": self.machine, **what, **compared}) not in self.done
+        )
 
     def images(self, batch: int) -> torch.Tensor:
         noise = torch.Generator().manual_seed(0)
@@ -73,50 +87,49 @@ class Bench:
         return model.cpu(), report
 
     def line(self, part: str, **what: Any) -> None:
-        facts = {"machine": machine(self.device), "pixels": self.options.pixels, "versions": versions()}
+        facts = {"machine": self.machine, "pixels": self.options.pixels, "run": self.options.run}
+        facts["versions"] = versions()
         add_line({"part": part, **what, **facts}, self.options.results)
         print(part, {key: value for key, value in what.items() if key != "comparison"}, flush=True)
 
-    def compared(
-        self, part: str, net: str, models: dict[str, nn.Module], setting: Setting, facts: dict[str, Any]
-    ) -> Comparison:
+    def compared(self, part: str, net: str, ways: Sequence[str], setting: Setting) -> None:
+        """The dense net and those pruned in some ways to half its MACs, unless this run has them already."""
+        if not self.todo(part, net, setting):
+            return
+        made = {way: self.at_budget(net, way) for way in ("dense", *ways)}
+        models = {way: model for way, (model, _) in made.items()}
         found = compare(models, self.size, setting, self.device, seconds=_LIMIT)
         for way, ratio in found.ratios.items():
-            print(
-                f"  {net}, {setting}, {way}: {1000 * found.speeds[way].seconds:.1f} ms, {ratio:.3f}",
-                flush=True,
-            )
-        self.line(part, net=net, comparison=found.to_dict(), facts=facts)
-        return found
+            milliseconds = 1000 * found.speeds[way].seconds
+            print(f"  {net}, {setting}, {way}: {milliseconds:.1f} ms, {ratio:.3f}", flush=True)
+        self.line(part, net=net, comparison=found.to_dict(), facts={way: made[way][1] for way in ways})
 
-    def at_budget(self, net: str) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        models, facts = {"dense": dense_net(net)}, {}
-        for way, how in WAYS.items():
-            models[way], report = self.pruned(models["dense"], macs=MACS, **how)
-            facts[way] = {**kept(report), "file": file_bytes(models[way]) / file_bytes(models["dense"])}
-        return models, facts
+    def at_budget(self, net: str, way: str) -> tuple[nn.Module, dict[str, Any]]:
+        """Made once, since planning takes time too."""
+        if way == "dense":
+            return self.made.setdefault((net, way), (dense_net(net), {}))
+        if (net, way) not in self.made:
+            dense, _ = self.at_budget(net, "dense")
+            model, report = self.pruned(dense, macs=MACS, **WAYS[way])
+            self.made[net, way] = model, {**kept(report), "file": file_bytes(model) / file_bytes(dense)}
+        return self.made[net, way]
 
     def budget(self) -> None:
         """The same MACs in several ways, at one batch size."""
-        models, facts = self.at_budget("resnet50")
         (setting,) = settings([self.options.batch])
-        self.compared("budget", "resnet50", models, setting, facts)
+        self.compared("budget", "resnet50", list(WAYS), setting)
 
     def settings(self) -> None:
         """Two of them in the settings that people deploy in."""
-        models, facts = self.at_budget("resnet50")
-        few = {name: models[name] for name in ("dense", "default", 'round_to="measured"')}
         layouts, dtypes = ("contiguous", "channels_last"), ("float32", "bf16")
         _, *others = settings([self.options.batch], dtypes, layouts)  # the first is that of `budget`
         for setting in (*others, *settings([1, 32])):
-            self.compared("settings", "resnet50", few, setting, facts)
+            self.compared("settings", "resnet50", ("default", 'round_to="measured"'), setting)
 
     def compiled(self) -> None:
         """Through torch.compile."""
-        models, facts = self.at_budget("resnet50")
-        few = {name: models[name] for name in ("dense", 'round_to="measured"')}
-        for setting in settings([self.options.batch], compiled=[True]):
-            self.compared("compiled", "resnet50", few, setting, facts)
+        (setting,) = settings([self.options.batch], compiled=[True])
+        self.compared("compiled", "resnet50", ('round_to="measured"',), setting)
 
     def targets(self) -> None:
         """Latency targets, measured once more by a comparison of its own."""
@@ -124,6 +137,8 @@ class Bench:
         for net in self.options.nets:
             dense = dense_net(net)
             for target in self.options.targets:
+                if not self.todo("targets", net, target=target, batch=self.options.batch):
+                    continue
                 model, report = self.pruned(dense, latency=target)
                 again = compare(
                     {"dense": dense, "pruned": model}, self.size, setting, self.device, seconds=_LIMIT
@@ -150,6 +165,8 @@ class Bench:
         for name, (by_macs, round_to) in TABLE_USES.items():
             dense = load_net("resnet56", data, Path("runs")).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             for target in self.options.targets:
+                if not self.todo("trained", "resnet56", target=target, use=name, seed=self.options.seed):
+                    continue
                 model = copy.deepcopy(dense)
                 with costs_of_macs() if by_macs else contextlib.nullcontext():
                     report = prune_(
@@ -219,7 +236,10 @@ def show(stage: str, done: int, total: int) -> None:
 def main() -> int:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["budget", "settings", "targets"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:4]))
+    parser.add_argument(
+        "--run", default=date.today().isoformat(), help="its name: what it has is not measured again"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, help="by default 8 on a CPU, 256 on a GPU")
     parser.add_argument("--pixels", type=int, default=224)
@@ -231,8 +251,6 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write docs/latency.md, measure nothing")
     options = parser.parse_args()
     if options.page:
-        from benchmarks.latency_page import write_page
-
         print(f"written: {write_page(read_lines(options.results))}")
         return 0
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -37,7 +37,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     if not lines:
         raise SystemExit("no result yet: run python -m benchmarks.latency first")
     latest = {
-        _what(line): {**line, "runs": [other for other in lines if _alike(line, other)]} for line in lines
+        what_of(line): {**line, "runs": [other for other in lines if _alike(line, other)]} for line in lines
     }
     versions = ", ".join(f"{name} {text}" for name, text in lines[-1]["versions"].items())
     pixels = next(line["pixels"] for line in lines)
@@ -59,7 +59,8 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     return page
 
 
-def _what(line: Line) -> tuple[Any, ...]:
+def what_of(line: Line) -> tuple[Any, ...]:
+    """Equal for two lines that measured the same thing on the same machine."""
     machine = tuple(line["machine"].values())
     if "comparison" in line:
         return line["part"], line["net"], machine, tuple(line["comparison"]["setting"].values())
@@ -76,7 +77,7 @@ def _alike(line: Line, other: Line) -> bool:
     return (
         "comparison" in line
         and "comparison" in other
-        and _what({**line, "part": ""}) == _what({**other, "part": ""})
+        and what_of({**line, "part": ""}) == what_of({**other, "part": ""})
     )
 
 
@@ -104,8 +105,22 @@ def _budget(lines: list[Line]) -> list[str]:
             *rows,
             "",
             *_verdict(line),
+            *_recipe(line),
         ]
     return parts
+
+
+def _recipe(line: Line) -> list[str]:
+    """What follows for somebody who has to choose."""
+    ratios = {way: ratio for way, ratio in line["comparison"]["ratios"].items() if way != "dense"}
+    best = min(ratios, key=ratios.__getitem__)
+    return [
+        f"At these MACs {best if best == 'default' else f'`{best}`'} takes the least time. If a time is what has to be "
+        "met, ask for it (`--latency`, or `prune_(..., latency=)`): channels are then weighed by the time that they "
+        'cost, and MACs are what comes out. `scope="local"` takes the same share of every layer, whatever its channels '
+        "are worth: look at the accuracy before you choose it.",
+        "",
+    ]
 
 
 def _verdict(line: Line) -> list[str]:
@@ -150,9 +165,9 @@ def _row(line: Line, way: str) -> str:
 
 
 def _settings(lines: list[Line]) -> list[str]:
-    shown = {_what({**line, "part": ""}) for line in lines if line["part"] == "budget"}
+    shown = {what_of({**line, "part": ""}) for line in lines if line["part"] == "budget"}
     chosen = [line for line in lines if line["part"] in ("settings", "compiled")]
-    chosen = [line for line in chosen if _what({**line, "part": ""}) not in shown]
+    chosen = [line for line in chosen if what_of({**line, "part": ""}) not in shown]
     if not chosen:
         return []
     ways = list(

@@ -41,7 +41,7 @@ from examples.finetune_inputs import dense_model, loaders, preprocess_of, spec_o
 from examples.finetune_options import Options, arguments, recipe
 from ss_pruning._atomic import make_writable_folder, replacing, write_text
 from ss_pruning.cloning import copied
-from ss_pruning.distributed import broadcast_plan, check_agreement
+from ss_pruning.distributed import broadcast_plan, check_agreement, fingerprint
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
 from ss_pruning.models import build_model
@@ -102,6 +102,8 @@ class Run:
                 check_agreement(model)
                 self.plan.apply_(model)
                 check_agreement(model)
+            digest = fingerprint(self.model).hex()[:16]
+            print(f"process {self.accelerator.process_index} was cut to {digest}", flush=True)
         if options.sparsity or options.keep_zeros:
             masks = zero_masks(self.model)
             for model in models:

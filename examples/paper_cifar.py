@@ -87,6 +87,18 @@ class Training:
         return f"{self.form}-{self.step}-{self.weight:g}" if self.weight else "dense"
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """Which share of the synapses goes, by which criterion (see `CRITERIA`), and how the rest is fine-tuned."""
+
+    criterion: str
+    sparsity: float
+    tuning: Recipe
+
+    def checkpoint(self, training: Training, root: Path) -> Path:
+        return training.folder(root) / f"{training.tag}.{self.criterion}-{self.sparsity:g}.pt"
+
+
 class Sparsify:
     """The regulariser of `benchmarks.training`: penalty or proximal step, with its warm-up."""
 
@@ -168,41 +180,48 @@ def compacted(masked: nn.Module) -> tuple[nn.Module, Compaction]:
 
 
 def report(
-    training: Training, sparsity: float, criterion: str, nets: Mapping[str, float], made: Compaction
+    training: Training, pruning: Pruning, nets: Mapping[str, float], made: Compaction
 ) -> dict[str, Any]:
     """What was done and what came out, ready for JSON."""
     return {
         **asdict(training),
-        "criterion": criterion,
-        "sparsity": sparsity,
+        "criterion": pruning.criterion,
+        "sparsity": pruning.sparsity,
         "top1": dict(nets),
         **json.loads(made.to_json()),
         "versions": versions(),
     }
 
 
-def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
-    """Train, prune, fine-tune, compact."""
-    training = training_of(options)
-    images, test = (load_dataset(training.dataset, options.data, split) for split in ("train", "test"))
-    model = trained(training, images, options.out, say)
+def prune_and_tune(
+    training: Training, pruning: Pruning, model: nn.Module, sets: tuple[Images, Images], root: Path, say: Say
+) -> tuple[dict[str, float], nn.Module, Compaction]:
+    """Top-1 on the test images by stage, the small net, and what was cut; the trained model is left as it is."""
+    images, test = sets
     found = {"trained": top1(model, test)}
     say(f"trained: {found['trained']:.2f} % of the test images")
     labelled = draw(images, LABELLED, 10_000 + training.seed)
-    masks = synapse_masks(
-        scores(model, options.criterion, labelled, training.seed), fraction=options.sparsity
-    )
+    found_scores = scores(model, pruning.criterion, labelled, training.seed)
+    masks = synapse_masks(found_scores, fraction=pruning.sparsity)
     found["pruned"] = top1(mask_(copy.deepcopy(model), masks), test)
-    say(f"without {options.sparsity:.0%} of the synapses, before fine-tuning: {found['pruned']:.2f} %")
-    tuning = replace(training.recipe, epochs=options.finetune_epochs, rate=options.finetune_rate)
-    checkpoint = training.folder(options.out) / f"{training.tag}.{options.criterion}-{options.sparsity:g}.pt"
-    masked = tuned(model, masks, images, tuning, checkpoint, say)
+    say(f"without {pruning.sparsity:.0%} of the synapses, before fine-tuning: {found['pruned']:.2f} %")
+    masked = tuned(model, masks, images, pruning.tuning, pruning.checkpoint(training, root), say)
     small, made = compacted(masked)
     found["fine-tuned"], found["compacted"] = top1(masked, test), top1(small, test)
     say(f"fine-tuned: {found['fine-tuned']:.2f} %; compacted: {found['compacted']:.2f} %")
+    return found, small, made
+
+
+def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """Train, prune, fine-tune, compact."""
+    training, pruning = training_of(options)
+    images, test = (load_dataset(training.dataset, options.data, split) for split in ("train", "test"))
+    model = trained(training, images, options.out, say)
+    found, small, made = prune_and_tune(training, pruning, model, (images, test), options.out, say)
+    checkpoint = pruning.checkpoint(training, options.out)
     torch.save(small.state_dict(), checkpoint.with_suffix(".compact.pt"))
     seconds = timed(model, small)
-    result = report(training, options.sparsity, options.criterion, found, made) | {"seconds_a_batch": seconds}
+    result = report(training, pruning, found, made) | {"seconds_a_batch": seconds}
     write_text(checkpoint.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     show(found, made, seconds)
     say(f"written: {checkpoint.with_suffix('.json')}")
@@ -236,15 +255,19 @@ def show(top: Mapping[str, float], made: Compaction, seconds: Mapping[str, float
     )
 
 
-def training_of(options: argparse.Namespace) -> Training:
-    """The options as a `Training`, with the paper's stand-in where it was asked for."""
+def training_of(options: argparse.Namespace) -> tuple[Training, Pruning]:
+    """What the options ask for, with the paper's stand-in where it was asked for."""
     recipe = Recipe(epochs=options.epochs, rate=options.rate, bf16=options.bf16, seed=options.seed)
+    tuning = replace(recipe, epochs=options.finetune_epochs, rate=options.finetune_rate)
     weight, width = options.weight, options.width
     if options.paper:
         recipe = replace(recipe, epochs=160, rate=0.1, batch=64, weight_decay=1e-4, schedule="steps")
         weight, width = 1e-4 if options.net.startswith("vgg") else 1e-5, 1.0
-        options.finetune_epochs, options.finetune_rate = 160, 0.1
-    return Training(options.net, width, options.dataset, weight, options.form, options.step, recipe=recipe)
+        tuning = recipe
+    training = Training(
+        options.net, width, options.dataset, weight, options.form, options.step, recipe=recipe
+    )
+    return training, Pruning(options.criterion, options.sparsity, tuning)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ PURPOSES = {
     "demo": "the digits that the demo network reads",
     "lightning": "training towards sparse synapses in Lightning",
     "onnx": "writing and checking ONNX files",
+    "sweep": "sweeps over options with Ray Tune",
     "train": "fine-tuning timm models with accelerate",
     "plot": "pictures of the benchmarks",
     "docs": "building the documentation",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import ss_pruning
@@ -35,6 +38,7 @@ pytest.importorskip("tensorboard", reason="an optional extra: pip install 'ss-pr
 from accelerate.state import AcceleratorState
 
 from examples import finetune_timm
+from tests.killing import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--size", "32", "--batch", "16", "--workers", "0", "--cpu", "--rate", "0.005")
@@ -128,6 +132,46 @@ def test_interrupted_it_ends_with_the_same_weights(
     for part in ("masks", "model", "ema"):
         assert first[part].keys() == second[part].keys()
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_loses_nothing_that_was_saved(
+    kills: int, data: Path, tmp_path: Path
+) -> None:
+    """Each kill is followed by the same command; a run that gets to its end has the weights of an undisturbed one."""
+
+    def command(out: Path) -> list[str]:
+        return ["test_resnet", *SHORT, *PRUNED, "--data", str(data), "--out", str(out)]
+
+    chance, out, number, ends = random.Random(0), tmp_path / "0", 0, 0
+    with forks("examples.finetune_timm") as run:
+        begin = time.monotonic()
+        assert run(None, "examples.finetune_timm:main", command(tmp_path / "whole")) == 0
+        seconds, whole = time.monotonic() - begin, checkpoint(tmp_path / "whole")
+        while number < kills or not ends:
+            saved = len(checkpoint(out)["log"]) if (out / "last.pt").is_file() else 0
+            code = run(
+                chance.uniform(0, seconds) if number < kills else None,
+                "examples.finetune_timm:main",
+                command(out),
+            )
+            assert code in (0, -signal.SIGKILL)
+            number += code != 0
+            assert whole["log"][: len(log_of(out))] == log_of(out)
+            if (out / "last.pt").is_file():
+                state = checkpoint(out)
+                assert len(state["log"]) >= saved
+                assert state["log"] == whole["log"][: len(state["log"])]
+                if state["sparsified"]:
+                    assert state["plan"] == whole["plan"]
+                    ss_pruning.load(out / "dense.safetensors")
+            else:
+                assert not saved
+            if code == 0:
+                first, second = (load_file(path / "final.safetensors") for path in (tmp_path / "whole", out))
+                assert all(torch.equal(value, second[name]) for name, value in first.items())
+                ends, out = ends + 1, tmp_path / str(ends + 1)
 
 
 def test_a_pruned_file_goes_on_with_its_zeros(data: Path, tmp_path: Path) -> None:
@@ -279,10 +323,19 @@ def test_a_process_with_another_plan_is_an_error_in_all(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- training in two processes
 
 
-def launch(data: Path, out: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+def accelerate_launch(*arguments: str) -> list[str]:
+    """Two processes on CPU: the script is told so; `accelerate launch --cpu` would start one without MPI."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    settings = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    return [*launcher, *settings, "--main_process_port", "0", *arguments]
+
+
+def launch(
+    data: Path, out: Path, *options: str, restarts: int = 0, accelerate: bool = False
+) -> subprocess.Popen[str]:
     script = ("-m", "examples.finetune_timm", *SHORT, *options, "--data", str(data), "--out", str(out))
     return subprocess.Popen(
-        torchrun(*script, restarts=restarts),
+        accelerate_launch(*script) if accelerate else torchrun(*script, restarts=restarts),
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -294,13 +347,20 @@ def launch(data: Path, out: Path, *options: str, restarts: int = 0) -> subproces
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "model", [("test_convnext",), ("test_resnet", "--freeze-norms")], ids=["layer norms", "frozen"]
+    ("accelerate", "model"),
+    [(False, ("test_convnext",)), (True, ("test_resnet", "--freeze-norms"))],
+    ids=["torchrun, layer norms", "accelerate launch, frozen batch norms"],
 )
-def test_two_processes_do_what_one_does(model: tuple[str, ...], data: Path, tmp_path: Path) -> None:
-    two = launch(data, tmp_path / "two", *model, *PRUNED)
+def test_two_processes_do_what_one_does(
+    accelerate: bool, model: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    two = launch(data, tmp_path / "two", *model, *PRUNED, accelerate=accelerate)
     said, _ = two.communicate()
     assert two.returncode == 0, said
     assert "2 process(es)" in said
+    cuts = re.findall(r"process (\d) was cut to (\w+)", said)
+    assert sorted(rank for rank, _ in cuts) == ["0", "1"]
+    assert len({digest for _, digest in cuts}) == 1
     assert here(data, tmp_path / "one", *model, *PRUNED) == 0
     first, second = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert first["plan"] == second["plan"]

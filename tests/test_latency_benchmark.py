@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import latency
 from benchmarks.latency_page import write_page
-from ss_pruning.benching import Setting
+from ss_pruning.benching import Setting, Speed
 from ss_pruning.planning import Costs
 
 CPU = {"device": "cpu", "name": "Abacus", "threads": "2", "torch": "2"}
@@ -54,6 +54,7 @@ def page(tmp_path: Path, *lines: dict[str, Any]) -> str:
 def test_the_goal_is_met_or_not(tmp_path: Path) -> None:
     text = page(tmp_path, compared("budget", CPU, {"batch": 8}, default=0.63, even=0.61))
     assert "At most 0.62 of the dense time is met by `even`; not by default." in text
+    assert "At these MACs `even` takes the least time." in text
     text = page(tmp_path, compared("budget", CPU, {"batch": 8}, default=0.63))
     assert "is met by none; not by default." in text
     assert "CPU: Abacus, 2 threads" in text
@@ -108,3 +109,40 @@ def test_costs_are_of_macs_only_for_a_while() -> None:
     with latency.costs_of_macs():
         assert Costs.per_family is not before
     assert Costs.per_family is before
+
+
+def test_what_a_run_has_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first comparison, it goes on with the second; a run of another name begins anew."""
+    results, asked = tmp_path / "lines.jsonl", []
+
+    class Found:
+        def __init__(self, setting: Setting, names: list[str]) -> None:
+            self.ratios = dict.fromkeys(names, 1.0)
+            self.speeds = {name: Speed(1.0, 1.0, 1.0, 1.0, None) for name in names}
+            self.setting = setting
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"setting": vars(self.setting), "ratios": self.ratios}
+
+    def compare(models: dict[str, Any], size: Any, setting: Setting, *_: Any, **__: Any) -> Found:
+        asked.append((str(setting), *models))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return Found(setting, list(models))
+
+    def small(bench: Any, net: str, way: str) -> tuple[None, dict[str, float]]:
+        return None, {"macs_kept": 0.5, "params_kept": 0.5, "file": 0.5}
+
+    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency.Bench, "at_budget", small)
+    common = ["latency", "--batch", "2", "--parts", "budget", "compiled", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", [*common, "--run", "a"])
+    with pytest.raises(KeyboardInterrupt):
+        latency.main()
+    assert latency.main() == latency.main() == 0
+    budget = ("batch 2, float32", "dense", *latency.WAYS)
+    compiled = ("batch 2, float32, compiled", "dense", 'round_to="measured"')
+    assert asked == [budget, compiled, compiled]
+    monkeypatch.setattr("sys.argv", [*common, "--run", "b"])
+    assert latency.main() == 0
+    assert asked[3:] == [budget, compiled]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +158,90 @@ def test_sharded_models_are_refused() -> None:
 
     with pytest.raises(InputError, match="under FSDPStrategy cannot be pruned while it trains"):
         StrengthPruning(EXAMPLE, weight=1.0).setup(Sharded(), Classifier(), "fit")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- two processes
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Frozen batch norms: images do not meet in them, so that two processes do what one does.
+DISTRIBUTED = """
+import os
+import sys
+import warnings
+
+warnings.simplefilter("ignore")
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ss_pruning.integrations.lightning_adapter import StrengthPruning
+from tests.test_lightning import EXAMPLE, Classifier, trainer
+
+
+class Frozen(Classifier):
+    def on_train_batch_start(self, batch, index):
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+
+torch.set_num_threads(1)
+out, devices = sys.argv[1], int(sys.argv[2])
+pixels = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+dataset = TensorDataset(pixels, torch.arange(32) % 3)
+# Lightning's own sampler would shuffle. Its first process is started by hand, without a LOCAL_RANK.
+part = DistributedSampler(dataset, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+images = DataLoader(dataset, batch_size=16 // devices, sampler=part)
+
+
+def fit(epochs, ckpt_path=None):
+    module, callback = Frozen(), StrengthPruning(EXAMPLE, weight=1e-2, epoch=1, macs=0.7, sparsity=0.3)
+    strategy = {"strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
+    run = trainer(out, callback, max_epochs=epochs, devices=devices, **strategy)
+    run.fit(module, images, ckpt_path=ckpt_path)
+    return run, module, callback
+
+
+first, _, _ = fit(2)
+first.save_checkpoint(f"{out}/part.ckpt")
+again, continued, _ = fit(3, f"{out}/part.ckpt")
+run, module, callback = fit(3)
+trained = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+assert trained == {id(p) for p in module.parameters()}
+state = {
+    "strategy": type(run.strategy).__name__,
+    "plan": callback.plan.to_json(),
+    "model": module.state_dict(),
+    "continued": continued.state_dict(),
+}
+torch.save(state, f"{out}/rank{run.global_rank}of{run.world_size}.pt")
+"""
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_processes_prune_alike_and_do_what_one_does(tmp_path: Path) -> None:
+    """Penalty, masks, cut and a checkpoint from after the cut, under DistributedDataParallel on CPU."""
+    script = tmp_path / "distributed.py"
+    script.write_text(DISTRIBUTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for devices in (1, 2):
+        command = [sys.executable, str(script), str(tmp_path), str(devices)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone, first, second = (
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in ("0of1", "0of2", "1of2")
+    )
+    assert first["strategy"] == second["strategy"] == "DDPStrategy"
+    assert first["plan"] == second["plan"] == alone["plan"]
+    assert '"kept"' in first["plan"]
+    for run in ("model", "continued"):
+        assert equal(first[run], second[run])
+    assert equal(first["model"], first["continued"])
+    assert any(name.endswith("mask") for name in first["model"])
+    assert first["model"].keys() == alone["model"].keys()
+    for name, value in alone["model"].items():
+        torch.testing.assert_close(first["model"][name], value)

@@ -30,8 +30,11 @@ OPTIONS = ("--dataset", "fashion-mnist", "--net", "vgg16bn", "--width", "0.0625"
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    return like_fashion_mnist(tmp_path / "data")
+
+
+def like_fashion_mnist(folder: Path) -> Path:
     """Files like Fashion-MNIST's, with 256 images to train on and 64 to test, bright where the label says."""
-    folder = tmp_path / "data"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 256), ("t10k", 64)):
