@@ -135,7 +135,9 @@ class SoundPart:
         def suspects(latest: VerificationError) -> list[set[Number]]:
             new = latest.followed - before
             near = {n for n in new if _inside(latest.at or "", n[0])}
-            return [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
+            return (
+                [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
+            )
 
         def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
             nonlocal left
