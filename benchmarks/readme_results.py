@@ -33,12 +33,17 @@ def accuracy_table(net: str, macs: float, lines: list[dict[str, Any]]) -> list[s
 
 
 def coverage_lines() -> list[str]:
-    """How many architectures work, from the coverage run's own summary."""
-    page = README.parent / "docs" / "coverage.md"
-    return [
-        "Which of timm's and torchvision's architectures work: [docs/coverage.md](docs/coverage.md).",
-        "",
-    ] * page.is_file()
+    """Where it stands which architectures work."""
+    pages = {
+        "coverage": "Which of timm's and torchvision's architectures work",
+        "coverage_elsewhere": "and of other libraries, YOLO and U-Nets among them",
+    }
+    there = [
+        f"{words}: [docs/{name}.md](docs/{name}.md)"
+        for name, words in pages.items()
+        if (README.parent / "docs" / f"{name}.md").is_file()
+    ]
+    return [f"{'; '.join(there)}.", ""] * bool(there)
 
 
 def main() -> None:
