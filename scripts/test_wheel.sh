@@ -33,17 +33,21 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from pip._vendor.packaging.requirements import Requirement
+
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 found = {re.sub(r"[-_.]+", "-", d.name).lower(): d for d in metadata.distributions(path=[str(source)])}
-todo, wanted = ["torch", "torchvision", "numpy"], set()
+todo, seen = [("torch", ""), ("torchvision", ""), ("numpy", "")], set()
 while todo:
-    name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-    if name in wanted or name not in found:
+    name, extra = todo.pop()
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    if (name, extra) in seen or name not in found:
         continue
-    wanted.add(name)
-    for line in found[name].requires or []:
-        if "extra ==" not in line:
-            todo.append(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0])
+    seen.add((name, extra))
+    for need in map(Requirement, found[name].requires or []):
+        if need.marker is None or need.marker.evaluate({"extra": extra}):
+            todo += [(need.name, part) for part in ("", *need.extras)]
+wanted = {name for name, _ in seen}
 for name in wanted:
     for file in found[name].files or []:
         top = file.parts[0]

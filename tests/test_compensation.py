@@ -102,6 +102,32 @@ def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pyte
     assert error(dense, small, x) < 1e-8
 
 
+def test_affine_copies_go_without_a_trace_by_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`x_6 = 2 x_0 + 3`: a slope from moments that are not about the mean would be another."""
+    monkeypatch.setattr("ss_pruning.compensation._RIDGE", 1e-12)
+    dense, x = double_net(), images()
+    with torch.no_grad():
+        dense.bn1.bias.fill_(50.0)  # far above the rectifier
+        for tensor in (dense.conv1.weight, dense.bn1.running_mean, dense.bn1.running_var):
+            tensor[6] = tensor[0]
+        dense.bn1.weight[6], dense.bn1.bias[6] = 2 * dense.bn1.weight[0], 2 * dense.bn1.bias[0] + 3
+    small, plan, wiring = cut(dense, [6], x)
+    assert error(dense, small, x) > 1e-2
+    fold_linear_(small, dense, plan, wiring, x)
+    assert error(dense, small, x) < 1e-7
+
+
+def test_a_channel_that_is_zero_does_no_harm_at_a_padded_border() -> None:
+    dense, x = double_net(kernel=3, padding=1), images()
+    with torch.no_grad():
+        dense.bn1.weight[6], dense.bn1.bias[6] = 0.0, -1.0  # behind the rectifier: 0
+    small, plan, wiring = cut(dense, [6], x)
+    outcome = fold_means_(small, dense, plan, wiring, [x], x)
+    assert outcome.layers == ["conv2"]
+    assert outcome.inexact == []
+    assert error(dense, small, x) < 1e-12
+
+
 @pytest.mark.parametrize("norm_behind", [True, False])
 def test_duplicates_go_without_a_trace_by_reconstruct(
     norm_behind: bool, monkeypatch: pytest.MonkeyPatch
