@@ -119,13 +119,14 @@ def stage(name: str, trial: Callable[..., None], grid: dict[str, list[Any]], opt
 
 def connect(options: Options) -> None:
     """To the cluster that was named, or to one that lives as long as this process."""
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(options.cpus)}}
+    names = {"OMP_NUM_THREADS": str(options.cpus)}
     if options.address:
-        code = {"working_dir": str(ROOT), "excludes": ["/runs", "/docs", "/tests", ".git", "*.jsonl"]}
-        ray.init(options.address, runtime_env=environment | code)
-    else:
-        here = {**environment, "env_vars": {**environment["env_vars"], "PYTHONPATH": str(ROOT)}}
-        ray.init("local", include_dashboard=False, runtime_env=here)  # whatever cluster may be running here
+        excluded = ["/runs", "/docs", "/tests", ".git", "*.jsonl"]
+        code = {"working_dir": str(ROOT), "excludes": excluded}
+        ray.init(options.address, runtime_env={"env_vars": names, **code})
+    else:  # "local", whatever cluster may be running here
+        names["PYTHONPATH"] = str(ROOT)
+        ray.init("local", include_dashboard=False, runtime_env={"env_vars": names})
 
 
 def sweep(options: Options) -> list[Row]:

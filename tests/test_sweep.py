@@ -129,6 +129,7 @@ def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
     run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     while len(done := list(out.glob("results/*.json"))) < 2 and run.poll() is None:
         time.sleep(0.02)
+    assert run.poll() is None, "it ended before two trials had"
     family = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
