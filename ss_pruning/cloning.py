@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +49,15 @@ def shell(model: nn.Module) -> nn.Module:
     return shells[0]
 
 
-def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy whose parameters and buffers are `change` of those of `model`, each a tensor of its own.
+def retyped(
+    model: nn.Module, change: Callable[[Tensor], Tensor], tables: Sequence[str] = _TABLES
+) -> nn.Module:
+    """A copy whose parameters and buffers are `change` of those of `model`.
+
+    Args:
+        model: What to copy.
+        change: Given a tensor, which it must not write into, returns what takes its place.
+        tables: "_parameters", "_buffers" or both; what is in the other one is shared with `model`.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -58,8 +65,7 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     twin = shell(model)
     made: dict[int, Any] = {}
     for module in modules_of(twin).values():
-        tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
-        for table in tables:
+        for table in (vars(module)[name] for name in tables):
             for name, tensor in table.items():
                 if tensor is None:
                     continue
@@ -67,6 +73,41 @@ def retyped(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
                     made[id(tensor)] = _like(tensor, change(tensor.detach()))
                 table[name] = made[id(tensor)]
     return twin
+
+
+def read_as(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy that gives `change` of a parameter of `model` whenever one is read, as every forward pass does.
+
+    Nothing of it is kept: a pass in float64 through a float32 model takes the memory of one layer at a time. Buffers,
+    which modules may write into, are changed once and for all. Whoever goes through the tables of a module rather than
+    asking for an attribute sees the parameters of `model` themselves.
+
+    Args:
+        model: What to copy.
+        change: Given a tensor, returns one with a memory of its own.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
+    twin = retyped(model, change, ("_buffers",))
+    for module in modules_of(twin).values():
+        vars(module)["_parameters"] = _Changing(module._parameters, change)
+    return twin
+
+
+class _Changing(dict[str, Any]):
+    """Parameters that are changed whenever one is looked up."""
+
+    def __init__(self, items: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(items)
+        self.change = change
+
+    def __getitem__(self, name: str) -> Any:
+        tensor = super().__getitem__(name)
+        return None if tensor is None else _like(tensor, self.change(tensor.detach()))
+
+    def __copy__(self) -> _Changing:
+        return _Changing(self, self.change)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -100,11 +141,10 @@ def _is_ordinary(kind: type[nn.Module]) -> bool:
 
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if name.startswith("_") and kind in _TABLE_KINDS:
-        if name in _TABLES:
-            return kind(value)
-        if name == "_modules" and all(id(module) in memo for module in value.values()):
-            return kind({child: memo[id(module)] for child, module in value.items()})
+    if name in _TABLES and isinstance(value, dict):
+        return copy.copy(value)
+    if name == "_modules" and kind in _TABLE_KINDS and all(id(module) in memo for module in value.values()):
+        return kind({child: memo[id(module)] for child, module in value.items()})
     if kind is tuple and all(type(item) in _PLAIN for item in value):
         return value
     return copy.deepcopy(value, memo)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.accounting import Compaction, size_of
-from ss_pruning.cloning import copied
+from ss_pruning.cloning import copied, retyped
 from ss_pruning.compensation import Outcome
 from ss_pruning.coupling import Coupling, LeftWhole, Unit, couple
 from ss_pruning.errors import ModelError, NothingToPruneError
@@ -117,7 +117,8 @@ class _MaskedBench(Bench):
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
         super().__init__(model, example_inputs, wiring)
         self.run()
-        _revive(self.dense)
+        self.dense = _revived(self.dense)
+        self.twin = self.precise(self.dense)
         self.masked = copied(model)
         if self.tolerance == TOLERANCE:
             self.masked.double()
@@ -212,15 +213,18 @@ class Compactor(Settler):
         return stays.as_list() + self.left_whole()
 
 
-def _revive(twin: nn.Module) -> None:
+def _revived(model: nn.Module) -> nn.Module:
     """Noise in the place of zeros: a wrong cut of channels that are dead anyway would not show in the structure."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in twin.parameters():
-        dead = tensor.detach().eq(0)
-        if tensor.is_floating_point() and bool(dead.any()) and not bool(dead.all()):
-            scale = tensor.detach()[~dead].square().mean().sqrt()
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-            tensor.data = torch.where(dead, scale * noise, tensor.data)
+
+    def revive(tensor: Tensor) -> Tensor:
+        dead = tensor.eq(0)
+        if not tensor.is_floating_point() or not dead.any() or dead.all():
+            return tensor
+        scale = tensor[~dead].square().mean().sqrt()
+        return torch.where(dead, scale * torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
+
+    return retyped(model, revive, ("_parameters",))
 
 
 class _Stays:

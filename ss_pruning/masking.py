@@ -75,6 +75,12 @@ def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tenso
 
 
 def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
-    small = shell(module).eval()
-    cut_layer(small, cut)
-    return lambda x: small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
+    plain = shell(module).eval()
+
+    def forward(x: Tensor) -> Tensor:
+        small = shell(plain)  # not kept: its weights are its own
+        cut_layer(small, cut)
+        smaller: Tensor = small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
+        return smaller
+
+    return forward

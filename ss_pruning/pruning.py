@@ -109,7 +109,8 @@ def prune_(
     with clock("score", 1):
         criterion = importance or _default_importance(images)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
-        powers, _ = powers_along(wiring, model, example_inputs)
+        powers = powers_along(wiring, model, example_inputs)
+        strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
     options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
@@ -127,7 +128,7 @@ def prune_(
     return Report(
         model=type(model).__name__,
         **_sizes(model, example_inputs, plan, costs),
-        layers=_layer_reports(model, plan, wiring, powers),
+        layers=_layer_reports(model, plan, wiring, strengths),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
         settings=_settings(budget, criterion, options, calibration, outcome),
@@ -295,15 +296,15 @@ def _scores(
 
 
 def _layer_reports(
-    model: nn.Module, plan: Plan, wiring: Wiring, powers: Mapping[str, torch.Tensor]
+    model: nn.Module, plan: Plan, wiring: Wiring, strengths: Mapping[str, tuple[int, tuple[float, ...]]]
 ) -> list[LayerReport]:
     modules = modules_of(model)
     kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
     reports = []
-    for path, power in powers.items():
+    for path, (synapses, strength) in strengths.items():
         layer = wiring.layers[path]
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
-        groups_before = layer.inputs // power.shape[1]
+        groups_before = layer.inputs * layer.outputs // synapses
         groups_after = inputs if layer.kind == "depthwise" else groups_before
         reports.append(
             LayerReport(
@@ -313,9 +314,9 @@ def _layer_reports(
                 inputs_after=inputs,
                 outputs_before=layer.outputs,
                 outputs_after=outputs,
-                synapses_before=power.numel(),
+                synapses_before=synapses,
                 synapses_after=outputs * inputs // groups_after,
-                strength=_quantiles(power),
+                strength=strength,
             )
         )
     return reports

@@ -21,7 +21,7 @@ What the number means where the derivation does not hold:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -99,19 +99,22 @@ def strengths_along(
     wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
-    powers, measured = powers_along(wiring, model, example_inputs, moments)
-    strengths = {path: power.sqrt() for path, power in powers.items()}
-    return Strengths(strengths, {path: m.unscaled for path, m in measured.items()})
+    found = list(powers_along(wiring, model, example_inputs, moments))
+    strengths = {path: power.sqrt() for path, power, _ in found}
+    return Strengths(strengths, {path: m.unscaled for path, _, m in found})
 
 
+@torch.no_grad()
 def powers_along(
     wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
-) -> tuple[dict[str, Tensor], dict[str, Moments]]:
-    """Squared strengths by layer, and the moments that they come from."""
+) -> Iterator[tuple[str, Tensor, Moments]]:
+    """Layer by layer the squared strengths, and the moments that they come from.
+
+    All of a net of 1x1 kernels together would take as much memory as the net.
+    """
     modules = modules_of(model)
-    with torch.no_grad():
-        measured = measure(model, wiring, moments, example_inputs, synaptic_paths(wiring))
-        return {path: synaptic_power(modules[path], m.variance) for path, m in measured.items()}, measured
+    for path, m in measure(model, wiring, moments, example_inputs, synaptic_paths(wiring)).items():
+        yield path, synaptic_power(modules[path], m.variance), m
 
 
 def synaptic_paths(wiring: Wiring) -> list[str]:

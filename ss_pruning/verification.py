@@ -6,7 +6,9 @@ convolutions that standardise their weights) are masked in the only sense that a
 the kept channels alone.
 
 The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
-a branch that contributes nothing would hide a wrong cut.
+a branch that contributes nothing would hide a wrong cut. What is not constant it shares with the model, and its
+parameters become float64 only while a layer reads them: a model is verified in little more memory than the cut one
+takes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning.cloning import retyped, shell
+from ss_pruning.cloning import read_as, retyped, shell
 from ss_pruning.coupling import Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.following import Follower, Number, part_sizes
@@ -31,8 +33,8 @@ from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.reordering import reordered
-from ss_pruning.surgery import Plan
-from ss_pruning.walking import modules_of, tensors_of
+from ss_pruning.surgery import Plan, set_number
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
@@ -57,10 +59,10 @@ class Verified:
 
 
 class Bench:
-    """Where plans for one model are tried: a stirred float64 copy, one without data, and the shapes at every module."""
+    """Where plans for one model are tried: a stirred copy, one without data, and the shapes at every module."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
-        """Copy `model`, in float64.
+        """Copy `model`.
 
         Args:
             model: The dense model; not changed.
@@ -71,11 +73,10 @@ class Bench:
             ModelError: The model cannot be copied.
         """
         self.wiring = wiring
-        self.original = shell(model), example_inputs
-        self.dense = retyped(model, _double)
-        _stir(self.dense)
-        self.inputs = pytree.tree_map_only(Tensor, _double, example_inputs)
-        self.tolerance = TOLERANCE
+        self.examples = example_inputs
+        self.dense = _stirred(model)  # in the precision of the model, and never run as it is
+        self.precisions = iter(_PRECISIONS)
+        self._next_precision()
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}
         self.failures = 0
         #: Entered for each verification: to time it.
@@ -84,7 +85,12 @@ class Bench:
     @cached_property
     def ghost(self) -> nn.Module | None:
         """The copy without data, if the model runs so."""
-        return _ghost(self.dense, self.inputs)
+        try:
+            twin = retyped(self.dense, lambda t: t.to("meta"))
+            _run(self.precise(twin), _to_meta(self.inputs))
+        except Exception:  # looks at values, or keeps tensors where `to` does not find them
+            return None
+        return twin
 
     def run(self) -> Any:
         """What the dense copy returns; from here on the shapes at every module and the tolerance are known.
@@ -136,19 +142,22 @@ class Bench:
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
             ghost = _cut(shell(self.ghost), plan)
-            _run_cut(ghost, _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
+            _run_cut(self.precise(ghost), _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
         expected = self._masked(selection)
         small = _cut(shell(self.dense), plan)
+        precise = self.precise(small)
         follower = Follower(plan, self.arrivals, parts, fixed)
-        found = _run_cut(small, self.inputs, follower)
+        found = _run_cut(precise, self.inputs, follower)
         try:
             error = compare(expected, found, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                at = self._first_difference(selection, small) if locate else ""
+                at = self._first_difference(selection, precise) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
-        moved = reordered(plan, selection, self.wiring, trace(small, self.inputs))
+        for number in follower.found:
+            set_number(small.get_submodule(number.path), number)
+        moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
     def _masked(self, selection: Selection) -> Any:
@@ -160,7 +169,7 @@ class Bench:
         try:
             return self._masked_pass(selection)
         except Exception as error:
-            if self.arrivals or not self._own_precision():
+            if self.arrivals or not self._finds_precision():
                 raise VerificationError(
                     f"the masked model does not run ({type(error).__name__}: {error})"
                 ) from error
@@ -173,29 +182,38 @@ class Bench:
         def arrived(path: str, _: nn.Module, found: list[tuple[int, ...]]) -> None:
             shapes.setdefault(path, []).extend(found)
 
-        with masked(self.dense, selection, self.wiring), contextlib.ExitStack() as stack:
+        with masked(self.twin, selection, self.wiring), contextlib.ExitStack() as stack:
             if not self.arrivals:
-                stack.enter_context(_watching(self.dense, arrived))
-            output = _run(self.dense, self.inputs)
+                stack.enter_context(_watching(self.twin, arrived))
+            output = _run(self.twin, self.inputs)
         self.arrivals = self.arrivals or shapes
         return output
 
-    def _own_precision(self) -> bool:
-        """Go back to the model's own precision if float64 is what it does not run in; True if that was done."""
-        if self.tolerance > TOLERANCE:
-            return False
+    def _finds_precision(self) -> bool:
+        """Go on to the first precision in which the dense model runs; False if it runs in the present one."""
         with contextlib.suppress(Exception):
-            _run(self.dense, self.inputs)
+            _run(self.twin, self.inputs)
             return False
-        model, self.inputs = self.original
-        self.dense, self.tolerance = retyped(model, Tensor.clone), COARSE_TOLERANCE
-        _stir(self.dense)
+        while self._next_precision():
+            with contextlib.suppress(Exception):
+                _run(self.twin, self.inputs)
+                return True
+        return False
+
+    def _next_precision(self) -> bool:
+        """False if there is none left."""
+        precision = next(self.precisions, None)
+        if precision is None:
+            return False
+        self.precise, change, self.tolerance = precision
+        self.inputs = pytree.tree_map_only(Tensor, change, self.examples)
+        self.twin = self.precise(self.dense)
         return True
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
         """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
-        with masked(self.dense, selection, self.wiring):
-            expected = self._sums(self.dense, selection)
+        with masked(self.twin, selection, self.wiring):
+            expected = self._sums(self.twin, selection)
         found = self._sums(small, {})
         for path, sums in expected.items():
             if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
@@ -228,19 +246,18 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
+# How a copy is run, how its inputs are changed, and the tolerance. Where code gets at parameters other than by reading
+# attributes, all are made float64 at once; where a model does not run in float64, it is taken as it is.
+_PRECISIONS: tuple[tuple[Callable[[nn.Module], nn.Module], Callable[[Tensor], Tensor], float], ...] = (
+    (lambda model: read_as(model, _double), _double, TOLERANCE),
+    (lambda model: retyped(model, _double), _double, TOLERANCE),
+    (lambda model: read_as(model, Tensor.clone), Tensor.clone, COARSE_TOLERANCE),
+)
+
+
 def _run(model: nn.Module, inputs: Any) -> Any:
     with torch.no_grad(), preserved(model, training=False):
         return call(model, inputs)
-
-
-def _ghost(model: nn.Module, inputs: Any) -> nn.Module | None:
-    """A copy without data, if the model runs so."""
-    try:
-        twin = retyped(model, lambda t: t.to("meta"))
-        _run(twin, _to_meta(inputs))
-    except Exception:  # looks at values, or keeps tensors where `to` does not find them
-        return None
-    return twin
 
 
 def _to_meta(inputs: Any) -> Any:
@@ -279,15 +296,17 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
                 return output
 
 
-def _stir(twin: nn.Module) -> None:
+def _stirred(model: nn.Module) -> nn.Module:
+    """A copy in which constant tensors hold noise; the others are shared."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in tensors_of(twin).values():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        flat = tensor.detach().flatten()
-        if flat[0] == flat[-1] and bool((flat == flat[0]).all()):
-            noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-            tensor.data.add_(0.1 * noise)
+
+    def stir(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        if not tensor.is_floating_point() or not len(flat) or flat[0] != flat[-1] or (flat != flat[0]).any():
+            return tensor
+        return tensor + 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    return retyped(model, stir)
 
 
 class _watching:  # noqa: N801 - a context manager, used as a verb

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning.cloning import retyped, shell
+from ss_pruning.cloning import read_as, retyped, shell
 from ss_pruning.errors import ModelError
 
 
@@ -76,6 +76,29 @@ def test_retyped_tensors_are_their_own_and_stay_tied() -> None:
     assert isinstance(twin.one.weight, nn.Parameter)
     twin.one.weight.data.zero_()
     assert model.one.weight.any()
+
+
+def test_parameters_are_changed_when_they_are_read_and_not_kept() -> None:
+    torch.manual_seed(0)
+    model, x = Tangled(), torch.randn(3, 4, dtype=torch.float64)
+    twin = read_as(model, Tensor.double)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert isinstance(twin.one.weight, nn.Parameter)
+    assert twin.one.weight.dtype == twin.shift.dtype == torch.float64
+    assert torch.equal(twin(x), retyped(model, Tensor.double)(x))
+    twin.one.weight.data.zero_()
+    twin.shift.zero_()
+    assert model.one.weight.any()
+    assert model.shift.all()
+
+
+def test_a_shell_of_what_is_changed_when_read_is_so_too() -> None:
+    twin = shell(read_as(nn.Linear(4, 4, bias=False), Tensor.double))
+    assert twin.bias is None
+    assert twin.weight.dtype == torch.float64
+    assert next(twin.parameters()).dtype == torch.float32
+    twin.weight = nn.Parameter(torch.zeros(2, 4))
+    assert twin.weight.shape == (2, 4)
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:

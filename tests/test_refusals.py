@@ -195,6 +195,31 @@ def test_a_model_that_only_runs_in_single_precision_is_verified_there() -> None:
     assert model(X).shape == (8, 4)
 
 
+class FollowsItsTable(Chain):
+    """Asks the table of its parameters, not an attribute, in which precision to run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+def test_a_model_that_looks_into_its_tables_is_verified_in_float64_all_the_same() -> None:
+    model = randomise(FollowsItsTable(), 0).eval()
+    assert prune_(model, X, macs=0.5).max_error < 1e-12
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_verification_holds_no_second_copy_of_what_is_not_constant() -> None:
+    model = randomise(chain(), 0)
+    before = snapshot(model)
+    bench = Bench(model, X, trace(model, X))
+    bench.run()
+    ours = {p.data_ptr() for p in model.parameters()}
+    for twin in (bench.dense, bench.twin):
+        assert {p.data_ptr() for p in twin.parameters()} == ours
+    assert all(p.dtype == torch.float64 for p in (bench.twin.conv1.weight, bench.twin.bn1.running_mean))  # type: ignore[union-attr]
+    assert snapshot(model) == before
+
+
 def test_a_cut_that_is_not_what_was_masked_is_found_and_located() -> None:
     model = chain()
     bench = Bench(model, X, trace(model, X))
