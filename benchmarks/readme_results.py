@@ -21,6 +21,7 @@ def accuracy_table(net: str, macs: float, lines: list[dict[str, Any]]) -> list[s
     """Top-1 by criterion and compensation, one net at one budget, before fine-tuning."""
     settings = {"net": net, "macs": macs, "split": "test", "residual": False, "finetune": 0, "images": 10_000}
     chosen = [line for line in lines if all(line[name] == value for name, value in settings.items())]
+    chosen = [line for line in chosen if not line.get("reestimate")]
     if not chosen:
         return []
     title = (
