@@ -168,7 +168,7 @@ class Material:
 
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    fast = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast = model.eval().to(memory_format=torch.channels_last)
     return torch.cat([fast(part) for part in images.split(16)])
 
 

@@ -5,6 +5,9 @@ net's input it should reproduce the *dense* layer's output. That moves what remo
 and repairs what went wrong upstream. A layer whose output is added to something that is known already (the end of a
 residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
 other layer sees them. Norms keep the dense statistics. No labels.
+
+How far the weights may move from where they are is judged, layer by layer, by images that no layer was fitted on. Were
+they part of the fits upstream, a deep layer would see its inputs better repaired than they will be, and trust them.
 """
 
 from __future__ import annotations
