@@ -6,8 +6,8 @@ and repairs what went wrong upstream. A layer whose output is added to something
 residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
 other layer sees them. Norms keep the dense statistics. No labels.
 
-How far the weights may move from where they are is judged, layer by layer, by images that no layer was fitted on. Were
-they part of the fits upstream, a deep layer would see its inputs better repaired than they will be, and trust them.
+How far the weights may move from where they are is judged, layer by layer, by images that are held out of the fit; the
+chosen fit is then made on all of them.
 """
 
 from __future__ import annotations
@@ -230,8 +230,7 @@ class _DenseOutputs:
 def _fit(module: nn.Module, x: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight, and change of the bias, for which the layer maps `x` to `target` best.
 
-    Ridge towards the weights it has and the bias it has plus `bias`. What was fitted is kept as it is: were it fitted
-    again on all images, layers behind would be judged on images that those before them know by heart.
+    Ridge towards the weights it has and the bias it has plus `bias`.
     """
     assert isinstance(module.weight, Tensor)
     gram, cross = _normal_equations(module, x, target)
@@ -242,9 +241,12 @@ def _fit(module: nn.Module, x: Tensor, target: Tensor, bias: Tensor | None) -> t
     start_bias = own if bias is None else own + bias.double()
     start = weight.reshape(groups, -1, d).transpose(1, 2).double()
     start = torch.cat([start, start_bias.reshape(groups, 1, -1)], 1)
-    thetas = [_solve(gram[0], cross[0], start, ridge) for ridge in _RIDGES]
-    errors = [float((theta * (gram[1] @ theta - 2 * cross[1])).sum()) for theta in thetas]
-    theta = thetas[min(range(len(errors)), key=errors.__getitem__)]
+    errors = []
+    for ridge in _RIDGES:
+        theta = _solve(gram[0], cross[0], start, ridge)
+        errors.append(float((theta * (gram[1] @ theta - 2 * cross[1])).sum()))
+    best = _RIDGES[min(range(len(errors)), key=errors.__getitem__)]
+    theta = _solve(gram.sum(0), cross.sum(0), start, best)
     new = theta[:, :d].transpose(1, 2).reshape(weight.shape).to(weight)
     return new, (theta[:, d].flatten() - own).to(weight)
 
