@@ -62,6 +62,7 @@ _SOURCES = {
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
     "distilled": [_CORE / "distillation.py"],
+    "reestimate": [_CORE / "reestimation.py"],
 }
 
 
@@ -80,10 +81,11 @@ class Run:
     finetune: int
     split: str
     images: int
+    reestimate: bool = False
 
     @property
     def uses_images(self) -> bool:
-        return self.compensation in ("linear", "reconstruct")
+        return self.compensation in ("linear", "reconstruct") or self.reestimate
 
     def code(self) -> str:
         """A digest of the code that the result depends on."""
@@ -91,6 +93,7 @@ class Run:
         parts += ["ours"] * self.criterion.startswith(OURS)
         parts += ["compensation"] * (self.compensation != "none")
         parts += ["distilled"] * (self.uses_images and self.calibration == "distilled")
+        parts += ["reestimate"] * self.reestimate
         digest = hashlib.sha256()
         for path in (path for part in parts for path in _SOURCES[part] if path.is_file()):
             digest.update(_without_words(path.read_text()).encode())
@@ -118,11 +121,14 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
     axes = (options.nets, options.macs, weighed, options.compensations, range(options.seeds))
     for net, macs, (criterion, exponent), compensation, seed in itertools.product(*axes):
         by_chance = (
-            criterion in BY_CHANCE or compensation in ("linear", "reconstruct") or options.finetune_images
+            criterion in BY_CHANCE
+            or compensation in ("linear", "reconstruct")
+            or options.finetune_images
+            or options.reestimate
         )
         if seed and not by_chance:
             continue
-        uses = compensation in ("linear", "reconstruct")
+        uses = compensation in ("linear", "reconstruct") or options.reestimate
         yield Run(
             net=net,
             macs=macs,
@@ -135,6 +141,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             finetune=options.finetune_images,
             split=options.split,
             images=options.images,
+            reestimate=options.reestimate,
         )
 
 
@@ -174,6 +181,7 @@ class Bench:
             ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
             compensation=run.compensation,  # type: ignore[arg-type]
             calibration=calibration,
+            reestimate=run.reestimate,
         )
         result: dict[str, Any] = {
             "dense": self.dense[run.net],
@@ -230,7 +238,10 @@ def add_line(line: dict[str, Any], path: Path) -> None:
 
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a line the result of a run by some code."""
-    return (*(line[name] for name in Run.__dataclass_fields__), line["code"])
+    return (
+        *(line.get(name, False) for name in Run.__dataclass_fields__),
+        line["code"],
+    )  # older lines lack some
 
 
 def arguments() -> argparse.Namespace:
@@ -251,6 +262,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", choices=("real", "distilled"), default="real")
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
+    parser.add_argument(
+        "--reestimate", action="store_true", help="re-estimate the norms on the calibration images"
+    )
     parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
     parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")

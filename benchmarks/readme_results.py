@@ -26,7 +26,8 @@ SHOWN = (("resnet56", 0.7), ("resnet56", 0.47), ("resnet20", 0.7))
 
 def _before_tuning(net: str, macs: float, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     settings = {"net": net, "macs": macs, "split": "test", "residual": False, "finetune": 0, "images": 10_000}
-    return [line for line in lines if all(line[name] == value for name, value in settings.items())]
+    chosen = [line for line in lines if all(line[name] == value for name, value in settings.items())]
+    return [line for line in chosen if not line.get("reestimate")]
 
 
 def headline(lines: list[dict[str, Any]]) -> list[str]:

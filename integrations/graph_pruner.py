@@ -155,7 +155,12 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return [*self.DG.era.coupling.left_whole, *self._failed.values()]
 
     def step(
-        self, interactive: bool = False, *, compensation: Method = "none", calibration: Any = None
+        self,
+        interactive: bool = False,
+        *,
+        compensation: Method = "none",
+        calibration: Any = None,
+        reestimate: bool = False,
     ) -> Iterator[ChannelGroup] | None:
         """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
 
@@ -163,12 +168,14 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             interactive: Hand out groups instead of cutting.
             compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation`.
             calibration: Unlabelled inputs for it: a tensor, batches, or "distilled".
+            reestimate: Measure the statistics of the batch norms behind the cut anew on them.
 
         Raises:
             InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
         """
-        check_compensation(compensation, calibration)
-        if interactive and compensation != "none":
+        check_compensation(compensation, calibration, reestimate)
+        plain = compensation == "none" and not reestimate
+        if interactive and not plain:
             raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")
         self.current_step += 1
         if interactive:
@@ -176,18 +183,18 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         plan, parts = self._settle()
         if parts:
             era: Era = self.DG.latest
-            cut = None if compensation == "none" else partial(self._cut, compensation, calibration)
+            cut = None if plain else partial(self._cut, compensation, calibration, reestimate)
             self.DG.record(
                 ", ".join(part[0].root.path for part in parts),
                 era.apply(plan, [cell for part in parts for cell in part], cut),
             )
         return None
 
-    def _cut(self, method: Method, calibration: Any, plan: Plan) -> Plan:
+    def _cut(self, method: Method, calibration: Any, reestimate: bool, plan: Plan) -> Plan:
         """Cut with compensation; the wiring is that of the model as earlier steps have left it."""
         inputs = self.DG.example_inputs
         images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
-        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs)[0]
+        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, reestimate)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:
         for part in self._settle()[1]:

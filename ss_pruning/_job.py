@@ -124,21 +124,27 @@ def make_importance(
 
 
 def calibration_images(
-    compensation: Compensation, source: Calibration | None, seed: int, job: Job, progress: ProgressCallback
+    compensation: Compensation,
+    source: Calibration | None,
+    reestimate: bool,
+    seed: int,
+    job: Job,
+    progress: ProgressCallback,
 ) -> list[Tensor] | Tensor | None:
-    """Return unlabelled images for a compensation that wants some; `mean` does without if need be."""
-    if compensation is Compensation.none:
+    """Return unlabelled images for what wants some; `mean` does without if need be."""
+    if compensation is Compensation.none and not reestimate:
         return None
     if source is Calibration.distilled:
         from ss_pruning.distillation import distilled
 
         what = "distilling calibration images"
         return distilled(job.model, job.example, seed=seed, progress=lambda *steps: progress(what, *steps))
-    if compensation is Compensation.mean and source is None and job.data is None:
+    if compensation is Compensation.mean and source is None and job.data is None and not reestimate:
         return None
     if job.data is None:
+        asked = "--reestimate" if reestimate else f"--compensation {compensation.value}"
         raise InputError(
-            f"--compensation {compensation.value} calibrates on images: say where they are with --data, make some with "
+            f"{asked} calibrates on images: say where they are with --data, make some with "
             "--calibration distilled, or use --compensation mean."
         )
     return _pictures(job.data, job)

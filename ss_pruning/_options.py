@@ -147,6 +147,15 @@ CalibrationOption = Annotated[
         show_default="data, if there is any",
     ),
 ]
+Reestimate = Annotated[
+    bool,
+    _option(
+        _CRITERION,
+        "--reestimate",
+        help="At the end, measure the statistics of the batch norms behind the cut anew on the calibration images.",
+        metavar="",
+    ),
+]
 MaxRatio = Annotated[
     float,
     _option(_CRITERION, help="Never remove more than this fraction of a layer's channels.", metavar="0..1"),

@@ -56,6 +56,7 @@ def prune(
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
     calibration: option.CalibrationOption = None,
+    reestimate: option.Reestimate = False,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
     seed: option.Seed = 0,
@@ -66,7 +67,7 @@ def prune(
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
-        _check_calibration(calibration, compensation)
+        _check_calibration(calibration, compensation, reestimate)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -76,12 +77,13 @@ def prune(
             "max_ratio": max_ratio,
             "cost_exponent": cost_exponent,
             "compensation": compensation.value,
+            "reestimate": reestimate,
         }
         with _output_folder(out), progress_bars() as progress:
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            pictures = _job.calibration_images(compensation, calibration, seed, job, progress)
+            pictures = _job.calibration_images(compensation, calibration, reestimate, seed, job, progress)
             chosen = _job.make_importance(importance, score, request, job, pictures)
             report = _job.run(job, chosen, options, pictures, batch, progress)
             report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
@@ -276,11 +278,13 @@ def _check_synaptic_options(importance: Importance, moments: Moments | None, sco
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
 
 
-def _check_calibration(calibration: Calibration | None, compensation: Compensation) -> None:
+def _check_calibration(calibration: Calibration | None, compensation: Compensation, reestimate: bool) -> None:
     from ss_pruning.errors import InputError
 
-    if calibration is not None and compensation is Compensation.none:
-        raise InputError("--calibration belongs to --compensation, as in --compensation reconstruct.")
+    if calibration is not None and compensation is Compensation.none and not reestimate:
+        raise InputError(
+            "--calibration belongs to --compensation, as in --compensation reconstruct, or to --reestimate."
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold
 from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.reconstruction import reconstruct_
+from ss_pruning.reestimation import reestimate_
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
@@ -36,7 +37,7 @@ def calibration_images(
     return None if calibration is None else gather_batches(calibration)
 
 
-def check_compensation(compensation: str, calibration: Any) -> None:
+def check_compensation(compensation: str, calibration: Any, reestimate: bool = False) -> None:
     """Refuse what cannot be done, before any work.
 
     Raises:
@@ -55,12 +56,23 @@ def check_compensation(compensation: str, calibration: Any) -> None:
             f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
             f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
         )
+    if reestimate and calibration is None:
+        raise InputError(
+            "reestimate=True needs calibration=, a few hundred unlabelled inputs: a tensor or a data loader, or "
+            f"{DISTILLED!r}"
+        )
 
 
 def cut_(
-    model: nn.Module, plan: Plan, wiring: Wiring, method: Method, images: Any, example_inputs: Any
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Any,
+    example_inputs: Any,
+    reestimate: bool = False,
 ) -> tuple[Plan, Outcome]:
-    """Cut the model; with compensation on a copy first, so that whatever fails there leaves the model alone.
+    """Cut the model; with more to do on a copy first, so that whatever fails there leaves the model alone.
 
     Args:
         model: The dense model; cut in place.
@@ -69,25 +81,28 @@ def cut_(
         method: How to compensate.
         images: One batch of calibration inputs, or None; see `calibration_images`.
         example_inputs: What `forward` takes.
+        reestimate: Measure the statistics of the batch norms behind the cut anew, at the end.
 
     Returns:
         The plan with the biases that layers got, and what the compensation did.
 
     Raises:
-        ModelError: The compensation failed.
+        ModelError: The compensation or the re-estimation failed.
     """
-    if method == "none":
+    if method == "none" and not reestimate:
         plan.apply_(model)
         return plan, Outcome()
     small = plan.apply_(copy.deepcopy(model))
     try:
         outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
+        if reestimate:
+            reestimate_(small, plan, wiring, images)
     except SSPruningError:
         raise
     except Exception as error:
         raise ModelError(
-            f"compensation={method!r} failed, the model is as it was ({type(error).__name__}: {error}); check that the "
-            "calibration inputs are what the model takes"
+            f"compensation={method!r} with reestimate={reestimate} failed, the model is as it was "
+            f"({type(error).__name__}: {error}); check that the calibration inputs are what the model takes"
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
     plan.apply_(model)
@@ -104,6 +119,8 @@ def _compensate(
     images: Any,
     inputs: Any,
 ) -> Outcome:
+    if method == "none":
+        return Outcome()
     if method == "mean":
         source = "gaussian" if images is None else images.split(BATCH)
         return fold_means_(small, model, plan, wiring, source, inputs)

@@ -53,6 +53,7 @@ def prune_(
     cost_exponent: float = 0.5,
     compensation: Method = "none",
     calibration: Any = None,
+    reestimate: bool = False,
     latency_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -84,6 +85,8 @@ def prune_(
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
             "distilled": images made from the model's batch norms, see `ss_pruning.distillation`.
+        reestimate: At the end, give the batch norms behind the cut the mean and variance of what reaches them on the
+            calibration inputs, see `ss_pruning.reestimation`. Helps where nothing compensates.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
         progress: Called with (stage, done, total), "distil" in steps of its own.
 
@@ -98,7 +101,7 @@ def prune_(
     """
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent)
-    check_compensation(compensation, calibration)
+    check_compensation(compensation, calibration, reestimate)
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):
@@ -123,8 +126,10 @@ def prune_(
         search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), cost_exponent)
         verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
-        plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs)
+        plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
     options = {**options, "cost_exponent": cost_exponent, "compensation": compensation}
+    if reestimate:
+        options["reestimate"] = True
     return Report(
         model=type(model).__name__,
         **_sizes(model, example_inputs, plan, costs),

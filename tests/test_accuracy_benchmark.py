@@ -52,6 +52,21 @@ def options(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     return accuracy.arguments()
 
 
+def test_re_estimated_norms_are_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--criteria", OURS, "--compensations", "none", "--seeds", "2")
+    plain, anew = (
+        list(accuracy.grid(options(monkeypatch, *words, *more))) for more in ((), ("--reestimate",))
+    )
+    assert [(run.seed, run.calibration) for run in plain] == [(0, "none")]
+    assert [(run.seed, run.calibration) for run in anew] == [(0, "real"), (1, "real")]
+    assert plain[0].code() != anew[0].code()
+    old = line(OURS, 59.0)
+    assert accuracy.key(old)[:-1] == tuple(vars(plain[0]).values())
+    table = accuracy_page.table([old, line(OURS, 70.0, reestimate=True, calibration="real")])
+    assert table[0] == "| criterion | none | none, norms anew |"
+    assert "59.00 | 70.00 (one seed)" in table[2]
+
+
 def test_what_no_seed_can_change_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = (
         "--criteria",

@@ -22,7 +22,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ss_pruning
-from ss_pruning import _console, _job, synaptic_strength
+from ss_pruning import _console, _job, cutting, synaptic_strength
 from ss_pruning.cli import app
 from ss_pruning.models import build_model
 from ss_pruning.report import Report
@@ -231,6 +231,20 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert len(kept) == (source == "distilled")
 
 
+def test_norms_are_re_estimated_on_the_images(
+    net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = cutting.reestimate_
+    monkeypatch.setattr(
+        cutting, "reestimate_", lambda *args: seen.append(tuple(args[3].shape)) or real(*args)
+    )
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--reestimate", "--data", photos, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["reestimate"] is True
+    assert seen == [(4, 3, 16, 16)]
+
+
 def test_ignored_modules_stay_whole(net: str) -> None:
     values = json.loads(run("prune", net, *SIZE, "--macs", 0.6, "--ignore", "0", "--json").stdout)
     widths = {entry["path"]: (entry["outputs_before"], entry["outputs_after"]) for entry in values["layers"]}
@@ -283,6 +297,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
         (("--macs", 0.5, "--calibration", "distilled"), "--calibration belongs to --compensation"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
+        (("--macs", 0.5, "--reestimate"), "--reestimate calibrates on images"),
         (
             ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),
             "say where they are with --data",

