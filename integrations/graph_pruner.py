@@ -141,7 +141,8 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.pruning_ratio_dict: dict[nn.Module, list[float]] = {}
         self._own_scope: dict[nn.Module, int] = {}
         for number, (modules, ratio) in enumerate((ratios or {}).items()):
-            _checked(ratio, "a ratio of pruning_ratio_dict")
+            if not 0 <= ratio <= 1:
+                raise InputError(f"pruning_ratio_dict holds {ratio}, which does not lie in [0, 1]")
             for module in modules if isinstance(modules, tuple) else (modules,):
                 for layer in module.modules():
                     self.pruning_ratio_dict[layer] = self.iterative_pruning_ratio_scheduler(
