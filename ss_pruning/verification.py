@@ -33,7 +33,7 @@ from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
 from ss_pruning.reordering import reordered
-from ss_pruning.surgery import Plan
+from ss_pruning.surgery import Plan, set_number
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
@@ -146,14 +146,17 @@ class Bench:
         expected = self._masked(selection)
         small = _cut(shell(self.dense), plan)
         follower = Follower(plan, self.arrivals, parts, fixed)
-        found = _run_cut(self.precise(small), self.inputs, follower)
+        twin = self.precise(small)
+        found = _run_cut(twin, self.inputs, follower)
         try:
             error = compare(expected, found, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                at = self._first_difference(selection, self.precise(small)) if locate else ""
+                at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
+        for attribute in follower.found:  # so far only in the twin
+            set_number(modules_of(small)[attribute.path], attribute)
         moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
