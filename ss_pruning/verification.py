@@ -145,18 +145,18 @@ class Bench:
             _run_cut(self.precise(ghost), _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
         expected = self._masked(selection)
         small = _cut(shell(self.dense), plan)
-        precise = self.precise(small)
         follower = Follower(plan, self.arrivals, parts, fixed)
-        found = _run_cut(precise, self.inputs, follower)
+        twin = self.precise(small)
+        found = _run_cut(twin, self.inputs, follower)
         try:
             error = compare(expected, found, self.tolerance)
             return Verified(Plan(plan.cuts, tuple(follower.found)), error)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
-                at = self._first_difference(selection, precise) if locate else ""
+                at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
-        for number in follower.found:
-            set_number(small.get_submodule(number.path), number)
+        for attribute in follower.found:  # so far only in the twin
+            set_number(modules_of(small)[attribute.path], attribute)
         moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
 
