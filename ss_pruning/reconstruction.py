@@ -237,7 +237,8 @@ def _fit(module: nn.Module, x: Tensor, target: Tensor, bias: Tensor | None) -> t
     groups, d = groups_of(module), gram.shape[-1] - 1
     weight = module.weight.detach()
     own = torch.zeros(len(weight), dtype=torch.float64, device=x.device)
-    own = own if module.bias is None else module.bias.detach().double()
+    if isinstance(module.bias, Tensor):
+        own = module.bias.detach().double()
     start_bias = own if bias is None else own + bias.double()
     start = weight.reshape(groups, -1, d).transpose(1, 2).double()
     start = torch.cat([start, start_bias.reshape(groups, 1, -1)], 1)
@@ -273,15 +274,16 @@ def _normal_equations(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Ten
     """
     first = len(x) - len(x) // _HELD_OUT
     parts = [(0, first), (first, len(x)) if first < len(x) else (0, first)]
-    sums = [_sums(module, x[begin:end], target[begin:end]) for begin, end in parts]
+    each = -(-_ROWS // len(x))
+    sums = [_sums(module, x[begin:end], target[begin:end], each) for begin, end in parts]
     return torch.stack([gram for gram, _ in sums]), torch.stack([cross for _, cross in sums])
 
 
-def _sums(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(module: nn.Module, x: Tensor, target: Tensor, each: int) -> tuple[Tensor, Tensor]:
     groups = groups_of(module)
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
-    for rows, wanted in _patches(module, x, target, torch.Generator().manual_seed(0)):
+    for rows, wanted in _patches(module, x, target, each, torch.Generator().manual_seed(0)):
         p = rows.reshape(len(rows), groups, -1).transpose(0, 1)
         p = torch.cat([p, torch.ones_like(p[..., :1])], 2)
         y = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
@@ -293,20 +295,20 @@ def _sums(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _patches(
-    module: nn.Module, x: Tensor, target: Tensor, generator: torch.Generator
+    module: nn.Module, x: Tensor, target: Tensor, each: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of (`[rows, in_channels * taps]`, `[rows, out_channels]`), an even sample of all positions."""
+    """Chunks of (`[rows, in_channels * taps]`, `[rows, out_channels]`); `each` positions of an image, evenly."""
     axis = channel_axis(module, target)
     wanted = target.movedim(axis, -1)
     if isinstance(module, nn.Linear):
         rows, y = x.reshape(-1, x.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
-        index = torch.randperm(len(rows), generator=generator)[:_ROWS].to(x.device)
+        index = torch.randperm(len(rows), generator=generator)[: each * len(x)].to(x.device)
         yield rows[index].float(), y[index].float()
         return
     assert isinstance(module, _ConvNd)
     wanted = wanted.reshape(len(target), -1, wanted.shape[-1])
     positions = wanted.shape[1]
-    each = min(positions, max(1, -(-_ROWS // len(x))))
+    each = min(positions, each)
     count = max(1, min(-(-len(x) // 4), _CHUNK // max(each * module.in_channels * _taps(module), 1)))
     for begin in range(0, len(x), count):
         where = torch.randperm(positions, generator=generator)[:each].to(x.device)
