@@ -100,24 +100,15 @@ def fold_means_(
         inputs: Example inputs, for "gaussian".
     """
     outcome, norms = Outcome(), norms_behind(wiring)
-    for path, constant in removed_means(dense, plan, wiring, source, inputs).items():
-        _fold(pruned, dense, path, constant, plan, norms, outcome)
-    return outcome
-
-
-def removed_means(
-    dense: nn.Module, plan: Plan, wiring: Wiring, source: Any, inputs: Any
-) -> dict[str, Tensor]:
-    """By consumer `[in_channels]`: what removed channels carry on average, 0 where they stay; see `fold_means_`."""
     consumers = _consumers(dense, plan)
     moments = measure(dense, wiring, source, inputs, list(consumers))
-    means = {}
     for path, cut in consumers.items():
         mean = moments[path].mean
         assert mean is not None
-        means[path] = torch.zeros_like(mean)
-        means[path][cut.removed] = mean[cut.removed]
-    return means
+        constant = torch.zeros_like(mean)
+        constant[cut.removed] = mean[cut.removed]
+        _fold(pruned, dense, path, constant, plan, norms, outcome)
+    return outcome
 
 
 def fold_linear_(pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, images: Any) -> Outcome:
@@ -193,18 +184,11 @@ def _fold(
 ) -> None:
     """Add to the bias of a layer what constant inputs put out (as if no border were padded)."""
     module = dense.get_submodule(path)
-    if isinstance(module, _ConvNd) and module.transposed and groups_of(module) > 1:
+    groups = groups_of(module)
+    if isinstance(module, _ConvNd) and module.transposed and groups > 1:
         outcome.skipped[path] = "a grouped transposed convolution"
         return
-    add_bias(pruned, path, constant_output(module, constant, _kept_outputs(plan, path)), norms, outcome)
-    outcome.layers.append(path)
-    if _is_padded(module) and bool(constant.ne(0).any()):
-        outcome.inexact.append(path)
-
-
-def constant_output(module: nn.Module, constant: Tensor, kept_out: Tensor | None = None) -> Tensor:
-    """`[out_channels]` (those that are kept): what the layer puts out for constant inputs, far from any border."""
-    groups, taps = groups_of(module), _as_matrix(module)
+    taps = _as_matrix(module)
     taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
     if (
         isinstance(module, _ConvNd) and module.transposed
@@ -212,7 +196,11 @@ def constant_output(module: nn.Module, constant: Tensor, kept_out: Tensor | None
         taps = taps / math.prod(module.stride)
     by_group = constant.to(taps).reshape(groups, -1).repeat_interleave(len(taps) // groups, 0)
     bias = (taps * by_group).sum(1)
-    return bias if kept_out is None else bias[kept_out.to(bias.device)]
+    kept_out = _kept_outputs(plan, path)
+    add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
+    outcome.layers.append(path)
+    if _is_padded(module) and bool(constant.ne(0).any()):
+        outcome.inexact.append(path)
 
 
 def _is_padded(module: nn.Module) -> bool:

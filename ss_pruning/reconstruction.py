@@ -5,9 +5,6 @@ net's input it should reproduce the *dense* layer's output. That moves what remo
 and repairs what went wrong upstream. A layer whose output is added to something that is known already (the end of a
 residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
 other layer sees them. Norms keep the dense statistics. No labels.
-
-How far the weights may move from where they are is judged, layer by layer, by images that are held out of the fit; the
-chosen fit is then made on all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.compensation import Outcome, add_bias, constant_output, norms_behind, removed_means
+from ss_pruning.compensation import Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.provenance import call, preserved
@@ -34,11 +31,8 @@ from ss_pruning.summing import Others, Sum, find_sums
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
-# Ridge, as a share of the mean diagonal of the Gram matrix; the one that predicts held-out images best is taken. The
-# largest leaves things almost as they are: few images say little of deep layers.
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Of so many images one is held out.
-_HELD_OUT = 5
+# Ridge, as a share of the mean diagonal of the Gram matrix; the one that predicts held-out images best is taken.
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
 _ROUNDING = 1e-5
 # Patches a layer is fitted on: at most so many, since a few hundred a parameter change nothing any more.
@@ -73,7 +67,6 @@ def reconstruct_(
     paths = _solvable(pruned, wiring, plan, outcome)
     found = find_sums(dense, images[:1] if isinstance(images, Tensor) else images, norms)
     sums = {path: found[path] for path in paths if path in found}
-    biases = _starting_biases(dense, plan, wiring, images, paths, kept)
     with (
         _DenseOutputs(dense, paths, sums, images) as outputs,
         torch.no_grad(),
@@ -88,7 +81,7 @@ def reconstruct_(
                 target = target.index_select(channel_axis(module, target), kept[path].to(target.device))
             if path in sums:
                 target = target - others.take(path)
-            weight, bias = _fit(module, args[0], target, biases.get(path))
+            weight, bias = _fit(module, args[0], target)
             module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
@@ -99,19 +92,6 @@ def reconstruct_(
             hooks.callback(handle.remove)
         call(pruned, images)
     return outcome
-
-
-def _starting_biases(
-    dense: nn.Module, plan: Plan, wiring: Wiring, images: Any, paths: list[str], kept: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What the removed channels add to outputs on average: known from the norms, however few the images."""
-    first = images[:1] if isinstance(images, Tensor) else images
-    means = removed_means(dense, plan, wiring, "gaussian", first)
-    return {
-        path: constant_output(dense.get_submodule(path), means[path], kept.get(path))
-        for path in paths
-        if path in means
-    }
 
 
 def _solvable(pruned: nn.Module, wiring: Wiring, plan: Plan, outcome: Outcome) -> list[str]:
@@ -222,40 +202,38 @@ class _DenseOutputs:
         return value
 
 
-def _fit(module: nn.Module, x: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight, and change of the bias, for which the layer maps `x` to `target` best.
-
-    Ridge towards the weights it has and the bias it has plus `bias`.
-    """
+def _fit(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias for which the layer maps `x` to `target` best; ridge towards the weights it has."""
     assert isinstance(module.weight, Tensor)
     gram, cross = _normal_equations(module, x, target)
     groups, d = groups_of(module), gram.shape[-1] - 1
     weight = module.weight.detach()
-    own = torch.zeros(len(weight), dtype=torch.float64, device=x.device)
-    own = module.bias.detach().double() if isinstance(module.bias, Tensor) else own
-    start_bias = own if bias is None else own + bias.double()
     start = weight.reshape(groups, -1, d).transpose(1, 2).double()
-    start = torch.cat([start, start_bias.reshape(groups, 1, -1)], 1)
+    bias = torch.zeros(groups, 1, start.shape[2], dtype=torch.float64, device=x.device)
+    if isinstance(module.bias, Tensor):
+        bias = module.bias.detach().reshape(groups, 1, -1).double()
+    start = torch.cat([start, bias], 1)
+    fit_gram, fit_cross = gram[0], cross[0]
     errors = []
     for ridge in _RIDGES:
-        theta = _solve(gram[0], cross[0], start, ridge)
-        errors.append(float((theta * (gram[1] @ theta - 2 * cross[1])).sum()))
+        theta = _solve(fit_gram, fit_cross, start, ridge)
+        held_out = (theta * (gram[1] @ theta - 2 * cross[1])).sum()
+        errors.append(float(held_out))
     best = _RIDGES[min(range(len(errors)), key=errors.__getitem__)]
     theta = _solve(gram.sum(0), cross.sum(0), start, best)
     new = theta[:, :d].transpose(1, 2).reshape(weight.shape).to(weight)
-    return new, (theta[:, d].flatten() - own).to(weight)
+    return new, (theta[:, d] - start[:, d]).flatten().to(weight)
 
 
 def _solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """`argmin |P t - y|^2 + ridge (mean(diag) |w - w_start|^2 + rows |b - b_start|^2)`, with `t = (w, b)`."""
+    """`argmin |P t - y|^2 + ridge mean(diag) |t - start|^2`, the last row (the bias) left free."""
     d = gram.shape[-1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    weights = diagonal[:, :-1].mean(1, keepdim=True).clamp_min(1e-12)
-    penalty = ridge * torch.cat([weights.expand(-1, d - 1), diagonal[:, -1:]], 1)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)[:, :-1].mean(1, keepdim=True).clamp_min(1e-12)
+    penalty = torch.cat([ridge * diagonal.expand(-1, d - 1), 1e-9 * diagonal], 1)
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(penalty))
     if bool(failed.any()):
         # Inputs that hardly vary say the same as the bias, to within the rounding of sums in single precision.
-        penalty = penalty + _ROUNDING * diagonal
+        penalty = penalty + _ROUNDING * gram.diagonal(dim1=-2, dim2=-1)
         factor = torch.linalg.cholesky(gram + torch.diag_embed(penalty))
     return start + torch.cholesky_solve(cross - gram @ start, factor)
 
@@ -263,28 +241,27 @@ def _solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
 def _normal_equations(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices of patches and a constant 1, `[2, groups, d + 1, d + 1]`, and with the outputs, `[..., outputs]`.
 
-    The first of the two is for fitting, the second, of the last images, for choosing the ridge; the same images for all
-    layers. A single image serves for both. Sums in float64.
+    The first of the two halves is for fitting (4 of 5 images), the second for choosing the ridge. Sums in float64.
     """
-    first = len(x) - len(x) // _HELD_OUT
-    parts = [(0, first), (first, len(x)) if first < len(x) else (0, first)]
-    sums = [_sums(module, x[begin:end], target[begin:end]) for begin, end in parts]
-    return torch.stack([gram for gram, _ in sums]), torch.stack([cross for _, cross in sums])
-
-
-def _sums(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     groups = groups_of(module)
-    gram: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
-    for rows, wanted in _patches(module, x, target, torch.Generator().manual_seed(0)):
+    grams: list[Tensor | float] = [0.0, 0.0]
+    crosses: list[Tensor | float] = [0.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    for number, (rows, wanted) in enumerate(_patches(module, x, target, generator)):
+        part = int(number % 5 == 4)
         p = rows.reshape(len(rows), groups, -1).transpose(0, 1)
         p = torch.cat([p, torch.ones_like(p[..., :1])], 2)
         y = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
-        gram = gram + (p.transpose(1, 2) @ p).double()
-        cross = cross + (p.transpose(1, 2) @ y).double()
-    assert isinstance(gram, Tensor)
-    assert isinstance(cross, Tensor)
-    return gram, cross
+        grams[part] = grams[part] + (p.transpose(1, 2) @ p).double()
+        crosses[part] = crosses[part] + (p.transpose(1, 2) @ y).double()
+    return torch.stack(_two(grams)), torch.stack(_two(crosses))
+
+
+def _two(parts: list[Tensor | float]) -> list[Tensor]:
+    """With less than five chunks nothing is held out; the fit then judges itself."""
+    first, second = parts
+    assert isinstance(first, Tensor)
+    return [first, second if isinstance(second, Tensor) else first]
 
 
 def _patches(
@@ -296,13 +273,14 @@ def _patches(
     if isinstance(module, nn.Linear):
         rows, y = x.reshape(-1, x.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
         index = torch.randperm(len(rows), generator=generator)[:_ROWS].to(x.device)
-        yield rows[index].float(), y[index].float()
+        for part in index.chunk(5):
+            yield rows[part].float(), y[part].float()
         return
     assert isinstance(module, _ConvNd)
     wanted = wanted.reshape(len(target), -1, wanted.shape[-1])
     positions = wanted.shape[1]
     each = min(positions, max(1, -(-_ROWS // len(x))))
-    count = max(1, min(-(-len(x) // 4), _CHUNK // max(each * module.in_channels * _taps(module), 1)))
+    count = max(1, min(-(-len(x) // 5), _CHUNK // max(each * module.in_channels * _taps(module), 1)))
     for begin in range(0, len(x), count):
         where = torch.randperm(positions, generator=generator)[:each].to(x.device)
         rows = _columns(module, x[begin : begin + count], where)

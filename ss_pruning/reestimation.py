@@ -1,7 +1,8 @@
 """Re-estimation: batch norms behind a cut take the mean and the variance of what reaches them now.
 
 A cut changes what reaches the norms, whose statistics are still the dense model's. Off by default, since
-`ss_pruning.reconstruction` fits the layers to those very statistics; `benchmarks/accuracy.py` measures both.
+`ss_pruning.reconstruction` fits the layers to those very statistics (measured by `python -m benchmarks.accuracy
+--reestimate`).
 """
 
 from __future__ import annotations

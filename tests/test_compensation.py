@@ -16,7 +16,7 @@ from ss_pruning.coupling import couple
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import to_plan
 from ss_pruning.provenance import trace
-from ss_pruning.reconstruction import _normal_equations, _solve, reconstruct_
+from ss_pruning.reconstruction import _solve, reconstruct_
 from ss_pruning.surgery import Plan
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME, randomise
@@ -344,45 +344,3 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
 )
 def test_where_a_constant_may_meet_a_border(layer: nn.Module, padded: bool) -> None:
     assert _is_padded(layer) is padded
-
-
-def test_reconstruct_is_the_ridge_solution_towards_the_start() -> None:
-    rows = torch.cat([torch.randn(50, 3, dtype=torch.float64), torch.ones(50, 1, dtype=torch.float64)], 1)
-    wanted, start = (torch.randn(n, 2, dtype=torch.float64) for n in (50, 4))
-    gram, cross = (rows.T @ rows)[None], (rows.T @ wanted)[None]
-    found = _solve(gram, cross, start[None], 0.3)[0]
-    weights = 0.3 * gram[0].diagonal()[:3].mean() * torch.ones(3, dtype=torch.float64)
-    penalty = torch.diag(torch.cat([weights, torch.full((1,), 0.3 * 50, dtype=torch.float64)]))
-    slope = rows.T @ (rows @ found - wanted) + penalty @ (found - start)  # of half the penalised error
-    assert slope.abs().max() < 1e-9
-
-
-def test_the_same_images_are_held_out_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last fifth, whatever the layer, its size and the chunks it is summed in."""
-    monkeypatch.setattr("ss_pruning.reconstruction._CHUNK", 2000)
-    for module in (nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 3, 1, groups=3), nn.Linear(3, 2)):
-        x = images(11).float()
-        x = x.mean((2, 3)) if isinstance(module, nn.Linear) else x
-        with torch.no_grad():
-            target = module(x)
-        found, _ = _normal_equations(module, x, target)
-        for part, some in enumerate((x[:9], x[9:])):
-            count = some.numel() // 3
-            assert torch.allclose(found[part, :, -1, -1], torch.tensor(float(count), dtype=torch.float64))
-        changed = x.clone()
-        changed[9:] += 1
-        again, _ = _normal_equations(module, changed, target)
-        assert torch.equal(again[0], found[0])
-        assert not torch.equal(again[1], found[1])
-
-
-def test_with_few_images_reconstruct_is_not_worse_than_the_mean_alone() -> None:
-    """Six images tell little of 8 x 9 taps: the rest is known from the norms."""
-    dense = double_net(kernel=3, padding=1)
-    x, new = images(6)[..., :3, :3], images(100)[6:]
-    small, plan, wiring = cut(dense, [1, 4], x)
-    fold_means_(small, dense, plan, wiring, "gaussian", x)  # type: ignore[arg-type]
-    mean = error(dense, small, new)
-    small, plan, wiring = cut(dense, [1, 4], x)
-    reconstruct_(small, dense, plan, wiring, x)  # type: ignore[arg-type]
-    assert error(dense, small, new) < mean

@@ -95,7 +95,7 @@ def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
         net, EXAMPLE, images=139, steps=2, progress=lambda done, total: steps.append((done, total))
     )
     assert len(images) == 139
-    assert torch.equal(images[1::2], images[:-1:2].flip(-1))
+    assert torch.equal(images[70:], images[:69].flip(-1))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
