@@ -124,7 +124,7 @@ def spread(values: list[float]) -> str:
 def table(lines: list[dict[str, Any]]) -> str:
     """What stands between the markers of the page."""
     if not lines:
-        return ""
+        return "Not measured yet: `python -m benchmarks.two_processes` does it."
     last = lines[-1]
     counts, options = last["images"], " ".join(last["options"])
     used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
