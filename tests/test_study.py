@@ -91,9 +91,9 @@ def test_the_page_shows_what_the_lines_say(tmp_path: Path) -> None:
         ]  # fmt: skip
     text = study_page.write_page(lines, tmp_path / "study.md").read_text()
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("|")}
-    assert "83.00 ± 1.00 | 0 |" in rows["dense, fine-tuned as long"]
-    assert f"{asked:.0%} | 82.50 ± 1.00 | -0.50 |" in text
-    assert "71.00 ± 1.00 | -12.00 |" in rows[f"without, kernel norm, {study.TUNING_EPOCHS} epochs"]
+    assert "83.00 ± 1.00 | +0.50 | 0 |" in rows["dense, fine-tuned as long"]
+    assert f"{asked:.0%} | 82.50 ± 1.00 | +0.00 | -0.50 |" in text
+    assert "71.00 ± 1.00 | -11.50 | -12.00 |" in rows[f"without, kernel norm, {study.TUNING_EPOCHS} epochs"]
     assert f"within 1 point, mean over seeds: **{asked:.0%}**" in text
     assert "not run" in rows[f"without, random, {study.TUNING_EPOCHS} epochs"]
     assert f"With 1 epochs of fine-tuning instead, for both: 79.00 ± 0.00 at {asked:.0%}, -1.00." in text
