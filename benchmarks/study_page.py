@@ -141,7 +141,7 @@ def main_section(part: str, lines: list[Line]) -> list[str]:
     text = [
         title,
         "",
-        f"Penalty weight {WEIGHT:g}; differences are taken seed by seed: to the dense net as it was trained, and to the "
+        f"Penalty weight {WEIGHT:g}; differences go seed by seed: to the dense net as it was trained, and to the "
         f"one that was fine-tuned as long as the pruned ones, since {EPOCHS} epochs leave room. Synapses of all "
         "layers are ranked together, unless it says by layer; where that takes a whole layer, the net is at 10 %.",
         "",
