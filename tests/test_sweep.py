@@ -134,19 +134,15 @@ def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive  # Ray's processes end with the one that started them
+    for left in alive:  # Ray's own processes end with the one that started them, some of its agents late or never
+        left.kill()
     before = {path: path.read_bytes() for path in done}
     stamps = {path: path.stat().st_mtime_ns for path in (*done, *out.glob("nets/*/strength*.pt"))}
     assert 2 <= len(before) < 8
 
-    again = subprocess.run(
-        [*command, "--address", cluster],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with cluster(environment) as address:
+        again = subprocess.run([*command, "--address", address], cwd=ROOT, env=environment, capture_output=True,
+                               text=True, check=False)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert "nets: going on" in again.stdout
     assert "pruned: going on" in again.stdout
