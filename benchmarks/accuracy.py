@@ -36,10 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ss_pruning
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known
 from benchmarks.cifar_data import Images, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
-from benchmarks.common import DATA, HERE, RESULTS, versions
+from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import prune_
 from ss_pruning.compensation import METHODS
@@ -50,7 +51,7 @@ LINES = RESULTS / "accuracy.jsonl"
 CALIBRATION, LABELLED = 512, 512
 COST_EXPONENT: float = inspect.signature(prune_).parameters["cost_exponent"].default
 FINETUNE_BATCH, FINETUNE_RATE = 128, 0.01
-_CORE = HERE.parent / "ss_pruning"
+_CORE = Path(str(ss_pruning.__file__)).parent
 #: The code that results depend on, by what is used; comments and docstrings do not count.
 _SOURCES = {
     "all": [_CORE / f"{name}.py" for name in ("planning", "settling")],
@@ -58,7 +59,7 @@ _SOURCES = {
         _CORE / "pruning.py",
         _CORE / "strength.py",
         _CORE / "moments.py",
-        *(HERE.parent / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
+        *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
     "distilled": [_CORE / "distillation.py"],
