@@ -501,5 +501,5 @@ def _plot_tasks(tasks: dict[str, list[Line]], path: Path) -> None:
             )
     axes.set(xlabel="layer, input to output", ylabel="strength / root mean square")
     axes.set_xticks(range(len(layers)), layers, fontsize=7)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower left", ncols=2)
     _save(plt, figure, path)
