@@ -134,7 +134,7 @@ def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     _, alive = psutil.wait_procs(family, timeout=60)
-    for left in alive:  # Ray's own processes end with the one that started them, some of its agents late or never
+    for left in alive:  # some of Ray's agents outlive the process that started them
         left.kill()
     before = {path: path.read_bytes() for path in done}
     stamps = {path: path.stat().st_mtime_ns for path in (*done, *out.glob("nets/*/strength*.pt"))}
