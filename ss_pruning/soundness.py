@@ -126,7 +126,7 @@ class SoundPart:
         """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
 
         First those of the module where it failed and of what encloses it; if there are none, those of one name after
-        the other, then all. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
+        the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
         """
         before = self.verified.followed() if self.verified else frozenset()
         rightly = {_alike(number) for number in before}
@@ -135,10 +135,9 @@ class SoundPart:
         def suspects(latest: VerificationError) -> list[set[Number]]:
             new = latest.followed - before
             near = {n for n in new if _inside(latest.at or "", n[0])}
-            if near:
-                return [near]
-            by_name = [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
-            return by_name + [set(new)] * (len(by_name) > 1)
+            return (
+                [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
+            )
 
         def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
             nonlocal left
