@@ -256,13 +256,13 @@ def _cut_tensors(module: nn.Module, cut: Cut) -> None:
 def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
     """A grouped convolution: each group keeps positions of its own. Groups without outputs go, inputs and all."""
     groups, axis = conv.groups, int((cut.side == "in") != conv.transposed)
-    kept, alive = torch.tensor(cut.kept, device=conv.weight.device), torch.arange(groups)
+    kept, alive = torch.tensor(cut.kept), torch.arange(groups)  # not where the weight is: it may hold no data
     if cut.side == "out":
         alive = (kept // (cut.width // groups)).unique()
 
     def select(weight: Tensor) -> Tensor:
         blocks = weight.unflatten(0, (groups, -1))[alive.to(weight.device)]  # [groups, rows, columns, ...]
-        positions = kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]
+        positions = (kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]).to(weight.device)
         group = torch.arange(len(blocks), device=weight.device)[:, None]
         selected: Tensor = blocks.transpose(1, 1 + axis)[group, positions].transpose(1, 1 + axis)
         return selected.flatten(0, 1).contiguous()

@@ -61,6 +61,16 @@ def test_cut_equals_masked(net: Net, scope: str) -> None:
 
 
 @with_families
+def test_a_plan_cuts_a_model_without_data_alike(net: Net) -> None:
+    """Verification tells wrong plans apart on shapes alone."""
+    cut, ghost = net.make(), net.make().to("meta")
+    prune_(cut, net.example, ratio=0.4, scope="local")
+    cut.ss_pruning_plan.apply_(ghost)
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (cut, ghost)]
+    assert shapes[0] == shapes[1]
+
+
+@with_families
 def test_only_whole_families_go(net: Net) -> None:
     dense, model = net.make(), net.make()
     prune_(model, net.example, ratio=0.4)
