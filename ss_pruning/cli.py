@@ -77,7 +77,7 @@ def prune(
             "max_ratio": max_ratio,
             "cost_exponent": cost_exponent,
             "compensation": compensation.value,
-            "reestimate": reestimate,
+            **({"reestimate": True} if reestimate else {}),
         }
         with _output_folder(out), progress_bars() as progress:
             from ss_pruning import _job
