@@ -27,7 +27,8 @@ groups, the same search for the budget and the same cut; only the scores differ.
 images, or *distilled* ones as the library makes them by default, which needs no image at all. {ours} is the default: \
 where there are calibration images it takes its variances from them. Taylor and Hessian also see 512 labelled training \
 images. The others are data-free. Each criterion but ours was run with scores as they are and with scores divided by \
-the root of what a channel costs, which ours are; the better one is shown. ± is the standard deviation over seeds \
+the root of what a channel costs, which ours are; the better one is shown (where only the first seed was run with \
+both, the one that was better with it). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. *Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
 **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
@@ -107,7 +108,7 @@ def cells(lines: Iterable[Line]) -> Cells:
     best: Cells = {}
     for (criterion, column, _), by_seed in found.items():
         values, known = list(by_seed.values()), best.get((criterion, column))
-        if known is None or statistics.mean(values) > statistics.mean(known):
+        if known is None or (len(values), statistics.mean(values)) > (len(known), statistics.mean(known)):
             best[criterion, column] = values
     return best
 

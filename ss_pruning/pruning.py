@@ -126,6 +126,7 @@ def prune_(
         search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), cost_exponent)
         verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
+        bench.close()
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
     options = {**options, "cost_exponent": cost_exponent, "compensation": compensation}
     if reestimate:

@@ -92,6 +92,11 @@ class Bench:
             return None
         return twin
 
+    def close(self) -> None:
+        """Let go of the copies, which share tensors with the model: else all it loses in a cut would stay in memory."""
+        del self.dense, self.twin
+        vars(self).pop("ghost", None)
+
     def run(self) -> Any:
         """What the dense copy returns; from here on the shapes at every module and the tolerance are known.
 

@@ -103,6 +103,32 @@ def test_what_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [run.criterion for run in done] == ["LAMP", "FPGM"]
 
 
+def test_after_the_first_seed_only_the_better_cost_exponent_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[tuple[str, float, int]] = []
+
+    class FakeBench:
+        def __init__(self, options: Any) -> None: ...
+
+        def __call__(self, run: accuracy.Run) -> dict[str, Any]:
+            done.append((run.criterion, run.cost_exponent, run.seed))
+            return {"top1": 50.0 + run.cost_exponent * (1 if run.criterion == "LAMP" else -1)}
+
+    monkeypatch.setattr(accuracy, "Bench", FakeBench)
+    words = ("--criteria", "LAMP", "FPGM", OURS, "--compensations", "reconstruct", "--better-only")
+    options(monkeypatch, *words, "--results", str(tmp_path / "lines.jsonl"))
+    assert accuracy.main() == 0
+    own = accuracy.COST_EXPONENT
+    first = [("LAMP", 0.0, 0), ("LAMP", own, 0), ("FPGM", 0.0, 0), ("FPGM", own, 0), (OURS, own, 0)]
+    others = [
+        (name, weight, seed)
+        for seed in (1, 2)
+        for name, weight in (("LAMP", own), ("FPGM", 0.0), (OURS, own))
+    ]
+    assert done == first + others
+
+
 def test_the_code_counts_and_words_do_not() -> None:
     first = accuracy._without_words('def f(x):\n    """One."""\n    return x  # a\n')
     assert first == accuracy._without_words('def f(x):\n    """Two."""\n    return x\n')
@@ -129,6 +155,8 @@ def test_other_criteria_get_the_better_of_two_weights() -> None:
         ("LAMP", "none"): [55.0],
         ("FPGM", "none"): [52.0],
     }
+    seeds = [line("Random", 40.0, seed=seed, cost_exponent=0.0) for seed in range(2)]
+    assert accuracy_page.cells([*seeds, line("Random", 41.0)]) == {("Random", "none"): [40.0, 40.0]}
 
 
 def test_fine_tuned_runs_have_a_column_of_their_own() -> None:
