@@ -404,6 +404,30 @@ def test_a_layers_own_numbers_are_its_widths() -> None:
     prune_(model, torch.randn(1, 3, 64, 64), ratio=0.3)
 
 
+class StoredHalf(nn.Module):
+    """Shuffles channels by a number of its own, which must follow the cut before the order in it can be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.conv1, self.half = conv(3, 16), conv(16, 6), 8
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv0(x))
+        n, _, h, w = x.shape
+        x = x.view(n, 2, self.half, h, w).transpose(1, 2).reshape(n, -1, h, w)
+        return self.fc(pooled(F.relu(self.conv1(x))))
+
+
+def test_a_shuffle_by_a_stored_number_is_followed_and_put_in_order() -> None:
+    torch.manual_seed(0)
+    model, x = StoredHalf().eval(), torch.randn(2, 3, 8, 8)
+    dense = copy.deepcopy(model)
+    prune_(model, x, ratio=0.4, ignore=["conv1"])
+    assert model.conv0.out_channels == 2 * model.half < 16
+    assert largest_difference(dense, model, (x,)) < 1e-10
+
+
 def test_a_plan_sets_nothing_but_numbers_that_are_there() -> None:
     net = BY_NAME["unequal_split"]
     model = net.make()
