@@ -60,6 +60,7 @@ _SOURCES = {
         _CORE / "pruning.py",
         _CORE / "strength.py",
         _CORE / "moments.py",
+        _CORE / "redundancy.py",
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],

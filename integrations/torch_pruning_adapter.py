@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.coupling import Ints
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.layers import is_depthwise
-from ss_pruning.moments import MomentSource, measure
+from ss_pruning.layers import groups_of, is_depthwise
+from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
+from ss_pruning.redundancy import unexplained
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
 from ss_pruning.walking import modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import Wiring
@@ -43,6 +44,9 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
             across layers as they are, which is what shares are for.
+        conditional: Count of a channel only what the stronger channels that its readers see do not tell already, see
+            `ss_pruning.redundancy`. For cuts after which the weights that stay are solved anew (`prune_` sets it
+            then). Needs batches as `moments`, which are gone through once.
         example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
             with is recovered; that needs a model with one image input that its first convolution reads.
 
@@ -57,16 +61,22 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         reduce: Reduction = "sum",
         normalizer: Normalizer | None = None,
         example_inputs: Any = None,
+        conditional: bool = False,
     ) -> None:
         _check("score", score, ("share", "strength", "entropy"))
         _check("reduce", reduce, ("sum", "mean", "max"))
         _check("normalizer", normalizer, (None, "mean", "max", "sum"))
         if isinstance(moments, str):
             _check("moments", moments, ("batchnorm", "gaussian"))
+            if conditional:
+                raise InputError(
+                    f"conditional=True needs covariances; moments={moments!r} has none, give batches of inputs"
+                )
         self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
+        self.conditional = conditional
         self.example_inputs = example_inputs
         self._wiring: tuple[Any, Any, Wiring] | None = None
-        self._variances: tuple[list[Any], dict[str, Tensor]] | None = None
+        self._moments: tuple[list[Any], dict[str, Moments]] | None = None
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -136,22 +146,27 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             path = paths[module]
             if path not in wiring.layers:
                 return None
-            variance = self._variance(model, wiring, path, graph)
-            power = synaptic_power(module, variance)
-            known[module] = self._reduced(by_input_channel(module, _scored(power, self.score)))
+            moments = self._measured(model, wiring, path, graph)
+            power = synaptic_power(module, moments.variance)
+            scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
+            if moments.covariance is not None:
+                left = unexplained(moments.covariance, scores, moments.rows, groups_of(module))
+                scores = scores * left.to(scores)
+            known[module] = scores
         return known[module]
 
-    def _variance(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Tensor:
-        """`[in_channels]`; measured again when a weight has changed."""
+    def _measured(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Moments:
+        """Of what arrives at a layer; measured again when a weight has changed."""
         if not self._pass.measured:
             key = _state(model, wiring)
-            if self._variances is None or not _same(self._variances[0], key):
+            if self._moments is None or not _same(self._moments[0], key):
                 inputs = None if self.moments == "batchnorm" else self._inputs(graph)
-                measured = measure(model, wiring, self.moments, inputs, synaptic_paths(wiring))
-                self._variances = (key, {p: m.variance for p, m in measured.items()})
+                paths = synaptic_paths(wiring)
+                found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional)
+                self._moments = (key, found)
             self._pass.measured = True
-        assert self._variances is not None
-        return self._variances[1][path]
+        assert self._moments is not None
+        return self._moments[1][path]
 
     def _reduced(self, scores: Tensor) -> Tensor:
         if self.reduce == "max":

@@ -102,14 +102,23 @@ def device_of(name: str | None) -> torch.device:
 
 
 def make_importance(
-    importance: Importance, score: Score | None, request: Request, job: Job, pictures: Any
+    importance: Importance,
+    score: Score | None,
+    compensation: Compensation,
+    request: Request,
+    job: Job,
+    pictures: Any,
 ) -> Any:
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
 
         chosen: dict[str, Any] = {} if score is None else {"score": score.value}
-        return SynapticImportance(moments=_moments(request, job, pictures), **chosen)
+        moments = _moments(request, job, pictures)
+        solved = compensation in (Compensation.linear, Compensation.reconstruct)
+        return SynapticImportance(
+            moments=moments, conditional=solved and not isinstance(moments, str), **chosen
+        )
     import torch_pruning as tp
 
     makers = {
@@ -252,6 +261,8 @@ def settings_of(
     moments = getattr(chosen, "moments", None)
     given = moments if isinstance(moments, str) else Moments.data.value
     synaptic = {"moments": given, "score": getattr(chosen, "score", None)}
+    if getattr(chosen, "conditional", False):
+        synaptic["conditional"] = True
     return {
         "model": request.model,
         "weights": request.weights,

@@ -84,7 +84,7 @@ def prune(
 
             job = _job.prepare(request, progress)
             pictures = _job.calibration_images(compensation, calibration, reestimate, seed, job, progress)
-            chosen = _job.make_importance(importance, score, request, job, pictures)
+            chosen = _job.make_importance(importance, score, compensation, request, job, pictures)
             report = _job.run(job, chosen, options, pictures, batch, progress)
             report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
             report.command = _command_line(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from ss_pruning.wiring import Wiring
 # Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
 _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
 _LEAST_SIDE = 32
+# Positions of a batch from which the products of channels are taken.
+_PRODUCT_POSITIONS = 2**13
 #: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
 MomentSource = str | Iterable[Any]
 
@@ -33,17 +35,29 @@ class Moments:
         mean: `[in_channels]`; None where the source only knows variances.
         variance: `[in_channels]`.
         unscaled: `[in_channels]`, True where no norm stands behind the channel (its variance is then taken as 1).
+        covariance: `[in_channels, in_channels]` in float64, from a sample of the positions, if it was asked for.
+        rows: How many positions that sample has.
     """
 
     mean: Tensor | None
     variance: Tensor
     unscaled: Tensor
+    covariance: Tensor | None = None
+    rows: int = 0
 
 
 def measure(
-    model: nn.Module, wiring: Wiring, source: MomentSource, example_inputs: Any, paths: Sequence[str]
+    model: nn.Module,
+    wiring: Wiring,
+    source: MomentSource,
+    example_inputs: Any,
+    paths: Sequence[str],
+    *,
+    covariance: bool = False,
 ) -> dict[str, Moments]:
     """Moments of the inputs of the layers `paths`; layers that only run in training are told by their norms.
+
+    With `covariance`, and batches as the source, covariances too, which take memory of the square of a width a layer.
 
     Raises:
         InputError: `source` is an unknown name, or an iterable without a batch.
@@ -61,7 +75,8 @@ def measure(
         raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
     else:
         inputs = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in source)
-        found = {path: seen.moments for path, seen in _observe(model, wiring, inputs, paths).items()}
+        seen = _observe(model, wiring, inputs, paths, _Products if covariance else _Sums)
+        found = {path: s.moments for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
     scales = norm_scales(model, wiring) if len(found) < len(paths) else {}
     return {path: found[path] if path in found else from_norms(wiring, path, scales) for path in paths}
@@ -266,11 +281,15 @@ class _Sums:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
-        rows = x.movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
+        rows = self.rows(module, x)
         self.values += rows.shape[1]
         self.images += len(x)
         self.total = self.total + rows.sum(1, dtype=torch.float64)
         self.squares = self.squares + rows.double().square().sum(1)
+
+    def rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """`[in_channels, positions]`."""
+        return x.movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
 
     def seen(self, dtype: torch.dtype) -> _Seen:
         mean = torch.as_tensor(self.total / self.values)
@@ -279,11 +298,50 @@ class _Sums:
         return _Seen(moments, self.values, self.images)
 
 
+class _Products(_Sums):
+    """With the products of channels, at positions drawn from each batch.
+
+    They are taken about the first batch's mean: products in single precision would lose a variance that is small
+    beside the mean.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drawn, self.about = 0, torch.zeros(())
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        super().__call__(module, args)
+        rows = self.rows(module, args[0].detach())
+        if rows.shape[1] > _PRODUCT_POSITIONS:
+            drawn = torch.randint(rows.shape[1], (_PRODUCT_POSITIONS,), generator=self.generator)
+            rows = rows.index_select(1, drawn.to(rows.device))
+        if not self.drawn:
+            self.about = rows.mean(1, keepdim=True)
+        centred = (rows - self.about).float()
+        self.drawn += centred.shape[1]
+        self.first = self.first + centred.sum(1, dtype=torch.float64)
+        self.second = self.second + (centred @ centred.T).double()
+
+    def seen(self, dtype: torch.dtype) -> _Seen:
+        seen = super().seen(dtype)
+        mean = torch.as_tensor(self.first / max(self.drawn, 1))
+        covariance = torch.as_tensor(self.second / max(self.drawn, 1)) - mean.outer(mean)
+        moments = replace(seen.moments, covariance=covariance, rows=self.drawn)
+        return replace(seen, moments=moments)
+
+
 def _observe(
-    model: nn.Module, wiring: Wiring, batches: Iterable[Any], paths: Sequence[str]
+    model: nn.Module,
+    wiring: Wiring,
+    batches: Iterable[Any],
+    paths: Sequence[str],
+    kind: type[_Sums] = _Sums,
 ) -> dict[str, _Seen]:
     """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
-    sums = {path: _Sums(wiring.layers[path].inputs) for path in paths}
+    sums = {path: kind(wiring.layers[path].inputs) for path in paths}
     modules = modules_of(model)
     handles = [modules[path].register_forward_pre_hook(s) for path, s in sums.items()]
     count = 0

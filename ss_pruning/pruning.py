@@ -72,7 +72,8 @@ def prune_(
         latency: Share of the time of a forward pass to keep, as measured on this machine; met to within 5 %. Channels
             then compete by importance per second, see `ss_pruning.layer_times`. Give exactly one of the four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
-            arrives at each channel from the calibration inputs if there are any, else from the net run on noise.
+            arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
+            "linear" or "reconstruct" it counts only what the channels that stay cannot make up for.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
@@ -110,7 +111,7 @@ def prune_(
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
     with clock("score", 1):
-        criterion = importance or _default_importance(images)
+        criterion = importance or _default_importance(images, compensation)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         powers = powers_along(wiring, model, example_inputs)
         strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
@@ -200,10 +201,13 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     return plan, report
 
 
-def _default_importance(images: Any) -> Any:
+def _default_importance(images: Any, compensation: Method) -> Any:
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
 
-    return SynapticImportance() if images is None else SynapticImportance(moments=images.split(BATCH))
+    if images is None:
+        return SynapticImportance()
+    solved = compensation in ("linear", "reconstruct")
+    return SynapticImportance(moments=images.split(BATCH), conditional=solved)
 
 
 class _Clock:

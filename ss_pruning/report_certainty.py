@@ -91,7 +91,8 @@ def _strengths(report: Report) -> str:
     if not any(layer.strength for layer in report.layers):
         return "Not recorded."
     scored = _VARIANCES.get(str(report.settings.get("moments")))
-    chosen = f" What went was chosen by variances {scored}." if scored else ""
+    told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
+    chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
     share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
     return (
         f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "
