@@ -10,7 +10,7 @@ the test images. What no seed can change is run once.
 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
-    python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:reduce=max --split train
+    python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:conditional=1 --split train
     python -m benchmarks.accuracy --page
 
 Each run adds a line to benchmarks/results/accuracy.jsonl; what is there by the same code and settings is not run
@@ -170,9 +170,9 @@ class Bench:
             self.dense[run.net] = top1(self._fresh(run.net), self.measured)
         model = self._fresh(run.net)
         labelled = draw(self.train, LABELLED, 10_000 + run.seed)
-        importance = self.criteria(run.criterion, model, run.net, run.seed, labelled)
         example = torch.zeros(1, 3, 32, 32)
         calibration = self._calibration(run, model, example)
+        importance = self.criteria(run.criterion, model, run.net, run.seed, labelled, calibration)
         torch.manual_seed(run.seed)
         started = time.perf_counter()
         report = prune_(

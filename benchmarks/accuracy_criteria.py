@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar_data import Images, as_input
 from ss_pruning import SynapticImportance
+from ss_pruning.cutting import BATCH
 
 OURS = "SynapticImportance"
 _NO_LABELS: dict[str, Callable[[], Any]] = {
@@ -36,7 +37,7 @@ Gradients = dict[str, Tensor]
 
 
 def is_known(name: str) -> bool:
-    """True for one of `CRITERIA`, and for ours with options, as in `SynapticImportance:reduce=max,score=strength`."""
+    """True for one of `CRITERIA`, and for ours with options, as in `SynapticImportance:reduce=max,conditional=1`."""
     return name in CRITERIA or name.startswith(f"{OURS}:")
 
 
@@ -46,8 +47,13 @@ class Criteria:
     def __init__(self) -> None:
         self._known: dict[tuple[str, str, int], Gradients] = {}
 
-    def __call__(self, name: str, model: nn.Module, net: str, seed: int, labelled: Images) -> Any:
-        """An importance for `model`, which is given the gradients that it reads; None for the default."""
+    def __call__(
+        self, name: str, model: nn.Module, net: str, seed: int, labelled: Images, calibration: Tensor | None
+    ) -> Any:
+        """An importance for `model`, which is given the gradients that it reads; None for the default.
+
+        Ours with options takes its moments from the calibration images if there are any, as the default does.
+        """
         if name in _LABELS:
             key = (name, net, seed)
             if key not in self._known:
@@ -58,8 +64,12 @@ class Criteria:
                 parameter.grad = self._known[key][path].clone()
             return _LABELS[name]()
         if name.startswith(f"{OURS}:"):
-            options = dict(part.split("=", 1) for part in name.partition(":")[2].split(","))
-            return SynapticImportance(**options)  # type: ignore[arg-type]
+            options: dict[str, Any] = dict(part.split("=", 1) for part in name.partition(":")[2].split(","))
+            if calibration is not None:
+                options.setdefault("moments", calibration.split(BATCH))
+            if "conditional" in options:
+                options["conditional"] = float(options["conditional"])
+            return SynapticImportance(**options)
         return _NO_LABELS[name]()
 
 

@@ -26,7 +26,7 @@ CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same cal
 groups, the same search for the budget and the same cut; only the scores differ. Calibration: 512 unlabelled training \
 images, or *distilled* ones as the library makes them by default, which needs no image at all. {ours} is the default: \
 where there are calibration images it takes its variances from them, and where the weights are solved anew (linear, \
-reconstruct) it counts what stronger channels do not tell already. Taylor and Hessian also see 512 labelled training \
+reconstruct) it counts less of what stronger channels tell already. Taylor and Hessian also see 512 labelled training \
 images. The others are data-free. Each criterion but ours was run with scores as they are and with scores divided by \
 the root of what a channel costs, which ours are; the better one is shown (where only the first seed was run with \
 both, the one that was better with it). ± is the standard deviation over seeds \

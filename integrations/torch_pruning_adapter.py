@@ -44,14 +44,13 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
             across layers as they are, which is what shares are for.
-        conditional: Count of a channel only what the stronger channels that its readers see do not tell already, see
-            `ss_pruning.redundancy`. For cuts after which the weights that stay are solved anew (`prune_` sets it
-            then). Needs batches as `moments`, which are gone through once.
-        example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
-            with is recovered; that needs a model with one image input that its first convolution reads.
+        conditional: Count less of what the stronger channels that a reader sees tell already, see
+            `ss_pruning.redundancy`: where they explain `R^2` of a channel, its score is multiplied by `1 - R^2` to
+            this power, from 0 (nothing of it is made up for) to 1 (all). For cuts after which the weights that stay
+            are solved anew: `prune_` takes 0.5 then. Needs batches as `moments`.
 
     Raises:
-        InputError: An option is unknown.
+        InputError: An option is unknown or out of range.
     """
 
     def __init__(
@@ -61,16 +60,18 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         reduce: Reduction = "sum",
         normalizer: Normalizer | None = None,
         example_inputs: Any = None,
-        conditional: bool = False,
+        conditional: float = 0.0,
     ) -> None:
         _check("score", score, ("share", "strength", "entropy"))
         _check("reduce", reduce, ("sum", "mean", "max"))
         _check("normalizer", normalizer, (None, "mean", "max", "sum"))
+        if not 0 <= conditional <= 1:
+            raise InputError(f"conditional={conditional!r} must lie in [0, 1]")
         if isinstance(moments, str):
             _check("moments", moments, ("batchnorm", "gaussian"))
             if conditional:
                 raise InputError(
-                    f"conditional=True needs covariances; moments={moments!r} has none, give batches of inputs"
+                    f"conditional={conditional!r} needs covariances; {moments!r} has none: give batches as moments"
                 )
         self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
         self.conditional = conditional
@@ -151,7 +152,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
             if moments.covariance is not None:
                 left = unexplained(moments.covariance, scores, moments.rows, groups_of(module))
-                scores = scores * left.to(scores)
+                scores = scores * left.pow(self.conditional).to(scores)
             known[module] = scores
         return known[module]
 
@@ -162,7 +163,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             if self._moments is None or not _same(self._moments[0], key):
                 inputs = None if self.moments == "batchnorm" else self._inputs(graph)
                 paths = synaptic_paths(wiring)
-                found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional)
+                found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional > 0)
                 self._moments = (key, found)
             self._pass.measured = True
         assert self._moments is not None

@@ -112,13 +112,14 @@ def make_importance(
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
+        from ss_pruning.redundancy import CONDITIONAL
 
         chosen: dict[str, Any] = {} if score is None else {"score": score.value}
         moments = _moments(request, job, pictures)
         solved = compensation in (Compensation.linear, Compensation.reconstruct)
-        return SynapticImportance(
-            moments=moments, conditional=solved and not isinstance(moments, str), **chosen
-        )
+        if solved and not isinstance(moments, str):
+            chosen["conditional"] = CONDITIONAL
+        return SynapticImportance(moments=moments, **chosen)
     import torch_pruning as tp
 
     makers = {
@@ -261,8 +262,8 @@ def settings_of(
     moments = getattr(chosen, "moments", None)
     given = moments if isinstance(moments, str) else Moments.data.value
     synaptic = {"moments": given, "score": getattr(chosen, "score", None)}
-    if getattr(chosen, "conditional", False):
-        synaptic["conditional"] = True
+    if getattr(chosen, "conditional", 0):
+        synaptic["conditional"] = chosen.conditional
     return {
         "model": request.model,
         "weights": request.weights,

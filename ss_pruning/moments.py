@@ -318,9 +318,10 @@ class _Products(_Sums):
         if rows.shape[1] > _PRODUCT_POSITIONS:
             drawn = torch.randint(rows.shape[1], (_PRODUCT_POSITIONS,), generator=self.generator)
             rows = rows.index_select(1, drawn.to(rows.device))
+        rows = rows.float()
         if not self.drawn:
             self.about = rows.mean(1, keepdim=True)
-        centred = (rows - self.about).float()
+        centred = rows - self.about
         self.drawn += centred.shape[1]
         self.first = self.first + centred.sum(1, dtype=torch.float64)
         self.second = self.second + (centred @ centred.T).double()

@@ -24,6 +24,7 @@ from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
+from ss_pruning.redundancy import CONDITIONAL
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import powers_along
@@ -73,7 +74,7 @@ def prune_(
             then compete by importance per second, see `ss_pruning.layer_times`. Give exactly one of the four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
-            "linear" or "reconstruct" it counts only what the channels that stay cannot make up for.
+            "linear" or "reconstruct" it counts less of what stronger channels tell already.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
@@ -207,7 +208,7 @@ def _default_importance(images: Any, compensation: Method) -> Any:
     if images is None:
         return SynapticImportance()
     solved = compensation in ("linear", "reconstruct")
-    return SynapticImportance(moments=images.split(BATCH), conditional=solved)
+    return SynapticImportance(moments=images.split(BATCH), conditional=CONDITIONAL if solved else 0)
 
 
 class _Clock:

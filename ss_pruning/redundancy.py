@@ -1,6 +1,6 @@
 """What a channel says that the stronger ones do not: the part of it that no compensation can make up for.
 
-Where the weights that stay are solved anew after a cut, a channel that the others can tell costs nothing. Channels
+Where the weights that stay are solved anew after a cut, what the others can tell of a channel is not lost. Channels
 are taken from the strongest down, and each counts with the variance that is left of it once those before it are known:
 the squared diagonal of the Cholesky factor of their covariance in that order. Optimal brain surgeon (Hassibi and Stork
 1993) removes by the same quantity, one after the other and from the other end; this order needs no loop.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: How much of that counts where weights are solved anew: the power of `1 - R^2` that `prune_` multiplies scores by.
+CONDITIONAL = 0.5
 # Added to the variances, as a share of their mean.
 _RIDGE = 1e-3
 

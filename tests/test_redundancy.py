@@ -114,6 +114,8 @@ def test_without_compensation_the_weak_go() -> None:
     assert len({4, 5, 6, 7} & set(kept)) <= 1
 
 
-def test_it_needs_images() -> None:
+def test_it_needs_images_and_a_power() -> None:
     with pytest.raises(InputError, match="give batches"):
-        SynapticImportance(conditional=True)
+        SynapticImportance(conditional=0.5)
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+        SynapticImportance([torch.zeros(1, 3, 8, 8)], conditional=2)
