@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS
 from benchmarks.cifar_models import NETS
-from benchmarks.common import HERE
+from benchmarks.common import HERE, RESULTS
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -81,7 +82,7 @@ def _run(line: Line) -> tuple[Any, ...]:
 
 def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> list[str]:
     stream = ", residual stream included" if residual else ""
-    parts = [f"## {net}{stream}: dense {lines[0]['dense']:.2f}", ""]
+    parts = [f"## {net}{stream}: dense {lines[0]['dense']:.2f}", "", *_trained(net)]
     plot = page.with_name(f"accuracy_{net}{'_residual' * residual}.svg")
     if _plot(lines, f"{net}{stream}", plot):
         parts += [f"![accuracy against MACs]({plot.name})", ""]
@@ -89,6 +90,19 @@ def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> lis
         at = [line for line in lines if line["macs"] == macs]
         parts += [f"### {macs:.0%} of the multiply-accumulates", "", *table(at), *_remarks(at), ""]
     return parts
+
+
+def _trained(net: str) -> list[str]:
+    """Where the weights are from, if they were trained here."""
+    path = RESULTS / f"train_{net}.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    recipe = f"python -m benchmarks.train_cifar {net} --epochs {found['recipe']['epochs']}"
+    return [
+        f"{found['parameters'] / 1e6:.2f} M parameters, trained by `{recipe}`; its log is `benchmarks/results/{path.name}`.",
+        "",
+    ]
 
 
 def cells(lines: Iterable[Line]) -> Cells:
