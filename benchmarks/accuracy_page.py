@@ -99,10 +99,8 @@ def _trained(net: str) -> list[str]:
         return []
     found = json.loads(path.read_text())
     recipe = f"python -m benchmarks.train_cifar {net} --epochs {found['recipe']['epochs']}"
-    return [
-        f"{found['parameters'] / 1e6:.2f} M parameters, trained by `{recipe}`; its log is `benchmarks/results/{path.name}`.",
-        "",
-    ]
+    size = f"{found['parameters'] / 1e6:.2f} M parameters"
+    return [f"{size}, trained by `{recipe}`; its log is `benchmarks/results/{path.name}`.", ""]
 
 
 def cells(lines: Iterable[Line]) -> Cells:
