@@ -44,6 +44,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
             across layers as they are, which is what shares are for.
+        example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
+            with is recovered; that needs a model with one image input that its first convolution reads.
         conditional: Count less of what the stronger channels that a reader sees tell already, see
             `ss_pruning.redundancy`: where they explain `R^2` of a channel, its score is multiplied by `1 - R^2` to
             this power, from 0 (nothing of it is made up for) to 1 (all). For cuts after which the weights that stay

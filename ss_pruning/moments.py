@@ -57,7 +57,8 @@ def measure(
 ) -> dict[str, Moments]:
     """Moments of the inputs of the layers `paths`; layers that only run in training are told by their norms.
 
-    With `covariance`, and batches as the source, covariances too, which take memory of the square of a width a layer.
+    With `covariance`, and batches as the source, covariances too (not of what depthwise layers read), which take
+    memory of the square of a width a layer.
 
     Raises:
         InputError: `source` is an unknown name, or an iterable without a batch.
@@ -342,7 +343,10 @@ def _observe(
     kind: type[_Sums] = _Sums,
 ) -> dict[str, _Seen]:
     """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
-    sums = {path: kind(wiring.layers[path].inputs) for path in paths}
+    sums: dict[str, _Sums] = {}
+    for path in paths:  # a depthwise layer reads each channel by itself
+        layer = wiring.layers[path]
+        sums[path] = (_Sums if layer.kind == "depthwise" else kind)(layer.inputs)
     modules = modules_of(model)
     handles = [modules[path].register_forward_pre_hook(s) for path, s in sums.items()]
     count = 0

@@ -15,6 +15,8 @@ from torch import Tensor
 CONDITIONAL = 0.5
 # Added to the variances, as a share of their mean.
 _RIDGE = 1e-3
+# How often it is made ten times larger where rounding has left the covariance indefinite.
+_TRIES = 6
 
 
 def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1) -> Tensor:
@@ -39,6 +41,15 @@ def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1
     variance = blocks.diagonal(dim1=1, dim2=2)
     ridge = max(_RIDGE, size / max(rows, 1)) * variance.mean(1, keepdim=True)
     floor = torch.finfo(torch.float64).tiny
-    factor = torch.linalg.cholesky(blocks + torch.diag_embed((ridge + floor).expand_as(variance)))
+    for _ in range(_TRIES):
+        added = torch.diag_embed((ridge + floor).expand_as(variance))
+        factor, failed = torch.linalg.cholesky_ex(blocks + added)
+        if not bool(failed.any()):
+            break
+        ridge = 10 * ridge
+    else:
+        return torch.full_like(
+            order_by, torch.nan
+        )  # only NaN does this: whoever reads the scores refuses them
     left = (factor.diagonal(dim1=1, dim2=2).square() - ridge) / variance.clamp_min(floor)
     return torch.empty_like(left).scatter_(1, order, left.clamp(0, 1)).flatten()

@@ -72,6 +72,15 @@ def test_dead_channels_are_no_error() -> None:
     assert unexplained(covariance, torch.zeros(4), 10).isfinite().all()
 
 
+def test_rounding_that_leaves_a_covariance_indefinite_is_no_error() -> None:
+    covariance = torch.ones(50, 50, dtype=torch.float64) - 0.05 * torch.eye(50, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(covariance)[0]) < -0.01
+    found = unexplained(covariance, torch.arange(50.0), MANY)
+    assert found.isfinite().all()
+    assert int(found.argmax()) == 49
+    assert unexplained(torch.full((3, 3), torch.nan), torch.ones(3), MANY).isnan().all()
+
+
 @pytest.mark.parametrize("split", [(5,), (2, 3)])
 def test_covariances_are_those_of_all_positions(split: tuple[int, ...]) -> None:
     torch.manual_seed(0)
