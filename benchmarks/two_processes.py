@@ -66,7 +66,8 @@ def finetuned(net: str, data: Path, out: Path, processes: int, *options: str) ->
         [*command, "--data", str(data), "--out", str(out)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    cuts = dict(re.findall(r"process (\d+) was cut to (\w+)", done.stdout))
+    # two processes may write at once, on one line
+    cuts = dict(re.findall(r"process (\d+) was cut to ([0-9a-f]{16})", done.stdout))
     log = json.loads((out / "log.json").read_text("utf-8"))
     return {"top1": log[-1]["top1"], "loss": log[-1]["loss"], "cuts": [cuts[rank] for rank in sorted(cuts)]}
 
