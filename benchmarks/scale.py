@@ -250,7 +250,7 @@ def plot(models: dict[str, Any], path: Path) -> None:
     right.loglog(millions, peaks, "o-", label="peak of the process")
     for axes, label in ((left, "seconds"), (right, "GiB")):
         axes.set(xlabel="parameters, millions", ylabel=label)
-        axes.legend()
+        axes.legend(loc="upper left")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
