@@ -48,8 +48,7 @@ def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1
             break
         ridge = 10 * ridge
     else:
-        return torch.full_like(
-            order_by, torch.nan
-        )  # only NaN does this: whoever reads the scores refuses them
+        # Only NaN does this, and whoever reads the scores refuses them.
+        return torch.full_like(order_by, torch.nan)
     left = (factor.diagonal(dim1=1, dim2=2).square() - ridge) / variance.clamp_min(floor)
     return torch.empty_like(left).scatter_(1, order, left.clamp(0, 1)).flatten()
