@@ -1,9 +1,11 @@
 """How much accuracy is left after pruning: criteria x compensations x budgets x nets x seeds, on CIFAR-10.
 
 Every run prunes a fresh net by `prune_(model, x, macs=..., importance=...)`: the same groups, the same search for the
-budget, the same cut; only the scores differ. Other criteria than ours are run with scores as they are
-(`cost_exponent=0`, as Torch-Pruning ranks) and weighed by cost as ours are; the page shows the better one of each
+budget, the same cut; only the scores differ, and how layers compete. Ours is what `prune_` does by default. Other
+criteria rank all channels by their scores (the global scope), as Torch-Pruning does, and are run with scores as they
+are (`cost_exponent=0`) and divided by the root of what a channel costs (0.5); the page shows the better one of each
 cell. `--better-only` runs both for the first seed and the others for the better one, which is what the page would show.
+Any criterion runs in another scope by its name: `"Magnitude L2:scope=measured"`, `SynapticImportance:scope=global`.
 The residual stream of the ResNets stays whole unless `--residual` is given. Calibration images (without labels) and
 labelled images (for Taylor and Hessian) are drawn from the training images by the seed, 512 each; accuracy is that on
 the test images. What no seed can change is run once.
@@ -23,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import inspect
 import itertools
 import json
 import os
@@ -38,19 +39,20 @@ import torch
 from torch import Tensor, nn
 
 import ss_pruning
-from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known, named_options
 from benchmarks.cifar_data import Images, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import prune_
-from ss_pruning.compensation import METHODS
+from ss_pruning.compensation import METHODS, SOLVED
 from ss_pruning.distillation import distilled
 from ss_pruning.errors import BudgetError, InputError
+from ss_pruning.planning import Scope
+from ss_pruning.pruning import COST_EXPONENT, default_scope
 
 LINES = RESULTS / "accuracy.jsonl"
 CALIBRATION, LABELLED = 512, 512
-COST_EXPONENT: float = inspect.signature(prune_).parameters["cost_exponent"].default
 FINETUNE_BATCH, FINETUNE_RATE = 128, 0.01
 _CORE = Path(str(ss_pruning.__file__)).parent
 #: The code that results depend on, by what is used; comments and docstrings do not count.
@@ -64,6 +66,7 @@ _SOURCES = {
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
+    "measured": [_CORE / "damage.py"],
     "distilled": [_CORE / "distillation.py"],
     "reestimate": [_CORE / "reestimation.py"],
 }
@@ -85,16 +88,18 @@ class Run:
     split: str
     images: int
     reestimate: bool = False
+    scope: str = "global"
 
     @property
     def uses_images(self) -> bool:
-        return self.compensation in ("linear", "reconstruct") or self.reestimate
+        return self.compensation in SOLVED or self.reestimate
 
     def code(self) -> str:
         """A digest of the code that the result depends on."""
         parts = ["all"]
         parts += ["ours"] * self.criterion.startswith(OURS)
         parts += ["compensation"] * (self.compensation != "none")
+        parts += ["measured"] * (self.scope == "measured")
         parts += ["distilled"] * (self.uses_images and self.calibration == "distilled")
         parts += ["reestimate"] * self.reestimate
         digest = hashlib.sha256()
@@ -120,18 +125,21 @@ def _without_words(source: str) -> str:
 
 def grid(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that were asked for; what no seed can change comes once."""
-    weighed = [(c, e) for c in options.criteria for e in cost_exponents(c, options.cost_exponents)]
-    axes = (options.nets, options.macs, range(options.seeds), weighed, options.compensations)
-    for net, macs, seed, (criterion, exponent), compensation in itertools.product(*axes):
+    methods = [
+        (criterion, compensation, scope, exponent)
+        for criterion in options.criteria
+        for compensation in options.compensations
+        for scope in [scope_of(criterion, compensation)]
+        for exponent in cost_exponents(criterion, scope, options.cost_exponents)
+    ]
+    axes = (options.nets, options.macs, range(options.seeds), methods)
+    for net, macs, seed, (criterion, compensation, scope, exponent) in itertools.product(*axes):
         by_chance = (
-            criterion in BY_CHANCE
-            or compensation in ("linear", "reconstruct")
-            or options.finetune_images
-            or options.reestimate
+            criterion in BY_CHANCE or compensation in SOLVED or options.finetune_images or options.reestimate
         )
         if seed and not by_chance:
             continue
-        uses = compensation in ("linear", "reconstruct") or options.reestimate
+        uses = compensation in SOLVED or options.reestimate
         yield Run(
             net=net,
             macs=macs,
@@ -145,12 +153,19 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             split=options.split,
             images=options.images,
             reestimate=options.reestimate,
+            scope=scope,
         )
 
 
-def cost_exponents(criterion: str, chosen: list[float]) -> list[float]:
-    """Ours is what it is by default."""
-    return [COST_EXPONENT] if criterion.startswith(OURS) else chosen
+def scope_of(criterion: str, compensation: str) -> Scope:
+    """The one in the criterion's name; else ours has the default, and others rank by score."""
+    default = default_scope(compensation, CALIBRATION) if criterion.startswith(OURS) else "global"  # type: ignore[arg-type]
+    return named_options(criterion).get("scope", default)  # type: ignore[return-value]
+
+
+def cost_exponents(criterion: str, scope: Scope, chosen: list[float]) -> list[float]:
+    """Ours, and damage that was measured, is weighed as by default."""
+    return [COST_EXPONENT[scope]] if criterion.startswith(OURS) or scope == "measured" else chosen
 
 
 class Bench:
@@ -180,6 +195,7 @@ class Bench:
             example,
             macs=run.macs,
             importance=importance,
+            scope=run.scope,  # type: ignore[arg-type]
             cost_exponent=run.cost_exponent,
             ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
             compensation=run.compensation,  # type: ignore[arg-type]
@@ -245,7 +261,10 @@ def is_worse(run: Run, lines: Iterable[dict[str, Any]]) -> bool:
     free = ("cost_exponent", "finetune")
     top1: dict[float, float] = {}
     for line in lines:
-        same = all(line.get(name, False) == value for name, value in first.items() if name not in free)
+        defaults = {name: field.default for name, field in Run.__dataclass_fields__.items()}
+        same = all(
+            line.get(name, defaults[name]) == value for name, value in first.items() if name not in free
+        )
         if same and line["top1"] is not None:
             top1[line["cost_exponent"]] = line["top1"]
     return run.cost_exponent in top1 and top1[run.cost_exponent] < max(top1.values())
@@ -254,7 +273,7 @@ def is_worse(run: Run, lines: Iterable[dict[str, Any]]) -> bool:
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a line the result of a run by some code."""
     return (
-        *(line.get(name, False) for name in Run.__dataclass_fields__),
+        *(line.get(name, field.default) for name, field in Run.__dataclass_fields__.items()),
         line["code"],
     )  # older lines lack some
 
@@ -271,7 +290,7 @@ def arguments() -> argparse.Namespace:
         "--cost-exponents",
         nargs="+",
         type=float,
-        default=[0.0, COST_EXPONENT],
+        default=[0.0, COST_EXPONENT["global"]],
         help="for other criteria than ours",
     )
     parser.add_argument("--seeds", type=int, default=3)

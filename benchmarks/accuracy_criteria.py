@@ -37,8 +37,14 @@ Gradients = dict[str, Tensor]
 
 
 def is_known(name: str) -> bool:
-    """True for one of `CRITERIA`, and for ours with options, as in `SynapticImportance:reduce=max,conditional=1`."""
-    return name in CRITERIA or name.startswith(f"{OURS}:")
+    """True for one of `CRITERIA`, with a scope or not, and for ours with options (`SynapticImportance:reduce=max`)."""
+    criterion = name.partition(":")[0]
+    return criterion in CRITERIA and (criterion == OURS or named_options(name).keys() <= {"scope"})
+
+
+def named_options(name: str) -> dict[str, str]:
+    """What stands behind the colon of a criterion's name."""
+    return dict(part.split("=", 1) for part in name.partition(":")[2].split(",") if part)
 
 
 class Criteria:
@@ -54,6 +60,8 @@ class Criteria:
 
         Ours with options takes its moments from the calibration images if there are any, as the default does.
         """
+        name, given = name.partition(":")[0], named_options(name)
+        given.pop("scope", None)  # not the importance's business
         if name in _LABELS:
             key = (name, net, seed)
             if key not in self._known:
@@ -63,8 +71,8 @@ class Criteria:
             for path, parameter in model.named_parameters():
                 parameter.grad = self._known[key][path].clone()
             return _LABELS[name]()
-        if name.startswith(f"{OURS}:"):
-            options: dict[str, Any] = dict(part.split("=", 1) for part in name.partition(":")[2].split(","))
+        if given:
+            options: dict[str, Any] = dict(given)
             if calibration is not None:
                 options.setdefault("moments", calibration.split(BATCH))
             if "conditional" in options:

@@ -15,6 +15,15 @@ from benchmarks.common import HERE, RESULTS
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
+#: Criteria in another scope than is theirs, and the columns of the table that compares scopes.
+VARIANTS = (f"{OURS}:scope=global", "Magnitude L2:scope=measured")
+SHOWN = (*CRITERIA, *VARIANTS)
+SCOPES = {
+    "Magnitude L2": "Magnitude L2, global",
+    VARIANTS[0]: f"{OURS}, global",
+    VARIANTS[1]: "Magnitude L2, measured",
+    OURS: f"{OURS}, measured",
+}
 _TOLERANCE = 0.01  # of the dense MACs: how far apart budgets may be
 
 Line = dict[str, Any]
@@ -24,12 +33,13 @@ Cells = dict[tuple[str, str], list[float]]
 INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
-groups, the same search for the budget and the same cut; only the scores differ. Calibration: 512 unlabelled training \
-images, or *distilled* ones as the library makes them by default, which needs no image at all. {ours} is the default: \
-where there are calibration images it takes its variances from them, and where the weights are solved anew (linear, \
-reconstruct) it counts less of what stronger channels tell already. Taylor and Hessian also see 512 labelled training \
-images. The others are data-free. Each criterion but ours was run with scores as they are and with scores divided by \
-the root of what a channel costs, which ours are; the better one is shown (where only the first seed was run with \
+groups, the same search for the budget and the same cut; only the scores differ, and how layers compete. Calibration: \
+512 unlabelled training images, or *distilled* ones as the library makes them by default, which needs no image at all. \
+{ours} is the default: where there are calibration images it takes its variances from them, and where the weights are \
+solved anew (linear, reconstruct) it does not count what stronger channels tell already, and layers compete by the \
+damage to the output that was measured on the calibration images (`scope="measured"`). Taylor and Hessian also see 512 \
+labelled training images. The others are data-free, and rank the channels of all layers by their scores, as they are \
+and divided by the root of what a channel costs; the better one is shown (where only the first seed was run with \
 both, the one that was better with it). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. *Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
@@ -43,7 +53,7 @@ Made by `python -m benchmarks.accuracy` and `python -m benchmarks.accuracy --pag
 
 def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     """Write tables and plots; of several results for one run the last counts."""
-    latest = {_run(line): line for line in lines if line["split"] == "test" and line["criterion"] in CRITERIA}
+    latest = {_run(line): line for line in lines if line["split"] == "test" and line["criterion"] in SHOWN}
     chosen = [line for line in latest.values() if line["top1"] is not None]
     if not chosen:
         raise SystemExit("no result yet: run python -m benchmarks.accuracy first")
@@ -51,12 +61,13 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     chosen = [line for line in chosen if line["images"] == images]
     versions = ", ".join(f"{name} {text}" for name, text in chosen[-1]["versions"].items())
     parts = [INTRODUCTION.format(images=f"{images:,}", ours=OURS, versions=versions)]
+    everything, chosen = chosen, [line for line in chosen if line["criterion"] in CRITERIA]
     for net in NETS:
         for residual in (False, True):
             of_net = [line for line in chosen if (line["net"], line["residual"]) == (net, residual)]
             if of_net:
                 parts += _net_section(net, residual, of_net, page)
-    parts += _gains(chosen)
+    parts += [*_gains(chosen), *_scopes(everything)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts) + "\n")
     return page
@@ -77,7 +88,8 @@ def _run(line: Line) -> tuple[Any, ...]:
         "images",
         "reestimate",
     )
-    return tuple(line.get(name, False) for name in names)  # older lines lack some
+    # Older lines lack some.
+    return (*(line.get(name, False) for name in names), line.get("scope", "global"))
 
 
 def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> list[str]:
@@ -219,6 +231,28 @@ def _gains(lines: list[Line]) -> list[str]:
         if any(values):
             texts = (f"{statistics.mean(v):+.1f} ({len(v)} runs)" if v else "" for v in values)
             parts.append(f"| {criterion} | {' | '.join(texts)} |")
+    return parts
+
+
+def _scopes(lines: list[Line]) -> list[str]:
+    """What the scores do, and what the scope does."""
+    of_scope: dict[tuple[str, float], Cells] = {}
+    for net, macs in dict.fromkeys((line["net"], line["macs"]) for line in lines):
+        at = [line for line in lines if (line["net"], line["macs"], line["residual"]) == (net, macs, False)]
+        found = cells(line for line in at if not line["finetune"])
+        if (
+            sum((name, "reconstruct") in found for name in SCOPES) > 1
+            and (VARIANTS[0], "reconstruct") in found
+        ):
+            of_scope[net, macs] = found
+    if not of_scope:
+        return []
+    parts = ["", "## Scores and scope", "", "With reconstruct. *Global*: scores rank the channels of all layers. "
+             "*Measured*: scores rank the channels of a layer, and layers compete by measured damage.", "",
+             f"| net, MACs | {' | '.join(SCOPES.values())} |", "|---|" + "---:|" * len(SCOPES)]  # fmt: skip
+    for (net, macs), found in of_scope.items():
+        texts = (spread(found.get((name, "reconstruct"), ()), by_chance=True) for name in SCOPES)
+        parts.append(f"| {net}, {macs:.0%} | {' | '.join(texts)} |")
     return parts
 
 

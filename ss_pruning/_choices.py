@@ -52,10 +52,11 @@ class Calibration(str, Enum):
 
 
 class Scope(str, Enum):
-    """Whether layers compete with each other."""
+    """How layers compete with each other."""
 
     all_layers = "global"
     each_layer = "local"
+    measured = "measured"
 
 
 class Request(NamedTuple):

@@ -104,7 +104,7 @@ def device_of(name: str | None) -> torch.device:
 def make_importance(
     importance: Importance,
     score: Score | None,
-    compensation: Compensation,
+    options: dict[str, Any],
     request: Request,
     job: Job,
     pictures: Any,
@@ -112,13 +112,14 @@ def make_importance(
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
-        from ss_pruning.redundancy import CONDITIONAL
+        from ss_pruning.pruning import default_conditional, default_scope
 
         chosen: dict[str, Any] = {} if score is None else {"score": score.value}
         moments = _moments(request, job, pictures)
-        solved = compensation in (Compensation.linear, Compensation.reconstruct)
-        if solved and not isinstance(moments, str):
-            chosen["conditional"] = CONDITIONAL
+        if not isinstance(moments, str):
+            compensation = options["compensation"]
+            scope = options.get("scope") or default_scope(compensation, sum(map(len, moments)))
+            chosen["conditional"] = default_conditional(compensation, scope)
         return SynapticImportance(moments=moments, **chosen)
     import torch_pruning as tp
 

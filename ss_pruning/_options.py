@@ -127,8 +127,14 @@ ScoreOption = Annotated[
     ),
 ]
 ScopeOption = Annotated[
-    Scope,
-    _option(_CRITERION, help="Rank channels across all layers (global) or within each (local)."),
+    Scope | None,
+    _option(
+        _CRITERION,
+        help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
+        "damage to the output that was measured on the calibration images (measured: the default with linear and "
+        "reconstruct).",
+        show_default=False,
+    ),
 ]
 CompensationOption = Annotated[
     Compensation,
@@ -161,11 +167,13 @@ MaxRatio = Annotated[
     _option(_CRITERION, help="Never remove more than this fraction of a layer's channels.", metavar="0..1"),
 ]
 CostExponent = Annotated[
-    float,
+    float | None,
     _option(
         _CRITERION,
-        help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost.",
+        help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost. By "
+        "default 1 where damage is measured, 0.5 elsewhere.",
         metavar="P",
+        show_default=False,
     ),
 ]
 RoundTo = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Scope, Score
+from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Score
 from ss_pruning._console import FAILED, guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def prune(
     importance: option.Criterion = Importance.synaptic,
     moments: option.MomentsOption = None,
     score: option.ScoreOption = None,
-    scope: option.ScopeOption = Scope.all_layers,
+    scope: option.ScopeOption = None,
     max_ratio: option.MaxRatio = 0.9,
-    cost_exponent: option.CostExponent = 0.5,
+    cost_exponent: option.CostExponent = None,
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
     calibration: option.CalibrationOption = None,
@@ -73,10 +73,10 @@ def prune(
             **budget,
             "ignore": tuple(ignore or ()),
             "round_to": _multiple(round_to),
-            "scope": scope.value,
             "max_ratio": max_ratio,
-            "cost_exponent": cost_exponent,
             "compensation": compensation.value,
+            **({} if scope is None else {"scope": scope.value}),
+            **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
             **({"reestimate": True} if reestimate else {}),
         }
         with _output_folder(out), progress_bars() as progress:
@@ -84,7 +84,7 @@ def prune(
 
             job = _job.prepare(request, progress)
             pictures = _job.calibration_images(compensation, calibration, reestimate, seed, job, progress)
-            chosen = _job.make_importance(importance, score, compensation, request, job, pictures)
+            chosen = _job.make_importance(importance, score, options, request, job, pictures)
             report = _job.run(job, chosen, options, pictures, batch, progress)
             report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
             report.command = _command_line(context)

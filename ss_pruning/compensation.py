@@ -35,6 +35,8 @@ from ss_pruning.wiring import Wiring
 
 Method = Literal["none", "mean", "linear", "reconstruct"]
 METHODS: tuple[Method, ...] = ("none", "mean", "linear", "reconstruct")
+#: Those that solve the weights that stay anew, from calibration inputs.
+SOLVED: tuple[Method, ...] = ("linear", "reconstruct")
 
 # Ridge of the regression of removed on kept channels, as a share of the mean variance.
 _RIDGE = 1e-3
@@ -126,14 +128,14 @@ def fold_linear_(pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring
         constant[removed] = mean[removed]
         if groups_of(module) == 1 and len(removed):
             kept = torch.tensor(cut.kept, device=mean.device)
-            slope = _regression(covariance, kept, removed)
+            slope = regression(covariance, kept, removed)
             constant[removed] -= slope @ mean[kept]
             _add_inputs(pruned.get_submodule(path), module, slope, removed, _kept_outputs(plan, path))
         _fold(pruned, dense, path, constant, plan, norms, outcome)
     return outcome
 
 
-def _regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
+def regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
     """`[removed, kept]`: ridge regression of removed on kept channels from their covariance."""
     inner = covariance[kept][:, kept]
     ridge = _RIDGE * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from ss_pruning.compensation import METHODS, Method, Outcome, fold_linear_, fold_means_, gather_batches
+from ss_pruning.compensation import (
+    METHODS,
+    SOLVED,
+    Method,
+    Outcome,
+    fold_linear_,
+    fold_means_,
+    gather_batches,
+)
 from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.reconstruction import reconstruct_
@@ -51,7 +59,7 @@ def check_compensation(compensation: str, calibration: Any, reestimate: bool = F
         raise InputError(
             f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
         )
-    if compensation in ("linear", "reconstruct") and calibration is None:
+    if compensation in SOLVED and calibration is None:
         raise InputError(
             f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
             f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"

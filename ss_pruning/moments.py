@@ -21,8 +21,8 @@ from ss_pruning.wiring import Wiring
 # Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
 _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
 _LEAST_SIDE = 32
-# Positions of a batch from which the products of channels are taken.
-_PRODUCT_POSITIONS = 2**13
+# Positions of a batch from which the products of channels are taken, and the widest layer for which they are.
+_PRODUCT_POSITIONS, _PRODUCT_CHANNELS = 2**13, 2**12
 #: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
 MomentSource = str | Iterable[Any]
 
@@ -57,8 +57,8 @@ def measure(
 ) -> dict[str, Moments]:
     """Moments of the inputs of the layers `paths`; layers that only run in training are told by their norms.
 
-    With `covariance`, and batches as the source, covariances too (not of what depthwise layers read), which take
-    memory of the square of a width a layer.
+    With `covariance`, and batches as the source, covariances too, which take memory of the square of a width a layer:
+    not of what depthwise layers read, nor of more than 4,096 channels.
 
     Raises:
         InputError: `source` is an unknown name, or an iterable without a batch.
@@ -346,7 +346,8 @@ def _observe(
     sums: dict[str, _Sums] = {}
     for path in paths:  # a depthwise layer reads each channel by itself
         layer = wiring.layers[path]
-        sums[path] = (_Sums if layer.kind == "depthwise" else kind)(layer.inputs)
+        plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
+        sums[path] = (_Sums if plain else kind)(layer.inputs)
     modules = modules_of(model)
     handles = [modules[path].register_forward_pre_hook(s) for path, s in sums.items()]
     count = 0

@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 #: Channels that stay, by layer side.
 Selection = dict[Key, tuple[int, ...]]
-Scope = Literal["global", "local"]
+Scope = Literal["global", "local", "measured"]
 #: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.
 Cost = Literal["macs", "params", "latency"]
 
@@ -202,17 +202,16 @@ def schedule(
     Args:
         units: What may shrink.
         scores: By unit and cell, one score a family; higher stays longer.
-        scope: "global" compares scores across units; "local" shrinks all units evenly.
+        scope: "local" shrinks all units evenly; any other compares scores across units.
         max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); one step of every
             unit always stays.
         round_to: Widths that remain are multiples of this, or of its own by a unit's name.
     """
     keys: list[Floats] = []
     moves: list[Ints] = []
-    ranked: list[list[Ints]] = []
+    ranked = [ranks_of(cells) for cells in scores]
     caps = [max_ratio] * len(units) if isinstance(max_ratio, (int, float)) else max_ratio
     for u, (unit, cell_scores) in enumerate(zip(units, scores, strict=True)):
-        ranked.append([np.argsort(s, kind="stable") for s in cell_scores])
         steps = unit.steps
         per_step = sum(cell.size for cell in unit.cells) // steps
         multiple = round_to.get(unit.name, 1) if isinstance(round_to, Mapping) else round_to
@@ -221,8 +220,7 @@ def schedule(
         if scope == "local":
             keys.append(ends / steps)
         elif len(ends):
-            pairs = zip(cell_scores, ranked[-1], strict=True)
-            summed = np.sum([s[rank].reshape(steps, -1).sum(1) for s, rank in pairs], axis=0)
+            summed = step_scores(unit, cell_scores, ranked[u])
             keys.append(np.add.reduceat(summed[: ends[-1]], ends - taken) / (taken * per_step))
         moves.append(np.stack([np.full_like(ends, u), taken, taken * per_step], 1))
     order = np.argsort(np.concatenate([*keys, np.zeros(0)]), kind="stable")
@@ -237,6 +235,28 @@ def _stops(unit: Unit, max_ratio: float, round_to: int | None) -> Ints:
     rest = size - stops * (size // steps)
     fitting: Ints = stops[rest % (round_to or 1) == 0]
     return fitting
+
+
+def ranks_of(scores: Sequence[Floats]) -> list[Ints]:
+    """By cell, the families in ascending order of importance."""
+    return [np.argsort(s, kind="stable") for s in scores]
+
+
+def step_scores(unit: Unit, scores: Sequence[Floats], ranks: Sequence[Ints]) -> Floats:
+    """`[steps]`: the summed scores of what goes with each step of a unit."""
+    pairs = zip(scores, ranks, strict=True)
+    summed: Floats = np.sum([s[rank].reshape(unit.steps, -1).sum(1) for s, rank in pairs], axis=0)
+    return summed
+
+
+def gone_of(unit: Unit, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
+    """By layer side, the channels that go with the first `steps` of a unit."""
+    gone: dict[Key, list[Ints]] = {}
+    for cell, rank in zip(unit.cells, ranks, strict=True):
+        families = rank[: steps * (cell.size // unit.steps)]
+        for member in cell.members if len(families) else ():
+            gone.setdefault((member.path, member.side), []).append(member.index[families].reshape(-1))
+    return {key: np.concatenate(parts) for key, parts in gone.items()}
 
 
 def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> Ints:
@@ -294,10 +314,8 @@ def select(plan: Schedule, units: Sequence[Unit], steps: Ints, coupling: Couplin
     """The channels that stay, by layer side, when each unit takes so many steps."""
     removed: dict[Key, list[Ints]] = {}
     for unit, ranks, count in zip(units, plan.ranked, steps.tolist(), strict=True):
-        for cell, rank in zip(unit.cells, ranks, strict=True):
-            gone = rank[: count * (cell.size // unit.steps)]
-            for member in cell.members if len(gone) else ():
-                removed.setdefault((member.path, member.side), []).append(member.index[gone].reshape(-1))
+        for key, channels in gone_of(unit, ranks, count).items():
+            removed.setdefault(key, []).append(channels)
     selection: Selection = {}
     for key, parts in removed.items():
         stays = np.ones(coupling.widths[key], dtype=bool)

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ss_pruning.cloning import copied
-from ss_pruning.compensation import Method, Outcome
+from ss_pruning.compensation import SOLVED, Method, Outcome
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
+from ss_pruning.damage import LEAST_IMAGES, by_damage
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.layer_times import layer_times, roundings
@@ -24,7 +25,6 @@ from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
-from ss_pruning.redundancy import CONDITIONAL
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
 from ss_pruning.strength import powers_along
@@ -36,6 +36,8 @@ from ss_pruning.wiring import Wiring
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 _STAGES = 5
+#: By scope, what `prune_` takes where no `cost_exponent` is given.
+COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
 
 
 def prune_(
@@ -49,9 +51,9 @@ def prune_(
     importance: Any = None,
     ignore: Iterable[str | nn.Module] = (),
     round_to: int | Literal["measured"] | None = None,
-    scope: Scope = "global",
+    scope: Scope | None = None,
     max_ratio: float = 0.9,
-    cost_exponent: float = 0.5,
+    cost_exponent: float | None = None,
     compensation: Method = "none",
     calibration: Any = None,
     reestimate: bool = False,
@@ -78,11 +80,15 @@ def prune_(
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
-        scope: "global" ranks all channels against each other, "local" shrinks every layer by the same share.
+        scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
+            share, "measured" ranks all channels by the damage to the output that their removal was seen to do on the
+            calibration inputs, in the order of the scores within a layer, see `ss_pruning.damage`. By default
+            "measured" where the weights are solved anew ("linear", "reconstruct"; at least 8 inputs), else "global".
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
-            little, with 1 importance per cost decides. Means nothing to `ratio` and to the local scope.
+            little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage,
+            and 0.5 for the global one. Means nothing to `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
@@ -90,7 +96,7 @@ def prune_(
         reestimate: At the end, give the batch norms behind the cut the mean and variance of what reaches them on the
             calibration inputs, see `ss_pruning.reestimation`. Helps where nothing compensates.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
-        progress: Called with (stage, done, total), "distil" in steps of its own.
+        progress: Called with (stage, done, total), "distil" and "measure" in steps of their own.
 
     Returns:
         What was done, see `ss_pruning.report.Report`.
@@ -102,7 +108,7 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
-    _check_options(scope, max_ratio, round_to, cost_exponent)
+    _check_options(scope, max_ratio, round_to, cost_exponent, calibration)
     check_compensation(compensation, calibration, reestimate)
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
@@ -111,11 +117,16 @@ def prune_(
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
+    scope = scope or default_scope(compensation, 0 if images is None else len(images))
+    exponent = COST_EXPONENT[scope] if cost_exponent is None else cost_exponent
     with clock("score", 1):
-        criterion = importance or _default_importance(images, compensation)
+        criterion = importance or _default_importance(images, compensation, scope)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         powers = powers_along(wiring, model, example_inputs)
         strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
+    if scope == "measured":
+        steps = clock.steps("measure")
+        scores = by_damage(model, wiring, coupling, scores, images, BATCH, max_ratio, progress=steps)
     options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
@@ -125,12 +136,12 @@ def prune_(
         with clock("verify", 3):
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), cost_exponent)
+        search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), exponent)
         verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         bench.close()
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
-    options = {**options, "cost_exponent": cost_exponent, "compensation": compensation}
+    options = {**options, "cost_exponent": exponent, "compensation": compensation}
     if reestimate:
         options["reestimate"] = True
     return Report(
@@ -202,13 +213,28 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     return plan, report
 
 
-def _default_importance(images: Any, compensation: Method) -> Any:
+def default_scope(compensation: Method, inputs: int) -> Scope:
+    """What `prune_` takes where no scope is given, by the number of calibration inputs."""
+    return "measured" if compensation in SOLVED and inputs >= LEAST_IMAGES else "global"
+
+
+def default_conditional(compensation: Method, scope: Scope) -> float:
+    """What `prune_` takes for `SynapticImportance`: all of what others cannot tell, half where layers compete by it.
+
+    By half is meant the root of `1 - R^2`. Both were chosen on training images.
+    """
+    if compensation not in SOLVED:
+        return 0.0
+    return 1.0 if scope == "measured" else 0.5
+
+
+def _default_importance(images: Any, compensation: Method, scope: Scope) -> Any:
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
 
     if images is None:
         return SynapticImportance()
-    solved = compensation in ("linear", "reconstruct")
-    return SynapticImportance(moments=images.split(BATCH), conditional=CONDITIONAL if solved else 0)
+    conditional = default_conditional(compensation, scope)
+    return SynapticImportance(moments=images.split(BATCH), conditional=conditional)
 
 
 class _Clock:
@@ -252,18 +278,23 @@ class _Clock:
 
 
 def _check_options(
-    scope: str,
+    scope: str | None,
     max_ratio: float,
     round_to: int | str | None,
-    cost_exponent: float,
+    cost_exponent: float | None,
+    calibration: Any,
 ) -> None:
-    if scope not in ("global", "local"):
-        raise InputError(f"scope={scope!r} is unknown; use 'global' or 'local'")
+    if scope not in (None, *COST_EXPONENT):
+        raise InputError(f"scope={scope!r} is unknown; use {', '.join(map(repr, COST_EXPONENT))}")
+    if scope == "measured" and calibration is None:
+        raise InputError(
+            "scope='measured' needs calibration=, some unlabelled inputs to measure on; scope='global' does without"
+        )
     if not 0 < max_ratio <= 1:
         raise InputError(f"max_ratio={max_ratio} must lie in (0, 1]")
-    if not 0 <= cost_exponent <= 10:
+    if cost_exponent is not None and not 0 <= cost_exponent <= 10:
         raise InputError(
-            f"cost_exponent={cost_exponent} must lie in [0, 10]; 0.5 is the default, 0 ignores costs"
+            f"cost_exponent={cost_exponent} must lie in [0, 10]; 1 is importance per cost, 0 ignores it"
         )
     if round_to not in (None, "measured") and (not isinstance(round_to, int) or round_to < 1):
         raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8, or 'measured'")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: How much of that counts where weights are solved anew: the power of `1 - R^2` that `prune_` multiplies scores by.
-CONDITIONAL = 0.5
 # Added to the variances, as a share of their mean.
 _RIDGE = 1e-3
 # How often it is made ten times larger where rounding has left the covariance indefinite.

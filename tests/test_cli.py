@@ -25,7 +25,7 @@ import ss_pruning
 from ss_pruning import _console, _job, cutting, synaptic_strength
 from ss_pruning.cli import app
 from ss_pruning.models import build_model
-from ss_pruning.redundancy import CONDITIONAL
+from ss_pruning.pruning import default_conditional
 from ss_pruning.report import Report
 
 SMALL = """
@@ -228,7 +228,7 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)["settings"]
     assert (settings["compensation"], settings["calibration"]) == ("reconstruct", source)
-    assert settings["conditional"] == CONDITIONAL
+    assert settings["conditional"] == default_conditional("reconstruct", settings["scope"]) > 0
     kept = list((tmp_path / "cache").glob("*"))
     assert len(kept) == (source == "distilled")
 

@@ -48,7 +48,7 @@ LAYERS = [
     {"settling"},
     {"hastening"},
     {"compensation", "summing"},
-    {"distillation", "folding", "reconstruction", "reestimation"},
+    {"damage", "distillation", "folding", "reconstruction", "reestimation"},
     {"cutting"},
     {"exporting", "histories", "report"},
     {"_console", "_options", "accounting", "comparison", "report_certainty", "report_parts", "scores"},

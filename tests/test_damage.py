@@ -1,0 +1,290 @@
+"""Measured damage, against loops that run one copy at a time and fit one channel at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ss_pruning import SynapticImportance, prune_
+from ss_pruning.coupling import couple
+from ss_pruning.damage import LEAST_IMAGES, _hull, _Lab, added_by, by_damage
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.moments import measure
+from ss_pruning.planning import ranks_of
+from ss_pruning.provenance import trace
+
+BATCH = 8
+
+
+def images(count: int = 16, size: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(width: int) -> nn.BatchNorm2d:
+    made = nn.BatchNorm2d(width)
+    made.running_mean = 0.1 * torch.randn(width)
+    made.running_var = 0.5 + torch.rand(width)
+    return made
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), norm(6), nn.ReLU(),
+        nn.Conv2d(6, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    ).eval()  # fmt: skip
+
+
+def lab_of(model: nn.Module, x: Tensor) -> _Lab:
+    wiring = trace(model, x[:1])
+    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
+    return _Lab(model, wiring, x, measure(model, wiring, [x], None, paths, covariance=True))
+
+
+def fitted(y: Tensor, dense: Tensor) -> Tensor:
+    """Each channel of `y`, scaled and shifted to come closest to `dense`."""
+    out = y.clone()
+    for c in range(y.shape[1]):
+        a, b = y[:, c].flatten().double(), dense[:, c].flatten().double()
+        design = torch.stack([a, torch.ones_like(a)], 1)
+        scale, shift = torch.linalg.lstsq(design, b).solution
+        out[:, c] = (scale * y[:, c].double() + shift).float()
+    return out
+
+
+def by_loops(model: nn.Sequential, x: Tensor, reader: int, gone: list[int]) -> float:
+    """Damage of a chain whose layer `reader` misses channels: layer by layer, with a regression by least squares."""
+    dense = small = x
+    for number, layer in enumerate(model):
+        if number == reader:
+            rows = dense.movedim(1, -1).flatten(0, -2).double()
+            kept = [c for c in range(rows.shape[1]) if c not in gone]
+            design = torch.cat([rows[:, kept], torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+            predicted = design @ torch.linalg.lstsq(design, rows[:, gone]).solution
+            small = dense.clone()
+            small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
+        dense, small = layer(dense), layer(small)
+        if number >= reader and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            small = fitted(small, dense)
+    return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
+
+
+@torch.no_grad()
+def test_it_is_what_loops_from_the_definition_give() -> None:
+    model, x = chain(), images()
+    cuts = [[1], [0, 5], [2, 3, 4, 6]]
+    found = lab_of(model, x).damage([{"3": np.array(gone)} for gone in cuts])
+    wanted = [by_loops(model, x, 3, gone) for gone in cuts]
+    assert found.tolist() == pytest.approx(wanted, rel=0.02)  # but for the regression's ridge
+    assert min(wanted) > 1e-3
+
+
+@torch.no_grad()
+def test_what_the_others_can_tell_does_no_damage() -> None:
+    model = chain()
+    for tensor in (model[0].weight, model[0].bias, *model[1].parameters(), *list(model[1].buffers())[:2]):
+        tensor[7] = tensor[2]  # the same channel twice
+    model[1].weight[4], model[1].bias[4] = 0.0, -1.0  # behind the ReLU always 0
+    lost = lab_of(model, images()).damage([{"3": np.array(gone)} for gone in ([7], [4], [2, 7])])
+    assert lost[:2].max() < 1e-4 < 1e-3 < lost[2]
+
+
+@torch.no_grad()
+def test_what_the_layers_behind_make_up_for_does_no_damage() -> None:
+    model = chain()
+    model[3].weight[:, 6] = 0
+    model[3].weight[2] = 0  # an output that reads channel 6 and nothing else,
+    model[3].weight[2, 6, 1, 1] = 1
+    model[6].weight[:, 2] = 0  # and that nothing reads
+    assert lab_of(model, images()).damage([{"3": np.array([6])}])[0] < 1e-9
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.data())
+def test_the_hull_is_below_all_points_and_bends_upwards(values: list[float], data: Any) -> None:
+    steps = data.draw(st.lists(st.integers(1, 9), min_size=len(values), max_size=len(values)))
+    x, y = np.cumsum([0, *steps]), np.array([0.0, *values])
+    corners = _hull(x, y)
+    ends, heights = (np.array(part) for part in zip(*corners, strict=True))
+    assert (corners[0], corners[-1]) == ((0, 0.0), (x[-1], y[-1]))
+    assert np.all(np.interp(x, ends, heights) <= y + 1e-12)
+    slopes = np.diff(heights) / np.diff(ends)
+    assert np.all(np.diff(slopes) >= -1e-12)
+
+
+@given(
+    st.lists(st.floats(0, 1e3), min_size=4, max_size=40),
+    st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_what_steps_add_grows_and_sums_to_the_damage(
+    scores: list[float], damage: list[float], dead: bool
+) -> None:
+    ascending = np.sort(np.array(scores)) * (not dead)
+    stops = np.unique(np.linspace(1, len(scores) - 1, len(damage)).round().astype(np.int64))
+    measured = np.array(damage[: len(stops)])
+    added = added_by(stops, measured, ascending)
+    assert len(added) == len(scores)
+    assert np.all(np.diff(added) > 0)
+    assert added[: stops[-1]].sum() == pytest.approx(measured.max(), abs=1e-9)
+
+
+def residual() -> nn.Module:
+    """A stream, a depthwise and a grouped convolution, a concatenation, a norm over channels."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8))
+            self.expand = nn.Sequential(nn.Conv2d(8, 16, 1), norm(16), nn.ReLU6())
+            self.deep = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), norm(16), nn.ReLU6())
+            self.project = nn.Sequential(nn.Conv2d(16, 8, 1), norm(8))
+            self.grouped = nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.GroupNorm(2, 8), nn.ReLU()
+            )
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            x = x + self.project(self.deep(self.expand(x)))
+            return self.head(torch.cat([x, self.grouped(x)], 1).mean((2, 3)))
+
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
+    model, x = residual(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    generator = np.random.default_rng(0)
+    scores = [[generator.random(cell.size) for cell in unit.cells] for unit in coupling.units]
+    steps: list[tuple[int, int]] = []
+    found = by_damage(
+        model, wiring, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(done, len(scores)) for done in range(len(scores) + 1)]
+    for unit, measured in zip(scores, found, strict=True):
+        ranks = zip(ranks_of(unit), ranks_of(measured), strict=True)
+        assert all(np.array_equal(a, b) for a, b in ranks)
+        assert all((cell >= 0).all() and np.isfinite(cell).all() for cell in measured)
+
+
+def test_scores_that_are_not_finite_stay() -> None:
+    model, x = chain(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.full(cell.size, np.inf) for cell in unit.cells] for unit in coupling.units]
+    found = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    assert all(np.isinf(cell).all() for unit in found for cell in unit)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x = residual().train(), images()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
+    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class Blended(nn.Module):
+    """Every image sees the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x))
+        y = y * torch.linspace(0, 1, len(y)).reshape(-1, 1, 1, 1)
+        return self.head(y).mean((2, 3))
+
+
+def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() -> None:
+    model = Blended()
+    with pytest.raises(ModelError, match="others in its batch"):
+        prune_(model, images(1), macs=0.7, compensation="reconstruct", calibration=images())
+    assert model.body.out_channels == 8
+
+
+@pytest.mark.parametrize("compensation", ["linear", "reconstruct"])
+def test_it_is_the_default_where_weights_are_solved_anew(compensation: Any) -> None:
+    found = []
+    for count in (LEAST_IMAGES - 1, LEAST_IMAGES):
+        report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(count))
+        found.append((report.settings["scope"], report.settings["cost_exponent"]))
+    assert found == [("global", 0.5), ("measured", 1.0)]
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+def test_elsewhere_it_is_not(compensation: Any) -> None:
+    report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images())
+    assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.5)
+
+
+def test_what_is_asked_for_is_what_is_done() -> None:
+    settings = prune_(
+        chain(), images(1), macs=0.7, scope="measured", cost_exponent=0.3, calibration=images()
+    ).settings
+    assert (settings["scope"], settings["cost_exponent"]) == ("measured", 0.3)
+    few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "measured"}
+    with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
+        prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="needs calibration="):
+        prune_(chain(), images(1), macs=0.7, scope="measured")
+
+
+def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    real = SynapticImportance.__init__
+
+    def watch(self: SynapticImportance, *args: Any, **options: Any) -> None:
+        seen.append(options.get("conditional", 0))
+        real(self, *args, **options)
+
+    monkeypatch.setattr(SynapticImportance, "__init__", watch)
+    for scope in ("measured", "global"):
+        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images()}
+        prune_(chain(), images(1), macs=0.7, **given)
+    prune_(chain(), images(1), macs=0.7, compensation="mean", calibration=images())
+    assert seen == [1.0, 0.5, 0]
+
+
+def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
+    """Two like branches, one of them next to silent at the end: only what is behind tells them apart."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.quiet = (
+                nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 1)) for _ in range(2)
+            )
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.loud(x) + 1e-3 * self.quiet(x)).mean((2, 3)))
+
+    torch.manual_seed(2)
+    model = Net()
+    for a, b in zip(model.loud.parameters(), model.quiet.parameters(), strict=True):
+        b.data.copy_(a.data)
+    kept = {}
+    for scope in ("global", "measured"):
+        torch.manual_seed(2)
+        twin = Net()
+        twin.load_state_dict(model.state_dict())
+        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images(32)}
+        prune_(twin, images(1), ratio=0.3, ignore=["loud.2", "quiet.2"], **given)
+        kept[scope] = twin.loud[0].out_channels - twin.quiet[0].out_channels
+    assert abs(kept["global"]) <= 1
+    assert kept["measured"] >= 5
