@@ -128,14 +128,14 @@ def fold_linear_(pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring
         constant[removed] = mean[removed]
         if groups_of(module) == 1 and len(removed):
             kept = torch.tensor(cut.kept, device=mean.device)
-            slope = regression(covariance, kept, removed)
+            slope = _regression(covariance, kept, removed)
             constant[removed] -= slope @ mean[kept]
             _add_inputs(pruned.get_submodule(path), module, slope, removed, _kept_outputs(plan, path))
         _fold(pruned, dense, path, constant, plan, norms, outcome)
     return outcome
 
 
-def regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
+def _regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
     """`[removed, kept]`: ridge regression of removed on kept channels from their covariance."""
     inner = covariance[kept][:, kept]
     ridge = _RIDGE * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny

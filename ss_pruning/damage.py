@@ -3,7 +3,7 @@
 Scores order the channels of a unit well and compare units badly: no score of one layer knows what the layers behind it
 make of its loss, nor what they can make up for. So every unit is shrunk by itself, to a few widths, on a few images:
 
-* what its readers miss is predicted from the channels that stay, by the regression that `linear` compensation folds;
+* what its readers miss is predicted from the channels that stay, by linear regression;
 * every layer behind is fitted to what it puts out in the dense net, scale and shift a channel, in place of the solve
   that will come: what that takes back is no damage;
 * the rest is the damage, the share of the output's variance that is lost.
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning.compensation import regression
 from ss_pruning.coupling import Coupling, Unit
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis, groups_of
@@ -43,6 +42,8 @@ _IMAGES = 32
 _WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
+# Ridge of the regression, as a share of the mean variance.
+_RIDGE = 1e-3
 # A copy that lost nothing may differ from the dense net by this share of the output's variance.
 _SAME = 1e-3
 
@@ -174,6 +175,7 @@ class _Lab:
         self.fitted = [
             p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
         ]
+        self.precisions: dict[str, Tensor] = {}
 
     def check(self) -> None:
         """Raise unless copies in one batch do not see each other."""
@@ -192,15 +194,22 @@ class _Lab:
         copies = len(cuts) + 1
         with contextlib.ExitStack() as undo:
             for path in cuts[0]:
-                module, moments = self.modules[path], self.moments[path]
-                if moments.mean is None:  # it does not run
+                mean, precision = self.moments[path].mean, self._precision(path)
+                if mean is None:  # it does not run
                     continue
-                predicted = [_Predicted.of(module, moments, moments.mean, cut[path]) for cut in cuts]
-                undo.callback(module.register_forward_pre_hook(_replace(predicted)).remove)
+                predicted = [_Predicted.of(mean, precision, cut[path]) for cut in cuts]
+                undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
             for path in behind:
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             outputs = call(self.model, torch.cat([self.images] * copies))
         return _lost(outputs, copies)
+
+    def _precision(self, path: str) -> Tensor | None:
+        """The inverse of the covariance of what a layer reads, from which any regression among it follows."""
+        covariance = self.moments[path].covariance
+        if covariance is not None and path not in self.precisions:
+            self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]))
+        return self.precisions.get(path)
 
 
 @dataclass(frozen=True)
@@ -213,14 +222,16 @@ class _Predicted:
     constant: Tensor
 
     @staticmethod
-    def of(module: nn.Module, moments: Moments, mean: Tensor, gone: Ints) -> _Predicted:
+    def of(mean: Tensor, precision: Tensor | None, gone: Ints) -> _Predicted:
         removed = torch.from_numpy(gone).to(mean.device)
         stays = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
         stays[removed] = False
         kept = stays.nonzero()[:, 0]
-        if moments.covariance is None:
+        if precision is None:
             return _Predicted(removed, kept, None, mean[removed].float())
-        slope = regression(_within_groups(moments.covariance, groups_of(module)), kept, removed)
+        rows = precision[removed]
+        factor = torch.linalg.cholesky(rows[:, removed])
+        slope = -torch.cholesky_solve(rows[:, kept], factor)
         constant = mean[removed].double() - slope @ mean[kept].double()
         return _Predicted(removed, kept, slope.T.float(), constant.float())
 
@@ -232,12 +243,14 @@ class _Predicted:
         channels[..., self.removed] = value.to(channels.dtype)
 
 
-def _within_groups(covariance: Tensor, groups: int) -> Tensor:
-    """Without what channels of other groups could tell."""
-    if groups == 1:
-        return covariance
-    group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
-    return covariance * (group[:, None] == group)
+def _inverse(covariance: Tensor, groups: int) -> Tensor:
+    """Of the covariance with a ridge; channels of other groups tell nothing."""
+    if groups > 1:
+        group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
+        covariance = covariance * (group[:, None] == group)
+    ridge = _RIDGE * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    ridged = covariance + torch.diag_embed(ridge.expand(len(covariance)))
+    return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
 
 
 def _replace(predicted: Sequence[_Predicted]) -> Callable[[nn.Module, Any], Any]:
