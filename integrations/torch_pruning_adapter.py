@@ -49,7 +49,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         conditional: Count less of what the stronger channels that a reader sees tell already, see
             `ss_pruning.redundancy`: where they explain `R^2` of a channel, its score is multiplied by `1 - R^2` to
             this power, from 0 (nothing of it is made up for) to 1 (all). For cuts after which the weights that stay
-            are solved anew: `prune_` takes 0.5 then. Needs batches as `moments`.
+            are solved anew: `prune_` takes 1 then, and 0.5 where layers compete by these scores. Needs batches as
+            `moments`.
 
     Raises:
         InputError: An option is unknown or out of range.
