@@ -179,7 +179,7 @@ class _Lab:
 
     def check(self) -> None:
         """Raise unless copies in one batch do not see each other."""
-        if self._run([{}], self.fitted)[0] > _SAME:
+        if self._run([{}])[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
                 "by side; take scope='global'"
@@ -187,22 +187,32 @@ class _Lab:
 
     def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
         """`[cuts]`: the share of the output's variance that is lost with each; cuts are of the same readers."""
-        first = min(self.fitted.index(path) for path in cuts[0])
-        return self._run(cuts, self.fitted[first:])
+        return self._run(cuts, min(self.fitted.index(path) for path in cuts[0]))
 
-    def _run(self, cuts: Sequence[Mapping[str, Ints]], behind: Sequence[str]) -> Floats:
+    def _run(self, cuts: Sequence[Mapping[str, Ints]], first: int = 0) -> Floats:
+        """What cuts lose; none of them touches what layers before `first` read."""
         copies = len(cuts) + 1
         with contextlib.ExitStack() as undo:
+            for path in self.fitted[:first]:
+                self._once(path, copies, undo)
             for path in cuts[0]:
                 mean, precision = self.moments[path].mean, self._precision(path)
                 if mean is None:  # it does not run
                     continue
                 predicted = [_Predicted.of(mean, precision, cut[path]) for cut in cuts]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
-            for path in behind:
+            for path in self.fitted[first:]:
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             outputs = call(self.model, torch.cat([self.images] * copies))
         return _lost(outputs, copies)
+
+    def _once(self, path: str, copies: int, undo: contextlib.ExitStack) -> None:
+        """Let a layer that all copies reach alike run for one of them."""
+        if len({feed.call for feed in self.wiring.feeds[path]}) > 1:  # it may come again behind the cut
+            return
+        module = self.modules[path]
+        undo.callback(module.register_forward_pre_hook(_first(copies)).remove)
+        undo.callback(module.register_forward_hook(_repeated(copies)).remove)
 
     def _precision(self, path: str) -> Tensor | None:
         """The inverse of the covariance of what a layer reads, from which any regression among it follows."""
@@ -263,6 +273,14 @@ def _replace(predicted: Sequence[_Predicted]) -> Callable[[nn.Module, Any], Any]
         return (x, *args[1:])
 
     return hook
+
+
+def _first(copies: int) -> Callable[[nn.Module, Any], Any]:
+    return lambda module, args: (args[0][: len(args[0]) // copies], *args[1:])
+
+
+def _repeated(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    return lambda module, args, output: torch.cat([output] * copies)
 
 
 def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:

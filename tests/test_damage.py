@@ -288,3 +288,33 @@ def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
         kept[scope] = twin.loud[0].out_channels - twin.quiet[0].out_channels
     assert abs(kept["global"]) <= 1
     assert kept["measured"] >= 5
+
+
+class Twice(nn.Module):
+    """One layer runs in front of the cut and again behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.wide = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 9, 1)
+        self.back, self.head = nn.Conv2d(9, 3, 1), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.back(torch.relu(self.wide(torch.relu(self.shared(x)))))
+        return self.head(torch.relu(self.shared(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [residual, Twice])
+def test_what_all_copies_share_is_run_once_and_changes_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model, x = make(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
+    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
+    monkeypatch.setattr(_Lab, "_once", lambda *_: None)
+    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    for a, b in zip(once, always, strict=True):
+        assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
