@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,56 @@ def test_after_the_first_seed_only_the_better_cost_exponent_is_run(
     words = ("--criteria", "LAMP", "FPGM", OURS, "--compensations", "reconstruct", "--better-only")
     options(monkeypatch, *words, "--results", str(tmp_path / "lines.jsonl"))
     assert accuracy.main() == 0
-    own = accuracy.COST_EXPONENT
-    first = [("LAMP", 0.0, 0), ("LAMP", own, 0), ("FPGM", 0.0, 0), ("FPGM", own, 0), (OURS, own, 0)]
+    first = [("LAMP", 0.0, 0), ("LAMP", 0.5, 0), ("FPGM", 0.0, 0), ("FPGM", 0.5, 0), (OURS, 1.0, 0)]
     others = [
         (name, weight, seed)
         for seed in (1, 2)
-        for name, weight in (("LAMP", own), ("FPGM", 0.0), (OURS, own))
+        for name, weight in (("LAMP", 0.5), ("FPGM", 0.0), (OURS, 1.0))
     ]
     assert done == first + others
+
+
+def test_ours_is_what_is_done_by_default_and_names_ask_for_other_scopes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = (OURS, f"{OURS}:scope=global", "LAMP", "LAMP:scope=measured")
+    words = ("--criteria", *names, "--compensations", "none", "reconstruct", "--seeds", "1")
+    runs = [
+        (r.criterion, r.compensation, r.scope, r.cost_exponent)
+        for r in accuracy.grid(options(monkeypatch, *words))
+    ]
+    assert runs == [
+        (OURS, "none", "global", 0.5),
+        (OURS, "reconstruct", "measured", 1.0),
+        (names[1], "none", "global", 0.5),
+        (names[1], "reconstruct", "global", 0.5),
+        *(
+            ("LAMP", compensation, "global", e)
+            for compensation in ("none", "reconstruct")
+            for e in (0.0, 0.5)
+        ),
+        *(("LAMP:scope=measured", compensation, "measured", 1.0) for compensation in ("none", "reconstruct")),
+    ]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(3))
+    images = torch.randn(16, 3, 8, 8)
+    net(images)
+    made: dict[str, Any] = {"none": {}, "reconstruct": {"calibration": images}}
+    for _, compensation, scope, exponent in runs[:2]:
+        settings = accuracy.prune_(
+            copy.deepcopy(net), images[:1], macs=0.8, compensation=compensation, **made[compensation]
+        ).settings  # type: ignore[arg-type]
+        assert (settings["scope"], settings["cost_exponent"]) == (scope, exponent)
+    assert not accuracy_criteria.is_known("LAMP:conditional=1")
+
+
+def test_the_page_compares_scores_and_scopes() -> None:
+    names = (*accuracy_page.SCOPES,)
+    lines = [
+        line(name, 80.0 + i, compensation="reconstruct", calibration="real") for i, name in enumerate(names)
+    ]
+    found = accuracy_page._scopes(lines)
+    assert found[-1] == "| resnet20, 70% | " + " | ".join(f"{80 + i}.00 (one seed)" for i in range(4)) + " |"
+    assert accuracy_page._scopes(lines[:1]) == []
 
 
 def test_the_code_counts_and_words_do_not() -> None:
