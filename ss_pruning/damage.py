@@ -46,6 +46,7 @@ _EVEN, _NUDGE = 1e-3, 1e-15
 _RIDGE = 1e-3
 # A copy that lost nothing may differ from the dense net by this share of the output's variance.
 _SAME = 1e-3
+_OTHERWISE = "take scope='global'"
 
 
 def by_damage(
@@ -82,7 +83,7 @@ def by_damage(
     if len(images) < LEAST_IMAGES:
         raise InputError(
             f"scope='measured' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give more, "
-            "or take scope='global'"
+            f"or {_OTHERWISE}"
         )
     readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, wiring))
     few = images[torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).long()]
@@ -178,33 +179,53 @@ class _Lab:
         self.precisions: dict[str, Tensor] = {}
 
     def check(self) -> None:
-        """Raise unless copies in one batch do not see each other."""
-        if self._run([{}])[0] > _SAME:
+        """Find the layers that see copies side by side, and raise if images see each other."""
+        alike: dict[str, bool] = {}
+
+        def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                alike[path] = alike.get(path, True) and _halves_are_alike(output)
+
+            return hook
+
+        with contextlib.ExitStack() as undo:
+            for path in self.fitted:
+                undo.callback(self.modules[path].register_forward_hook(watch(path)).remove)
+            outputs = self._outputs(2)
+        self.fitted = [path for path in self.fitted if alike.get(path)]
+        if _lost(outputs, 2)[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
-                "by side; take scope='global'"
+                f"by side; {_OTHERWISE}"
             )
 
     def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
         """`[cuts]`: the share of the output's variance that is lost with each; cuts are of the same readers."""
-        return self._run(cuts, min(self.fitted.index(path) for path in cuts[0]))
-
-    def _run(self, cuts: Sequence[Mapping[str, Ints]], first: int = 0) -> Floats:
-        """What cuts lose; none of them touches what layers before `first` read."""
+        readers = [path for path in cuts[0] if self.moments[path].mean is not None]  # the others do not run
+        strange = [path for path in readers if path not in self.fitted]
+        if strange:
+            raise ModelError(f"what '{strange[0]}' reads does not go by images; {_OTHERWISE}")
+        first = min((self.fitted.index(path) for path in readers), default=0)
         copies = len(cuts) + 1
         with contextlib.ExitStack() as undo:
             for path in self.fitted[:first]:
                 self._once(path, copies, undo)
-            for path in cuts[0]:
-                mean, precision = self.moments[path].mean, self._precision(path)
-                if mean is None:  # it does not run
-                    continue
-                predicted = [_Predicted.of(mean, precision, cut[path]) for cut in cuts]
+            for path in readers:
+                predicted = [self._predicted(path, cut[path]) for cut in cuts]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
             for path in self.fitted[first:]:
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
-            outputs = call(self.model, torch.cat([self.images] * copies))
+            outputs = self._outputs(copies)
         return _lost(outputs, copies)
+
+    def _outputs(self, copies: int) -> Any:
+        try:
+            return call(self.model, torch.cat([self.images] * copies))
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on {copies} copies of {len(self.images)} calibration inputs side by side "
+                f"({type(error).__name__}: {error}); {_OTHERWISE}"
+            ) from error
 
     def _once(self, path: str, copies: int, undo: contextlib.ExitStack) -> None:
         """Let a layer that all copies reach alike run for one of them."""
@@ -214,17 +235,20 @@ class _Lab:
         undo.callback(module.register_forward_pre_hook(_first(copies)).remove)
         undo.callback(module.register_forward_hook(_repeated(copies)).remove)
 
-    def _precision(self, path: str) -> Tensor | None:
-        """The inverse of the covariance of what a layer reads, from which any regression among it follows."""
-        covariance = self.moments[path].covariance
+    def _predicted(self, path: str, gone: Ints) -> _Predicted:
+        mean, covariance = self.moments[path].mean, self.moments[path].covariance
+        assert mean is not None
         if covariance is not None and path not in self.precisions:
             self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]))
-        return self.precisions.get(path)
+        return _Predicted.of(mean, self.precisions.get(path), gone)
 
 
 @dataclass(frozen=True)
 class _Predicted:
-    """What a layer reads on removed channels is taken for `constant + kept channels @ slope`."""
+    """What a layer reads on removed channels is taken for `constant + kept channels @ slope`.
+
+    Any regression among channels follows from the inverse of their covariance.
+    """
 
     removed: Tensor
     kept: Tensor
@@ -261,6 +285,14 @@ def _inverse(covariance: Tensor, groups: int) -> Tensor:
     ridge = _RIDGE * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     ridged = covariance + torch.diag_embed(ridge.expand(len(covariance)))
     return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+
+
+def _halves_are_alike(output: Tensor) -> bool:
+    """True if a batch that holds every image twice, one half after the other, comes out so."""
+    if len(output) % 2:
+        return False
+    first, second = output.float().chunk(2)
+    return bool((first - second).square().mean() <= _SAME * first.square().mean())
 
 
 def _replace(predicted: Sequence[_Predicted]) -> Callable[[nn.Module, Any], Any]:
@@ -318,7 +350,7 @@ def _lost(outputs: Any, copies: int) -> Floats:
         if bool(variance > 0):
             found.append((parts[1:] - parts[0]).flatten(1).square().mean(1) / variance)
     if not found:
-        raise ModelError("no output of the model varies from image to image; take scope='global'")
+        raise ModelError(f"no output of the model varies from image to image; {_OTHERWISE}")
     lost = torch.stack(found).mean(0)
     if not bool(lost.isfinite().all()):
         raise ModelError("the model's output is not finite on the calibration inputs; check them")

@@ -318,3 +318,39 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
     always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
+
+
+class Tokens(nn.Module):
+    """A linear layer that runs on a table, not on images; the channels of the table stay."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table, self.embed = nn.Parameter(torch.randn(rows, 5)), nn.Linear(5, 6)
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x)).mean((2, 3))
+        return self.head(torch.relu(y + self.embed(self.table).mean(0)))
+
+
+@pytest.mark.parametrize("rows", [7, 12])
+def test_a_layer_that_does_not_see_images_is_left_alone(rows: int) -> None:
+    torch.manual_seed(4)
+    model = Tokens(rows)
+    report = prune_(model, images(1), macs=0.7, compensation="linear", calibration=images())
+    assert report.settings["scope"] == "measured"
+    assert model.body.out_channels == model.embed.out_features < 6
+
+
+def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
+    class Small(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 64:
+                raise RuntimeError("out of memory")
+            out: Tensor = super().forward(x)
+            return out
+
+    model = Small(*chain())
+    with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
+        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(40))
+    assert model[0].out_channels == 8
