@@ -319,19 +319,22 @@ def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A hook that scales and shifts each channel of all copies towards the first one, by least squares."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        axis = channel_axis(module, output) + 1
-        parts = output.unflatten(0, (copies, -1)).float()
-        over = [a for a in range(1, parts.dim()) if a != axis]
-        means = parts.mean(over, keepdim=True)
-        centred = parts - means
-        dense = centred[:1]
-        slope = (dense * centred).mean(over, keepdim=True) / centred.square().mean(
-            over, keepdim=True
-        ).clamp_min(torch.finfo(torch.float32).tiny)
-        fitted = torch.cat([parts[:1], means[:1] + slope[1:] * centred[1:]])
-        return fitted.flatten(0, 1).to(output.dtype)
+        over = [axis for axis in range(output.dim()) if axis != channel_axis(module, output)]
+        dense, *others = output.chunk(copies)
+        mean = dense.float().mean(over, keepdim=True)
+        centred = dense.float() - mean
+        return torch.cat([dense, *(_fitted(copy, mean, centred, over) for copy in others)])
 
     return hook
+
+
+def _fitted(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> Tensor:
+    """`copy`, each of its channels scaled and shifted to come closest to `mean + centred`."""
+    x = copy.float()
+    x = x - x.mean(over, keepdim=True)
+    power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    slope = (x * centred).mean(over, keepdim=True) / power
+    return (mean + slope * x).to(copy.dtype)
 
 
 def _lost(outputs: Any, copies: int) -> Floats:
