@@ -237,7 +237,8 @@ def _gains(lines: list[Line]) -> list[str]:
 def _scopes(lines: list[Line]) -> list[str]:
     """What the scores do, and what the scope does."""
     of_scope: dict[tuple[str, float], Cells] = {}
-    for net, macs in dict.fromkeys((line["net"], line["macs"]) for line in lines):
+    points = {(line["net"], line["macs"]) for line in lines}
+    for net, macs in sorted(points, key=lambda point: (NETS.index(point[0]), -point[1])):
         at = [line for line in lines if (line["net"], line["macs"], line["residual"]) == (net, macs, False)]
         found = cells(line for line in at if not line["finetune"])
         if (
