@@ -38,6 +38,7 @@ class Recipe:
             at half and at three quarters.
         bf16: Compute in bfloat16; weights stay float32.
         seed: Draws and shifts the images.
+        frozen_norms: Batch norms keep their statistics, and use them.
     """
 
     epochs: int
@@ -48,6 +49,7 @@ class Recipe:
     warm_up: float = 0.25
     bf16: bool = False
     seed: int = 0
+    frozen_norms: bool = False
 
 
 class Regulariser(Protocol):
@@ -91,6 +93,8 @@ def train_epoch(
     generator = torch.Generator().manual_seed(1000 * recipe.seed + epoch)
     device = next(model.parameters()).device
     model.train()
+    for module in model.modules() if recipe.frozen_norms else ():
+        module.train(not isinstance(module, nn.modules.batchnorm._BatchNorm))
     total, steps = 0.0, 0
     for pixels, labels in augmented(images, recipe.batch, generator):
         step = schedule.last_epoch

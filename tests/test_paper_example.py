@@ -173,3 +173,14 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
         train(model, images, Recipe(epochs=1, batch=16), tmp_path / "a.pt", lambda _: None)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_norms_keep_their_statistics_and_are_trained(frozen: bool, tmp_path: Path) -> None:
+    model, images = tiny()
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    train(model, images, Recipe(epochs=1, batch=16, frozen_norms=frozen), tmp_path / "a.pt", lambda _: None)
+    same = {name: torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items()}
+    assert same["running_mean"] == same["running_var"] == frozen
+    assert not same["weight"]
