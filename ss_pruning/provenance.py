@@ -16,6 +16,7 @@ pass and three local backward passes for each set of layers of which no two have
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -98,7 +99,8 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run a block with the train flag set as asked; flags and random state are as before afterwards."""
+    """Run a block with the train flag set as asked; flags, caches and random state are as before afterwards."""
+    caches = [(vars(module), _caches(module)) for module in modules_of(model).values()]
     flags = [(module, module.training) for module in modules_of(model).values()]
     cuda = torch.cuda.is_initialized()
     devices = sorted(
@@ -115,6 +117,41 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
         for module, flag in flags:
             if module.training != flag:
                 module.training = flag
+        for attributes, before in caches:
+            _restore(attributes, before)
+
+
+_MODULE = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, list, set)
+
+
+def _caches(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module's plain attributes hold, and what containers among them do: tensors are cached there."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+        for name, value in vars(module).items()
+        if name not in _MODULE and (value is None or isinstance(value, (Tensor, *_CONTAINERS)))
+    }
+
+
+def _restore(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+    """Undo what a pass has cached: it may have run on labels, or in another precision."""
+    for name, value in list(attributes.items()):
+        kept, content = before.get(name, (None, None))
+        if isinstance(value, Tensor) and value is not kept and name not in _MODULE:
+            if name in before:
+                attributes[name] = kept
+            else:
+                del attributes[name]
+        elif content is not None and value is kept and _holds_other_tensors(value, content):
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _holds_other_tensors(value: Any, content: Any) -> bool:
+    now, then = (list(c.values()) if isinstance(c, dict) else list(c) for c in (value, content))
+    changed = len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True))
+    return changed and any(isinstance(item, Tensor) for item in (*now, *then))
 
 
 class _Recorder:

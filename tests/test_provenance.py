@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.provenance import trace
@@ -388,3 +389,42 @@ def test_a_model_that_nni_has_wrapped_is_refused() -> None:
     net[1].add_module("_nni_wrapper", nn.Identity())
     with pytest.raises(InputError, match="'1' is wrapped by NNI"):
         trace(net, torch.randn(2, 3))
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed for its next pass in evaluation mode, in the ways in which people do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.bias = nn.Parameter(torch.randn(8))
+        self.by_device: dict[str, Tensor] = {}
+        self.listed: list[Tensor] = []
+        self.grid: Tensor | None = None
+        self.passes = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.by_device:
+            self.by_device["cpu"] = 2 * self.bias
+            self.listed.append(self.bias + 1)
+            self.grid = self.bias.sin()
+            self.late = self.bias.cos()
+        self.passes[0] += 1
+        scale = self.by_device["cpu"] + self.listed[0] + self.grid + self.late
+        return self.head((torch.relu(self.body(x)) * scale[:, None, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_a_model_caches_is_as_before(warm: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Caching().eval(), torch.randn(2, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    if warm:
+        model(x)
+    before = (dict(model.by_device), list(model.listed), model.grid, vars(model).get("late"))
+    trace(model, x)
+    after = (dict(model.by_device), list(model.listed), model.grid, vars(model).get("late"))
+    assert all(a is b for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True))
+    assert hasattr(model, "late") == warm
+    assert model.passes[0] > 0  # numbers are the model's own business
+    assert torch.equal(model(x), twin(x))
