@@ -93,6 +93,11 @@ def _strengths(report: Report) -> str:
     scored = _VARIANCES.get(str(report.settings.get("moments")))
     told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
     chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
+    if report.settings.get("scope") == "measured":
+        chosen += (
+            " How much each layer gave was decided by the damage to the output that shrinking it alone did on "
+            "calibration inputs."
+        )
     share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
     return (
         f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "

@@ -483,6 +483,9 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     said = dict(certainty(example(settings=settings)))
     assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
     assert "its own noise" in said["strengths"]
+    assert "shrinking it alone" not in said["strengths"]
+    measured = dict(certainty(example(settings={"scope": "measured"})))
+    assert "shrinking it alone" in measured["strengths"]
 
 
 # ---------------------------------------------------------------- contrast
