@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import LINES, read_lines
-from benchmarks.accuracy_criteria import OURS
+from benchmarks.accuracy_criteria import CRITERIA, OURS
 from benchmarks.accuracy_page import cells, spread, table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -27,7 +27,7 @@ SHOWN = (("resnet56", 0.7), ("resnet56", 0.47), ("resnet20", 0.7), ("vgg16bn", 0
 def _before_tuning(net: str, macs: float, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     settings = {"net": net, "macs": macs, "split": "test", "residual": False, "finetune": 0, "images": 10_000}
     chosen = [line for line in lines if all(line[name] == value for name, value in settings.items())]
-    return [line for line in chosen if not line.get("reestimate")]
+    return [line for line in chosen if not line.get("reestimate") and line["criterion"] in CRITERIA]
 
 
 def headline(lines: list[dict[str, Any]]) -> list[str]:
