@@ -42,7 +42,7 @@ _IMAGES = 32
 _WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
-# Ridge of the regression, as a share of the mean variance.
+# Ridge of the regression, as a share of the mean variance; at least so much.
 _RIDGE = 1e-3
 # A copy that lost nothing may differ from the dense net by this share of the output's variance.
 _SAME = 1e-3
@@ -86,17 +86,25 @@ def by_damage(
             f"or {_OTHERWISE}"
         )
     readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, wiring))
-    few = images[torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).long()]
+    held, others = _held_out(images)
     measured: list[list[Floats]] = []
     with preserved(model, training=False), torch.no_grad():
-        moments = measure(model, wiring, images.split(batch), None, list(readers), covariance=True)
-        lab = _Lab(model, wiring, few, moments)
+        moments = measure(model, wiring, others.split(batch), None, list(readers), covariance=True)
+        lab = _Lab(model, wiring, held, moments)
         lab.check()
         for number, (unit, cells) in enumerate(zip(coupling.units, scores, strict=True)):
             progress(number, len(coupling.units))
             measured.append(_scored(lab, unit, cells, max_ratio))
     progress(len(coupling.units), len(coupling.units))
     return measured
+
+
+def _held_out(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
+    chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images) // 2)).long()
+    stays = torch.ones(len(images), dtype=torch.bool)
+    stays[chosen] = False
+    return images[chosen.to(images.device)], images[stays.to(images.device)]
 
 
 def _readers(unit: Unit, wiring: Wiring) -> list[str]:
@@ -236,10 +244,11 @@ class _Lab:
         undo.callback(module.register_forward_hook(_repeated(copies)).remove)
 
     def _predicted(self, path: str, gone: Ints) -> _Predicted:
-        mean, covariance = self.moments[path].mean, self.moments[path].covariance
+        moments = self.moments[path]
+        mean, covariance = moments.mean, moments.covariance
         assert mean is not None
         if covariance is not None and path not in self.precisions:
-            self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]))
+            self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]), moments.rows)
         return _Predicted.of(mean, self.precisions.get(path), gone)
 
 
@@ -277,12 +286,13 @@ class _Predicted:
         channels[..., self.removed] = value.to(channels.dtype)
 
 
-def _inverse(covariance: Tensor, groups: int) -> Tensor:
-    """Of the covariance with a ridge; channels of other groups tell nothing."""
+def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
+    """Of the covariance with a ridge, which grows with the channels a row; channels of other groups tell nothing."""
     if groups > 1:
         group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
         covariance = covariance * (group[:, None] == group)
-    ridge = _RIDGE * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    share = max(_RIDGE, len(covariance) // groups / max(rows, 1))
+    ridge = share * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     ridged = covariance + torch.diag_embed(ridge.expand(len(covariance)))
     return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.coupling import couple
-from ss_pruning.damage import LEAST_IMAGES, _hull, _Lab, added_by, by_damage
+from ss_pruning.damage import LEAST_IMAGES, _held_out, _hull, _Lab, added_by, by_damage
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.moments import measure
 from ss_pruning.planning import ranks_of
@@ -352,5 +352,27 @@ def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
 
     model = Small(*chain())
     with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
-        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(40))
+        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80))
     assert model[0].out_channels == 8
+
+
+@torch.no_grad()
+def test_few_rows_do_not_explain_a_wide_layer() -> None:
+    """A head reads one vector an image: with fewer images than channels, any of them could be fitted from the rest."""
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 256, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 40)
+    )
+    x = images(24)
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    ((found,),) = by_damage(model, wiring, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
+    assert found[:230].sum() > 0.3
+
+
+def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
+    x = torch.arange(20.0)[:, None]
+    held, others = _held_out(x)
+    assert sorted([*held.flatten().tolist(), *others.flatten().tolist()]) == x.flatten().tolist()
+    assert (len(held), len(others)) == (10, 10)
+    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [32, 68]
