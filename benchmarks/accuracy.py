@@ -230,7 +230,7 @@ class Bench:
 def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
     """One pass over `count` training images, shifted and flipped: SGD, a rate that warms up and falls to nothing.
 
-    Norms keep the dense statistics, to which the weights were solved: on training images that was better than not.
+    Norms keep the dense statistics, to which the weights were solved.
     """
     recipe = Recipe(
         epochs=1, rate=FINETUNE_RATE, batch=FINETUNE_BATCH, warm_up=0.1, seed=seed, frozen_norms=True

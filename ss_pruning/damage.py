@@ -31,6 +31,7 @@ from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.moments import Moments, measure
 from ss_pruning.planning import Floats, Ints, gone_of, ranks_of, step_scores
 from ss_pruning.provenance import call, preserved
+from ss_pruning.redundancy import ridged_factor
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
@@ -292,9 +293,11 @@ def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
         group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
         covariance = covariance * (group[:, None] == group)
     share = max(_RIDGE, len(covariance) // groups / max(rows, 1))
-    ridge = share * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
-    ridged = covariance + torch.diag_embed(ridge.expand(len(covariance)))
-    return torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+    ridge = share * covariance.diagonal().mean(0, keepdim=True) + torch.finfo(covariance.dtype).tiny
+    factor, _ = ridged_factor(covariance, ridge)
+    if factor is None:
+        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
+    return torch.cholesky_inverse(factor)
 
 
 def _halves_are_alike(output: Tensor) -> bool:

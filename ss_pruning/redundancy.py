@@ -39,14 +39,22 @@ def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1
     variance = blocks.diagonal(dim1=1, dim2=2)
     ridge = max(_RIDGE, size / max(rows, 1)) * variance.mean(1, keepdim=True)
     floor = torch.finfo(torch.float64).tiny
-    for _ in range(_TRIES):
-        added = torch.diag_embed((ridge + floor).expand_as(variance))
-        factor, failed = torch.linalg.cholesky_ex(blocks + added)
-        if not bool(failed.any()):
-            break
-        ridge = 10 * ridge
-    else:
-        # Only NaN does this, and whoever reads the scores refuses them.
+    factor, ridge = ridged_factor(blocks, ridge + floor)
+    if factor is None:  # whoever reads the scores refuses NaN
         return torch.full_like(order_by, torch.nan)
     left = (factor.diagonal(dim1=1, dim2=2).square() - ridge) / variance.clamp_min(floor)
     return torch.empty_like(left).scatter_(1, order, left.clamp(0, 1)).flatten()
+
+
+def ridged_factor(covariance: Tensor, ridge: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Cholesky factor of `[..., n, n]` with `ridge`, `[..., 1]`, on the diagonal, and the ridge that it took.
+
+    Where rounding has left the covariance indefinite the ridge is made larger. Only NaN has no factor.
+    """
+    for _ in range(_TRIES):
+        added = torch.diag_embed(ridge.expand(covariance.shape[:-1]))
+        factor, failed = torch.linalg.cholesky_ex(covariance + added)
+        if not bool(failed.any()):
+            return factor, ridge
+        ridge = 10 * ridge
+    return None, ridge

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.coupling import couple
-from ss_pruning.damage import LEAST_IMAGES, _held_out, _hull, _Lab, added_by, by_damage
+from ss_pruning.damage import LEAST_IMAGES, _held_out, _hull, _inverse, _Lab, added_by, by_damage
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.moments import measure
 from ss_pruning.planning import ranks_of
@@ -376,3 +376,11 @@ def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     assert sorted([*held.flatten().tolist(), *others.flatten().tolist()]) == x.flatten().tolist()
     assert (len(held), len(others)) == (10, 10)
     assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [32, 68]
+
+
+def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
+    covariance = torch.eye(4, dtype=torch.float64)
+    covariance[0, 1] = covariance[1, 0] = 1.01
+    assert _inverse(covariance, 1, 10**9).isfinite().all()
+    with pytest.raises(ModelError, match="not finite"):
+        _inverse(covariance * torch.nan, 1, 10**9)
