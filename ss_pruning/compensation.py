@@ -18,7 +18,7 @@ a bias, and the plan says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.errors import InputError
-from ss_pruning.layers import channel_axis, groups_of, is_depthwise
+from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import measure
-from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Cut, Plan, give_bias
 from ss_pruning.wiring import Wiring
 
@@ -40,6 +39,8 @@ SOLVED: tuple[Method, ...] = ("linear", "reconstruct")
 
 # Ridge of the regression of removed on kept channels, as a share of the mean variance.
 _RIDGE = 1e-3
+#: Why a layer was skipped that only runs in training, such as an auxiliary head.
+IDLE = "it does not run on the calibration inputs"
 
 
 @dataclass
@@ -106,27 +107,44 @@ def fold_means_(
     moments = measure(dense, wiring, source, inputs, list(consumers))
     for path, cut in consumers.items():
         mean = moments[path].mean
-        assert mean is not None
+        if mean is None:
+            outcome.skipped[path] = IDLE
+            continue
         constant = torch.zeros_like(mean)
         constant[cut.removed] = mean[cut.removed]
         _fold(pruned, dense, path, constant, plan, norms, outcome)
     return outcome
 
 
-def fold_linear_(pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, images: Any) -> Outcome:
+def fold_linear_(
+    pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, batches: Iterable[Any]
+) -> Outcome:
     """Fold the best linear prediction of the removed channels from the kept ones into the consumers, in place.
 
-    Means and covariances are those of the dense model on `images`, `[C, C]` for each consumer that lost inputs.
-    Grouped convolutions, whose kept channels in a group say little about the others, get the mean alone.
+    Means and covariances are those of the dense model, `[C, C]` for each consumer that lost inputs. Grouped
+    convolutions, whose kept channels in a group say little about the others, get the mean alone, as do layers too wide
+    for a covariance (see `ss_pruning.moments.measure`).
+
+    Args:
+        pruned: `dense` with `plan` applied; changed in place.
+        dense: The dense model; not changed.
+        plan: What was cut.
+        wiring: The wiring of `dense`.
+        batches: Calibration inputs.
     """
     outcome, norms = Outcome(), norms_behind(wiring)
     consumers = _consumers(dense, plan)
-    for path, (mean, covariance) in _covariances(dense, list(consumers), images).items():
-        cut, module = consumers[path], dense.get_submodule(path)
+    moments = measure(dense, wiring, batches, None, list(consumers), covariance=True)
+    for path, cut in consumers.items():
+        module, mean, covariance = dense.get_submodule(path), moments[path].mean, moments[path].covariance
+        if mean is None:
+            outcome.skipped[path] = IDLE
+            continue
+        mean = mean.double()
         removed = torch.tensor(cut.removed, device=mean.device)
         constant = torch.zeros_like(mean)
         constant[removed] = mean[removed]
-        if groups_of(module) == 1 and len(removed):
+        if covariance is not None and groups_of(module) == 1 and len(removed):
             kept = torch.tensor(cut.kept, device=mean.device)
             slope = _regression(covariance, kept, removed)
             constant[removed] -= slope @ mean[kept]
@@ -217,33 +235,6 @@ def _is_padded(module: nn.Module) -> bool:
     return (
         not plain or module.padding == "same" or (not isinstance(module.padding, str) and any(module.padding))
     )
-
-
-def _covariances(dense: nn.Module, paths: list[str], images: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean `[C]` and covariance `[C, C]` of the inputs of layers; neighbours that read one tensor share the work."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    last: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-
-    def record(path: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if not last or last[0][0] is not x:
-                rows = x.movedim(channel_axis(module, x), -1).flatten(0, -2)
-                mean = rows.mean(0, dtype=torch.float64)
-                centred = rows - mean.to(rows)
-                last[:] = [(x, (mean, (centred.T @ centred).double() / len(rows)))]
-            found[path] = last[0][1]
-
-        return hook
-
-    handles = [dense.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
-    try:
-        with torch.no_grad(), preserved(dense, training=False):
-            call(dense, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def norms_behind(wiring: Wiring) -> dict[str, str]:

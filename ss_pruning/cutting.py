@@ -133,5 +133,5 @@ def _compensate(
         source = "gaussian" if images is None else images.split(BATCH)
         return fold_means_(small, model, plan, wiring, source, inputs)
     if method == "linear":
-        return fold_linear_(small, model, plan, wiring, images)
+        return fold_linear_(small, model, plan, wiring, images.split(BATCH))
     return reconstruct_(small, model, plan, wiring, images)

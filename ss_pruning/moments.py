@@ -295,6 +295,7 @@ class _Sums:
     def seen(self, dtype: torch.dtype) -> _Seen:
         mean = torch.as_tensor(self.total / self.values)
         variance = (torch.as_tensor(self.squares / self.values) - mean.square()).clamp_min(0)
+        dtype = torch.promote_types(dtype, torch.float32)
         moments = Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
         return _Seen(moments, self.values, self.images)
 
@@ -319,7 +320,7 @@ class _Products(_Sums):
         if rows.shape[1] > _PRODUCT_POSITIONS:
             drawn = torch.randint(rows.shape[1], (_PRODUCT_POSITIONS,), generator=self.generator)
             rows = rows.index_select(1, drawn.to(rows.device))
-        rows = rows.float()
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if not self.drawn:
             self.about = rows.mean(1, keepdim=True)
         centred = rows - self.about

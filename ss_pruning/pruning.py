@@ -176,6 +176,8 @@ def _settings(
         settings["calibration"] = calibration
     if outcome.inexact:
         settings["inexact at padded borders"] = ", ".join(outcome.inexact)
+    if outcome.skipped:
+        settings["not compensated"] = "; ".join(f"{path}: {why}" for path, why in outcome.skipped.items())
     return settings
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.compensation import Outcome, add_bias, norms_behind
+from ss_pruning.compensation import IDLE, Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.provenance import call, preserved
@@ -91,6 +91,7 @@ def reconstruct_(
             handle = pruned.get_submodule(path).register_forward_pre_hook(partial(solve, path))
             hooks.callback(handle.remove)
         call(pruned, images)
+    outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome
 
 

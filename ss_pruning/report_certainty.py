@@ -83,8 +83,10 @@ def _compensation(report: Report) -> str:
         return "None: the pruned model computes what the masked one does."
     inexact = report.settings.get("inexact at padded borders")
     border = f" At zero-padded borders it is inexact in {inexact}." if inexact else ""
+    skipped = report.settings.get("not compensated")
+    without = f" Not compensated: {skipped}." if skipped else ""
     seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
-    return f"{method}: changes the outputs on purpose, after the check.{seen}{border}"
+    return f"{method}: changes the outputs on purpose, after the check.{seen}{border}{without}"
 
 
 def _strengths(report: Report) -> str:

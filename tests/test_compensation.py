@@ -97,7 +97,7 @@ def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pyte
     make_duplicates(dense)
     small, plan, wiring = cut(dense, [6, 7], x)
     plain = error(dense, small, x)
-    fold_linear_(small, dense, plan, wiring, x)
+    fold_linear_(small, dense, plan, wiring, [x])
     assert plain > 1e-2
     assert error(dense, small, x) < 1e-8
 
@@ -113,7 +113,7 @@ def test_affine_copies_go_without_a_trace_by_linear(monkeypatch: pytest.MonkeyPa
         dense.bn1.weight[6], dense.bn1.bias[6] = 2 * dense.bn1.weight[0], 2 * dense.bn1.bias[0] + 3
     small, plan, wiring = cut(dense, [6], x)
     assert error(dense, small, x) > 1e-2
-    fold_linear_(small, dense, plan, wiring, x)
+    fold_linear_(small, dense, plan, wiring, [x])
     assert error(dense, small, x) < 1e-7
 
 
@@ -322,7 +322,7 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
         if method == "mean":
             outcome = fold_means_(small, dense, plan, wiring, "gaussian", x)  # type: ignore[arg-type]
         else:
-            outcome = fold_linear_(small, dense, plan, wiring, x)  # type: ignore[arg-type]
+            outcome = fold_linear_(small, dense, plan, wiring, [x])  # type: ignore[arg-type]
         assert outcome.layers == ["conv2"]
         assert outcome.inexact == inexact
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
 from ss_pruning import Plan, couple, prune_, trace
+from ss_pruning.compensation import IDLE, Method
 from ss_pruning.cutting import cut_
 from ss_pruning.errors import InputError, ModelError, PlanError, VerificationError
 from ss_pruning.planning import to_plan
@@ -19,7 +20,7 @@ from ss_pruning.reconstruction import _is_linear_in_weight
 from ss_pruning.surgery import Attribute, Cut
 from ss_pruning.verification import Bench, compare
 from tests.snapshot import snapshot
-from tests.zoo import randomise
+from tests.zoo import Unused, randomise
 
 
 class Chain(nn.Module):
@@ -315,3 +316,11 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
         "twice": "it runs several times",
     }
     assert "fc" in outcome.layers
+
+
+@pytest.mark.parametrize("compensation", ["mean", "linear", "reconstruct"])
+def test_auxiliary_heads_are_cut_and_not_compensated(compensation: Method) -> None:
+    model = randomise(Unused(), 0).eval()
+    report = prune_(model, X[:1], ratio=0.4, compensation=compensation, calibration=X)
+    assert report.settings["not compensated"] == f"aux: {IDLE}"
+    assert model.aux.in_features == model.fc.in_features < 8

@@ -482,6 +482,8 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     settings = {"compensation": "linear", "inexact at padded borders": "a, b", "moments": "gaussian"}
     said = dict(certainty(example(settings=settings)))
     assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
+    skipped = example(settings={"compensation": "mean", "not compensated": "aux: it sleeps"})
+    assert dict(certainty(skipped))["compensation"].endswith("Not compensated: aux: it sleeps.")
     assert "its own noise" in said["strengths"]
     assert "shrinking it alone" not in said["strengths"]
     measured = dict(certainty(example(settings={"scope": "measured"})))
