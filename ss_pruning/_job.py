@@ -137,26 +137,25 @@ def make_importance(
 def calibration_images(
     compensation: Compensation,
     source: Calibration | None,
-    reestimate: bool,
+    needed_by: str | None,
     seed: int,
     job: Job,
     progress: ProgressCallback,
 ) -> list[Tensor] | Tensor | None:
-    """Return unlabelled images for what wants some; `mean` does without if need be."""
-    if compensation is Compensation.none and not reestimate:
+    """Return unlabelled images for the option that needs some; `mean` does without if need be."""
+    if needed_by is None and compensation is Compensation.none:
         return None
     if source is Calibration.distilled:
         from ss_pruning.distillation import distilled
 
         what = "distilling calibration images"
         return distilled(job.model, job.example, seed=seed, progress=lambda *steps: progress(what, *steps))
-    if compensation is Compensation.mean and source is None and job.data is None and not reestimate:
+    if needed_by is None and source is None and job.data is None:
         return None
     if job.data is None:
-        asked = "--reestimate" if reestimate else f"--compensation {compensation.value}"
         raise InputError(
-            f"{asked} calibrates on images: say where they are with --data, make some with "
-            "--calibration distilled, or use --compensation mean."
+            f"{needed_by or '--calibration data'} calibrates on images: say where they are with --data, or make some "
+            "with --calibration distilled; --compensation mean does without."
         )
     return _pictures(job.data, job)
 

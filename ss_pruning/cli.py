@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Score
+from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Scope, Score
 from ss_pruning._console import FAILED, guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def prune(
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
-        _check_calibration(calibration, compensation, reestimate)
+        needed_by = _needs_images(compensation, reestimate, scope)
+        _check_calibration(calibration, compensation, needed_by)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -83,7 +84,7 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            pictures = _job.calibration_images(compensation, calibration, reestimate, seed, job, progress)
+            pictures = _job.calibration_images(compensation, calibration, needed_by, seed, job, progress)
             chosen = _job.make_importance(importance, score, options, request, job, pictures)
             report = _job.run(job, chosen, options, pictures, batch, progress)
             report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
@@ -278,13 +279,25 @@ def _check_synaptic_options(importance: Importance, moments: Moments | None, sco
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
 
 
-def _check_calibration(calibration: Calibration | None, compensation: Compensation, reestimate: bool) -> None:
+def _check_calibration(
+    calibration: Calibration | None, compensation: Compensation, needed_by: str | None
+) -> None:
     from ss_pruning.errors import InputError
 
-    if calibration is not None and compensation is Compensation.none and not reestimate:
+    if calibration is not None and compensation is Compensation.none and needed_by is None:
         raise InputError(
-            "--calibration belongs to --compensation, as in --compensation reconstruct, or to --reestimate."
+            "--calibration belongs to --compensation, as in --compensation reconstruct, to --scope measured, or to "
+            "--reestimate."
         )
+
+
+def _needs_images(compensation: Compensation, reestimate: bool, scope: Scope | None) -> str | None:
+    """The option that cannot do without calibration images, if there is one."""
+    if compensation in (Compensation.linear, Compensation.reconstruct):
+        return f"--compensation {compensation.value}"
+    if reestimate:
+        return "--reestimate"
+    return "--scope measured" if scope is Scope.measured else None
 
 
 @contextlib.contextmanager

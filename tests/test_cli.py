@@ -233,6 +233,17 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert len(kept) == (source == "distilled")
 
 
+def test_a_measured_scope_needs_no_compensation(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
+    given = ("--scope", "measured", "--calibration", "distilled")
+    result = run("prune", net, *SIZE, "--macs", 0.7, *given, "--json")
+    assert result.exit_code == 0, result.output
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["scope"], settings["compensation"]) == ("measured", "none")
+
+
 def test_norms_are_re_estimated_on_the_images(
     net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +311,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--calibration", "distilled"), "--calibration belongs to --compensation"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
         (("--macs", 0.5, "--reestimate"), "--reestimate calibrates on images"),
+        (("--macs", 0.5, "--scope", "measured"), "--scope measured calibrates on images"),
         (
             ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),
             "say where they are with --data",
