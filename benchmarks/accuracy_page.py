@@ -118,7 +118,7 @@ def _trained(net: str) -> list[str]:
 def cells(lines: Iterable[Line]) -> Cells:
     """Accuracies, one a seed, by criterion and column: compensation, and whether it was fine-tuned."""
     found: dict[tuple[str, str, float], dict[int, float]] = defaultdict(dict)
-    for line in lines:
+    for line in sorted(lines, key=lambda line: not line["finetune"]):  # untuned runs have the last word
         criterion, column, weight, seed = (
             line["criterion"],
             column_of(line),

@@ -25,9 +25,11 @@ SHOWN = (("resnet56", 0.7), ("resnet56", 0.47), ("resnet20", 0.7), ("vgg16bn", 0
 
 
 def _before_tuning(net: str, macs: float, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    settings = {"net": net, "macs": macs, "split": "test", "residual": False, "finetune": 0, "images": 10_000}
+    settings = {"net": net, "macs": macs, "split": "test", "residual": False, "images": 10_000}
     chosen = [line for line in lines if all(line[name] == value for name, value in settings.items())]
-    return [line for line in chosen if not line.get("reestimate") and line["criterion"] in CRITERIA]
+    chosen.sort(key=lambda line: not line["finetune"])  # those that were tuned were measured before it, too
+    chosen = [line for line in chosen if not line.get("reestimate") and line["criterion"] in CRITERIA]
+    return [{**line, "finetune": 0} for line in chosen]
 
 
 def headline(lines: list[dict[str, Any]]) -> list[str]:

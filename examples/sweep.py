@@ -145,6 +145,11 @@ def sweep(options: Options) -> list[Row]:
     ]
 
 
+def recipe_of(options: Options) -> dict[str, Any]:
+    """The options that the results depend on."""
+    return {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+
+
 def check_recipe(options: Options) -> None:
     """A folder holds one sweep.
 
@@ -152,8 +157,7 @@ def check_recipe(options: Options) -> None:
         InputError: It holds another one.
     """
     make_writable_folder(options.out / "results")
-    path = options.out / "sweep.options.json"
-    recipe = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    path, recipe = options.out / "sweep.options.json", recipe_of(options)
     if path.is_file() and json.loads(path.read_text("utf-8")) != recipe:
         raise InputError(
             f"'{options.out}' holds a sweep with other options: choose another --out, or delete it"
@@ -255,9 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     except SSPruningError as error:
         print(error, file=sys.stderr)
         return 2
-    write_text(
-        options.out / "sweep.json", json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n"
-    )
+    result = {"options": recipe_of(options), "rows": rows, "versions": versions()}
+    write_text(options.out / "sweep.json", json.dumps(result, indent=2) + "\n")
     plot(rows, options.out / "sweep.svg")
     show(rows)
     print(f"written: {options.out / 'sweep.json'}, {options.out / 'sweep.svg'}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, accuracy_criteria, accuracy_page
+from benchmarks import accuracy, accuracy_criteria, accuracy_page, readme_results
 from benchmarks.accuracy_criteria import OURS
 
 
@@ -208,6 +208,17 @@ def test_fine_tuned_runs_have_a_column_of_their_own() -> None:
         ("LAMP", "none"): [50.0],
         ("LAMP", "none, then 1,280 images"): [70.0, 71.0, 72.0],
     }
+
+
+def test_runs_that_were_tuned_count_before_it_where_there_is_no_other() -> None:
+    tuned = {"finetune": 6400, "top1_finetuned": 80.0, "compensation": "reconstruct", "calibration": "real"}
+    plain = tuned | {"finetune": 0}
+    lines = [line("LAMP", 71.0, **plain), line("LAMP", 60.0, **tuned), line("LAMP", 73.0, **tuned, seed=1)]
+    for found in (
+        accuracy_page.cells(lines),
+        accuracy_page.cells(readme_results._before_tuning("resnet20", 0.7, lines[::-1])),
+    ):
+        assert sorted(found["LAMP", "reconstruct"]) == [71.0, 73.0]
 
 
 def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray's own imports
     pytest.importorskip("ray.tune", reason="an optional extra: pip install 'ss-pruning[sweep]'")
+    from benchmarks import sweep_page
     from examples import sweep
 from examples import paper_cifar
 from tests.test_paper_example import like_fashion_mnist
@@ -75,6 +76,24 @@ def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
     drawn = (tmp_path / "a.svg").read_text()
     assert all(text in drawn for text in ("penalty 0.001", "random", "not pruned"))
     assert drawn == (tmp_path / "b.svg").read_text()
+
+
+def test_the_page_says_what_the_rows_say_and_leaves_the_rest(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="part of the extra")
+    page = tmp_path / "sweeps.md"
+    page.write_text("before <!-- sweep -->\nold\n<!-- /sweep --> after")
+    options = {"net": "vgg16bn", "width": 0.125, "dataset": "cifar10", "images": 5000, "epochs": 4}
+    result = {"options": {**options, "finetune_epochs": 1}, "rows": ROWS, "versions": {"torch": "2"}}
+    text = sweep_page.write_page(result, page).read_text()
+    assert "| 0.001 | strength | 90% | 90.00 | 20.00 | 79.10 | 0.610 | 0.180 |" in text
+    assert "vgg16bn at width 0.125 on cifar10, 4 epochs on 5,000 images, 1 of fine-tuning" in text
+    assert text.startswith("before ")
+    assert text.endswith(" after")
+    assert "old" not in text
+    assert (tmp_path / "sweep.svg").is_file()
+    page.write_text("no place for it")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        sweep_page.write_page(result, page)
 
 
 def test_a_folder_holds_one_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
