@@ -258,7 +258,9 @@ def _scopes(lines: list[Line]) -> list[str]:
 
 
 def _point(line: Line) -> tuple[Any, ...]:
-    return line["net"], line["macs"], line["criterion"], line["cost_exponent"], line["residual"]
+    """What a gain is counted within; ours weighs costs as its scope does by default, which compensation changes."""
+    weight = None if line["criterion"] == OURS else line["cost_exponent"]
+    return line["net"], line["macs"], line["criterion"], weight, line["residual"]
 
 
 def _plot(lines: list[Line], title: str, path: Path) -> bool:

@@ -172,6 +172,20 @@ def test_the_page_compares_scores_and_scopes() -> None:
     assert accuracy_page._scopes(lines[:1]) == []
 
 
+def test_gains_are_over_the_plain_cut_of_the_same_point() -> None:
+    solved = {"compensation": "reconstruct", "calibration": "real"}
+    lines = [
+        line("LAMP", 40.0),
+        line("LAMP", 50.0, cost_exponent=0.0),
+        line("LAMP", 70.0, **solved),
+        line("LAMP", 75.0, **solved, seed=1, macs=0.5),  # no plain cut to compare with
+        line(OURS, 45.0),
+        line(OURS, 90.0, **solved, cost_exponent=1.0, scope="measured"),
+    ]
+    found = accuracy_page._gains(lines)
+    assert found[-2:] == [f"| {OURS} | +45.0 (1 runs) |", "| LAMP | +30.0 (1 runs) |"][::-1]
+
+
 def test_the_code_counts_and_words_do_not() -> None:
     first = accuracy._without_words('def f(x):\n    """One."""\n    return x  # a\n')
     assert first == accuracy._without_words('def f(x):\n    """Two."""\n    return x\n')
