@@ -30,6 +30,8 @@ Line = dict[str, Any]
 #: Accuracies, one a seed, by criterion and column.
 Cells = dict[tuple[str, str], list[float]]
 
+#: What is drawn, each on a scale of its own.
+PANELS = {"reconstruct": "reconstruct", "none": "plain cut"}
 INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
@@ -264,15 +266,17 @@ def _point(line: Line) -> tuple[Any, ...]:
 
 
 def _plot(lines: list[Line], title: str, path: Path) -> bool:
-    """Accuracy against MACs, plain cuts dashed, reconstructed ones solid. False where there is one budget only."""
+    """Accuracy against MACs, reconstructed and plain cuts side by side. False where there is one budget only."""
     curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
     untuned = [line for line in lines if not line["finetune"] and line["calibration"] != "distilled"]
     for macs in {line["macs"] for line in untuned}:
         found = cells(line for line in untuned if line["macs"] == macs)
         for (criterion, column), values in found.items():
-            if column in ("none", "reconstruct"):
+            if column in PANELS:
                 curves[criterion, column][macs] = values
-    if len({line["macs"] for line in lines}) < 2:
+    budgets = {c: {m for (_, of), at in curves.items() if of == c for m in at} for c in PANELS}
+    shown = [c for c in PANELS if len(budgets[c]) > 1]
+    if not shown:
         return False
     import matplotlib as mpl
 
@@ -280,23 +284,21 @@ def _plot(lines: list[Line], title: str, path: Path) -> bool:
     mpl.rcParams["svg.hashsalt"] = "ss-pruning"  # the same file for the same results
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for number, criterion in enumerate(CRITERIA):
-        for compensation, style, marker in (("reconstruct", "-", "o"), ("none", "--", "x")):
-            points = sorted(curves.get((criterion, compensation), {}).items())
-            if points:
-                means = [statistics.mean(values) for _, values in points]
-                label = criterion if style == "-" or (criterion, "reconstruct") not in curves else None
-                axes.plot([macs for macs, _ in points], means, style, color=f"C{number}", marker=marker, label=label,
-                          linewidth=2.5 if criterion == OURS else 1.2)  # fmt: skip
-    axes.axhline(lines[0]["dense"], color="0.6", linewidth=0.8)
-    axes.set(
-        xlabel="share of multiply-accumulates kept",
-        ylabel="top-1 %",
-        title=f"{title} (solid, o: reconstruct; dashed, x: plain)",
+    figure, panels = plt.subplots(
+        1, len(shown), squeeze=False, figsize=(1.5 + 4 * len(shown), 4), layout="constrained"
     )
-    axes.legend(fontsize=7)
-    figure.tight_layout()
+    figure.suptitle(title)
+    for axes, compensation in zip(panels[0], shown, strict=True):
+        for number, criterion in enumerate(CRITERIA):
+            points = sorted(curves.get((criterion, compensation), {}).items())
+            means = [statistics.mean(values) for _, values in points]
+            if points:
+                axes.plot([macs for macs, _ in points], means, color=f"C{number}", marker="o", label=criterion,
+                          linewidth=2.5 if criterion == OURS else 1.2)  # fmt: skip
+        axes.axhline(lines[0]["dense"], color="0.6", linewidth=0.8, linestyle=":", label="dense")
+        axes.set(xlabel="share of multiply-accumulates kept", title=PANELS[compensation])
+    panels[0][0].set_ylabel("top-1 %")
+    panels[0][0].legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return True
