@@ -209,8 +209,10 @@ def run(
     size = _tensor_bytes(job.model)
     before, images = _measure("accuracy, dense", job, progress)
 
-    def stage(name: str, done: int, total: int) -> None:
-        progress(f"pruning: {name}", done, total)
+    def stage(
+        name: str, done: int, total: int
+    ) -> None:  # what takes longest has a bar, and an estimate, of its own
+        progress("measuring the damage" if name == "measure" else f"pruning: {name}", done, total)
 
     inputs = {"calibration": pictures, "latency_inputs": _timed_on(job, batch)}
     report: Report = prune_(
