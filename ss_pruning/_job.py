@@ -153,9 +153,11 @@ def calibration_images(
     if needed_by is None and source is None and job.data is None:
         return None
     if job.data is None:
+        needed_by = needed_by or "--calibration data"
+        without = "; --compensation mean does without" if needed_by.startswith("--compensation") else ""
         raise InputError(
-            f"{needed_by or '--calibration data'} calibrates on images: say where they are with --data, or make some "
-            "with --calibration distilled; --compensation mean does without."
+            f"{needed_by} calibrates on images: say where they are with --data, or make some with "
+            f"--calibration distilled{without}."
         )
     return _pictures(job.data, job)
 
@@ -209,9 +211,8 @@ def run(
     size = _tensor_bytes(job.model)
     before, images = _measure("accuracy, dense", job, progress)
 
-    def stage(
-        name: str, done: int, total: int
-    ) -> None:  # what takes longest has a bar, and an estimate, of its own
+    def stage(name: str, done: int, total: int) -> None:
+        # What takes longest has a bar, and an estimate, of its own.
         progress("measuring the damage" if name == "measure" else f"pruning: {name}", done, total)
 
     inputs = {"calibration": pictures, "latency_inputs": _timed_on(job, batch)}
