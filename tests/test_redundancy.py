@@ -110,7 +110,7 @@ def test_moments_are_as_exact_as_the_model_and_no_coarser_than_single_precision(
         assert found.mean is not None
         assert found.covariance is not None
         assert found.mean.dtype == found.variance.dtype == kept
-        assert torch.allclose(found.covariance, torch.cov(rows, correction=0), atol=tolerance)
+        assert torch.allclose(found.covariance, torch.cov(rows, correction=0), rtol=tolerance, atol=tolerance)
 
 
 def twins() -> tuple[nn.Sequential, Tensor]:
