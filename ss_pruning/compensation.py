@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import measure
+from ss_pruning.redundancy import ridged_factor
 from ss_pruning.surgery import Cut, Plan, give_bias
 from ss_pruning.wiring import Wiring
 
@@ -156,10 +157,10 @@ def fold_linear_(
 def _regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
     """`[removed, kept]`: ridge regression of removed on kept channels from their covariance."""
     inner = covariance[kept][:, kept]
-    ridge = _RIDGE * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny
-    factor = torch.linalg.cholesky(
-        inner + ridge * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
-    )
+    ridge = _RIDGE * inner.diagonal().mean(0, keepdim=True) + torch.finfo(inner.dtype).tiny
+    factor, _ = ridged_factor(inner, ridge)
+    if factor is None:
+        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
     return torch.cholesky_solve(covariance[kept][:, removed], factor).T
 
 

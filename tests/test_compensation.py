@@ -344,3 +344,13 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
 )
 def test_where_a_constant_may_meet_a_border(layer: nn.Module, padded: bool) -> None:
     assert _is_padded(layer) is padded
+
+
+def test_a_regression_survives_rounding_and_refuses_nan() -> None:
+    n = 50
+    indefinite = torch.ones(n, n, dtype=torch.float64) - 0.05 * torch.eye(n, dtype=torch.float64)
+    kept, removed = torch.arange(n - 1), torch.tensor([n - 1])
+    assert float(torch.linalg.eigvalsh(indefinite)[0]) < -0.01
+    assert _regression(indefinite, kept, removed).isfinite().all()
+    with pytest.raises(ModelError, match="not finite"):
+        _regression(torch.full((n, n), torch.nan), kept, removed)
