@@ -242,7 +242,7 @@ def _scopes(lines: list[Line]) -> list[str]:
     points = {(line["net"], line["macs"]) for line in lines}
     for net, macs in sorted(points, key=lambda point: (NETS.index(point[0]), -point[1])):
         at = [line for line in lines if (line["net"], line["macs"], line["residual"]) == (net, macs, False)]
-        found = cells(line for line in at if not line["finetune"])
+        found = cells(at)
         if (
             sum((name, "reconstruct") in found for name in SCOPES) > 1
             and (VARIANTS[0], "reconstruct") in found
@@ -268,9 +268,9 @@ def _point(line: Line) -> tuple[Any, ...]:
 def _plot(lines: list[Line], title: str, path: Path) -> bool:
     """Accuracy against MACs, reconstructed and plain cuts side by side. False where there is one budget only."""
     curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
-    untuned = [line for line in lines if not line["finetune"] and line["calibration"] != "distilled"]
-    for macs in {line["macs"] for line in untuned}:
-        found = cells(line for line in untuned if line["macs"] == macs)
+    real = [line for line in lines if line["calibration"] != "distilled"]
+    for macs in {line["macs"] for line in real}:
+        found = cells(line for line in real if line["macs"] == macs)
         for (criterion, column), values in found.items():
             if column in PANELS:
                 curves[criterion, column][macs] = values
