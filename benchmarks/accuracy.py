@@ -5,33 +5,39 @@ budget, the same cut; only the scores differ, and how layers compete. Ours is wh
 criteria rank all channels by their scores (the global scope), as Torch-Pruning does, and are run with scores as they
 are (`cost_exponent=0`) and divided by the root of what a channel costs (0.5); the page shows the better one of each
 cell. `--better-only` runs both for the first seed and the others for the better one, which is what the page would show.
-Any criterion runs in another scope by its name: `"Magnitude L2:scope=measured"`, `SynapticImportance:scope=global`.
+Any criterion runs in another scope by its name: `"Magnitude L2:scope=measured"`, `SynapticImportance:scope=global`;
+ours with another weight of costs, too: `SynapticImportance:cost_exponent=0.25`.
 The residual stream of the ResNets stays whole unless `--residual` is given. Calibration images (without labels) and
 labelled images (for Taylor and Hessian) are drawn from the training images by the seed, 512 each; accuracy is that on
 the test images. What no seed can change is run once.
 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
+    python -m benchmarks.accuracy --better-only --device cuda --jobs 12
     python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:conditional=1 --split train
     python -m benchmarks.accuracy --page
 
 Each run adds a line to benchmarks/results/accuracy.jsonl; what is there by the same code and settings is not run
-again, so a run that was killed goes on. `--page` turns the lines into docs/accuracy.md. Choices are made on
-`--split train` only.
+again, so a run that was killed goes on. `--jobs` runs several nets, criteria and compensations at a time, each in
+the order of its seeds. `--page` turns the lines into docs/accuracy.md. Choices are made on `--split train` only.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +54,7 @@ from ss_pruning import prune_
 from ss_pruning.compensation import METHODS, SOLVED
 from ss_pruning.distillation import distilled
 from ss_pruning.errors import BudgetError, InputError
+from ss_pruning.latency import machine
 from ss_pruning.planning import Scope
 from ss_pruning.pruning import COST_EXPONENT, default_scope
 
@@ -109,7 +116,7 @@ class Run:
 
 
 def _without_words(source: str) -> str:
-    """The code as a tree, without docstrings."""
+    """The code without comments and docstrings, laid out anew."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -120,7 +127,7 @@ def _without_words(source: str) -> str:
             and isinstance(body[0].value, ast.Constant)
         ):
             body[0] = ast.Pass()
-    return ast.dump(tree)
+    return ast.unparse(tree)  # as any Python reads it
 
 
 def grid(options: argparse.Namespace) -> Iterator[Run]:
@@ -164,7 +171,10 @@ def scope_of(criterion: str, compensation: str) -> Scope:
 
 
 def cost_exponents(criterion: str, scope: Scope, chosen: list[float]) -> list[float]:
-    """Ours, and damage that was measured, is weighed as by default."""
+    """The one in the criterion's name; else ours, and damage that was measured, is weighed as by default."""
+    named = named_options(criterion).get("cost_exponent")
+    if named is not None:
+        return [float(named)]
     return [COST_EXPONENT[scope]] if criterion.startswith(OURS) or scope == "measured" else chosen
 
 
@@ -172,10 +182,11 @@ class Bench:
     """Holds what runs share: images, dense accuracies, gradients."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.data, self.weights = options.data, options.weights
+        self.data, self.weights, self.device = options.data, options.weights, torch.device(options.device)
+        torch.backends.cudnn.allow_tf32 = False  # a GPU computes as precisely as a CPU
         self.train = load(self.data, "train")
         measured = self.train if options.split == "train" else load(self.data, "test")
-        self.measured: Images = draw(measured, options.images, seed=0)
+        self.measured = self._here(draw(measured, options.images, seed=0))
         self.criteria = Criteria()
         self.dense: dict[str, float] = {}
 
@@ -184,8 +195,8 @@ class Bench:
         if run.net not in self.dense:
             self.dense[run.net] = top1(self._fresh(run.net), self.measured)
         model = self._fresh(run.net)
-        labelled = draw(self.train, LABELLED, 10_000 + run.seed)
-        example = torch.zeros(1, 3, 32, 32)
+        labelled = self._here(draw(self.train, LABELLED, 10_000 + run.seed))
+        example = torch.zeros(1, 3, 32, 32, device=self.device)
         calibration = self._calibration(run, model, example)
         importance = self.criteria(run.criterion, model, run.net, run.seed, labelled, calibration)
         torch.manual_seed(run.seed)
@@ -217,26 +228,33 @@ class Bench:
         return result
 
     def _fresh(self, net: str) -> nn.Module:
-        return load_net(net, self.data, self.weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = load_net(net, self.data, self.weights)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _here(self, images: Images) -> Images:
+        return images[0].to(self.device), images[1].to(self.device)
 
     def _calibration(self, run: Run, model: nn.Module, example: Tensor) -> Tensor | None:
         if not run.uses_images:
             return None
         if run.calibration == "distilled":
             return distilled(model, example, seed=run.seed)
-        return as_input(draw(self.train, CALIBRATION, run.seed)[0])
+        return as_input(draw(self.train, CALIBRATION, run.seed)[0].to(self.device))
 
 
 def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
-    """One pass over `count` training images, shifted and flipped: SGD, a rate that warms up and falls to nothing.
+    """Train on `count` images, in whole passes over all of them or one over fewer, shifted and flipped.
 
-    Norms keep the dense statistics, to which the weights were solved.
+    SGD, a rate that warms up and falls to nothing. Norms keep the dense statistics, to which the weights were solved.
     """
+    passes = -(-count // len(images[0]))
     recipe = Recipe(
-        epochs=1, rate=FINETUNE_RATE, batch=FINETUNE_BATCH, warm_up=0.1, seed=seed, frozen_norms=True
+        epochs=passes, rate=FINETUNE_RATE, batch=FINETUNE_BATCH, warm_up=0.1, seed=seed, frozen_norms=True
     )
-    sgd, schedule = optimiser(model, recipe, max(1, count // FINETUNE_BATCH))
-    train_epoch(model, draw(images, count, seed), sgd, schedule, recipe)
+    each = draw(images, count // passes, seed)
+    sgd, schedule = optimiser(model, recipe, max(1, len(each[0]) // FINETUNE_BATCH) * passes)
+    for epoch in range(passes):
+        train_epoch(model, each, sgd, schedule, recipe, epoch)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -312,6 +330,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
     parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time, with one CPU thread each")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar and pretrained/")
     parser.add_argument("--weights", type=Path, default=Path("runs"), help="folder of benchmarks.train_cifar")
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
@@ -325,6 +345,58 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+Job = list[tuple[Run, str]]
+
+
+def jobs_of(todo: Iterable[tuple[Run, str]], options: argparse.Namespace) -> list[Job]:
+    """Runs with the digests of their code, split into what can go on side by side."""
+    if options.jobs == 1:
+        return [list(todo)]
+    found: dict[tuple[str, ...], Job] = defaultdict(list)
+    for run, code in todo:
+        found[run.compensation, run.net, run.criterion].append((run, code))
+    return [found[key] for key in sorted(found, key=lambda key: METHODS.index(key[0]), reverse=True)]
+
+
+def work(job: Job, bench: Bench, options: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+    """Do the runs one after the other; each adds a line to the file."""
+    for number, (run, code) in enumerate(job, 1):
+        if options.better_only and is_worse(run, lines):
+            continue
+        started = time.perf_counter()
+        try:
+            result = bench(run)
+        except BudgetError as error:
+            result = {"top1": None, "error": str(error)}
+        seconds = round(time.perf_counter() - started, 1)
+        where = machine(torch.device(options.device))
+        line = {**asdict(run), "code": code, **result, "seconds": seconds, "machine": where}
+        line["versions"] = versions()
+        add_line(line, options.results)
+        lines.append(line)
+        tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
+        left = "out of reach" if result["top1"] is None else f"{result['top1']:.2f}"
+        what = f"{run.net} {run.macs:g} {run.criterion} ({run.cost_exponent:g}) {run.compensation}"
+        print(
+            f"{number}/{len(job)} {what} {run.calibration} seed {run.seed}: {left}{tuned} ({seconds} s)",
+            flush=True,
+        )
+
+
+_worker: Callable[[Job], None]
+
+
+def _start(options: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+    """Set up a process that takes jobs."""
+    global _worker
+    torch.set_num_threads(1)
+    _worker = functools.partial(work, bench=Bench(options), options=options, lines=lines)
+
+
+def _next(job: Job) -> None:
+    _worker(job)
+
+
 def main() -> int:
     options = arguments()
     if options.page:
@@ -335,28 +407,16 @@ def main() -> int:
     lines = read_lines(options.results)
     done = {key(line) for line in lines}
     todo = [(run, run.code()) for run in grid(options)]
-    todo = [(run, code) for run, code in todo if (*asdict(run).values(), code) not in done]
+    jobs = jobs_of(((run, code) for run, code in todo if (*asdict(run).values(), code) not in done), options)
     try:
-        bench = Bench(options)
-        for number, (run, code) in enumerate(todo, 1):
-            if options.better_only and is_worse(run, lines):
-                continue
-            started = time.perf_counter()
-            try:
-                result = bench(run)
-            except BudgetError as error:
-                result = {"top1": None, "error": str(error)}
-            seconds = round(time.perf_counter() - started, 1)
-            line = {**asdict(run), "code": code, **result, "seconds": seconds, "versions": versions()}
-            add_line(line, options.results)
-            lines.append(line)
-            tuned = f", fine-tuned {result['top1_finetuned']:.2f}" if "top1_finetuned" in result else ""
-            left = "out of reach" if result["top1"] is None else f"{result['top1']:.2f}"
-            what = f"{run.net} {run.macs:g} {run.criterion} ({run.cost_exponent:g}) {run.compensation}"
-            print(
-                f"{number}/{len(todo)} {what} {run.calibration} seed {run.seed}: {left}{tuned} ({seconds} s)",
-                flush=True,
-            )
+        if options.jobs == 1:
+            work(jobs[0], Bench(options), options, lines)
+            return 0
+        load(options.data, "train")  # decoded once, for all
+        pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start, (options, lines))
+        with pool:
+            for result in [pool.submit(_next, job) for job in jobs]:
+                result.result()
     except (InputError, FileNotFoundError) as error:
         print(f"{error}\nSay where the data is with --data FOLDER.", file=sys.stderr)
         return 2

@@ -61,7 +61,8 @@ class Criteria:
         Ours with options takes its moments from the calibration images if there are any, as the default does.
         """
         name, given = name.partition(":")[0], named_options(name)
-        given.pop("scope", None)  # not the importance's business
+        for option in ("scope", "cost_exponent"):  # not the importance's business
+            given.pop(option, None)
         if name in _LABELS:
             key = (name, net, seed)
             if key not in self._known:

@@ -37,6 +37,7 @@ from benchmarks.cifar_data import draw, load
 from benchmarks.common import DATA, RESULTS, versions
 from ss_pruning import prune_
 from ss_pruning.distillation import distilled
+from ss_pruning.latency import machine
 from ss_pruning.models import build_model
 
 LINES = RESULTS / "lite0.jsonl"
@@ -141,8 +142,10 @@ def crops(photo: Tensor, count: int, side: int, generator: torch.Generator) -> T
 class Material:
     """The images of one draw, as the net takes them: what is calibrated on, what is measured on, and its classes."""
 
-    def __init__(self, draw: int, side: int, calibrated_on: int, measured_on: int, data: Path) -> None:
-        self.draw, self.side, self.data = draw, side, data
+    def __init__(
+        self, draw: int, side: int, calibrated_on: int, measured_on: int, data: Path, device: str = "cpu"
+    ) -> None:
+        self.draw, self.side, self.data, self.device = draw, side, data, device
         self.calibrated_on, self.measured_on = calibrated_on, measured_on
 
     @cached_property
@@ -185,26 +188,30 @@ class Material:
         if run.calibration == "none":
             return None
         if run.calibration == "distilled":
-            return distilled(dense, torch.zeros(1, 3, self.side, self.side), seed=self.draw)
+            return distilled(dense, self.example(), seed=self.draw)
         images: Tensor = getattr(self, run.calibration)[0]
-        return images
+        return images.to(self.device)
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, 3, self.side, self.side, device=self.device)
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     fast = model.eval().to(memory_format=torch.channels_last)
-    return torch.cat([fast(part) for part in images.split(16)])
+    place = next(model.parameters()).device
+    return torch.cat([fast(part.to(place)).cpu() for part in images.split(16)])
 
 
 def measure(run: Run, material: Material) -> dict[str, Any]:
     """Prune a fresh net and compare it with the dense one."""
-    model, dense = dense_net(), dense_net()
+    model, dense = dense_net().to(material.device), dense_net().to(material.device)
     began = time.perf_counter()
     images = material.calibration(run, dense)
     distilling, began = time.perf_counter() - began, time.perf_counter()
     report = prune_(
         model,
-        torch.zeros(1, 3, run.side, run.side),
+        material.example(),
         macs=run.macs,
         importance=CRITERIA[run.criterion](),
         ignore=() if run.all else stream_layers(dense),
@@ -282,6 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibrate", type=int, default=256, help="images to calibrate on")
     parser.add_argument("--measure", type=int, default=256, help="images of each kind to measure on")
     parser.add_argument("--all", action="store_true", help="let the channels between blocks go, too")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar")
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
     parser.add_argument("--page", action="store_true", help="write docs/lite0.md, run nothing")
@@ -290,6 +298,7 @@ def arguments() -> argparse.Namespace:
 
 def main(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
     options = arguments()
+    torch.backends.cudnn.allow_tf32 = False  # a GPU computes as precisely as a CPU
     lines = read_lines(options.results)
     if options.page:
         from benchmarks.lite0_page import write_page
@@ -301,9 +310,11 @@ def main(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> N
     material: Material | None = None
     for number, run in enumerate(todo, 1):
         if material is None or material.draw != run.draw:
-            material = Material(run.draw, run.side, run.calibrated_on, run.measured_on, options.data)
+            sizes = run.side, run.calibrated_on, run.measured_on
+            material = Material(run.draw, *sizes, options.data, options.device)
         result = measure(run, material)
-        add_line({**asdict(run), **result, "versions": versions()}, options.results)
+        where = {"machine": machine(torch.device(options.device)), "versions": versions()}
+        add_line({**asdict(run), **result, **where}, options.results)
         shown = ", ".join(f"{kind} {result[kind]['agreement']:.1f} %" for kind in KINDS)
         say(
             f"{number}/{len(todo)} draw {run.draw} {run.criterion} {run.compensation} {run.calibration}: {shown}"
