@@ -28,11 +28,13 @@ import argparse
 import ast
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import sys
 import time
+import tokenize
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -116,15 +118,19 @@ class Run:
 
 
 def _without_words(source: str) -> str:
-    """The lines of code, without docstrings and lines of comment: any Python finds the same."""
+    """The lines of code, without docstrings and comments: any Python finds the same."""
     lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             for number in range(first.lineno - 1, first.end_lineno or first.lineno):
                 lines[number] = ""
-    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def grid(options: argparse.Namespace) -> Iterator[Run]:
