@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,33 @@ def test_the_cut_is_that_of_a_cpu(net: Net) -> None:
     except NothingToPruneError:
         pytest.skip("nothing to prune")
     prune_(there, on_gpu(inputs), ratio=0.4, importance=tp.importance.GroupMagnitudeImportance(p=2))
-    assert_alike(there, here, inputs, 1e-9)
+    assert_alike(there, here, inputs, 1e-7)  # CUDA's hard swish multiplies by a sixth in single precision
+
+
+def loss(model: nn.Module, dense: nn.Module, images: Tensor) -> float:
+    """Share of the variance of the dense net's output that is lost."""
+    with torch.no_grad():
+        wanted = dense(images)
+        return float((model(images) - wanted).square().mean() / wanted.var(0).mean())
 
 
 @pytest.mark.parametrize(
     "name", ["residual_chain", "dense", "shuffle_unit", "separable", "squeeze_excite_conv"]
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_compensation_is_that_of_a_cpu(name: str, method: Any) -> None:
+def test_compensation_is_as_good_as_on_a_cpu(name: str, method: Any) -> None:
+    """Not the same: damage is measured and regressions are solved in single precision, and widths follow them."""
     net = BY_NAME[name]
     here, there, inputs = copies(net)
+    dense = net.make().double()
     images = torch.randn(
-        48, *net.shapes[0][1:], dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        64, *net.shapes[0][1:], dtype=torch.float64, generator=torch.Generator().manual_seed(3)
     )
     options: dict[str, Any] = {"macs": 0.6, "compensation": method}
     prune_(here, inputs, calibration=images, **options)
     prune_(there, on_gpu(inputs), calibration=images.to(GPU), **options)
-    assert_alike(there, here, inputs, 1e-3)  # damage and covariances are single precision
+    assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
+    assert loss(there.cpu(), dense, images) == pytest.approx(loss(here, dense, images), rel=0.1)
 
 
 def test_bfloat16_and_channels_last_stay() -> None:
@@ -104,15 +115,17 @@ def test_nothing_else_changes(method: Any) -> None:
     x = net.inputs[0].to(GPU)
     images = torch.randn(32, *net.shapes[0][1:]).to(GPU)
     prune_(net.make().to(GPU), x, macs=0.6, compensation=method, calibration=images)  # loads what CUDA keeps
-    torch.cuda.empty_cache()
+    gc.collect()
     model = net.make().to(GPU)
     random, before, held = torch.cuda.get_rng_state(), snapshot(model), torch.cuda.memory_allocated()
     with pytest.raises(BudgetError):
         prune_(model, x, macs=1e-6, compensation=method, calibration=images)
     assert snapshot(model) == before
+    gc.collect()  # the error knew where it came from
     assert torch.cuda.memory_allocated() == held
     prune_(model, x, macs=0.6, compensation=method, calibration=images)
     assert torch.equal(torch.cuda.get_rng_state(), random)
+    gc.collect()
     assert torch.cuda.memory_allocated() <= held
 
 
