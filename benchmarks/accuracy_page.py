@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS
 from benchmarks.cifar_models import NETS
-from benchmarks.common import HERE, RESULTS
+from benchmarks.common import HERE, RESULTS, made_on
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -49,7 +49,8 @@ once. *Norms anew*: the batch norms behind the cut were re-estimated on the cali
 that is within one standard deviation (the larger of the two).
 
 Made by `python -m benchmarks.accuracy` and `python -m benchmarks.accuracy --page` from \
-`benchmarks/results/accuracy.jsonl` ({versions}).
+`benchmarks/results/accuracy.jsonl` ({versions}). Runs on a GPU compute in single precision as those on a CPU do \
+(no TF32).
 """
 
 
@@ -61,7 +62,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
         raise SystemExit("no result yet: run python -m benchmarks.accuracy first")
     images = max(line["images"] for line in chosen)
     chosen = [line for line in chosen if line["images"] == images]
-    versions = ", ".join(f"{name} {text}" for name, text in chosen[-1]["versions"].items())
+    versions = made_on(chosen)
     parts = [INTRODUCTION.format(images=f"{images:,}", ours=OURS, versions=versions)]
     everything, chosen = chosen, [line for line in chosen if line["criterion"] in CRITERIA]
     for net in NETS:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+MISSING = "not installed"
 DATA = HERE.parent / ".." / "shared" / "data"
 
 
@@ -24,7 +27,22 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return MISSING
+
+
+def made_on(lines: Iterable[dict[str, Any]]) -> str:
+    """On what the results were computed, and with which versions, most of them first."""
+    counts = Counter(
+        (place(line), ", ".join(f"{k} {v}" for k, v in line["versions"].items() if v != MISSING))
+        for line in lines
+    )
+    return "; ".join(f"on {where}: {installed}" for (where, installed), _ in counts.most_common())
+
+
+def place(line: dict[str, Any]) -> str:
+    """The GPU by its name, or a CPU; lines from before GPUs say nothing."""
+    machine = line.get("machine", {"device": "cpu"})
+    return "a CPU" if machine["device"] == "cpu" else f"one {machine['name']}"
 
 
 def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

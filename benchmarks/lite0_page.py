@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import HERE
+from benchmarks.common import HERE, made_on, place
 from benchmarks.lite0 import CASES, CRITERIA, SURE
 
 PAGE = HERE.parent / "docs" / "lite0.md"
@@ -42,8 +43,9 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     parts = [INTRODUCTION]
     for setting in sorted({_setting(line) for line in lines}):
         parts += _section([line for line in lines if _setting(line) == setting])
-    versions = ", ".join(f"{name} {text}" for name, text in lines[-1]["versions"].items())
-    parts += [f"Made by `python -m benchmarks.lite0` and `python -m benchmarks.lite0 --page` ({versions})."]
+    parts += [
+        f"Made by `python -m benchmarks.lite0` and `python -m benchmarks.lite0 --page` ({made_on(lines)})."
+    ]
     page.write_text("\n".join(parts) + "\n")
     return page
 
@@ -78,7 +80,17 @@ def _section(lines: list[Line]) -> list[str]:
                 images = {r["images"] for r in rows}
                 on = "" if source == "none" else f"{min(images)} {source}"
                 parts.append(f"| {criterion} | {compensation} | {on} | {' | '.join(values)} |")
-    return [*parts, ""]
+    return [*parts, "", *_times(lines), ""]
+
+
+def _times(lines: list[Line]) -> list[str]:
+    """How long the call took, where it was compensated with images."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        if line["compensation"] == "reconstruct" and line["calibration"] != "distilled":
+            found[place(line)].append(line["prune_seconds"])
+    times = [f"{min(v):.0f} to {max(v):.0f} s on {where} ({len(v)} runs)" for where, v in found.items()]
+    return [f"`prune_` took {', '.join(times)}; reconstruct, images given, other runs beside it."] if times else []
 
 
 def spread(values: list[float], digits: int) -> str:

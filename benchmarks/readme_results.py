@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.accuracy import LINES, read_lines
 from benchmarks.accuracy_criteria import CRITERIA, OURS
 from benchmarks.accuracy_page import cells, spread, table
+from benchmarks.common import made_on
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 #: What stands first: net, share of the MACs, and rows as (criterion, column, words).
@@ -58,8 +59,7 @@ def accuracy_table(net: str, macs: float, lines: list[dict[str, Any]]) -> list[s
         f"dense {chosen[0]['dense']:.2f} ({stream}±: standard deviation over seeds):"
     )
     command = f"`python -m benchmarks.accuracy --nets {net} --macs {macs:g}`"
-    versions = ", ".join(f"{key} {value}" for key, value in chosen[-1]["versions"].items())
-    return [title, "", *table(chosen), "", f"{command} ({versions}).", ""]
+    return [title, "", *table(chosen), "", f"{command} ({made_on(chosen)}).", ""]
 
 
 def coverage_lines() -> list[str]:
