@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
+from ss_pruning.pruning import COST_EXPONENT
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -70,7 +71,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
             of_net = [line for line in chosen if (line["net"], line["residual"]) == (net, residual)]
             if of_net:
                 parts += _net_section(net, residual, of_net, page)
-    parts += [*_gains(chosen), *_scopes(everything)]
+    parts += [*_gains(chosen), *_scopes(everything), *_tried(lines)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts) + "\n")
     return page
@@ -149,7 +150,8 @@ def column_of(line: Line) -> str:
 
 def _columns(found: Cells) -> list[str]:
     def place(column: str) -> tuple[Any, ...]:
-        return "then" in column, COMPENSATIONS.index(column.split(",")[0]), column
+        images = int("".join(filter(str.isdigit, column.partition("then")[2])) or 0)
+        return images, COMPENSATIONS.index(column.split(",")[0]), column
 
     return sorted({column for _, column in found}, key=place)
 
@@ -257,6 +259,31 @@ def _scopes(lines: list[Line]) -> list[str]:
     for (net, macs), found in of_scope.items():
         texts = (spread(found.get((name, "reconstruct"), ()), by_chance=True) for name in SCOPES)
         parts.append(f"| {net}, {macs:.0%} | {' | '.join(texts)} |")
+    return parts
+
+
+def _tried(lines: list[Line]) -> list[str]:
+    """What was weighed, on training images, for cuts that have no image to measure damage on."""
+    tried = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
+    points = sorted({(NETS.index(line["net"]), -line["macs"], line["compensation"]) for line in tried})
+    points = [point for point in points if point[2] in ("none", "mean")]
+    found: dict[tuple[str, float], dict[tuple[int, float, str], float]] = defaultdict(dict)
+    for line in tried:
+        point = NETS.index(line["net"]), -line["macs"], line["compensation"]
+        found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
+    if not found:
+        return []
+    heads = [f"{NETS[net]}, {-macs:.0%}, {compensation}" for net, macs, compensation in points]
+    parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
+             "which are what choices are made on; one run each. The first row is the default: shares, summed, divided "
+             "by the square root of the cost.",
+             "", f"| scores | cost exponent | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]  # fmt: skip
+    default = (OURS, COST_EXPONENT["global"])
+    for (criterion, weight), at in sorted(found.items(), key=lambda item: (item[0] != default, item[0])):
+        options = {k: v for k, v in named_options(criterion).items() if k != "cost_exponent"}
+        name = criterion.partition(":")[0] + "".join(f", {key}={value}" for key, value in options.items())
+        texts = (f"{at[point]:.1f}" if point in at else "" for point in points)
+        parts.append(f"| {name} | {weight:g} | {' | '.join(texts)} |")
     return parts
 
 

@@ -50,7 +50,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
         parts += [
             "## GPU",
             "",
-            "Not measured yet: no GPU was at hand. `python -m benchmarks.latency --device cuda --parts budget settings "
+            "Not measured yet. `python -m benchmarks.latency --device cuda --parts budget settings "
             "compiled targets` does it on one with about 24 GiB.",
             "",
         ]

@@ -90,7 +90,11 @@ def _times(lines: list[Line]) -> list[str]:
         if line["compensation"] == "reconstruct" and line["calibration"] != "distilled":
             found[place(line)].append(line["prune_seconds"])
     times = [f"{min(v):.0f} to {max(v):.0f} s on {where} ({len(v)} runs)" for where, v in found.items()]
-    return [f"`prune_` took {', '.join(times)}; reconstruct, images given, other runs beside it."] if times else []
+    return (
+        [f"`prune_` took {', '.join(times)}; reconstruct, images given, other runs beside it."]
+        if times
+        else []
+    )
 
 
 def spread(values: list[float], digits: int) -> str:

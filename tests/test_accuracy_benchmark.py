@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks import accuracy, accuracy_criteria, accuracy_page, readme_results
 from benchmarks.accuracy_criteria import OURS
+from benchmarks.cifar_models import CHECKPOINTS, cifar_resnet
+from benchmarks.common import MISSING, made_on
+from ss_pruning.cifar import CIFAR10_CLASSES
 
 
 def line(criterion: str, top1: float, **changes: Any) -> dict[str, Any]:
@@ -282,3 +288,100 @@ def test_gradients_are_those_of_the_definition() -> None:
     )
     torch.testing.assert_close(mean["0.weight"], stacked.mean(0))
     torch.testing.assert_close(squares["0.weight"], stacked.square().mean(0))
+
+
+def test_jobs_keep_the_seeds_of_a_criterion_together_and_start_with_the_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--criteria", "LAMP", "FPGM", "--cost-exponents", "0", "--compensations", "none", "reconstruct")
+    chosen = options(monkeypatch, *words, "--jobs", "4")
+    jobs = accuracy.jobs_of([(run, run.code()) for run in accuracy.grid(chosen)], chosen)
+    found = [[(r.compensation, r.criterion, r.seed) for r, _ in job] for job in jobs]
+    solved = [[("reconstruct", name, seed) for seed in (0, 1, 2)] for name in ("LAMP", "FPGM")]
+    assert sorted(found[:2]) == sorted(solved)
+    assert sorted(found[2:]) == [[("none", "FPGM", 0)], [("none", "LAMP", 0)]]
+
+
+def test_several_processes_do_what_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Real ones, on a few images and on no weights worth the name."""
+    data = tiny_cifar(tmp_path)
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
+    found = []
+    for jobs in ("1", "2"):
+        path = tmp_path / f"{jobs}.jsonl"
+        words = ("--criteria", "Magnitude L2", "LAMP", "--cost-exponents", "0", "--compensations", "none")
+        more = ("--images", "10", "--data", str(data), "--results", str(path), "--jobs", jobs)
+        options(monkeypatch, *words, *more)
+        assert accuracy.main() == 0
+        found.append(
+            sorted((row["criterion"], row["top1"], row["code"]) for row in accuracy.read_lines(path))
+        )
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+def tiny_cifar(root: Path) -> Path:
+    """Two images of noise a class and split, and a net of the right shape."""
+    chance = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in CIFAR10_CLASSES:
+            folder = root / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (root / "data" / "pretrained").mkdir(parents=True)
+    with tarfile.open(root / "data" / "cifar10-png.tar", "w") as archive:
+        archive.add(root / "images", arcname=".")
+    state = {f"module.{key}": value for key, value in cifar_resnet("resnet20").state_dict().items()}
+    torch.save({"state_dict": state}, root / "data" / "pretrained" / CHECKPOINTS["resnet20"])
+    return root / "data"
+
+
+def test_more_images_than_there_are_are_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[int, int, int]] = []
+
+    def record(model: nn.Module, images: Any, sgd: Any, schedule: Any, recipe: Any, epoch: int) -> None:
+        passes.append((len(images[0]), epoch, recipe.epochs))
+
+    monkeypatch.setattr(accuracy, "train_epoch", record)
+    images = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), torch.zeros(300, dtype=torch.long)
+    for count in (200, 600):
+        accuracy.finetune(nn.Linear(2, 2), images, count, seed=0)
+    assert passes == [(200, 0, 1), (300, 0, 2), (300, 1, 2)]
+
+
+def test_a_weight_of_costs_can_be_named_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{OURS}:cost_exponent=0.25"
+    (run,) = accuracy.grid(options(monkeypatch, "--criteria", name, "--compensations", "none"))
+    assert (run.cost_exponent, run.scope) == (0.25, "global")
+    assert not accuracy_criteria.is_known("LAMP:cost_exponent=0.25")
+
+
+def test_pages_tell_the_machines() -> None:
+    gpu = {"device": "cuda", "name": "Loom", "threads": "-", "torch": "2"}
+    lines = [line("LAMP", 1.0), line("FPGM", 1.0, machine=gpu, versions={"torch": "3", "nni": MISSING})]
+    assert made_on([*lines, lines[1]]) == "on one Loom: torch 3; on a CPU: torch 2"
+
+
+def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -> None:
+    tried = [
+        line("LAMP", 60.0, split="train"),
+        line(f"{OURS}:reduce=max,cost_exponent=0.25", 61.0, split="train", cost_exponent=0.25),
+        line(OURS, 62.0, split="train"),
+        line(OURS, 63.0, split="train", compensation="mean"),
+    ]
+    text = accuracy_page.write_page([line(OURS, 50.0), *tried], tmp_path / "page.md").read_text()
+    table = text.partition("what was tried")[2].strip().splitlines()[-5:]
+    assert table[0] == "| scores | cost exponent | resnet20, 70%, mean | resnet20, 70%, none |"
+    assert table[2:] == [
+        f"| {OURS} | 0.5 | 63.0 | 62.0 |",
+        "| LAMP | 0.5 |  | 60.0 |",
+        f"| {OURS}, reduce=max | 0.25 |  | 61.0 |",
+    ]
+
+
+def test_longer_tuning_comes_later() -> None:
+    many, few = (line(OURS, 60.0, finetune=n, top1_finetuned=61.0) for n in (100_000, 6_400))
+    heads = accuracy_page.table([many, few])[0]
+    assert heads.endswith("| none, then 6,400 images | none, then 100,000 images |")

@@ -58,13 +58,13 @@ def test_the_goal_is_met_or_not(tmp_path: Path) -> None:
     text = page(tmp_path, compared("budget", CPU, {"batch": 8}, default=0.63))
     assert "is met by none; not by default." in text
     assert "CPU: Abacus, 2 threads" in text
-    assert "Not measured yet: no GPU was at hand" in text
+    assert "Not measured yet. " in text
 
 
 def test_a_gpu_is_held_against_the_promise_of_macs(tmp_path: Path) -> None:
     text = page(tmp_path, compared("budget", GPU, {"batch": 256}, default=0.6))
     assert "(aim: within 15%): default +20%" in text
-    assert "no GPU was at hand" not in text
+    assert "Not measured yet" not in text
 
 
 def test_several_runs_show_how_far_they_agree(tmp_path: Path) -> None:

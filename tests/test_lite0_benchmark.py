@@ -30,6 +30,7 @@ def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:
         "imagenet": kind | {"top1": agreement + 1, "dense_top1": 85.0},
         "photos": kind,
         "enlarged": kind,
+        "prune_seconds": 7.0,
         "versions": {"torch": "2"},
     }
     return values | changes
@@ -96,6 +97,7 @@ def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
         in text
     )
     assert "Top-1 of the dense net: 85.0." in text
+    assert "`prune_` took 7 to 7 s on a CPU (3 runs)" in text
     assert "| SynapticImportance | reconstruct | 256 photos | 41.0 (one draw) |" in text
     assert text.index("224 pixels") < text.index("128 pixels")
 
