@@ -41,14 +41,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 import ss_pruning
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known, named_options
-from benchmarks.cifar_data import Images, as_input, draw, load, top1
+from benchmarks.cifar_data import Images, Split, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
@@ -415,7 +415,8 @@ def main() -> int:
         if options.jobs == 1:
             work(jobs[0], Bench(options), options, lines)
             return 0
-        load(options.data, "train")  # decoded once, for all
+        for split in get_args(Split):
+            load(options.data, split)  # decoded once, for all
         pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), _start, (options, lines))
         with pool:
             for result in [pool.submit(_next, job) for job in jobs]:

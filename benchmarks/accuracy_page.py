@@ -45,7 +45,8 @@ labelled training images. The others are data-free, and rank the channels of all
 and divided by the root of what a channel costs; the better one is shown (where only the first seed was run with \
 both, the one that was better with it). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
-once. *Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
+once. *Then N images*: fine-tuned on N training images, for all in the same way, by `finetune` of the script. \
+*Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
 **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
 that is within one standard deviation (the larger of the two).
 
@@ -265,15 +266,14 @@ def _scopes(lines: list[Line]) -> list[str]:
 def _tried(lines: list[Line]) -> list[str]:
     """What was weighed, on training images, for cuts that have no image to measure damage on."""
     tried = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
-    points = sorted({(NETS.index(line["net"]), -line["macs"], line["compensation"]) for line in tried})
-    points = [point for point in points if point[2] in ("none", "mean")]
-    found: dict[tuple[str, float], dict[tuple[int, float, str], float]] = defaultdict(dict)
-    for line in tried:
-        point = NETS.index(line["net"]), -line["macs"], line["compensation"]
-        found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
-    if not found:
+    if not tried:
         return []
-    heads = [f"{NETS[net]}, {-macs:.0%}, {compensation}" for net, macs, compensation in points]
+    found: dict[tuple[str, float], dict[tuple[int, float, int], float]] = defaultdict(dict)
+    for line in tried:
+        point = NETS.index(line["net"]), -line["macs"], COMPENSATIONS.index(line["compensation"])
+        found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
+    points = sorted({point for at in found.values() for point in at})
+    heads = [f"{NETS[net]}, {-macs:.0%}, {COMPENSATIONS[number]}" for net, macs, number in points]
     parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
              "which are what choices are made on; one run each. The first row is the default: shares, summed, divided "
              "by the square root of the cost.",
