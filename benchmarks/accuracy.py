@@ -52,13 +52,13 @@ from benchmarks.cifar_data import Images, Split, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
-from ss_pruning import prune_
+from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import METHODS, SOLVED
 from ss_pruning.distillation import distilled
 from ss_pruning.errors import BudgetError, InputError
 from ss_pruning.latency import machine
 from ss_pruning.planning import Scope
-from ss_pruning.pruning import COST_EXPONENT, default_scope
+from ss_pruning.pruning import COST_EXPONENT, default_cost_exponent, default_scope, default_score
 
 LINES = RESULTS / "accuracy.jsonl"
 CALIBRATION, LABELLED = 512, 512
@@ -72,6 +72,7 @@ _SOURCES = {
         _CORE / "strength.py",
         _CORE / "moments.py",
         _CORE / "redundancy.py",
+        _CORE / "relevance.py",
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
@@ -140,7 +141,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
         for criterion in options.criteria
         for compensation in options.compensations
         for scope in [scope_of(criterion, compensation)]
-        for exponent in cost_exponents(criterion, scope, options.cost_exponents)
+        for exponent in cost_exponents(criterion, scope, compensation, options.cost_exponents)
     ]
     axes = (options.nets, options.macs, range(options.seeds), methods)
     for net, macs, seed, (criterion, compensation, scope, exponent) in itertools.product(*axes):
@@ -173,12 +174,16 @@ def scope_of(criterion: str, compensation: str) -> Scope:
     return named_options(criterion).get("scope", default)  # type: ignore[return-value]
 
 
-def cost_exponents(criterion: str, scope: Scope, chosen: list[float]) -> list[float]:
+def cost_exponents(criterion: str, scope: Scope, compensation: str, chosen: list[float]) -> list[float]:
     """The one in the criterion's name; else ours, and damage that was measured, is weighed as by default."""
-    named = named_options(criterion).get("cost_exponent")
-    if named is not None:
-        return [float(named)]
-    return [COST_EXPONENT[scope]] if criterion.startswith(OURS) or scope == "measured" else chosen
+    named = named_options(criterion)
+    if "cost_exponent" in named:
+        return [float(named["cost_exponent"])]
+    if not criterion.startswith(OURS):
+        return [COST_EXPONENT[scope]] if scope == "measured" else chosen
+    plain = not named.keys() - {"scope"}
+    score = default_score(compensation, scope) if plain else named.get("score", "share")  # type: ignore[arg-type]
+    return [default_cost_exponent(SynapticImportance(score=score), scope)]
 
 
 class Bench:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
 from ss_pruning.redundancy import unexplained
+from ss_pruning.relevance import relevance
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
 from ss_pruning.walking import modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import Wiring
 
 _GIVE_INPUTS = "give the input yourself: SynapticImportance(example_inputs=x)"
-Score = Literal["share", "strength", "entropy"]
+Score = Literal["share", "strength", "entropy", "relevance"]
 Reduction = Literal["sum", "mean", "max"]
 Normalizer = Literal["mean", "max", "sum"]
 
@@ -40,8 +41,10 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         moments: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
             that `benchmarks/accuracy.py` prefers on training images; "batchnorm" is the paper's, and the fastest:
             take it for pruners that regularise, which score at every training step.
-        score: "share" of each output's variance (default), "strength" itself, or its Gaussian "entropy".
-        reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max".
+        score: "share" of each output's variance (default), "strength" itself, its Gaussian "entropy", or "relevance":
+            shares of the model's output, see `ss_pruning.relevance`.
+        reduce: How the scores of a channel's synapses to one consumer become one: "sum", "mean" or "max". Means nothing
+            to relevance.
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
             across layers as they are, which is what shares are for.
         example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
@@ -65,7 +68,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         example_inputs: Any = None,
         conditional: float = 0.0,
     ) -> None:
-        _check("score", score, ("share", "strength", "entropy"))
+        _check("score", score, get_args(Score))
         _check("reduce", reduce, ("sum", "mean", "max"))
         _check("normalizer", normalizer, (None, "mean", "max", "sum"))
         if not 0 <= conditional <= 1:
@@ -151,13 +154,24 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             if path not in wiring.layers:
                 return None
             moments = self._measured(model, wiring, path, graph)
-            power = synaptic_power(module, moments.variance)
-            scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
+            if self.score == "relevance":
+                scores = self._relevance(model, wiring)[path].to(moments.variance)
+            else:
+                power = synaptic_power(module, moments.variance)
+                scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
             if moments.covariance is not None:
                 left = unexplained(moments.covariance, scores, moments.rows, groups_of(module))
                 scores = scores * left.pow(self.conditional).to(scores)
             known[module] = scores
         return known[module]
+
+    def _relevance(self, model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+        """Of what all layers read; their moments have been measured."""
+        if not self._pass.relevance:
+            assert self._moments is not None
+            variances = {path: m.variance for path, m in self._moments[1].items() if path in wiring.layers}
+            self._pass.relevance = relevance(model, wiring, variances)
+        return self._pass.relevance
 
     def _measured(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Moments:
         """Of what arrives at a layer; measured again when a weight has changed."""
@@ -214,6 +228,7 @@ class _Pass:
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     measured: bool = False
     paths: dict[nn.Module, str] = field(default_factory=dict)
+    relevance: dict[str, Tensor] = field(default_factory=dict)
 
     def enter(self, root: tuple[nn.Module, int], model: nn.Module, current: object = None) -> None:
         if current is not None and current is self.round:
@@ -226,6 +241,7 @@ class _Pass:
             self.scores.clear()
             self.measured = False
             self.paths.clear()
+            self.relevance.clear()
         self.roots.add(root)
 
 

@@ -33,6 +33,7 @@ class Score(str, Enum):
     share = "share"
     strength = "strength"
     entropy = "entropy"
+    relevance = "relevance"
 
 
 class Compensation(str, Enum):

@@ -112,13 +112,14 @@ def make_importance(
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
-        from ss_pruning.pruning import default_conditional, default_scope
+        from ss_pruning.pruning import default_conditional, default_scope, default_score
 
-        chosen: dict[str, Any] = {} if score is None else {"score": score.value}
+        compensation = options["compensation"]
         moments = _moments(request, job, pictures)
-        if not isinstance(moments, str):
-            compensation = options["compensation"]
-            scope = options.get("scope") or default_scope(compensation, sum(map(len, moments)))
+        images = 0 if isinstance(moments, str) else sum(map(len, moments))
+        scope = options.get("scope") or default_scope(compensation, images)
+        chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
+        if images:
             chosen["conditional"] = default_conditional(compensation, scope)
         return SynapticImportance(moments=moments, **chosen)
     import torch_pruning as tp

@@ -122,8 +122,9 @@ ScoreOption = Annotated[
     Score | None,
     _option(
         _CRITERION,
-        help="What synaptic importance is made of: share, strength or entropy.",
-        show_default="the importance's own",
+        help="What synaptic importance is made of: share, strength, entropy or relevance (shares handed back from the "
+        "output).",
+        show_default="relevance for cuts without linear or reconstruct, else share",
     ),
 ]
 ScopeOption = Annotated[

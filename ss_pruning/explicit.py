@@ -161,7 +161,7 @@ def _has_scale(model: nn.Module, wiring: Wiring, source: str) -> bool:
 
 def _readers(wiring: Wiring, norm: str) -> Readers | None:
     """By layer that reads the norm: pairs of its channels and theirs; None if the norm does not own those channels."""
-    if norm in wiring.reaches_output and bool(wiring.reaches_output[norm].any()):
+    if len(wiring.reaches_output.get(norm, ())):
         return None
     readers: Readers = {}
     for path, feeds in wiring.feeds.items():

@@ -38,6 +38,8 @@ Progress = Callable[[str, int, int], None]
 _STAGES = 5
 #: By scope, what `prune_` takes where no `cost_exponent` is given.
 COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
+#: Where relevance is what layers compete by: it estimates damage, but not as well as measuring does.
+RELEVANCE_EXPONENT = 0.75
 
 
 def prune_(
@@ -76,7 +78,8 @@ def prune_(
             then compete by importance per second, see `ss_pruning.layer_times`. Give exactly one of the four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
-            "linear" or "reconstruct" it counts less of what stronger channels tell already.
+            "linear" or "reconstruct" it counts less of what stronger channels tell already, without them it scores
+            by "relevance" in the global scope.
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
@@ -88,7 +91,7 @@ def prune_(
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
             little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage,
-            and 0.5 for the global one. Means nothing to `ratio` and to the local scope.
+            0.75 for relevance and 0.5 for other scores. Means nothing to `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
@@ -118,9 +121,9 @@ def prune_(
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
     scope = scope or default_scope(compensation, 0 if images is None else len(images))
-    exponent = COST_EXPONENT[scope] if cost_exponent is None else cost_exponent
+    criterion = importance or _default_importance(images, compensation, scope)
+    exponent = default_cost_exponent(criterion, scope) if cost_exponent is None else cost_exponent
     with clock("score", 1):
-        criterion = importance or _default_importance(images, compensation, scope)
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         powers = powers_along(wiring, model, example_inputs)
         strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
@@ -230,13 +233,25 @@ def default_conditional(compensation: Method, scope: Scope) -> float:
     return 1.0 if scope == "measured" else 0.5
 
 
+def default_score(compensation: Method, scope: Scope) -> Literal["share", "relevance"]:
+    """What `prune_` takes for `SynapticImportance`: relevance where nothing but scores tells layers apart."""
+    return "relevance" if scope == "global" and compensation not in SOLVED else "share"
+
+
+def default_cost_exponent(importance: Any, scope: Scope) -> float:
+    """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
+    by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"
+    return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
+
+
 def _default_importance(images: Any, compensation: Method, scope: Scope) -> Any:
     from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
 
+    score = default_score(compensation, scope)
     if images is None:
-        return SynapticImportance()
+        return SynapticImportance(score=score)
     conditional = default_conditional(compensation, scope)
-    return SynapticImportance(moments=images.split(BATCH), conditional=conditional)
+    return SynapticImportance(moments=images.split(BATCH), score=score, conditional=conditional)
 
 
 class _Clock:

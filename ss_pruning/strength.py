@@ -128,7 +128,7 @@ def inner_paths(wiring: Wiring) -> list[str]:
         path
         for path in synaptic_paths(wiring)
         if all(feed.source != INPUT for feed in wiring.feeds[path])
-        and not (path in wiring.reaches_output and bool(wiring.reaches_output[path].any()))
+        and not len(wiring.reaches_output.get(path, ()))
     ]
 
 

@@ -67,7 +67,8 @@ class Wiring:
         layers: By path, in the order in which they run.
         feeds: By consumer path.
         loose: Loose tensors whose elements lie along channels, by name.
-        reaches_output: By source: its channels from which the model's output is reached without another layer.
+        reaches_output: By source: the numbers of its channels from which the model's output is reached without another
+            layer.
         uncalled: Paths of layers that the forward pass never ran.
     """
 

@@ -99,7 +99,7 @@ def test_prune_writes_a_model_and_two_reports_that_agree(net: str, photos: Path,
     )
     assert report.settings["macs"] == 0.5
     assert report.settings["input size"] == "3x16x16"
-    assert report.settings["score"] == "share"
+    assert report.settings["score"] == "relevance"
     assert net in (out / "report.html").read_text().replace("<wbr>", "")
     for words in ("top-1 (4 images)", "multiply-accumulates", "Cut equals masked", "left whole:", "written:"):
         assert words in result.stdout

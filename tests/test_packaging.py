@@ -40,7 +40,7 @@ LAYERS = [
     {"provenance", "staying"},
     {"data", "moments", "coupling"},
     {"latency", "liveness", "macs", "strength", "surgery"},
-    {"layer_times"},
+    {"layer_times", "relevance"},
     {"planning"},
     {"distributed", "explicit", "following", "masking", "masks", "reordering"},
     {"sparsity", "verification"},

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ss_pruning import synaptic_strength
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.provenance import trace
+from ss_pruning.strength import inner_paths
 from tests import oracle
 from tests.snapshot import Bomb, snapshot
 from tests.zoo import BY_NAME, ZOO, Net
@@ -355,3 +357,10 @@ def test_functional_twin_of_the_example_in_the_definition() -> None:
     z = torch.randn(400_000, 6, generator=generator)
     measured = F.linear(model[0].weight.detach() * z, model[1].weight.detach()).double().var(0)
     torch.testing.assert_close(delivered, measured, rtol=0.02, atol=0)
+
+
+def test_a_head_with_one_output_is_no_inner_layer() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+    )
+    assert inner_paths(trace(net.eval(), torch.zeros(1, 3, 8, 8))) == ["2"]
