@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
-from ss_pruning.pruning import COST_EXPONENT
+from ss_pruning.pruning import RELEVANCE_EXPONENT
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -40,7 +40,8 @@ groups, the same search for the budget and the same cut; only the scores differ,
 512 unlabelled training images, or *distilled* ones as the library makes them by default, which needs no image at all. \
 {ours} is the default: where there are calibration images it takes its variances from them, and where the weights are \
 solved anew (linear, reconstruct) it does not count what stronger channels tell already, and layers compete by the \
-damage to the output that was measured on the calibration images (`scope="measured"`). Taylor and Hessian also see 512 \
+damage to the output that was measured on the calibration images (`scope="measured"`); elsewhere (none, mean) they \
+compete by relevance. Taylor and Hessian also see 512 \
 labelled training images. The others are data-free, and rank the channels of all layers by their scores, as they are \
 and divided by the root of what a channel costs; the better one is shown (where only the first seed was run with \
 both, the one that was better with it). ± is the standard deviation over seeds \
@@ -275,10 +276,10 @@ def _tried(lines: list[Line]) -> list[str]:
     points = sorted({point for at in found.values() for point in at})
     heads = [f"{NETS[net]}, {-macs:.0%}, {COMPENSATIONS[number]}" for net, macs, number in points]
     parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
-             "which are what choices are made on; one run each. The first row is the default: shares, summed, divided "
-             "by the square root of the cost.",
+             "which are what choices are made on; one run each. The first row is the default: relevance, divided by cost "
+             f"to the power {RELEVANCE_EXPONENT:g}.",
              "", f"| scores | cost exponent | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]  # fmt: skip
-    default = (OURS, COST_EXPONENT["global"])
+    default = (OURS, RELEVANCE_EXPONENT)
     for (criterion, weight), at in sorted(found.items(), key=lambda item: (item[0] != default, item[0])):
         options = {k: v for k, v in named_options(criterion).items() if k != "cost_exponent"}
         name = criterion.partition(":")[0] + "".join(f", {key}={value}" for key, value in options.items())
