@@ -276,8 +276,8 @@ def _tried(lines: list[Line]) -> list[str]:
     points = sorted({point for at in found.values() for point in at})
     heads = [f"{NETS[net]}, {-macs:.0%}, {COMPENSATIONS[number]}" for net, macs, number in points]
     parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
-             "which are what choices are made on; one run each. The first row is the default: relevance, divided by cost "
-             f"to the power {RELEVANCE_EXPONENT:g}.",
+             "which are what choices are made on; one run each. First row: the default: relevance, divided by "
+             f"cost to the power {RELEVANCE_EXPONENT:g}.",
              "", f"| scores | cost exponent | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]  # fmt: skip
     default = (OURS, RELEVANCE_EXPONENT)
     for (criterion, weight), at in sorted(found.items(), key=lambda item: (item[0] != default, item[0])):
