@@ -229,7 +229,7 @@ def test_it_is_the_default_where_weights_are_solved_anew(compensation: Any) -> N
 @pytest.mark.parametrize("compensation", ["none", "mean"])
 def test_elsewhere_it_is_not(compensation: Any) -> None:
     report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images())
-    assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.5)
+    assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.75)
 
 
 def test_what_is_asked_for_is_what_is_done() -> None:
