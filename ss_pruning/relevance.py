@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ss_pruning.layers import groups_of
 from ss_pruning.moments import norm_scales
-from ss_pruning.strength import by_input_channel, share, synaptic_power
+from ss_pruning.strength import synaptic_power
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Feed, Layer, Wiring
 
@@ -55,9 +56,11 @@ def relevance(model: nn.Module, wiring: Wiring, variances: Mapping[str, Tensor])
 def _at_inputs(module: nn.Module, layer: Layer, held: Tensor, variance: Tensor | None) -> Tensor:
     """What the inputs of a layer have, given what its outputs have."""
     if variance is not None:
-        power = synaptic_power(module, variance)
-        shares = share(power).double()
-        return by_input_channel(module, shares * held.to(shares)[:, None]).sum(1).cpu()
+        power = synaptic_power(module, variance).float()
+        total = power.sum(1)
+        rate = torch.where(total > 0, held.to(total) / total, 0)  # of its inputs' variance, for each output
+        by_group = (t.unflatten(0, (groups_of(module), -1)) for t in (power, rate))
+        return torch.einsum("gkc,gk->gc", *by_group).flatten().double().cpu()
     if layer.inputs == layer.outputs:
         return held
     return (held.sum() / layer.inputs).expand(layer.inputs)
