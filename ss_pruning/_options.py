@@ -124,7 +124,7 @@ ScoreOption = Annotated[
         _CRITERION,
         help="What synaptic importance is made of: share, strength, entropy or relevance (shares handed back from the "
         "output).",
-        show_default="relevance for cuts without linear or reconstruct, else share",
+        show_default="relevance in the global scope without linear or reconstruct, else share",
     ),
 ]
 ScopeOption = Annotated[
