@@ -9,7 +9,8 @@ Any criterion runs in another scope by its name: `"Magnitude L2:scope=measured"`
 ours with another weight of costs, too: `SynapticImportance:cost_exponent=0.25`.
 The residual stream of the ResNets stays whole unless `--residual` is given. Calibration images (without labels) and
 labelled images (for Taylor and Hessian) are drawn from the training images by the seed, 512 each; accuracy is that on
-the test images. What no seed can change is run once.
+the test images. What no seed can change is run once. `--calibration none` gives no images to what does without: plain
+cuts and `mean`; other criteria than ours take some for `mean` only if they are asked for by name: `--calibration real`.
 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
@@ -102,7 +103,7 @@ class Run:
 
     @property
     def uses_images(self) -> bool:
-        return self.compensation in SOLVED or self.reestimate
+        return self.calibration != "none"
 
     def code(self) -> str:
         """A digest of the code that the result depends on."""
@@ -140,17 +141,14 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
         (criterion, compensation, scope, exponent)
         for criterion in options.criteria
         for compensation in options.compensations
-        for scope in [scope_of(criterion, compensation)]
+        for scope in [scope_of(criterion, calibration_of(criterion, compensation, options))]
         for exponent in cost_exponents(criterion, scope, compensation, options.cost_exponents)
     ]
     axes = (options.nets, options.macs, range(options.seeds), methods)
     for net, macs, seed, (criterion, compensation, scope, exponent) in itertools.product(*axes):
-        by_chance = (
-            criterion in BY_CHANCE or compensation in SOLVED or options.finetune_images or options.reestimate
-        )
-        if seed and not by_chance:
+        calibration = calibration_of(criterion, compensation, options)
+        if seed and not (criterion in BY_CHANCE or calibration != "none" or options.finetune_images):
             continue
-        uses = compensation in SOLVED or options.reestimate
         yield Run(
             net=net,
             macs=macs,
@@ -158,7 +156,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             cost_exponent=exponent,
             compensation=compensation,
             seed=seed,
-            calibration=options.calibration if uses else "none",
+            calibration=calibration,
             residual=options.residual and net in CHECKPOINTS,
             finetune=options.finetune_images,
             split=options.split,
@@ -168,9 +166,20 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
         )
 
 
-def scope_of(criterion: str, compensation: str) -> Scope:
+def calibration_of(criterion: str, compensation: str, options: argparse.Namespace) -> str:
+    """What a run calibrates on; "none" where it has no use for images, or can do without and was not told otherwise."""
+    if compensation in SOLVED or options.reestimate:
+        return options.calibration or "real"
+    if criterion.startswith(OURS):
+        return options.calibration or "real"
+    return options.calibration or "none" if compensation == "mean" else "none"
+
+
+def scope_of(criterion: str, calibration: str) -> Scope:
     """The one in the criterion's name; else ours has the default, and others rank by score."""
-    default = default_scope(compensation, CALIBRATION) if criterion.startswith(OURS) else "global"  # type: ignore[arg-type]
+    default: Scope = "global"
+    if criterion.startswith(OURS):
+        default = default_scope(0 if calibration == "none" else CALIBRATION)
     return named_options(criterion).get("scope", default)  # type: ignore[return-value]
 
 
@@ -330,7 +339,11 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="after the first seed, run only the better cost exponent of each",
     )
-    parser.add_argument("--calibration", choices=("real", "distilled"), default="real")
+    parser.add_argument(
+        "--calibration",
+        choices=("real", "distilled", "none"),
+        help="default: real for ours and where it is needed, else none",
+    )
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
     parser.add_argument(
         "--reestimate", action="store_true", help="re-estimate the norms on the calibration images"
@@ -350,6 +363,12 @@ def arguments() -> argparse.Namespace:
     for name in options.criteria:
         if not is_known(name):
             parser.error(f"no criterion {name!r}; there are {', '.join(CRITERIA)}")
+    needing = [
+        *(name for name in options.compensations if name in SOLVED),
+        *["--reestimate"] * options.reestimate,
+    ]
+    if options.calibration == "none" and needing:
+        parser.error(f"{needing[0]} needs images to calibrate on")
     return options
 
 

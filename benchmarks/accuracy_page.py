@@ -31,20 +31,23 @@ Line = dict[str, Any]
 #: Accuracies, one a seed, by criterion and column.
 Cells = dict[tuple[str, str], list[float]]
 
+#: Plain cuts by others: they have no use for images without labels.
+USELESS = ("none, images", "none, distilled")
 #: What is drawn, each on a scale of its own.
-PANELS = {"reconstruct": "reconstruct", "none": "plain cut"}
+PANELS = {"reconstruct": "reconstruct", "none, images": "plain cut"}
 INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
 groups, the same search for the budget and the same cut; only the scores differ, and how layers compete. Calibration: \
 512 unlabelled training images, or *distilled* ones as the library makes them by default, which needs no image at all. \
-{ours} is the default: where there are calibration images it takes its variances from them, and where the weights are \
-solved anew (linear, reconstruct) it does not count what stronger channels tell already, and layers compete by the \
-damage to the output that was measured on the calibration images (`scope="measured"`); elsewhere (none, mean) they \
-compete by relevance. Taylor and Hessian also see 512 \
-labelled training images. The others are data-free, and rank the channels of all layers by their scores, as they are \
-and divided by the root of what a channel costs; the better one is shown (where only the first seed was run with \
-both, the one that was better with it). ± is the standard deviation over seeds \
+{ours} is the default. Given calibration images, it takes its variances from them, and layers compete by the damage to \
+the output that was measured on them (`scope="measured"`); where the weights are solved anew (linear, reconstruct) it \
+does not count what stronger channels tell already. In the columns *none* and *mean* nobody sees an image without a \
+label, and its layers compete by relevance; in *none, images* and *mean, images* (or *distilled*) they are there, \
+for means to be taken from, too; plain cuts by the other criteria have no use for them and are those of *none*. \
+Taylor and Hessian also see 512 labelled training images. The others are data-free, and rank the channels of all \
+layers by their scores, as they are and divided by the root of what a channel costs; the better one is shown (where \
+only the first seed was run with both, the one that was better with it). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. *Then N images*: fine-tuned on N training images, for all in the same way, by `finetune` of the script. \
 *Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
@@ -141,13 +144,21 @@ def cells(lines: Iterable[Line]) -> Cells:
         values, known = list(by_seed.values()), best.get((criterion, column))
         if known is None or (len(values), statistics.mean(values)) > (len(known), statistics.mean(known)):
             best[criterion, column] = values
+    for criterion, column in [(OURS, column) for column in USELESS if (OURS, column) in best]:
+        best |= {
+            (other, column): values
+            for (other, c), values in best.items()
+            if c == "none" and other != criterion
+        }
     return best
 
 
 def column_of(line: Line) -> str:
-    """The compensation, and what it calibrated on if that was not photos."""
+    """The compensation, and what it calibrated on if that is not what it always does."""
+    anew = ", norms anew" if line.get("reestimate") else ""
+    images = ", images" if line["calibration"] == "real" and line["compensation"] in ("none", "mean") else ""
     distilled = ", distilled" if line["calibration"] == "distilled" else ""
-    return str(line["compensation"]) + distilled + (", norms anew" if line.get("reestimate") else "")
+    return str(line["compensation"]) + distilled + (anew or images)
 
 
 def _columns(found: Cells) -> list[str]:
@@ -195,7 +206,8 @@ def distance(found: Cells, column: str, best: str) -> str:
 
 def _by_chance(criterion: str, column: str) -> bool:
     """True if another seed would give another result."""
-    return criterion in BY_CHANCE or column not in ("none", "mean")
+    free = ("none", "mean") if criterion == OURS else ("none", "mean", *USELESS)
+    return criterion in BY_CHANCE or column not in free
 
 
 def spread(values: Iterable[float], by_chance: bool = False) -> str:

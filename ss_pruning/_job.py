@@ -117,7 +117,7 @@ def make_importance(
         compensation = options["compensation"]
         moments = _moments(request, job, pictures)
         images = 0 if isinstance(moments, str) else sum(map(len, moments))
-        scope = options.get("scope") or default_scope(compensation, images)
+        scope = options.get("scope") or default_scope(images)
         chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
         if images:
             chosen["conditional"] = default_conditional(compensation, scope)

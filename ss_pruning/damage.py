@@ -1,16 +1,22 @@
 """How much of the output goes when a unit shrinks, measured: what makes channels of different layers comparable.
 
 Scores order the channels of a unit well and compare units badly: no score of one layer knows what the layers behind it
-make of its loss, nor what they can make up for. So every unit is shrunk by itself, to a few widths, on a few images:
+make of its loss, nor what they can make up for. So every unit is shrunk by itself, to a few widths, on a few images,
+and its readers find in place of what is gone what the compensation will leave them:
 
-* what its readers miss is predicted from the channels that stay, by linear regression;
-* every layer behind is fitted to what it puts out in the dense net, scale and shift a channel, in place of the solve
-  that will come: what that takes back is no damage;
-* the rest is the damage, the share of the output's variance that is lost.
+* "none": nothing; "mean": its mean;
+* "linear", "reconstruct": what the channels that stay tell of it, by linear regression. Every layer behind is fitted
+  to what it puts out in the dense net, scale and shift a channel, in place of the solve that will come: what that
+  takes back is no damage;
+* the damage is the share of the output's variance that is lost.
 
 All widths of a unit run in one batch, beside the dense net. The lower convex hull of damage over width gives each
-channel the damage that its removal adds, in the order of the scores. The idea of measuring every layer's sensitivity
-by itself is from Li et al. (2017), "Pruning filters for efficient ConvNets", section 3.2; they did not repair.
+channel the damage that its removal adds, in the order of the scores. What nothing repairs adds up from layer to layer,
+and damage beside whole layers says too little: for "none" and "mean" it is measured again in a net whose other units
+are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut loses least.
+
+The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
+ConvNets", section 3.2; they did not repair.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.compensation import SOLVED, Method
 from ss_pruning.coupling import Coupling, Unit
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import channel_axis, groups_of
@@ -48,6 +55,7 @@ _RIDGE = 1e-3
 # A copy that lost nothing may differ from the dense net by this share of the output's variance.
 _SAME = 1e-3
 _OTHERWISE = "take scope='global'"
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 def by_damage(
@@ -58,11 +66,13 @@ def by_damage(
     images: Tensor,
     batch: int,
     max_ratio: float,
+    method: Method = "reconstruct",
+    taken: Callable[[list[list[Floats]]], Ints] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Floats]]:
     """Scores in the same order within each unit, that tell how much damage each family's removal adds.
 
-    Takes a pass over 6 x 32 images a unit.
+    Takes a pass over 6 x 32 images a unit, and one over 7 x 32 with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -72,7 +82,10 @@ def by_damage(
         images: Calibration inputs.
         batch: Moments are taken on so many of them at a time.
         max_ratio: No unit will lose a larger share of its channels.
-        progress: Called with (units done, units in all).
+        method: How the cut will be compensated.
+        taken: Says by such scores how many steps each unit would take, `[units]`. If it is given, damage is measured
+            again: what is added to that of the other units, cut so.
+        progress: Called with (units done, units in all), of all measurements.
 
     Returns:
         By unit and cell, the damage of each family as a share of the output's variance.
@@ -88,16 +101,21 @@ def by_damage(
         )
     readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, wiring))
     held, others = _held_out(images)
-    measured: list[list[Floats]] = []
     with preserved(model, training=False), torch.no_grad():
-        moments = measure(model, wiring, others.split(batch), None, list(readers), covariance=True)
-        lab = _Lab(model, wiring, held, moments)
+        moments = measure(
+            model, wiring, others.split(batch), None, list(readers), covariance=method in SOLVED
+        )
+        lab = _Lab(model, wiring, held, moments, method)
         lab.check()
-        for number, (unit, cells) in enumerate(zip(coupling.units, scores, strict=True)):
-            progress(number, len(coupling.units))
-            measured.append(_scored(lab, unit, cells, max_ratio))
-    progress(len(coupling.units), len(coupling.units))
-    return measured
+        if taken is None:
+            return _measured(lab, coupling, scores, max_ratio, {}, progress)
+        half, whole = len(scores), 2 * len(scores)
+        alone = _measured(lab, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))
+        context = _context(coupling, wiring, alone, taken(alone))
+        joint = _measured(lab, coupling, scores, max_ratio, context, lambda n, _: progress(half + n, whole))
+        choices = [alone, joint, _sum(alone, joint)]
+        lost = lab.damage([_context(coupling, wiring, choice, taken(choice)) for choice in choices])
+    return choices[int(lost.argmin())]
 
 
 def _held_out(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,14 +132,54 @@ def _readers(unit: Unit, wiring: Wiring) -> list[str]:
     return list(dict.fromkeys(m.path for m in members if wiring.layers[m.path].kind == "synaptic"))
 
 
-def _scored(lab: _Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float) -> list[Floats]:
+def _measured(
+    lab: _Lab,
+    coupling: Coupling,
+    scores: Sequence[Sequence[Floats]],
+    max_ratio: float,
+    context: Mapping[str, Ints],
+    progress: Callable[[int, int], None],
+) -> list[list[Floats]]:
+    """By unit and cell, the damage of each family, where the other units are cut as the context says."""
+    found = []
+    for number, (unit, cells) in enumerate(zip(coupling.units, scores, strict=True)):
+        progress(number, len(scores))
+        found.append(_scored(lab, unit, cells, max_ratio, context))
+    progress(len(scores), len(scores))
+    return found
+
+
+def _sum(first: Sequence[Sequence[Floats]], second: Sequence[Sequence[Floats]]) -> list[list[Floats]]:
+    pairs = zip(first, second, strict=True)
+    return [[a + b for a, b in zip(*cells, strict=True)] for cells in pairs]
+
+
+def _context(
+    coupling: Coupling, wiring: Wiring, scores: Sequence[Sequence[Floats]], taken: Ints
+) -> dict[str, Ints]:
+    """By reader, the input channels that go when each unit takes so many steps."""
+    gone: dict[str, list[Ints]] = {}
+    for unit, cells, steps in zip(coupling.units, scores, taken.tolist(), strict=True):
+        for path, channels in _removed(unit, ranks_of(cells), steps, _readers(unit, wiring)).items():
+            gone.setdefault(path, []).append(channels)
+    return {path: np.concatenate(parts) for path, parts in gone.items()}
+
+
+def _scored(
+    lab: _Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float, context: Mapping[str, Ints]
+) -> list[Floats]:
     most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1)
     readers = _readers(unit, lab.wiring)
     if most < 1 or not readers or not all(np.isfinite(s).all() for s in cells):
         return list(cells)
     stops = np.unique(np.ceil(np.array(_WIDTHS) * most).astype(np.int64))
     ranks = ranks_of(cells)
-    damage = lab.damage([_removed(unit, ranks, int(stop), readers) for stop in stops])
+    cuts = [_removed(unit, ranks, int(stop), readers) for stop in stops]
+    own = _removed(unit, ranks, unit.steps, readers)
+    others = {path: np.setdiff1d(gone, own.get(path, ())) for path, gone in context.items()}
+    damage = lab.damage([_joined(others, cut) for cut in cuts])
+    if others:
+        damage = (damage - lab.damage([others])).clip(0)
     added = added_by(stops, damage, step_scores(unit, cells, ranks))
     per_step = sum(cell.size for cell in unit.cells) / unit.steps
     found = []
@@ -135,7 +193,14 @@ def _scored(lab: _Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float) ->
 def _removed(unit: Unit, ranks: Sequence[Ints], steps: int, readers: Sequence[str]) -> dict[str, Ints]:
     """By reader, the input channels that go with the first `steps` of the unit."""
     gone = gone_of(unit, ranks, steps)
-    return {path: gone[path, "in"] for path in readers}
+    return {path: gone[path, "in"] for path in readers if (path, "in") in gone}
+
+
+def _joined(first: Mapping[str, Ints], second: Mapping[str, Ints]) -> dict[str, Ints]:
+    return {
+        path: np.concatenate([part[path] for part in (first, second) if path in part])
+        for path in (*first, *second)
+    }
 
 
 def added_by(stops: Ints, damage: Floats, scores: Floats) -> Floats:
@@ -179,6 +244,7 @@ class _Lab:
     wiring: Wiring
     images: Tensor
     moments: Mapping[str, Moments]
+    method: Method = "reconstruct"
 
     def __post_init__(self) -> None:
         self.modules = modules_of(self.model)
@@ -209,8 +275,9 @@ class _Lab:
             )
 
     def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
-        """`[cuts]`: the share of the output's variance that is lost with each; cuts are of the same readers."""
-        readers = [path for path in cuts[0] if self.moments[path].mean is not None]  # the others do not run
+        """`[cuts]`: the share of the output's variance that is lost with each."""
+        paths = dict.fromkeys(path for cut in cuts for path in cut)
+        readers = [path for path in paths if self.moments[path].mean is not None]  # the others do not run
         strange = [path for path in readers if path not in self.fitted]
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {_OTHERWISE}")
@@ -220,9 +287,9 @@ class _Lab:
             for path in self.fitted[:first]:
                 self._once(path, copies, undo)
             for path in readers:
-                predicted = [self._predicted(path, cut[path]) for cut in cuts]
+                predicted = [self._predicted(path, cut.get(path, _NOTHING)) for cut in cuts]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
-            for path in self.fitted[first:]:
+            for path in self.fitted[first:] if self.method in SOLVED else ():
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             outputs = self._outputs(copies)
         return _lost(outputs, copies)
@@ -248,6 +315,8 @@ class _Lab:
         moments = self.moments[path]
         mean, covariance = moments.mean, moments.covariance
         assert mean is not None
+        if self.method == "none":
+            mean = torch.zeros_like(mean)
         if covariance is not None and path not in self.precisions:
             self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]), moments.rows)
         return _Predicted.of(mean, self.precisions.get(path), gone)

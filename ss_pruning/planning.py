@@ -259,6 +259,35 @@ def gone_of(unit: Unit, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
     return {key: np.concatenate(parts) for key, parts in gone.items()}
 
 
+def allot(
+    units: Sequence[Unit],
+    scores: Sequence[Sequence[Floats]],
+    costs: Costs,
+    budget: Budget,
+    cost_exponent: float,
+    **options: Any,
+) -> tuple[Schedule, Ints]:
+    """The moves in order, and `[units]`, how many steps each unit takes to meet the budget.
+
+    Args:
+        units: What may shrink.
+        scores: By unit and cell, one score a family; higher stays longer.
+        costs: Of the model.
+        budget: What to reach.
+        cost_exponent: Scores are divided by what a channel costs, to this power, before they are compared.
+        options: As for `schedule`.
+
+    Raises:
+        NothingToPruneError: No move is possible.
+        BudgetError: The budget is out of reach.
+    """
+    if budget.kind != "ratio" and cost_exponent:
+        weights = np.maximum(costs.per_family(units, budget.kind) ** cost_exponent, 1e-300)
+        scores = [[s / weight for s in cells] for weight, cells in zip(weights, scores, strict=True)]
+    order = schedule(units, scores, **options)
+    return order, choose(order, units, costs, budget)
+
+
 def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> Ints:
     """`[units]`: how many steps each unit takes, for the shortest prefix of moves that meets the budget.
 

@@ -23,7 +23,7 @@ from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.layer_times import layer_times, roundings
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
-from ss_pruning.planning import Budget, Costs, Floats, Scope
+from ss_pruning.planning import Budget, Costs, Floats, Ints, Scope, allot
 from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
@@ -120,26 +120,34 @@ def prune_(
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
-    scope = scope or default_scope(compensation, 0 if images is None else len(images))
+    scope = scope or default_scope(0 if images is None else len(images))
     criterion = importance or _default_importance(images, compensation, scope)
     exponent = default_cost_exponent(criterion, scope) if cost_exponent is None else cost_exponent
     with clock("score", 1):
         scores = _scores(model, criterion, coupling, wiring, example_inputs)
         powers = powers_along(wiring, model, example_inputs)
         strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
-    if scope == "measured":
-        steps = clock.steps("measure")
-        scores = by_damage(model, wiring, coupling, scores, images, BATCH, max_ratio, progress=steps)
     options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
         with clock("time layers", 2):
             costs.times = layer_times(model, timed_on, wiring)
+    moves = _rounded(options, costs, coupling)
+
+    def taken(scores: list[list[Floats]]) -> Ints:
+        return allot(coupling.units, scores, costs, budget, exponent, **moves)[1]
+
+    if scope == "measured":
+        again = None if compensation in SOLVED else taken
+        steps = clock.steps("measure")
+        scores = by_damage(
+            model, wiring, coupling, scores, images, BATCH, max_ratio, compensation, again, progress=steps
+        )
     with clock("plan", 2):
         with clock("verify", 3):
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, _rounded(options, costs, coupling), exponent)
+        search = Search(bench, coupling, costs, budget, moves, exponent)
         verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         bench.close()
@@ -218,9 +226,9 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     return plan, report
 
 
-def default_scope(compensation: Method, inputs: int) -> Scope:
+def default_scope(inputs: int) -> Scope:
     """What `prune_` takes where no scope is given, by the number of calibration inputs."""
-    return "measured" if compensation in SOLVED and inputs >= LEAST_IMAGES else "global"
+    return "measured" if inputs >= LEAST_IMAGES else "global"
 
 
 def default_conditional(compensation: Method, scope: Scope) -> float:
@@ -234,8 +242,8 @@ def default_conditional(compensation: Method, scope: Scope) -> float:
 
 
 def default_score(compensation: Method, scope: Scope) -> Literal["share", "relevance"]:
-    """What `prune_` takes for `SynapticImportance`: relevance where nothing but scores tells layers apart."""
-    return "relevance" if scope == "global" and compensation not in SOLVED else "share"
+    """What `prune_` takes for `SynapticImportance`: relevance where layers compete and nothing is solved anew."""
+    return "relevance" if scope != "local" and compensation not in SOLVED else "share"
 
 
 def default_cost_exponent(importance: Any, scope: Scope) -> float:

@@ -19,8 +19,7 @@ from ss_pruning.planning import (
     Ints,
     Schedule,
     Selection,
-    choose,
-    schedule,
+    allot,
     select,
     to_plan,
 )
@@ -108,16 +107,7 @@ class Search(Settler):
 
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
         """The shortest prefix of moves that meets the budget."""
-        order = schedule(units, self._by_cost(units, scores), **self.options)
-        return order, choose(order, units, self.costs, self.budget)
-
-    def _by_cost(
-        self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]
-    ) -> Sequence[Sequence[Floats]]:
-        if self.budget.kind == "ratio" or not self.cost_exponent:
-            return scores
-        costs = self.costs.per_family(units, self.budget.kind) ** self.cost_exponent
-        return [[s / max(cost, 1e-300) for s in cells] for cost, cells in zip(costs, scores, strict=True)]
+        return allot(units, scores, self.costs, self.budget, self.cost_exponent, **self.options)
 
 
 @dataclass
