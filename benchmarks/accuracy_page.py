@@ -34,7 +34,7 @@ Cells = dict[tuple[str, str], list[float]]
 #: Plain cuts by others: they have no use for images without labels.
 USELESS = ("none, images", "none, distilled")
 #: What is drawn, each on a scale of its own.
-PANELS = {"reconstruct": "reconstruct", "none, images": "plain cut"}
+PANELS = {"reconstruct": "reconstruct", "none, images": "plain cut", "none": "plain cut, no image"}
 INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Score
+from ss_pruning._choices import Calibration, Importance, Moments, Request, Score
 from ss_pruning._console import ProgressCallback, note
 from ss_pruning.data import accuracy, open_data
 from ss_pruning.errors import InputError
@@ -136,16 +136,13 @@ def make_importance(
 
 
 def calibration_images(
-    compensation: Compensation,
     source: Calibration | None,
     needed_by: str | None,
     seed: int,
     job: Job,
     progress: ProgressCallback,
 ) -> list[Tensor] | Tensor | None:
-    """Return unlabelled images for the option that needs some; `mean` does without if need be."""
-    if needed_by is None and compensation is Compensation.none:
-        return None
+    """Return unlabelled images, if there are any or an option needs some."""
     if source is Calibration.distilled:
         from ss_pruning.distillation import distilled
 

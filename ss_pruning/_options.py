@@ -124,7 +124,7 @@ ScoreOption = Annotated[
         _CRITERION,
         help="What synaptic importance is made of: share, strength, entropy or relevance (shares handed back from the "
         "output).",
-        show_default="relevance in the global scope without linear or reconstruct, else share",
+        show_default="share with linear, reconstruct or in the local scope, else relevance",
     ),
 ]
 ScopeOption = Annotated[
@@ -132,9 +132,8 @@ ScopeOption = Annotated[
     _option(
         _CRITERION,
         help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
-        "damage to the output that was measured on the calibration images (measured: the default with linear and "
-        "reconstruct).",
-        show_default=False,
+        "damage to the output that was measured on the calibration images (measured).",
+        show_default="measured with calibration images, else global",
     ),
 ]
 CompensationOption = Annotated[
@@ -149,8 +148,8 @@ CalibrationOption = Annotated[
     Calibration | None,
     _option(
         _CRITERION,
-        help="What compensation calibrates on: data (training images of --data) or distilled (images made from the "
-        "model's batch norms; kept for the next time).",
+        help="What damage is measured on and compensation calibrates on: data (training images of --data) or distilled "
+        "(images made from the model's batch norms; kept for the next time).",
         show_default="data, if there is any",
     ),
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Request, Scope, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Request, Scope, Score
 from ss_pruning._console import FAILED, guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def prune(
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
         needed_by = _needs_images(compensation, reestimate, scope)
-        _check_calibration(calibration, compensation, needed_by)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -84,7 +83,7 @@ def prune(
             from ss_pruning import _job
 
             job = _job.prepare(request, progress)
-            pictures = _job.calibration_images(compensation, calibration, needed_by, seed, job, progress)
+            pictures = _job.calibration_images(calibration, needed_by, seed, job, progress)
             chosen = _job.make_importance(importance, score, options, request, job, pictures)
             report = _job.run(job, chosen, options, pictures, batch, progress)
             report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
@@ -277,18 +276,6 @@ def _check_synaptic_options(importance: Importance, moments: Moments | None, sco
     for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
-
-
-def _check_calibration(
-    calibration: Calibration | None, compensation: Compensation, needed_by: str | None
-) -> None:
-    from ss_pruning.errors import InputError
-
-    if calibration is not None and compensation is Compensation.none and needed_by is None:
-        raise InputError(
-            "--calibration belongs to --compensation, as in --compensation reconstruct, to --scope measured, or to "
-            "--reestimate."
-        )
 
 
 def _needs_images(compensation: Compensation, reestimate: bool, scope: Scope | None) -> str | None:

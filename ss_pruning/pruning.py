@@ -79,23 +79,25 @@ def prune_(
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
             "linear" or "reconstruct" it counts less of what stronger channels tell already, without them it scores
-            by "relevance" in the global scope.
+            by "relevance" (by "share" in the local scope).
         ignore: Modules or module paths whose output channels stay.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
             share, "measured" ranks all channels by the damage to the output that their removal was seen to do on the
             calibration inputs, in the order of the scores within a layer, see `ss_pruning.damage`. By default
-            "measured" where the weights are solved anew ("linear", "reconstruct"; at least 8 inputs), else "global".
+            "measured" with 8 calibration inputs or more, else "global".
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
-            little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage,
-            0.75 for relevance and 0.5 for other scores. Means nothing to `ratio` and to the local scope.
+            little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage;
+            in the global one 0.75 for relevance and 0.5 for other scores. Means nothing to `ratio` and to the local
+            scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
-        calibration: Unlabelled inputs for it: a tensor, or an iterable of batches (a data loader). A few hundred. Or
-            "distilled": images made from the model's batch norms, see `ss_pruning.distillation`.
+        calibration: Unlabelled inputs, to measure damage on and to compensate by: a tensor, or an iterable of batches
+            (a data loader). A few hundred. Or "distilled": images made from the model's batch norms, see
+            `ss_pruning.distillation`.
         reestimate: At the end, give the batch norms behind the cut the mean and variance of what reaches them on the
             calibration inputs, see `ss_pruning.reestimation`. Helps where nothing compensates.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.

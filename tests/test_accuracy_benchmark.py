@@ -62,7 +62,8 @@ def options(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
 def test_re_estimated_norms_are_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--criteria", OURS, "--compensations", "none", "--seeds", "2")
     plain, anew = (
-        list(accuracy.grid(options(monkeypatch, *words, *more))) for more in ((), ("--reestimate",))
+        list(accuracy.grid(options(monkeypatch, *words, *more)))
+        for more in (("--calibration", "none"), ("--reestimate",))
     )
     assert [(run.seed, run.calibration) for run in plain] == [(0, "none")]
     assert [(run.seed, run.calibration) for run in anew] == [(0, "real"), (1, "real")]
@@ -72,6 +73,38 @@ def test_re_estimated_norms_are_runs_of_their_own(monkeypatch: pytest.MonkeyPatc
     table = accuracy_page.table([old, line(OURS, 70.0, reestimate=True, calibration="real")])
     assert table[0] == "| criterion | none | none, norms anew |"
     assert "59.00 | 70.00 (one seed)" in table[2]
+
+
+def test_images_go_to_whom_they_are_of_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("--compensations", "none", "mean", "linear", "--cost-exponents", "0", "--seeds", "1")
+    words = ("--criteria", OURS, "LAMP", *methods)
+
+    def given(*more: str) -> list[str]:
+        return [run.calibration for run in accuracy.grid(options(monkeypatch, *words, *more))]
+
+    assert given() == ["real", "real", "real", "none", "none", "real"]
+    assert given("--calibration", "real") == ["real", "real", "real", "none", "real", "real"]
+    assert given("--calibration", "distilled")[3:] == ["none", "distilled", "distilled"]
+    with pytest.raises(SystemExit):
+        given("--calibration", "none")
+    assert "linear needs images" in capsys.readouterr().err
+
+
+def test_a_plain_cut_that_has_no_use_for_images_stands_beside_one_that_has() -> None:
+    images = {"calibration": "real", "cost_exponent": 1.0, "scope": "measured"}
+    lines = [line(OURS, 60.0), line("LAMP", 61.0), line("Random", 20.0), line("Random", 22.0, seed=1)]
+    lines += [line(OURS, 70.0 + seed, seed=seed, **images) for seed in range(3)]
+    lines += [line("LAMP", 64.0, compensation="mean", calibration="real")]
+    assert accuracy_page.table(lines) == [
+        "| criterion | none | none, images | mean, images |",
+        "|---|---:|---:|---:|",
+        "| Random | 21.00 ± 1.41 | 21.00 ± 1.41 |  |",
+        "| LAMP | **61.00** | 61.00 | 64.00 (one seed) |",
+        f"| {OURS} | 60.00 | **71.00 ± 1.00** |  |",
+        f"| *{OURS} to the best* | -1.00, not within | best |  |",
+    ]
 
 
 def test_what_no_seed_can_change_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +178,7 @@ def test_ours_is_what_is_done_by_default_and_names_ask_for_other_scopes(
         for r in accuracy.grid(options(monkeypatch, *words))
     ]
     assert runs == [
-        (OURS, "none", "global", 0.75),
+        (OURS, "none", "measured", 1.0),
         (OURS, "reconstruct", "measured", 1.0),
         (names[1], "none", "global", 0.75),
         (names[1], "reconstruct", "global", 0.5),
@@ -159,10 +192,15 @@ def test_ours_is_what_is_done_by_default_and_names_ask_for_other_scopes(
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(3))
     images = torch.randn(16, 3, 8, 8)
     net(images)
-    made: dict[str, Any] = {"none": {}, "reconstruct": {"calibration": images}}
-    for _, compensation, scope, exponent in runs[:2]:
+    dry = next(
+        accuracy.grid(options(monkeypatch, *words, "--compensations", "none", "--calibration", "none"))
+    )
+    cases = [("none", None, dry.scope, dry.cost_exponent)]
+    cases += [(compensation, images, *how) for _, compensation, *how in runs[:2]]
+    assert cases[0][2:] == ("global", 0.75)
+    for compensation, given, scope, exponent in cases:
         settings = accuracy.prune_(
-            copy.deepcopy(net), images[:1], macs=0.8, compensation=compensation, **made[compensation]
+            copy.deepcopy(net), images[:1], macs=0.8, compensation=compensation, calibration=given
         ).settings  # type: ignore[arg-type]
         assert (settings["scope"], settings["cost_exponent"]) == (scope, exponent)
     assert not accuracy_criteria.is_known("LAMP:conditional=1")
@@ -353,7 +391,9 @@ def test_more_images_than_there_are_are_whole_passes(monkeypatch: pytest.MonkeyP
 
 def test_a_weight_of_costs_can_be_named_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{OURS}:cost_exponent=0.25"
-    (run,) = accuracy.grid(options(monkeypatch, "--criteria", name, "--compensations", "none"))
+    (run,) = accuracy.grid(
+        options(monkeypatch, "--criteria", name, "--compensations", "none", "--calibration", "none")
+    )
     assert (run.cost_exponent, run.scope) == (0.25, "global")
     assert not accuracy_criteria.is_known("LAMP:cost_exponent=0.25")
 

@@ -233,15 +233,19 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert len(kept) == (source == "distilled")
 
 
-def test_a_measured_scope_needs_no_compensation(
-    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scope", [(), ("--scope", "measured")])
+def test_damage_is_measured_on_images_without_compensation_too(
+    scope: tuple[str, ...], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
-    given = ("--scope", "measured", "--calibration", "distilled")
-    result = run("prune", net, *SIZE, "--macs", 0.7, *given, "--json")
+    result = run("prune", net, *SIZE, "--macs", 0.7, *scope, "--calibration", "distilled", "--json")
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)["settings"]
-    assert (settings["scope"], settings["compensation"]) == ("measured", "none")
+    assert (settings["scope"], settings["compensation"], settings["score"]) == (
+        "measured",
+        "none",
+        "relevance",
+    )
 
 
 def test_norms_are_re_estimated_on_the_images(
@@ -308,7 +312,6 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--data", "absent"), "no data at 'absent'"),
         (("--macs", 0.5, "--weights", "absent.pth"), "no weights file at 'absent.pth'"),
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
-        (("--macs", 0.5, "--calibration", "distilled"), "--calibration belongs to --compensation"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
         (("--macs", 0.5, "--reestimate"), "--reestimate calibrates on images"),
         (("--macs", 0.5, "--scope", "measured"), "--scope measured calibrates on images"),

@@ -12,12 +12,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
-from ss_pruning.coupling import couple
-from ss_pruning.damage import LEAST_IMAGES, _held_out, _hull, _inverse, _Lab, added_by, by_damage
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.compensation import SOLVED, Method
+from ss_pruning.coupling import Coupling, couple
+from ss_pruning.damage import (
+    LEAST_IMAGES,
+    _context,
+    _held_out,
+    _hull,
+    _inverse,
+    _Lab,
+    _scored,
+    added_by,
+    by_damage,
+)
+from ss_pruning.errors import BudgetError, InputError, ModelError
 from ss_pruning.moments import measure
-from ss_pruning.planning import ranks_of
+from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.provenance import trace
+from ss_pruning.wiring import Wiring
 
 BATCH = 8
 
@@ -42,10 +54,12 @@ def chain() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def lab_of(model: nn.Module, x: Tensor) -> _Lab:
+def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct") -> _Lab:
     wiring = trace(model, x[:1])
     paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
-    return _Lab(model, wiring, x, measure(model, wiring, [x], None, paths, covariance=True))
+    return _Lab(
+        model, wiring, x, measure(model, wiring, [x], None, paths, covariance=method in SOLVED), method
+    )
 
 
 def fitted(y: Tensor, dense: Tensor) -> Tensor:
@@ -59,11 +73,16 @@ def fitted(y: Tensor, dense: Tensor) -> Tensor:
     return out
 
 
-def by_loops(model: nn.Sequential, x: Tensor, reader: int, gone: list[int]) -> float:
-    """Damage of a chain whose layer `reader` misses channels: layer by layer, with a regression by least squares."""
+def by_loops(model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method: str) -> float:
+    """Damage of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
     dense = small = x
     for number, layer in enumerate(model):
-        if number == reader:
+        gone = cut.get(number)
+        if gone and method not in SOLVED:
+            small = small.clone()
+            for c in gone:
+                small[:, c] = 0 if method == "none" else dense[:, c].mean()
+        elif gone:
             rows = dense.movedim(1, -1).flatten(0, -2).double()
             kept = [c for c in range(rows.shape[1]) if c not in gone]
             design = torch.cat([rows[:, kept], torch.ones(len(rows), 1, dtype=torch.float64)], 1)
@@ -71,7 +90,7 @@ def by_loops(model: nn.Sequential, x: Tensor, reader: int, gone: list[int]) -> f
             small = dense.clone()
             small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
         dense, small = layer(dense), layer(small)
-        if number >= reader and isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if method in SOLVED and number >= min(cut) and isinstance(layer, (nn.Conv2d, nn.Linear)):
             small = fitted(small, dense)
     return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
 
@@ -81,9 +100,95 @@ def test_it_is_what_loops_from_the_definition_give() -> None:
     model, x = chain(), images()
     cuts = [[1], [0, 5], [2, 3, 4, 6]]
     found = lab_of(model, x).damage([{"3": np.array(gone)} for gone in cuts])
-    wanted = [by_loops(model, x, 3, gone) for gone in cuts]
+    wanted = [by_loops(model, x, {3: gone}, "reconstruct") for gone in cuts]
     assert found.tolist() == pytest.approx(wanted, rel=0.02)  # but for the regression's ridge
     assert min(wanted) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["none", "mean"])
+@torch.no_grad()
+def test_where_nothing_is_solved_anew_it_is_what_the_cut_loses(method: Any) -> None:
+    model, x = chain(), images()
+    cuts: list[dict[int, list[int]]] = [{3: [1]}, {3: [0, 5], 6: [2]}, {6: [1, 3], 10: [4]}, {}]
+    lab = lab_of(model, x, method)
+    found = lab.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
+    wanted = [by_loops(model, x, cut, method) for cut in cuts]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+    assert min(wanted[:3]) > 1e-3
+    assert wanted[3] == 0
+
+
+Wired = tuple[Wiring, Coupling, list[list[Floats]]]
+
+
+def wired(model: nn.Module, x: Tensor) -> Wired:
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    return wiring, coupling, [[1.0 + np.arange(c.size) for c in unit.cells] for unit in coupling.units]
+
+
+def halves(coupling: Coupling) -> Ints:
+    return np.array([unit.steps // 2 for unit in coupling.units])
+
+
+@pytest.mark.parametrize("method", ["none", "mean"])
+@torch.no_grad()
+def test_beside_other_cuts_it_is_what_a_cut_adds_to_them(method: Any) -> None:
+    x = images()
+    model = chain()
+    wiring, coupling, scores = wired(model, x)
+    lab = lab_of(model, x, method)
+    context = _context(coupling, wiring, scores, halves(coupling))
+    assert {path: gone.tolist() for path, gone in context.items()} == {
+        "3": [0, 1, 2, 3], "6": [0, 1, 2], "10": [0, 1]
+    }  # fmt: skip
+    unit = next(unit for unit in coupling.units if unit.name == "3")  # read by 6
+    ((found),) = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, context)
+    others = {3: [0, 1, 2, 3], 10: [0, 1]}
+    base = by_loops(model, x, others, method)
+    lost = [by_loops(model, x, {**others, 6: list(range(stop))}, method) - base for stop in range(1, 6)]
+    assert found.sum() - found[-1] == pytest.approx(max(0.0, *lost), rel=1e-3)  # the last channel never goes
+    alone = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, {})[0]
+    assert not np.allclose(found, alone, rtol=0.01)
+
+
+@pytest.mark.parametrize("method", ["none", "mean"])
+@torch.no_grad()
+def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_taken(method: Any) -> None:
+    x = images(64)
+    torch.manual_seed(6)
+    layers = ((nn.Conv2d(3 if not i else 16, 16, 3, padding=1), norm(16), nn.ReLU()) for i in range(6))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    model = nn.Sequential(*(layer for block in layers for layer in block), *head).eval()
+    wiring, coupling, scores = wired(model, x)
+    steps: list[tuple[int, int]] = []
+
+    costs = Costs(model, x[:1], wiring, coupling)
+
+    def taken(scores: list[list[Floats]]) -> Ints:
+        return allot(coupling.units, scores, costs, Budget("macs", 0.6), 1.0)[1]
+
+    def note(*step: int) -> None:
+        steps.append((step[0], step[1]))
+
+    chosen = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, note)
+    assert steps[0] == (0, 2 * len(scores))
+    assert steps[-1] == (2 * len(scores), 2 * len(scores))
+    assert sorted(steps) == steps
+    held, others = _held_out(x)
+    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
+    lab = _Lab(model, wiring, held, measure(model, wiring, others.split(BATCH), None, paths), method)
+    alone = [_scored(lab, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
+    context = _context(coupling, wiring, alone, taken(alone))
+    beside = [_scored(lab, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
+    both = [[c + d for c, d in zip(a, b, strict=True)] for a, b in zip(alone, beside, strict=True)]
+
+    def loses(scores: list[list[Floats]]) -> float:
+        gone = _context(coupling, wiring, scores, taken(scores))
+        return float(lab.damage([gone])[0])
+
+    assert loses(chosen) == pytest.approx(min(map(loses, (alone, beside, both))), rel=1e-3)
+    assert len({loses(found) for found in (alone, beside, both)}) == 3
 
 
 @torch.no_grad()
@@ -192,6 +297,7 @@ def test_the_model_is_left_as_it_was() -> None:
     coupling = couple(wiring, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
     by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -217,19 +323,28 @@ def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() 
     assert model.body.out_channels == 8
 
 
-@pytest.mark.parametrize("compensation", ["linear", "reconstruct"])
-def test_it_is_the_default_where_weights_are_solved_anew(compensation: Any) -> None:
+@pytest.mark.parametrize(
+    ("compensation", "weight"), [("none", 0.75), ("mean", 0.75), ("linear", 0.5), ("reconstruct", 0.5)]
+)
+def test_it_is_the_default_where_there_are_images(compensation: Any, weight: float) -> None:
     found = []
     for count in (LEAST_IMAGES - 1, LEAST_IMAGES):
         report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(count))
         found.append((report.settings["scope"], report.settings["cost_exponent"]))
-    assert found == [("global", 0.5), ("measured", 1.0)]
+    assert found == [("global", weight), ("measured", 1.0)]
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
-def test_elsewhere_it_is_not(compensation: Any) -> None:
-    report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images())
+def test_without_images_it_is_not(compensation: Any) -> None:
+    report = prune_(chain(), images(1), macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.75)
+
+
+def test_a_budget_out_of_reach_is_said_before_the_cut() -> None:
+    model = chain()
+    with pytest.raises(BudgetError, match="the smallest is"):
+        prune_(model, images(1), macs=0.001, calibration=images())
+    assert model[0].out_channels == 8
 
 
 def test_what_is_asked_for_is_what_is_done() -> None:
@@ -245,11 +360,11 @@ def test_what_is_asked_for_is_what_is_done() -> None:
 
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
+    seen: list[tuple[float, str]] = []
     real = SynapticImportance.__init__
 
     def watch(self: SynapticImportance, *args: Any, **options: Any) -> None:
-        seen.append(options.get("conditional", 0))
+        seen.append((options.get("conditional", 0), options["score"]))
         real(self, *args, **options)
 
     monkeypatch.setattr(SynapticImportance, "__init__", watch)
@@ -257,7 +372,7 @@ def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.Monke
         given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images()}
         prune_(chain(), images(1), macs=0.7, **given)
     prune_(chain(), images(1), macs=0.7, compensation="mean", calibration=images())
-    assert seen == [1.0, 0.5, 0]
+    assert seen == [(1.0, "share"), (0.5, "share"), (0, "relevance")]
 
 
 def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
