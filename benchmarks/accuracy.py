@@ -13,6 +13,8 @@ the test images. What no seed can change is run once. `--calibration none` gives
 cuts and `mean`; other criteria than ours take some for `mean` only if they are asked for by name: `--calibration real`.
 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
+    python -m benchmarks.accuracy --compensations none mean --calibration none
+    python -m benchmarks.accuracy --compensations mean --calibration real
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
     python -m benchmarks.accuracy --better-only --device cuda --jobs 12
     python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:conditional=1 --split train
@@ -168,11 +170,9 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
 
 def calibration_of(criterion: str, compensation: str, options: argparse.Namespace) -> str:
     """What a run calibrates on; "none" where it has no use for images, or can do without and was not told otherwise."""
-    if compensation in SOLVED or options.reestimate:
+    if criterion.startswith(OURS) or compensation in SOLVED or options.reestimate:
         return options.calibration or "real"
-    if criterion.startswith(OURS):
-        return options.calibration or "real"
-    return options.calibration or "none" if compensation == "mean" else "none"
+    return (options.calibration or "none") if compensation == "mean" else "none"
 
 
 def scope_of(criterion: str, calibration: str) -> Scope:

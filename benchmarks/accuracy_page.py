@@ -144,12 +144,9 @@ def cells(lines: Iterable[Line]) -> Cells:
         values, known = list(by_seed.values()), best.get((criterion, column))
         if known is None or (len(values), statistics.mean(values)) > (len(known), statistics.mean(known)):
             best[criterion, column] = values
-    for criterion, column in [(OURS, column) for column in USELESS if (OURS, column) in best]:
-        best |= {
-            (other, column): values
-            for (other, c), values in best.items()
-            if c == "none" and other != criterion
-        }
+    plain = {criterion: values for (criterion, column), values in best.items() if column == "none"}
+    for column in (column for column in USELESS if (OURS, column) in best):
+        best |= {(criterion, column): values for criterion, values in plain.items() if criterion != OURS}
     return best
 
 

@@ -72,7 +72,7 @@ def by_damage(
 ) -> list[list[Floats]]:
     """Scores in the same order within each unit, that tell how much damage each family's removal adds.
 
-    Takes a pass over 6 x 32 images a unit, and one over 7 x 32 with `taken`.
+    Takes a pass over 6 x 32 images a unit, and another over 8 x 32 with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -107,7 +107,7 @@ def by_damage(
         )
         lab = _Lab(model, wiring, held, moments, method)
         lab.check()
-        if taken is None:
+        if taken is None or not scores:
             return _measured(lab, coupling, scores, max_ratio, {}, progress)
         half, whole = len(scores), 2 * len(scores)
         alone = _measured(lab, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))

@@ -25,7 +25,7 @@ from ss_pruning.damage import (
     added_by,
     by_damage,
 )
-from ss_pruning.errors import BudgetError, InputError, ModelError
+from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.moments import measure
 from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.provenance import trace
@@ -338,6 +338,11 @@ def test_it_is_the_default_where_there_are_images(compensation: Any, weight: flo
 def test_without_images_it_is_not(compensation: Any) -> None:
     report = prune_(chain(), images(1), macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.75)
+
+
+def test_a_model_whose_channels_all_stay_is_told_why() -> None:
+    with pytest.raises(NothingToPruneError, match="Left whole: "):
+        prune_(chain(), images(1), macs=0.7, calibration=images(), ignore=[""])
 
 
 def test_a_budget_out_of_reach_is_said_before_the_cut() -> None:
