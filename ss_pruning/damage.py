@@ -5,15 +5,16 @@ make of its loss, nor what they can make up for. So every unit is shrunk by itse
 and its readers find in place of what is gone what the compensation will leave them:
 
 * "none": nothing; "mean": its mean;
-* "linear", "reconstruct": what the channels that stay tell of it, by linear regression. Every layer behind is fitted
-  to what it puts out in the dense net, scale and shift a channel, in place of the solve that will come: what that
-  takes back is no damage;
+* "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
+* "reconstruct": every layer behind is fitted to what it puts out in the dense net, scale and shift a channel, in place
+  of the solve that will come: what that takes back is no damage;
 * the damage is the share of the output's variance that is lost.
 
 All widths of a unit run in one batch, beside the dense net. The lower convex hull of damage over width gives each
-channel the damage that its removal adds, in the order of the scores. What nothing repairs adds up from layer to layer,
-and damage beside whole layers says too little: for "none" and "mean" it is measured again in a net whose other units
-are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut loses least.
+channel the damage that its removal adds, in the order of the scores. What no layer behind takes back adds up from one
+to the next, and damage beside whole layers says too little: without "reconstruct" it is measured again in a net whose
+other units are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut loses
+least.
 
 The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
 ConvNets", section 3.2; they did not repair.
@@ -289,7 +290,7 @@ class _Lab:
             for path in readers:
                 predicted = [self._predicted(path, cut.get(path, _NOTHING)) for cut in cuts]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
-            for path in self.fitted[first:] if self.method in SOLVED else ():
+            for path in self.fitted[first:] if self.method == "reconstruct" else ():
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             outputs = self._outputs(copies)
         return _lost(outputs, copies)

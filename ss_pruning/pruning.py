@@ -140,7 +140,7 @@ def prune_(
         return allot(coupling.units, scores, costs, budget, exponent, **moves)[1]
 
     if scope == "measured":
-        again = None if compensation in SOLVED else taken
+        again = None if compensation == "reconstruct" else taken
         steps = clock.steps("measure")
         scores = by_damage(
             model, wiring, coupling, scores, images, BATCH, max_ratio, compensation, again, progress=steps
