@@ -10,11 +10,11 @@ and its readers find in place of what is gone what the compensation will leave t
   of the solve that will come: what that takes back is no damage;
 * the damage is the share of the output's variance that is lost.
 
-All widths of a unit run in one batch, beside the dense net. The lower convex hull of damage over width gives each
-channel the damage that its removal adds, in the order of the scores. What no layer behind takes back adds up from one
-to the next, and damage beside whole layers says too little: without "reconstruct" it is measured again in a net whose
-other units are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut loses
-least.
+All widths of a unit run in one batch, and what comes before it once. The lower convex hull of damage over width gives
+each channel the damage that its removal adds, in the order of the scores. What no layer behind takes back adds up from
+one to the next, and damage beside whole layers says too little: without "reconstruct" it is measured again in a net
+whose other units are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut
+loses least.
 
 The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
 ConvNets", section 3.2; they did not repair.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def by_damage(
 ) -> list[list[Floats]]:
     """Scores in the same order within each unit, that tell how much damage each family's removal adds.
 
-    Takes a pass over 6 x 32 images a unit, and another over 8 x 32 with `taken`.
+    Takes at most a pass over 6 x 32 images a unit, and one more with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -178,9 +179,9 @@ def _scored(
     cuts = [_removed(unit, ranks, int(stop), readers) for stop in stops]
     own = _removed(unit, ranks, unit.steps, readers)
     others = {path: np.setdiff1d(gone, own.get(path, ())) for path, gone in context.items()}
-    damage = lab.damage([_joined(others, cut) for cut in cuts])
-    if others:
-        damage = (damage - lab.damage([others])).clip(0)
+    uncut: list[dict[str, Ints]] = [{}] if others else []
+    lost = lab.damage([_joined(others, cut) for cut in (*uncut, *cuts)])
+    damage = (lost[1:] - lost[0]).clip(0) if others else lost
     added = added_by(stops, damage, step_scores(unit, cells, ranks))
     per_step = sum(cell.size for cell in unit.cells) / unit.steps
     found = []
@@ -239,7 +240,7 @@ def _hull(x: Ints, y: Floats) -> list[tuple[int, float]]:
 
 @dataclass
 class _Lab:
-    """Runs the dense net beside copies of it that miss channels, all in one batch."""
+    """Runs copies of the dense net that miss channels, all in one batch."""
 
     model: nn.Module
     wiring: Wiring
@@ -253,6 +254,8 @@ class _Lab:
             p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
         ]
         self.precisions: dict[str, Tensor] = {}
+        #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
+        self.last: dict[str, tuple[bytes, _Predicted]] = {}
 
     def check(self) -> None:
         """Find the layers that see copies side by side, and raise if images see each other."""
@@ -282,18 +285,30 @@ class _Lab:
         strange = [path for path in readers if path not in self.fitted]
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {_OTHERWISE}")
-        first = min((self.fitted.index(path) for path in readers), default=0)
-        copies = len(cuts) + 1
+        if self.method == "reconstruct":
+            return _lost(self._run(readers, [{}, *cuts]), len(cuts) + 1)
+        return _lost(_beside(self.dense, self._run(readers, cuts), len(cuts)), len(cuts) + 1)
+
+    @cached_property
+    def dense(self) -> Any:
+        """The outputs of the dense net."""
+        return self._outputs(1)
+
+    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> Any:
+        """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
+        copies = len(cuts)
+        gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
+        differ = [path for path, each in gone.items() if len({g.tobytes() for g in each}) > 1]
+        first = min((self.fitted.index(path) for path in differ), default=0)
         with contextlib.ExitStack() as undo:
             for path in self.fitted[:first]:
                 self._once(path, copies, undo)
-            for path in readers:
-                predicted = [self._predicted(path, cut.get(path, _NOTHING)) for cut in cuts]
+            for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
+                predicted = [self._predicted(path, g) if len(g) else None for g in gone[path]]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
             for path in self.fitted[first:] if self.method == "reconstruct" else ():
                 undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
-            outputs = self._outputs(copies)
-        return _lost(outputs, copies)
+            return self._outputs(copies)
 
     def _outputs(self, copies: int) -> Any:
         try:
@@ -313,6 +328,12 @@ class _Lab:
         undo.callback(module.register_forward_hook(_repeated(copies)).remove)
 
     def _predicted(self, path: str, gone: Ints) -> _Predicted:
+        key = gone.tobytes()
+        if path not in self.last or self.last[path][0] != key:
+            self.last[path] = key, self._predict(path, gone)
+        return self.last[path][1]
+
+    def _predict(self, path: str, gone: Ints) -> _Predicted:
         moments = self.moments[path]
         mean, covariance = moments.mean, moments.covariance
         assert mean is not None
@@ -378,13 +399,14 @@ def _halves_are_alike(output: Tensor) -> bool:
     return bool((first - second).square().mean() <= _SAME * first.square().mean())
 
 
-def _replace(predicted: Sequence[_Predicted]) -> Callable[[nn.Module, Any], Any]:
-    """A hook that leaves the first of the copies alone and takes channels from each of the others."""
+def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Any], Any]:
+    """A hook that takes channels from each of the copies, or leaves it alone."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0].clone()
-        for one, copy in zip(predicted, x.tensor_split(len(predicted) + 1)[1:], strict=True):
-            one.fill_(copy.movedim(channel_axis(module, x), -1))
+        for one, copy in zip(predicted, x.tensor_split(len(predicted)), strict=True):
+            if one is not None:
+                one.fill_(copy.movedim(channel_axis(module, x), -1))
         return (x, *args[1:])
 
     return hook
@@ -418,6 +440,16 @@ def _fitted(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> Ten
     power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     slope = (x * centred).mean(over, keepdim=True) / power
     return (mean + slope * x).to(copy.dtype)
+
+
+def _beside(dense: Any, outputs: Any, copies: int) -> Any:
+    """Outputs of the dense net, followed by those of the copies."""
+
+    def joined(first: Any, others: Any) -> Any:
+        by_image = isinstance(others, Tensor) and others.dim() and len(others) == copies * len(first)
+        return torch.cat([first, others]) if by_image else others
+
+    return pytree.tree_map(joined, dense, outputs)
 
 
 def _lost(outputs: Any, copies: int) -> Floats:

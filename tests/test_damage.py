@@ -426,18 +426,20 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("make", [residual, Twice])
+@pytest.mark.parametrize("method", ["none", "linear", "reconstruct"])
 def test_what_all_copies_share_is_run_once_and_changes_nothing(
-    make: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
     model, x = make(), images()
     wiring = trace(model, x[:1])
     coupling = couple(wiring, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
-    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    taken = None if method == "reconstruct" else lambda _: halves(coupling)
+    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
     monkeypatch.setattr(_Lab, "_once", lambda *_: None)
-    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
 
