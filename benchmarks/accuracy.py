@@ -57,11 +57,11 @@ from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import METHODS, SOLVED
+from ss_pruning.defaults import COST_EXPONENT, default_cost_exponent, default_scope, default_score
 from ss_pruning.distillation import distilled
 from ss_pruning.errors import BudgetError, InputError
 from ss_pruning.latency import machine
 from ss_pruning.planning import Scope
-from ss_pruning.pruning import COST_EXPONENT, default_cost_exponent, default_scope, default_score
 
 LINES = RESULTS / "accuracy.jsonl"
 CALIBRATION, LABELLED = 512, 512
@@ -72,6 +72,7 @@ _SOURCES = {
     "all": [_CORE / f"{name}.py" for name in ("planning", "settling")],
     "ours": [
         _CORE / "pruning.py",
+        _CORE / "defaults.py",
         _CORE / "strength.py",
         _CORE / "moments.py",
         _CORE / "redundancy.py",
@@ -79,7 +80,7 @@ _SOURCES = {
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
-    "measured": [_CORE / "damage.py"],
+    "measured": [_CORE / f"{name}.py" for name in ("damage", "side_by_side")],
     "distilled": [_CORE / "distillation.py"],
     "reestimate": [_CORE / "reestimation.py"],
 }

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
-from ss_pruning.pruning import RELEVANCE_EXPONENT
+from ss_pruning.defaults import RELEVANCE_EXPONENT
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")

@@ -60,9 +60,8 @@ def accuracy_table(net: str, macs: float, lines: list[dict[str, Any]]) -> list[s
         f"CIFAR-10 {net} at {macs:.0%} of its multiply-accumulates, no fine-tuning; top-1 in % on 10,000 test images, "
         f"dense {chosen[0]['dense']:.2f} ({stream}±: standard deviation over seeds):"
     )
-    command = (
-        f"`python -m benchmarks.accuracy --nets {net} --macs {macs:g}` and the options that stand at its top"
-    )
+    command = f"`python -m benchmarks.accuracy --nets {net} --macs {macs:g}`"
+    command += ", once for each way to give images that it names"
     return [title, "", *table(chosen), "", f"{command} ({made_on(chosen)}).", ""]
 
 

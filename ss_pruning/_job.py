@@ -112,7 +112,7 @@ def make_importance(
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
-        from ss_pruning.pruning import default_conditional, default_scope, default_score
+        from ss_pruning.defaults import default_conditional, default_scope, default_score
 
         compensation = options["compensation"]
         moments = _moments(request, job, pictures)

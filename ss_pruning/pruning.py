@@ -14,10 +14,17 @@ import torch
 from torch import nn
 
 from ss_pruning.cloning import copied
-from ss_pruning.compensation import SOLVED, Method, Outcome
+from ss_pruning.compensation import Method, Outcome
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
-from ss_pruning.damage import LEAST_IMAGES, by_damage
+from ss_pruning.damage import by_damage
+from ss_pruning.defaults import (
+    COST_EXPONENT,
+    default_conditional,
+    default_cost_exponent,
+    default_scope,
+    default_score,
+)
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.layer_times import layer_times, roundings
@@ -36,10 +43,6 @@ from ss_pruning.wiring import Wiring
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 _STAGES = 5
-#: By scope, what `prune_` takes where no `cost_exponent` is given.
-COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
-#: Where relevance is what layers compete by: it estimates damage, but not as well as measuring does.
-RELEVANCE_EXPONENT = 0.75
 
 
 def prune_(
@@ -226,32 +229,6 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     report = prune_(twin, example_inputs, **options)
     plan: Plan = getattr(twin, PLAN_ATTRIBUTE)
     return plan, report
-
-
-def default_scope(inputs: int) -> Scope:
-    """What `prune_` takes where no scope is given, by the number of calibration inputs."""
-    return "measured" if inputs >= LEAST_IMAGES else "global"
-
-
-def default_conditional(compensation: Method, scope: Scope) -> float:
-    """What `prune_` takes for `SynapticImportance`: all of what others cannot tell, half where layers compete by it.
-
-    By half is meant the root of `1 - R^2`. Both were chosen on training images.
-    """
-    if compensation not in SOLVED:
-        return 0.0
-    return 1.0 if scope == "measured" else 0.5
-
-
-def default_score(compensation: Method, scope: Scope) -> Literal["share", "relevance"]:
-    """What `prune_` takes for `SynapticImportance`: relevance where layers compete and nothing is solved anew."""
-    return "relevance" if scope != "local" and compensation not in SOLVED else "share"
-
-
-def default_cost_exponent(importance: Any, scope: Scope) -> float:
-    """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
-    by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"
-    return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
 
 
 def _default_importance(images: Any, compensation: Method, scope: Scope) -> Any:

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 import ss_pruning
 from ss_pruning import _console, _job, cutting, synaptic_strength
 from ss_pruning.cli import app
+from ss_pruning.defaults import default_conditional
 from ss_pruning.models import build_model
-from ss_pruning.pruning import default_conditional
 from ss_pruning.report import Report
 
 SMALL = """

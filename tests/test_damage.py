@@ -19,8 +19,6 @@ from ss_pruning.damage import (
     _context,
     _held_out,
     _hull,
-    _inverse,
-    _Lab,
     _scored,
     added_by,
     by_damage,
@@ -29,6 +27,7 @@ from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPrun
 from ss_pruning.moments import measure
 from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.provenance import trace
+from ss_pruning.side_by_side import Lab, _inverse
 from ss_pruning.wiring import Wiring
 
 BATCH = 8
@@ -54,10 +53,10 @@ def chain() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct") -> _Lab:
+def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct") -> Lab:
     wiring = trace(model, x[:1])
     paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
-    return _Lab(
+    return Lab(
         model, wiring, x, measure(model, wiring, [x], None, paths, covariance=method in SOLVED), method
     )
 
@@ -179,7 +178,7 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     held, others = _held_out(x)
     paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
     moments = measure(model, wiring, others.split(BATCH), None, paths, covariance=method in SOLVED)
-    lab = _Lab(model, wiring, held, moments, method)
+    lab = Lab(model, wiring, held, moments, method)
     alone = [_scored(lab, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
     context = _context(coupling, wiring, alone, taken(alone))
     beside = [_scored(lab, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
@@ -438,7 +437,7 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
     once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
-    monkeypatch.setattr(_Lab, "_once", lambda *_: None)
+    monkeypatch.setattr(Lab, "_once", lambda *_: None)
     always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))

@@ -1,0 +1,40 @@
+"""What `prune_` takes for what it is not told. Chosen on training images, see docs/accuracy.md."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ss_pruning.compensation import SOLVED, Method
+from ss_pruning.damage import LEAST_IMAGES
+from ss_pruning.planning import Scope
+
+#: By scope, what `prune_` takes where no `cost_exponent` is given.
+COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
+#: Where relevance is what layers compete by: it estimates damage, but not as well as measuring does.
+RELEVANCE_EXPONENT = 0.75
+
+
+def default_scope(inputs: int) -> Scope:
+    """What `prune_` takes where no scope is given, by the number of calibration inputs."""
+    return "measured" if inputs >= LEAST_IMAGES else "global"
+
+
+def default_conditional(compensation: Method, scope: Scope) -> float:
+    """What `prune_` takes for `SynapticImportance`: all of what others cannot tell, half where layers compete by it.
+
+    By half is meant the root of `1 - R^2`. Both were chosen on training images.
+    """
+    if compensation not in SOLVED:
+        return 0.0
+    return 1.0 if scope == "measured" else 0.5
+
+
+def default_score(compensation: Method, scope: Scope) -> Literal["share", "relevance"]:
+    """What `prune_` takes for `SynapticImportance`: relevance where layers compete and nothing is solved anew."""
+    return "relevance" if scope != "local" and compensation not in SOLVED else "share"
+
+
+def default_cost_exponent(importance: Any, scope: Scope) -> float:
+    """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
+    by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"
+    return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]

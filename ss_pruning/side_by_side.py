@@ -1,0 +1,272 @@
+"""Copies of a net that miss channels, run side by side in one batch: what of the output is lost with each.
+
+What the readers find in place of a channel that is gone, and what is fitted behind it, stands in `ss_pruning.damage`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning.compensation import Method
+from ss_pruning.errors import ModelError
+from ss_pruning.layers import channel_axis, groups_of
+from ss_pruning.moments import Moments
+from ss_pruning.planning import Floats, Ints
+from ss_pruning.provenance import call
+from ss_pruning.redundancy import ridged_factor
+from ss_pruning.walking import modules_of
+from ss_pruning.wiring import Wiring
+
+OTHERWISE = "take scope='global'"
+# Ridge of the regression, as a share of the mean variance; at least so much.
+_RIDGE = 1e-3
+# A copy that lost nothing may differ from the dense net by this share of the output's variance.
+_SAME = 1e-3
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
+@dataclass
+class Lab:
+    """Runs copies of the dense net that miss channels, all in one batch."""
+
+    model: nn.Module
+    wiring: Wiring
+    images: Tensor
+    moments: Mapping[str, Moments]
+    method: Method = "reconstruct"
+
+    def __post_init__(self) -> None:
+        self.modules = modules_of(self.model)
+        self.fitted = [
+            p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
+        ]
+        self.precisions: dict[str, Tensor] = {}
+        #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
+        self.last: dict[str, tuple[bytes, _Predicted]] = {}
+
+    def check(self) -> None:
+        """Find the layers that see copies side by side, and raise if images see each other."""
+        alike: dict[str, bool] = {}
+
+        def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                alike[path] = alike.get(path, True) and _halves_are_alike(output)
+
+            return hook
+
+        with contextlib.ExitStack() as undo:
+            for path in self.fitted:
+                undo.callback(self.modules[path].register_forward_hook(watch(path)).remove)
+            outputs = self._outputs(2)
+        self.fitted = [path for path in self.fitted if alike.get(path)]
+        if _lost(outputs, 2)[0] > _SAME:
+            raise ModelError(
+                "the output for an image depends on the others in its batch, so that channels cannot be measured side "
+                f"by side; {OTHERWISE}"
+            )
+
+    def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
+        """`[cuts]`: the share of the output's variance that is lost with each."""
+        paths = dict.fromkeys(path for cut in cuts for path in cut)
+        readers = [path for path in paths if self.moments[path].mean is not None]  # the others do not run
+        strange = [path for path in readers if path not in self.fitted]
+        if strange:
+            raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
+        if self.method == "reconstruct":
+            return _lost(self._run(readers, [{}, *cuts]), len(cuts) + 1)
+        return _lost(_beside(self.dense, self._run(readers, cuts), len(cuts)), len(cuts) + 1)
+
+    @cached_property
+    def dense(self) -> Any:
+        """The outputs of the dense net."""
+        return self._outputs(1)
+
+    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> Any:
+        """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
+        copies = len(cuts)
+        gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
+        differ = [path for path, each in gone.items() if len({g.tobytes() for g in each}) > 1]
+        first = min((self.fitted.index(path) for path in differ), default=0)
+        with contextlib.ExitStack() as undo:
+            for path in self.fitted[:first]:
+                self._once(path, copies, undo)
+            for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
+                predicted = [self._predicted(path, g) if len(g) else None for g in gone[path]]
+                undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
+            for path in self.fitted[first:] if self.method == "reconstruct" else ():
+                undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
+            return self._outputs(copies)
+
+    def _outputs(self, copies: int) -> Any:
+        try:
+            return call(self.model, torch.cat([self.images] * copies))
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on {copies} copies of {len(self.images)} calibration inputs side by side "
+                f"({type(error).__name__}: {error}); {OTHERWISE}"
+            ) from error
+
+    def _once(self, path: str, copies: int, undo: contextlib.ExitStack) -> None:
+        """Let a layer that all copies reach alike run for one of them."""
+        if len({feed.call for feed in self.wiring.feeds[path]}) > 1:  # it may come again behind the cut
+            return
+        module = self.modules[path]
+        undo.callback(module.register_forward_pre_hook(_first(copies)).remove)
+        undo.callback(module.register_forward_hook(_repeated(copies)).remove)
+
+    def _predicted(self, path: str, gone: Ints) -> _Predicted:
+        key = gone.tobytes()
+        if path not in self.last or self.last[path][0] != key:
+            self.last[path] = key, self._predict(path, gone)
+        return self.last[path][1]
+
+    def _predict(self, path: str, gone: Ints) -> _Predicted:
+        moments = self.moments[path]
+        mean, covariance = moments.mean, moments.covariance
+        assert mean is not None
+        if self.method == "none":
+            mean = torch.zeros_like(mean)
+        if covariance is not None and path not in self.precisions:
+            self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]), moments.rows)
+        return _Predicted.of(mean, self.precisions.get(path), gone)
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """What a layer reads on removed channels is taken for `constant + kept channels @ slope`.
+
+    Any regression among channels follows from the inverse of their covariance.
+    """
+
+    removed: Tensor
+    kept: Tensor
+    slope: Tensor | None
+    constant: Tensor
+
+    @staticmethod
+    def of(mean: Tensor, precision: Tensor | None, gone: Ints) -> _Predicted:
+        removed = torch.from_numpy(gone).to(mean.device)
+        stays = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
+        stays[removed] = False
+        kept = stays.nonzero()[:, 0]
+        if precision is None:
+            return _Predicted(removed, kept, None, mean[removed].float())
+        rows = precision[removed]
+        factor = torch.linalg.cholesky(rows[:, removed])
+        slope = -torch.cholesky_solve(rows[:, kept], factor)
+        constant = mean[removed].double() - slope @ mean[kept].double()
+        return _Predicted(removed, kept, slope.T.float(), constant.float())
+
+    def fill_(self, channels: Tensor) -> None:
+        """Replace them in `[..., channels]`."""
+        value = self.constant
+        if self.slope is not None:
+            value = value + channels[..., self.kept].float() @ self.slope
+        channels[..., self.removed] = value.to(channels.dtype)
+
+
+def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
+    """Of the covariance with a ridge, which grows with the channels a row; channels of other groups tell nothing."""
+    if groups > 1:
+        group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
+        covariance = covariance * (group[:, None] == group)
+    share = max(_RIDGE, len(covariance) // groups / max(rows, 1))
+    ridge = share * covariance.diagonal().mean(0, keepdim=True) + torch.finfo(covariance.dtype).tiny
+    factor, _ = ridged_factor(covariance, ridge)
+    if factor is None:
+        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
+    return torch.cholesky_inverse(factor)
+
+
+def _halves_are_alike(output: Tensor) -> bool:
+    """True if a batch that holds every image twice, one half after the other, comes out so."""
+    if len(output) % 2:
+        return False
+    first, second = output.float().chunk(2)
+    return bool((first - second).square().mean() <= _SAME * first.square().mean())
+
+
+def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Any], Any]:
+    """A hook that takes channels from each of the copies, or leaves it alone."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].clone()
+        for one, copy in zip(predicted, x.tensor_split(len(predicted)), strict=True):
+            if one is not None:
+                one.fill_(copy.movedim(channel_axis(module, x), -1))
+        return (x, *args[1:])
+
+    return hook
+
+
+def _first(copies: int) -> Callable[[nn.Module, Any], Any]:
+    return lambda module, args: (args[0][: len(args[0]) // copies], *args[1:])
+
+
+def _repeated(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    return lambda module, args, output: torch.cat([output] * copies)
+
+
+def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that scales and shifts each channel of all copies towards the first one, by least squares."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        over = [axis for axis in range(output.dim()) if axis != channel_axis(module, output)]
+        dense, *others = output.chunk(copies)
+        mean = dense.float().mean(over, keepdim=True)
+        centred = dense.float() - mean
+        return torch.cat([dense, *(_fitted(copy, mean, centred, over) for copy in others)])
+
+    return hook
+
+
+def _fitted(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> Tensor:
+    """`copy`, each of its channels scaled and shifted to come closest to `mean + centred`."""
+    x = copy.float()
+    x = x - x.mean(over, keepdim=True)
+    power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    slope = (x * centred).mean(over, keepdim=True) / power
+    return (mean + slope * x).to(copy.dtype)
+
+
+def _beside(dense: Any, outputs: Any, copies: int) -> Any:
+    """Outputs of the dense net, followed by those of the copies."""
+
+    def joined(first: Any, others: Any) -> Any:
+        by_image = isinstance(others, Tensor) and others.dim() and len(others) == copies * len(first)
+        return torch.cat([first, others]) if by_image else others
+
+    return pytree.tree_map(joined, dense, outputs)
+
+
+def _lost(outputs: Any, copies: int) -> Floats:
+    """`[copies - 1]`: mean squared difference from the first copy over its variance, mean over the outputs."""
+    found = []
+    for leaf in pytree.tree_leaves(outputs):
+        if (
+            not isinstance(leaf, Tensor)
+            or not leaf.is_floating_point()
+            or not leaf.dim()
+            or len(leaf) % copies
+        ):
+            continue
+        parts = leaf.unflatten(0, (copies, -1)).double()
+        variance = (parts[0] - parts[0].mean(0)).square().mean()
+        if bool(variance > 0):
+            found.append((parts[1:] - parts[0]).flatten(1).square().mean(1) / variance)
+    if not found:
+        raise ModelError(f"no output of the model varies from image to image; {OTHERWISE}")
+    lost = torch.stack(found).mean(0)
+    if not bool(lost.isfinite().all()):
+        raise ModelError("the model's output is not finite on the calibration inputs; check them")
+    shares: Floats = lost.cpu().numpy()
+    return shares
