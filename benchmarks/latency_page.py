@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import HERE
+from benchmarks.common import HERE, made_on
 from ss_pruning.benching import Setting
 
 PAGE = HERE.parent / "docs" / "latency.md"
@@ -39,9 +39,8 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     latest = {
         what_of(line): {**line, "runs": [other for other in lines if _alike(line, other)]} for line in lines
     }
-    versions = ", ".join(f"{name} {text}" for name, text in lines[-1]["versions"].items())
     pixels = next(line["pixels"] for line in lines)
-    parts = [INTRODUCTION.format(pixels=pixels, versions=versions)]
+    parts = [INTRODUCTION.format(pixels=pixels, versions=made_on(latest.values()))]
     for title, of in _by_machine(latest.values()).items():
         parts += [f"## {title}", ""]
         for section in (_budget, _settings, _rounding, _targets, _trained):
@@ -85,10 +84,22 @@ def _alike(line: Line, other: Line) -> bool:
 def _by_machine(lines: Iterable[Line]) -> dict[str, list[Line]]:
     found: dict[str, list[Line]] = {}
     for line in lines:
-        m = line["machine"]
-        threads = "" if m["threads"] == "-" else f", {m['threads']} thread{'s' * (m['threads'] != '1')}"
-        found.setdefault(f"{m['device'].upper()}: {m['name']}{threads}", []).append(line)
+        found.setdefault(f"{line['machine']['device'].upper()}: {place_of(line)}", []).append(line)
     return found
+
+
+def place_of(line: Line) -> str:
+    """The machine, in words."""
+    threads = line["machine"]["threads"]
+    count = "" if threads == "-" else f", {threads} thread{'s' * (threads != '1')}"
+    return f"{line['machine']['name']}{count}"
+
+
+def of_line(line: Line) -> Setting:
+    """How its models ran."""
+    if "comparison" in line:
+        return Setting(**line["comparison"]["setting"])
+    return Setting(line["batch"], line.get("dtype", "float32"), line.get("layout", "contiguous"))
 
 
 def _budget(lines: list[Line]) -> list[str]:
@@ -99,7 +110,7 @@ def _budget(lines: list[Line]) -> list[str]:
         parts += [
             f"### {line['net']} at half of its multiply-accumulates",
             "",
-            f"{Setting(**comparison['setting'])}, {comparison['rounds']} rounds.",
+            f"{of_line(line)}, {comparison['rounds']} rounds.",
             "",
             "| way | MACs | parameters | file | median | middle half | images/s | peak memory | of dense |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -220,7 +231,7 @@ def _targets(lines: list[Line]) -> list[str]:
     for line, value in zip(chosen, off, strict=True):
         cells = [
             line["net"],
-            Setting(line["batch"], line.get("dtype", "float32"), line.get("layout", "contiguous")),
+            of_line(line),
             line["target"],
             f"{line['found']:.3f}",
             f"{line['again']:.3f}",

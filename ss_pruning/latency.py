@@ -54,6 +54,16 @@ class Timing:
         return _quartiles(_ratios(self.seconds, other.seconds))
 
 
+def as_reported(dense: Timing, pruned: Timing) -> dict[str, Any]:
+    """What a report says of times that were taken in turns: its fields `latency_...`."""
+    return {
+        "latency_before": dense.median,
+        "latency_after": pruned.median,
+        "latency_ratio": pruned.over(dense),
+        "latency_spread": pruned.spread_over(dense),
+    }
+
+
 def measure_latency(
     models: Sequence[nn.Module],
     example_inputs: Any,

@@ -27,6 +27,7 @@ from ss_pruning.defaults import (
 )
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
+from ss_pruning.latency import as_reported
 from ss_pruning.layer_times import layer_times, roundings
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
@@ -204,13 +205,7 @@ def _settled(
     if latency is None:
         return search.settle(scores), {}
     found = settle_in_time(search, scores, latency, measure)
-    times = {
-        "before": found.dense.median,
-        "after": found.pruned.median,
-        "ratio": found.ratio,
-        "spread": found.spread,
-    }
-    return found.verified, {f"latency_{name}": value for name, value in times.items()}
+    return found.verified, as_reported(found.dense, found.pruned)
 
 
 def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, Report]:

@@ -144,7 +144,8 @@ class Report:
         times = self.latency_before, self.latency_after
         if self.latency_ratio is not None:
             before, after = (milliseconds(seconds) for seconds in times)
-            rows.append(("latency", before, after, percent(self.latency_ratio)))
+            batch = f" (batch {self.settings['batch']})" if "batch" in self.settings else ""
+            rows.append((f"latency{batch}", before, after, percent(self.latency_ratio)))
         return rows
 
     def verification(self) -> str:
