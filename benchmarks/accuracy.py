@@ -80,7 +80,7 @@ _SOURCES = {
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
-    "measured": [_CORE / f"{name}.py" for name in ("damage", "side_by_side")],
+    "measured": [_CORE / f"{name}.py" for name in ("damage", "side_by_side", "prefix")],
     "distilled": [_CORE / "distillation.py"],
     "reestimate": [_CORE / "reestimation.py"],
 }

@@ -95,7 +95,6 @@ def by_damage(
             model, wiring, others.split(batch), None, list(readers), covariance=method in SOLVED
         )
         lab = Lab(model, wiring, held, moments, method)
-        lab.check()
         if taken is None or not scores:
             return _measured(lab, coupling, scores, max_ratio, {}, progress)
         half, whole = len(scores), 2 * len(scores)

@@ -21,6 +21,7 @@ from ss_pruning.errors import ModelError
 from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.moments import Moments
 from ss_pruning.planning import Floats, Ints
+from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import call
 from ss_pruning.redundancy import ridged_factor
 from ss_pruning.walking import modules_of
@@ -36,7 +37,11 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 @dataclass
 class Lab:
-    """Runs copies of the dense net that miss channels, all in one batch."""
+    """Runs copies of the dense net that miss channels, all in one batch.
+
+    Raises:
+        ModelError: The model does not run on several copies, or images see each other.
+    """
 
     model: nn.Module
     wiring: Wiring
@@ -49,25 +54,17 @@ class Lab:
         self.fitted = [
             p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
         ]
+        self.prefix = Prefix(self.modules, len(self.images))
         self.precisions: dict[str, Tensor] = {}
         #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
         self.last: dict[str, tuple[bytes, _Predicted]] = {}
+        self._check()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Find the layers that see copies side by side, and raise if images see each other."""
-        alike: dict[str, bool] = {}
-
-        def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                alike[path] = alike.get(path, True) and _halves_are_alike(output)
-
-            return hook
-
-        with contextlib.ExitStack() as undo:
-            for path in self.fitted:
-                undo.callback(self.modules[path].register_forward_hook(watch(path)).remove)
+        with self.prefix.watched():
             outputs = self._outputs(2)
-        self.fitted = [path for path in self.fitted if alike.get(path)]
+        self.fitted = [path for path in self.fitted if self.prefix.goes_by_images(path)]
         if _lost(outputs, 2)[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
@@ -95,33 +92,26 @@ class Lab:
         copies = len(cuts)
         gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
         differ = [path for path, each in gone.items() if len({g.tobytes() for g in each}) > 1]
-        first = min((self.fitted.index(path) for path in differ), default=0)
+        begin = min((self.prefix.begin(path) for path in differ), default=0)
         with contextlib.ExitStack() as undo:
-            for path in self.fitted[:first]:
-                self._once(path, copies, undo)
+            self.prefix.run_once(begin, copies, undo)
             for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
                 predicted = [self._predicted(path, g) if len(g) else None for g in gone[path]]
                 undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
-            for path in self.fitted[first:] if self.method == "reconstruct" else ():
-                undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
+            for path in self.fitted if self.method == "reconstruct" else ():
+                if self.prefix.begin(path) >= begin:
+                    undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             return self._outputs(copies)
 
     def _outputs(self, copies: int) -> Any:
         try:
-            return call(self.model, torch.cat([self.images] * copies))
+            with torch.no_grad():
+                return call(self.model, torch.cat([self.images] * copies))
         except Exception as error:
             raise ModelError(
                 f"the model does not run on {copies} copies of {len(self.images)} calibration inputs side by side "
                 f"({type(error).__name__}: {error}); {OTHERWISE}"
             ) from error
-
-    def _once(self, path: str, copies: int, undo: contextlib.ExitStack) -> None:
-        """Let a layer that all copies reach alike run for one of them."""
-        if len({feed.call for feed in self.wiring.feeds[path]}) > 1:  # it may come again behind the cut
-            return
-        module = self.modules[path]
-        undo.callback(module.register_forward_pre_hook(_first(copies)).remove)
-        undo.callback(module.register_forward_hook(_repeated(copies)).remove)
 
     def _predicted(self, path: str, gone: Ints) -> _Predicted:
         key = gone.tobytes()
@@ -187,14 +177,6 @@ def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def _halves_are_alike(output: Tensor) -> bool:
-    """True if a batch that holds every image twice, one half after the other, comes out so."""
-    if len(output) % 2:
-        return False
-    first, second = output.float().chunk(2)
-    return bool((first - second).square().mean() <= _SAME * first.square().mean())
-
-
 def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Any], Any]:
     """A hook that takes channels from each of the copies, or leaves it alone."""
 
@@ -208,14 +190,6 @@ def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Any
     return hook
 
 
-def _first(copies: int) -> Callable[[nn.Module, Any], Any]:
-    return lambda module, args: (args[0][: len(args[0]) // copies], *args[1:])
-
-
-def _repeated(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    return lambda module, args, output: torch.cat([output] * copies)
-
-
 def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A hook that scales and shifts each channel of all copies towards the first one, by least squares."""
 
@@ -224,18 +198,20 @@ def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         dense, *others = output.chunk(copies)
         mean = dense.float().mean(over, keepdim=True)
         centred = dense.float() - mean
-        return torch.cat([dense, *(_fitted(copy, mean, centred, over) for copy in others)])
+        for copy in others:
+            _fit_(copy, mean, centred, over)
+        return output
 
     return hook
 
 
-def _fitted(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> Tensor:
-    """`copy`, each of its channels scaled and shifted to come closest to `mean + centred`."""
-    x = copy.float()
-    x = x - x.mean(over, keepdim=True)
+def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
+    """Scale and shift each channel of `copy`, in place, to come closest to `mean + centred`."""
+    x = copy.float()  # `copy` itself, if that is single precision
+    x -= x.mean(over, keepdim=True)
     power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     slope = (x * centred).mean(over, keepdim=True) / power
-    return (mean + slope * x).to(copy.dtype)
+    copy.copy_(x.mul_(slope).add_(mean))
 
 
 def _beside(dense: Any, outputs: Any, copies: int) -> Any:

@@ -26,6 +26,7 @@ from ss_pruning.damage import (
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.moments import measure
 from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
+from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import trace
 from ss_pruning.side_by_side import Lab, _inverse
 from ss_pruning.wiring import Wiring
@@ -437,7 +438,7 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
     once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
-    monkeypatch.setattr(Lab, "_once", lambda *_: None)
+    monkeypatch.setattr(Prefix, "before", lambda *_: [])
     always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))

@@ -39,7 +39,7 @@ LAYERS = [
     {"_decode", "cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},
     {"data", "moments", "coupling"},
-    {"latency", "liveness", "macs", "strength", "surgery"},
+    {"latency", "liveness", "macs", "prefix", "strength", "surgery"},
     {"layer_times", "relevance"},
     {"planning"},
     {"distributed", "explicit", "following", "masking", "masks", "reordering"},
