@@ -66,7 +66,7 @@ def test_the_outermost_of_what_is_over_is_taken() -> None:
         (lambda net, y: net.scaled(y, 3.0), ["stem", "scaled"]),
         (lambda net, y: net.scaled(y, by=3.0), ["stem"]),
         (lambda net, y: net.scaled(y, torch.arange(6.0)), ["stem"]),  # takes what does not go by images
-        (lambda net, y: net.scaled(y, torch.ones(6)), ["stem", "scaled"]),  # as if two copies of three
+        (lambda net, y: net.scaled(y, torch.tensor([1.0, 2, 3] * 2)), ["stem", "scaled"]),  # like two copies
     ],
 )  # fmt: skip
 def test_only_what_cannot_tell_runs_once(how: Any, alone: list[str]) -> None:
