@@ -72,7 +72,9 @@ def gather_batches(calibration: Any, most: int = 1024) -> Any:
         InputError: Nothing is there, or batches are no tensors.
     """
     if isinstance(calibration, Tensor):
-        return calibration[:most]
+        calibration = [calibration]
+    elif not isinstance(calibration, Iterable):
+        raise InputError(f"calibration={calibration!r} is no tensor and gives no batches; give one of them")
     parts: list[Tensor] = []
     count = 0
     for batch in calibration:
@@ -85,9 +87,9 @@ def gather_batches(calibration: Any, most: int = 1024) -> Any:
         count += len(x)
         if count >= most:
             break
-    if not parts:
-        raise InputError("the calibration batches are empty")
-    return torch.cat(parts)[:most]
+    if not count:
+        raise InputError("the calibration inputs are empty; give a tensor with some, or batches")
+    return torch.cat(parts)[:most] if len(parts) > 1 else parts[0][:most]
 
 
 def fold_means_(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,16 @@ def test_batches_are_gathered_up_to_so_many_and_no_more_are_read() -> None:
     assert found[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert read == [0, 1, 2]
     assert len(gather_batches(torch.zeros(2000, 1))) == 1024
+
+
+@pytest.mark.parametrize("calibration", [torch.zeros(0, 3, 10, 10), [], 5], ids=["tensor", "list", "number"])
+@pytest.mark.parametrize("method", ["none", "mean", "linear", "reconstruct"])
+def test_nothing_to_calibrate_on_is_no_calibration(calibration: Any, method: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    before = snapshot(model)
+    with pytest.raises(InputError, match="give"):
+        prune_(model, torch.zeros(1, 3, 10, 10), macs=0.5, compensation=method, calibration=calibration)
+    assert snapshot(model) == before
 
 
 def test_the_regression_is_the_ridge_solution() -> None:
