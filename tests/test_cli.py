@@ -643,8 +643,9 @@ def test_bad_requests_to_export_and_bench_say_what_to_do(
     assert message in refused(*(words.get(word, word) for word in command))
 
 
+@pytest.mark.parametrize(("pruned", "little"), [(0.1, False), (0.27, True)])
 def test_the_time_of_both_models_is_reported(
-    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: float, little: bool
 ) -> None:
     """Whatever the budget; timed are the dense model and the pruned one, on as many images as were asked for."""
     from ss_pruning import _job
@@ -654,18 +655,19 @@ def test_the_time_of_both_models_is_reported(
 
     def stand_in(models: list[nn.Module], inputs: torch.Tensor, **options: Any) -> list[Timing]:
         timed.extend((sum(p.numel() for p in model.parameters()), len(inputs)) for model in models)
-        return [Timing((0.2, 0.4, 0.3)), Timing((0.1, 0.1, 0.1))]
+        return [Timing((0.2, 0.4, 0.3)), Timing((pruned,) * 3)]
 
     monkeypatch.setattr(_job, "measure_latency", stand_in)
     result = run("prune", net, *SIZE, "--macs", 0.5, "--batch", 3, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     report = Report.load_json(tmp_path / "out" / "report.json")
     assert timed == [(report.params_before, 3), (report.params_after, 3)]
-    assert (report.latency_before, report.latency_after) == (0.3, 0.1)
-    assert report.latency_ratio == pytest.approx(1 / 3)
+    assert (report.latency_before, report.latency_after) == (0.3, pruned)
+    assert report.latency_ratio == pytest.approx(pruned / 0.3)
     assert report.settings["batch"] == 3
     assert "threads: " in report.settings["timed on"]
     assert "latency (batch 3)" in result.stdout
+    assert ("--latency prunes to a time" in " ".join(result.stdout.split())) is little
 
 
 def test_a_latency_target_is_recorded(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
