@@ -57,7 +57,13 @@ from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import METHODS, SOLVED
-from ss_pruning.defaults import COST_EXPONENT, default_cost_exponent, default_scope, default_score
+from ss_pruning.defaults import (
+    COST_EXPONENT,
+    default_cost_exponent,
+    default_reestimate,
+    default_scope,
+    default_score,
+)
 from ss_pruning.distillation import distilled
 from ss_pruning.errors import BudgetError, InputError
 from ss_pruning.latency import machine
@@ -164,14 +170,14 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             finetune=options.finetune_images,
             split=options.split,
             images=options.images,
-            reestimate=options.reestimate,
+            reestimate=default_reestimate(compensation) if options.reestimate is None else options.reestimate,  # type: ignore[arg-type]
             scope=scope,
         )
 
 
 def calibration_of(criterion: str, compensation: str, options: argparse.Namespace) -> str:
     """What a run calibrates on; "none" where it has no use for images, or can do without and was not told otherwise."""
-    if criterion.startswith(OURS) or compensation in SOLVED or options.reestimate:
+    if criterion.startswith(OURS) or compensation in SOLVED:
         return options.calibration or "real"
     return (options.calibration or "none") if compensation == "mean" else "none"
 
@@ -347,7 +353,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
     parser.add_argument(
-        "--reestimate", action="store_true", help="re-estimate the norms on the calibration images"
+        "--reestimate", action=argparse.BooleanOptionalAction, help="by default with mean and linear"
     )
     parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
     parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")
@@ -364,10 +370,7 @@ def arguments() -> argparse.Namespace:
     for name in options.criteria:
         if not is_known(name):
             parser.error(f"no criterion {name!r}; there are {', '.join(CRITERIA)}")
-    needing = [
-        *(name for name in options.compensations if name in SOLVED),
-        *["--reestimate"] * options.reestimate,
-    ]
+    needing = [name for name in options.compensations if name in SOLVED]
     if options.calibration == "none" and needing:
         parser.error(f"{needing[0]} needs images to calibrate on")
     return options

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
-from ss_pruning.defaults import RELEVANCE_EXPONENT
+from ss_pruning.defaults import RELEVANCE_EXPONENT, default_reestimate
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -150,12 +150,17 @@ def cells(lines: Iterable[Line]) -> Cells:
     return best
 
 
+def is_default(line: Line) -> bool:
+    """Whether norms were moved, or left, as `prune_` does by default."""
+    return bool(line.get("reestimate")) == default_reestimate(line["compensation"])
+
+
 def column_of(line: Line) -> str:
     """The compensation, and what it calibrated on if that is not what it always does."""
-    anew = ", norms anew" if line.get("reestimate") else ""
+    norms = "" if is_default(line) else ", norms moved" if line.get("reestimate") else ", norms left"
     images = ", images" if line["calibration"] == "real" and line["compensation"] in ("none", "mean") else ""
     distilled = ", distilled" if line["calibration"] == "distilled" else ""
-    return str(line["compensation"]) + distilled + (anew or images)
+    return str(line["compensation"]) + distilled + images + norms
 
 
 def _columns(found: Cells) -> list[str]:

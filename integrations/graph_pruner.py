@@ -21,6 +21,7 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 from ss_pruning.compensation import Method
 from ss_pruning.coupling import Cell, LeftWhole, Unit
 from ss_pruning.cutting import calibration_images, check_compensation, cut_
+from ss_pruning.defaults import default_reestimate
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.cells import cell_scores
 from ss_pruning.integrations.channel_graph import (
@@ -161,7 +162,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         *,
         compensation: Method = "none",
         calibration: Any = None,
-        reestimate: bool = False,
+        reestimate: bool | None = None,
     ) -> Iterator[ChannelGroup] | None:
         """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
 
@@ -169,12 +170,13 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             interactive: Hand out groups instead of cutting.
             compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation`.
             calibration: Unlabelled inputs for it: a tensor, batches, or "distilled".
-            reestimate: Measure the statistics of the batch norms behind the cut anew on them.
+            reestimate: Move the statistics of the batch norms behind the cut; by default with "mean" and "linear".
 
         Raises:
             InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
         """
-        check_compensation(compensation, calibration, reestimate)
+        check_compensation(compensation, calibration)
+        reestimate = default_reestimate(compensation) if reestimate is None else reestimate
         plain = compensation == "none" and not reestimate
         if interactive and not plain:
             raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")

@@ -154,11 +154,13 @@ CalibrationOption = Annotated[
     ),
 ]
 Reestimate = Annotated[
-    bool,
+    bool | None,
     _option(
         _CRITERION,
-        "--reestimate",
-        help="At the end, measure the statistics of the batch norms behind the cut anew on the calibration images.",
+        "--reestimate/--no-reestimate",
+        help="At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has "
+        "moved, on the calibration images if there are any, else on noise.",
+        show_default="with mean and linear",
         metavar="",
     ),
 ]

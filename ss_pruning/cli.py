@@ -56,7 +56,7 @@ def prune(
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
     calibration: option.CalibrationOption = None,
-    reestimate: option.Reestimate = False,
+    reestimate: option.Reestimate = None,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
     seed: option.Seed = 0,
@@ -67,7 +67,7 @@ def prune(
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
-        needed_by = _needs_images(compensation, reestimate, scope)
+        needed_by = _needs_images(compensation, scope)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -77,7 +77,7 @@ def prune(
             "compensation": compensation.value,
             **({} if scope is None else {"scope": scope.value}),
             **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
-            **({"reestimate": True} if reestimate else {}),
+            **({} if reestimate is None else {"reestimate": reestimate}),
         }
         with _output_folder(out), progress_bars() as progress:
             from ss_pruning import _job
@@ -278,12 +278,10 @@ def _check_synaptic_options(importance: Importance, moments: Moments | None, sco
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
 
 
-def _needs_images(compensation: Compensation, reestimate: bool, scope: Scope | None) -> str | None:
+def _needs_images(compensation: Compensation, scope: Scope | None) -> str | None:
     """The option that cannot do without calibration images, if there is one."""
     if compensation in (Compensation.linear, Compensation.reconstruct):
         return f"--compensation {compensation.value}"
-    if reestimate:
-        return "--reestimate"
     return "--scope measured" if scope is Scope.measured else None
 
 

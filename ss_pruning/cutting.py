@@ -45,7 +45,7 @@ def calibration_images(
     return None if calibration is None else gather_batches(calibration)
 
 
-def check_compensation(compensation: str, calibration: Any, reestimate: bool = False) -> None:
+def check_compensation(compensation: str, calibration: Any) -> None:
     """Refuse what cannot be done, before any work.
 
     Raises:
@@ -63,11 +63,6 @@ def check_compensation(compensation: str, calibration: Any, reestimate: bool = F
         raise InputError(
             f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
             f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
-        )
-    if reestimate and calibration is None:
-        raise InputError(
-            "reestimate=True needs calibration=, a few hundred unlabelled inputs: a tensor or a data loader, or "
-            f"{DISTILLED!r}"
         )
 
 
@@ -89,7 +84,7 @@ def cut_(
         method: How to compensate.
         images: One batch of calibration inputs, or None; see `calibration_images`.
         example_inputs: What `forward` takes.
-        reestimate: Measure the statistics of the batch norms behind the cut anew, at the end.
+        reestimate: Move the statistics of the batch norms behind the cut, at the end.
 
     Returns:
         The plan with the biases that layers got, and what the compensation did.
@@ -104,7 +99,8 @@ def cut_(
     try:
         outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
         if reestimate:
-            reestimate_(small, plan, wiring, images)
+            means = method == "none" or images is not None
+            reestimate_(small, model, plan, wiring, images, example_inputs, means)
     except SSPruningError:
         raise
     except Exception as error:

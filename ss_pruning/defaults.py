@@ -34,6 +34,14 @@ def default_score(compensation: Method, scope: Scope) -> Literal["share", "relev
     return "relevance" if scope != "local" and compensation not in SOLVED else "share"
 
 
+def default_reestimate(compensation: Method) -> bool:
+    """What `prune_` takes where nothing is said: norms follow what means and regressions leave.
+
+    Without compensation the cut shall equal the mask, and "reconstruct" fits layers to the norms as they are.
+    """
+    return compensation in ("mean", "linear")
+
+
 def default_cost_exponent(importance: Any, scope: Scope) -> float:
     """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
     by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"

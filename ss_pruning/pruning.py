@@ -22,6 +22,7 @@ from ss_pruning.defaults import (
     COST_EXPONENT,
     default_conditional,
     default_cost_exponent,
+    default_reestimate,
     default_scope,
     default_score,
 )
@@ -62,7 +63,7 @@ def prune_(
     cost_exponent: float | None = None,
     compensation: Method = "none",
     calibration: Any = None,
-    reestimate: bool = False,
+    reestimate: bool | None = None,
     latency_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -102,8 +103,9 @@ def prune_(
         calibration: Unlabelled inputs, to measure damage on and to compensate by: a tensor, or an iterable of batches
             (a data loader). A few hundred. Or "distilled": images made from the model's batch norms, see
             `ss_pruning.distillation`.
-        reestimate: At the end, give the batch norms behind the cut the mean and variance of what reaches them on the
-            calibration inputs, see `ss_pruning.reestimation`. Helps where nothing compensates.
+        reestimate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has
+            moved, on the calibration inputs or, without any, on noise, see `ss_pruning.reestimation`. By default with
+            "mean" and "linear". With "none" the pruned model then no longer equals the masked one, and works better.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
         progress: Called with (stage, done, total), "distil" and "measure" in steps of their own.
 
@@ -118,7 +120,8 @@ def prune_(
     """
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent, calibration)
-    check_compensation(compensation, calibration, reestimate)
+    check_compensation(compensation, calibration)
+    reestimate = default_reestimate(compensation) if reestimate is None else reestimate
     check_finite(model)
     clock = _Clock(progress or (lambda *_: None))
     with clock("trace", 0):

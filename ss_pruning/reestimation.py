@@ -1,17 +1,26 @@
-"""Re-estimation: batch norms behind a cut take the mean and the variance of what reaches them now.
+"""Re-estimation: the statistics of batch norms behind a cut move as far as what reaches them has moved.
 
-A cut changes what reaches the norms, whose statistics are still the dense model's. Off by default, since
-`ss_pruning.reconstruction` fits the layers to those very statistics (measured by `python -m benchmarks.accuracy
---reestimate`).
+A cut takes mean and variance away from what reaches the norms behind it, whose statistics are still the dense model's.
+Both nets run on the same inputs, and what differs between them is what the statistics are moved by: means by their
+difference, variances by their quotient. What both have in common, such as a sample that is not the training set,
+cancels; a net that lost nothing keeps its statistics as they are.
+
+Without inputs both nets run on noise whose spectrum is that of photos (amplitude 1/f), and what reaches a norm is
+brought to its statistics on the way, channel by channel: every layer then reads what it reads in the dense net, as far
+as means and variances go.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Plan
@@ -19,49 +28,156 @@ from ss_pruning.wiring import Wiring
 
 #: Count, mean and (biased) variance by channel.
 _Sample = tuple[int, Tensor, Tensor]
+# Noise: at least so many images, at most so many, and else as many as have this number of positions.
+_LEAST, _MOST, _POSITIONS = 16, 256, 2**18
 
 
-def reestimate_(model: nn.Module, plan: Plan, wiring: Wiring, images: Any) -> list[str]:
-    """Set the running statistics of the batch norms behind the first cut, in place and in one pass.
+def reestimate_(
+    small: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    images: Any,
+    inputs: Any,
+    means: bool = True,
+) -> list[str]:
+    """Move the running statistics of the batch norms behind the first cut, in place and in one pass.
 
-    Each norm is set before it runs, so those behind it see what it will put out from now on. Variances are unbiased,
-    as PyTorch keeps them. Over the calls of a norm that runs several times, statistics are those of all that it saw.
+    Each norm is set before it runs, so those behind it see what it will put out from now on. Over the calls of
+    a norm that runs several times, statistics are those of all that it saw. With `m`, `v` and `M`, `V` what
+    reaches the dense norm and its statistics, and `m'`, `v'` what reaches the norm now, what it puts out has
+    the mean and variance of what the dense one puts out by `V' = V v' / v` and `M' = m' + (M - m) sqrt(v' /
+    v)`; on noise `m` and `v` stand for `M` and `V`, and `M' = M + (m' - m) sqrt(V / v)`. To all variances the
+    norm's `eps` is added.
 
     Args:
-        model: The dense model with `plan` applied; in evaluation mode for the pass, whatever its mode is.
+        small: `dense` with `plan` applied; in evaluation mode for the pass, whatever its mode is.
+        dense: The dense model; not changed.
         plan: What was cut.
         wiring: The wiring of the dense model.
-        images: One batch of inputs; the more, the better the estimate.
+        images: One batch of inputs; None for noise.
+        inputs: What `forward` takes; the noise has its shape.
+        means: Move the means, too; on noise they are known less well than those of `fold_means_`.
 
     Returns:
         Paths of the norms that were set.
     """
-    paths = {model.get_submodule(path): path for path in _norms_behind_cuts(model, plan, wiring)}
-    seen: dict[nn.Module, _Sample] = {}
+    norms, first = _norms(dense, wiring), _first_cut(plan, wiring)
+    behind = [path for number, path in norms.items() if number >= first]
+    on_noise = images is None
+    # Noise has to be brought to the statistics of the first norms, too.
+    paths = list(norms.values()) if on_noise else behind
+    images = noise_like(inputs) if on_noise else images
+    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
+    wanted = _watched(dense, paths, images, on_noise)
+    seen: dict[str, list[_Sample]] = defaultdict(list)
 
-    def listen(norm: Any, args: tuple[Any, ...]) -> None:
-        now = _sample(args[0])
-        count, mean, variance = seen[norm] = _pooled(seen[norm], now) if norm in seen else now
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance * (count / max(count - 1, 1)))
+    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> Any:
+        number = min(len(seen[path]), len(wanted[path]) - 1)
+        now = _added(seen[path], args[0])
+        if path not in behind:
+            return _brought(norm, args, now)
+        centre = norm.running_mean.clone()
+        _set(norm, dense.get_submodule(path), kept.get(path), wanted[path][number], now, on_noise)
+        if not means:
+            norm.running_mean.copy_(centre)
+        return _brought(norm, args, now) if on_noise else None
 
-    handles = [norm.register_forward_pre_hook(listen) for norm in paths]
+    _run(small, {path: partial(listen, path) for path in paths if path in wanted}, images)
+    return [path for path in behind if path in seen]
+
+
+def _watched(net: nn.Module, paths: Sequence[str], images: Any, on_noise: bool) -> dict[str, list[_Sample]]:
+    """By norm and call, what has reached it up to then."""
+    seen: dict[str, list[_Sample]] = defaultdict(list)
+
+    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> Any:
+        now = _added(seen[path], args[0])
+        return _brought(norm, args, now) if on_noise else None
+
+    _run(net, {path: partial(listen, path) for path in paths}, images)
+    return dict(seen)
+
+
+def _run(net: nn.Module, hooks: Mapping[str, Any], images: Any) -> None:
+    handles = [net.get_submodule(path).register_forward_pre_hook(hook) for path, hook in hooks.items()]
     try:
-        with torch.no_grad(), preserved(model, training=False):
-            call(model, images)
+        with torch.no_grad(), preserved(net, training=False):
+            call(net, images)
     finally:
         for handle in handles:
             handle.remove()
-    return [path for norm, path in paths.items() if norm in seen]
 
 
-def _norms_behind_cuts(model: nn.Module, plan: Plan, wiring: Wiring) -> list[str]:
-    """Batch norms with running statistics from the first layer on that was cut, in the order in which they run."""
+def _set(norm: Any, dense: Any, kept: Tensor | None, then: _Sample, now: _Sample, on_noise: bool) -> None:
+    """Move the statistics of a norm from those of the dense one."""
+    (_, m, v), (_, mean, variance) = then, now
+    parts = [part.double() for part in (m, v, dense.running_mean, dense.running_var)]
+    m, v, centre, spread = parts if kept is None else [part[kept.to(part.device)] for part in parts]
+    v, spread, variance = (part + norm.eps for part in (v, spread, variance))
+    if on_noise:
+        norm.running_mean.copy_(centre + (mean - m) * (spread / v).sqrt())
+    else:
+        norm.running_mean.copy_(mean + (centre - m) * (variance / v).sqrt())
+    norm.running_var.copy_((spread * variance / v - norm.eps).clamp_min(0))
+
+
+def _brought(norm: Any, args: tuple[Any, ...], sample: _Sample) -> tuple[Any, ...]:
+    """What reaches a norm, with its channels brought to the norm's statistics."""
+    _, mean, variance = sample
+    shape = [1, -1, *[1] * (args[0].dim() - 2)]
+    scale = ((norm.running_var + norm.eps) / (variance + norm.eps)).sqrt()
+    shift = norm.running_mean - scale * mean
+    x = args[0]
+    return (x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype), *args[1:])
+
+
+def noise_like(inputs: Any) -> Any:
+    """Inputs of the same shape, but for the number of images: noise for each tensor of floating point numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2:
+            return leaf
+        count = min(max(_POSITIONS // max(leaf[0, 0].numel(), 1), _LEAST), _MOST)
+        x = torch.randn(count, *leaf.shape[1:], generator=generator)
+        return (_coloured(x) if x.dim() == 4 else x).to(leaf)
+
+    return pytree.tree_map(made, inputs)
+
+
+def _coloured(x: Tensor) -> Tensor:
+    """White maps with the spectrum of photos, of variance 1 again."""
+    height, width = x.shape[2:]
+    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    maps: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) / frequency, s=(height, width))
+    return maps / maps.std()
+
+
+def _norms(model: nn.Module, wiring: Wiring) -> dict[int, str]:
+    """Batch norms with running statistics, by their place in the order in which layers run."""
+    modules = {number: (path, model.get_submodule(path)) for number, path in enumerate(wiring.layers)}
+    return {
+        number: path
+        for number, (path, module) in modules.items()
+        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+    }
+
+
+def _first_cut(plan: Plan, wiring: Wiring) -> int:
+    """The place of the first layer that was cut."""
     cut = {cut.path for cut in plan.cuts}
-    order = list(wiring.layers)
-    first = min((number for number, path in enumerate(order) if path in cut), default=len(order))
-    modules = {path: model.get_submodule(path) for path in order[first:]}
-    return [p for p, m in modules.items() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
+    return min(
+        (number for number, path in enumerate(wiring.layers) if path in cut), default=len(wiring.layers)
+    )
+
+
+def _added(seen: list[_Sample], x: Tensor) -> _Sample:
+    """Take note of what reaches a norm; returns all that has reached it."""
+    now = _sample(x)
+    seen.append(_pooled(seen[-1], now) if seen else now)
+    return seen[-1]
 
 
 def _sample(x: Tensor) -> _Sample:

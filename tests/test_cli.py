@@ -254,7 +254,7 @@ def test_norms_are_re_estimated_on_the_images(
     seen: list[tuple[int, ...]] = []
     real = cutting.reestimate_
     monkeypatch.setattr(
-        cutting, "reestimate_", lambda *args: seen.append(tuple(args[3].shape)) or real(*args)
+        cutting, "reestimate_", lambda *args: seen.append(tuple(args[4].shape)) or real(*args)
     )
     result = run("prune", net, *SIZE, "--macs", 0.7, "--reestimate", "--data", photos, "--json")
     assert result.exit_code == 0, result.output
@@ -313,7 +313,6 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--weights", "absent.pth"), "no weights file at 'absent.pth'"),
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
-        (("--macs", 0.5, "--reestimate"), "--reestimate calibrates on images"),
         (("--macs", 0.5, "--scope", "measured"), "--scope measured calibrates on images"),
         (
             ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),

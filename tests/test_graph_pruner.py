@@ -385,7 +385,6 @@ def test_a_compensated_step_is_nearer_to_the_dense_model(method: str, steps: int
     [
         ({"compensation": "magic"}, "unknown"),
         ({"compensation": "linear"}, "needs calibration"),
-        ({"reestimate": True}, "needs calibration"),
         ({"reestimate": True, "calibration": torch.zeros(1), "interactive": True}, "one by one"),
         ({"compensation": "mean", "interactive": True}, "one by one"),
     ],

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ss_pruning import prune_
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import ModelError
 from ss_pruning.provenance import trace
-from ss_pruning.reestimation import reestimate_
+from ss_pruning.reestimation import noise_like, reestimate_
 from ss_pruning.surgery import Cut, Plan
 from tests.snapshot import snapshot
 from tests.zoo import randomise
@@ -49,53 +49,128 @@ def images(n: int = 24) -> Tensor:
     return torch.randn(n, 3, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
 
 
+KEPT = (0, 2, 3, 5)
+
+
 def cut(model: Net) -> tuple[Net, Plan]:
     """Without two of the channels between the second and the third convolution."""
-    kept = (0, 2, 3, 5)
     sides = (("conv2", "out"), ("bn2", "through"), ("plain", "through"), ("conv3", "in"))
-    plan = Plan(tuple(Cut(path, side, 6, kept) for path, side in sides))  # type: ignore[arg-type]
+    plan = Plan(tuple(Cut(path, side, 6, KEPT) for path, side in sides))  # type: ignore[arg-type]
     return plan.apply_(copy.deepcopy(model)), plan  # type: ignore[return-value]
 
 
 def moments(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance by channel, from the definition."""
+    """Mean and biased variance by channel, from the definition."""
     rows = torch.cat([part.movedim(1, -1).reshape(-1, part.shape[1]) for part in parts])
     mean = rows.sum(0) / len(rows)
-    return mean, ((rows - mean) ** 2).sum(0) / (len(rows) - 1)
+    return mean, ((rows - mean) ** 2).sum(0) / len(rows)
 
 
-def inputs_of(model: nn.Module, path: str, x: Tensor) -> list[Tensor]:
-    """What reaches a module, call by call, in evaluation mode."""
-    found: list[Tensor] = []
+def seen_at(model: nn.Module, path: str, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What reaches a module and what it puts out, call by call, in evaluation mode."""
+    found: list[tuple[Tensor, Tensor]] = []
     twin = copy.deepcopy(model).eval()
-    twin.get_submodule(path).register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))
-    twin(x)
-    return found
+    twin.get_submodule(path).register_forward_hook(lambda module, args, out: found.append((args[0], out)))
+    with torch.no_grad():
+        twin(x)
+    return [read for read, _ in found], [out for _, out in found]
 
 
-def test_statistics_are_those_of_what_reaches_a_norm_from_now_on() -> None:
-    model, x = net(), images()
+def moved(model: Net, x: Tensor | None, like: Tensor, means: bool = True) -> tuple[Net, list[str]]:
     small, plan = cut(model)
-    assert reestimate_(small, plan, trace(model, x), x) == ["bn2", "bn3"]
-    mean, variance = moments(inputs_of(small, "bn2", x))
-    assert torch.allclose(small.bn2.running_mean, mean, rtol=1e-12)
-    assert torch.allclose(small.bn2.running_var, variance, rtol=1e-12)
+    return small, reestimate_(small, model, plan, trace(model, like), x, like, means)
+
+
+def test_a_norm_puts_out_the_mean_and_variance_that_the_dense_one_puts_out() -> None:
+    model, x = net(), images()
+    small, paths = moved(model, x, x)
+    assert paths == ["bn2", "bn3"]
+    for now, then in zip(
+        moments(seen_at(small, "bn2", x)[1]), moments(seen_at(model, "bn2", x)[1]), strict=True
+    ):
+        torch.testing.assert_close(now, then[list(KEPT)], rtol=1e-3, atol=1e-3)
+    old = cut(model)[0]
+    assert not torch.allclose(
+        moments(seen_at(old, "bn3", x)[1])[1], moments(seen_at(model, "bn3", x)[1])[1], rtol=0.1
+    )
+
+
+def test_statistics_are_those_of_the_formula() -> None:
+    model, x = net(), images()
+    small, _ = moved(model, x, x)
+    (m, v), (m2, v2) = moments(seen_at(model, "bn2", x)[0]), moments(seen_at(small, "bn2", x)[0])
+    for position, channel in enumerate(KEPT):
+        e = model.bn2.eps
+        centre, spread = float(model.bn2.running_mean[channel]), float(model.bn2.running_var[channel])
+        was, now = float(v[channel]) + e, float(v2[position]) + e
+        mean = float(m2[position]) + (centre - float(m[channel])) * (now / was) ** 0.5
+        assert float(small.bn2.running_mean[position]) == pytest.approx(mean, rel=1e-9)
+        assert float(small.bn2.running_var[position]) == pytest.approx((spread + e) * now / was - e, rel=1e-9)
+
+
+def test_without_a_change_nothing_moves() -> None:
+    model, x = net(), images()
+    small = copy.deepcopy(model)
+    everything = Plan((Cut("conv2", "out", 6, tuple(range(6))),))
+    for given in (x, None):
+        reestimate_(small, model, everything, trace(model, x), given, x)
+        for name, value in small.state_dict().items():
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
 def test_calls_of_one_norm_are_pooled() -> None:
     model, x = net(), images()
-    small, plan = cut(model)
-    twin = copy.deepcopy(small)
-    reestimate_(small, plan, trace(model, x), x)
-    # The first call has set the norm when the second one's input is made.
-    twin.load_state_dict(small.state_dict())
-    first = inputs_of(twin, "bn3", x)[0]
-    mean, variance = moments([first])
-    twin.bn3.running_mean.copy_(mean)
-    twin.bn3.running_var.copy_(variance)
-    mean, variance = moments(inputs_of(twin, "bn3", x))
-    assert torch.allclose(small.bn3.running_mean, mean, rtol=1e-12)
-    assert torch.allclose(small.bn3.running_var, variance, rtol=1e-12)
+    small, _ = moved(model, x, x)
+    # By its second call the norm has the statistics of both calls: those stay.
+    before, after = moments(seen_at(model, "bn3", x)[0]), None
+    first = copy.deepcopy(small)
+    reads = seen_at(first, "bn3", x)[0]
+    e = model.bn3.eps
+    (m, v), (m2, v2) = (moments(seen_at(model, "bn3", x)[0][:1]), moments(reads[:1]))
+    # What the first call had set, for what the second one reads.
+    first.bn3.running_mean.copy_(m2 + (model.bn3.running_mean - m) * ((v2 + e) / (v + e)).sqrt())
+    first.bn3.running_var.copy_((model.bn3.running_var + e) * (v2 + e) / (v + e) - e)
+    after = moments([reads[0], seen_at(first, "bn3", x)[0][1]])
+    (m, v), (m2, v2) = before, after
+    mean = m2 + (model.bn3.running_mean - m) * ((v2 + e) / (v + e)).sqrt()
+    torch.testing.assert_close(small.bn3.running_mean, mean, rtol=1e-9, atol=1e-9)
+
+
+def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
+    """Half of equal channels that do not hang together: half of the mean, half of the variance."""
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1, bias=False), nn.BatchNorm2d(1)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)
+        model[1].bias.fill_(3.0)
+        model[3].running_mean.fill_(24.0)
+        model[3].running_var.fill_(8.0)
+    x = torch.randn(2, 8, 32, 32)
+    kept = (0, 2, 4, 6)
+    plan = Plan((Cut("2", "in", 8, kept),))
+    small = plan.apply_(copy.deepcopy(model))
+    small[2].register_forward_pre_hook(lambda module, args: args[0][:, list(kept)])
+    moved = copy.deepcopy(small)
+    assert reestimate_(moved, model, plan, trace(model, x), None, x) == ["3"]
+    assert float(moved[3].running_mean) == pytest.approx(12.0, rel=0.02)
+    assert float(moved[3].running_var) == pytest.approx(4.0, rel=0.1)
+    reestimate_(small, model, plan, trace(model, x), None, x, False)
+    assert float(small[3].running_mean) == 24.0
+    assert float(small[3].running_var) == pytest.approx(4.0, rel=0.1)
+
+
+def test_noise_has_the_spectrum_of_photos() -> None:
+    noise = noise_like(
+        {"x": torch.zeros(1, 3, 32, 32), "n": 3, "v": torch.zeros(2, 7), "i": torch.ones(2, 2).long()}
+    )
+    assert noise["x"].shape == (256, 3, 32, 32)
+    assert noise["v"].shape == (256, 7)
+    assert (noise["n"], noise["i"].tolist()) == (3, [[1, 1], [1, 1]])
+    assert float(noise["x"].std()) == pytest.approx(1, rel=0.01)
+    power = torch.fft.rfft2(noise["x"]).abs().square().mean((0, 1))
+    assert float(power[0, 2] / power[0, 8]) == pytest.approx(16, rel=0.3)  # amplitude falls as 1 / f
+    assert noise_like(torch.zeros(1, 3, 224, 224)).shape == (16, 3, 224, 224)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -104,7 +179,10 @@ def test_nothing_else_is_changed(training: bool) -> None:
     small, plan = cut(model)
     small.train(training)
     before = snapshot(small)
-    reestimate_(small, plan, trace(model, x), x)
+    dense = snapshot(model)
+    reestimate_(small, model, plan, trace(model, x), x, x)
+    reestimate_(small, model, plan, trace(model, x), None, x)
+    assert snapshot(model) == dense
     after = snapshot(small)
     changed = {name for name, value in after.items() if value != before[name]}
     assert changed == {f"bn{n}.running_{what}: tensor" for n in (2, 3) for what in ("mean", "var")}
@@ -113,28 +191,35 @@ def test_nothing_else_is_changed(training: bool) -> None:
 def test_half_precision_is_summed_in_single() -> None:
     model, x = net(), images(64) + 20
     small, plan = cut(model)
-    reestimate_(small, plan, trace(model, x), x)
+    reestimate_(small, model, plan, trace(model, x), x, x)
     half, _ = cut(model.bfloat16())
-    reestimate_(half, plan, trace(model, x.bfloat16()), x.bfloat16())
+    reestimate_(half, model, plan, trace(model, x.bfloat16()), x.bfloat16(), x)
     assert half.bn2.running_mean.dtype == torch.bfloat16
     assert torch.allclose(half.bn2.running_var.double(), small.bn2.running_var, rtol=0.05)
 
 
-def test_prune_re_estimates_on_request_only() -> None:
-    x = images()
-    plain, anew = net().eval(), net().eval()
-    prune_(plain, x[:1], ratio=0.3)
-    report = prune_(anew, x[:1], ratio=0.3, importance=None, calibration=x, reestimate=True)
-    assert report.settings["reestimate"] is True
-    mean, variance = moments(inputs_of(anew, "bn2", x))
-    assert torch.allclose(anew.bn2.running_mean, mean, rtol=1e-9)
-    assert torch.allclose(anew.bn2.running_var, variance, rtol=1e-9)
-    assert not torch.allclose(plain.bn2.running_mean, moments(inputs_of(plain, "bn2", x))[0], rtol=1e-3)
-
-
-def test_it_is_refused_without_calibration_inputs() -> None:
-    with pytest.raises(InputError, match="reestimate=True needs calibration="):
-        prune_(net(), images()[:1], ratio=0.3, reestimate=True)
+@pytest.mark.parametrize("calibration", [images(), None], ids=["images", "noise"])
+@pytest.mark.parametrize(
+    ("compensation", "asked", "done"),
+    [
+        ("none", None, False), ("mean", None, True), ("linear", None, True), ("reconstruct", None, False),
+        ("none", True, True), ("mean", False, False), ("reconstruct", True, True),
+    ],
+)  # fmt: skip
+def test_prune_moves_norms_by_default_with_means_and_regressions(
+    compensation: Any, asked: bool | None, done: bool, calibration: Any
+) -> None:
+    if calibration is None and compensation in ("linear", "reconstruct"):
+        pytest.skip("needs images")
+    models, x = [net().eval() for _ in range(2)], images()
+    options: dict[str, Any] = {"ratio": 0.3, "compensation": compensation, "calibration": calibration}
+    report, _ = (
+        prune_(model, x[:1], importance=None, reestimate=flag, **options)
+        for model, flag in zip(models, (asked, False), strict=True)
+    )
+    assert report.settings.get("reestimate", False) is done
+    variances = [model.bn3.running_var for model in models]
+    assert torch.equal(*variances) is not done
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
@@ -155,5 +240,5 @@ def test_no_hook_survives_an_error() -> None:
     small, plan = cut(model)
     wiring = trace(model, x)
     with pytest.raises(RuntimeError, match="expected input"):
-        reestimate_(small, plan, wiring, x[:, :2])
-    assert not any(module._forward_pre_hooks for module in small.modules())
+        reestimate_(small, model, plan, wiring, x[:, :2], x)
+    assert not any(module._forward_pre_hooks for net in (small, model) for module in net.modules())
