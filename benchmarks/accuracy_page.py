@@ -50,7 +50,8 @@ layers by their scores, as they are and divided by the root of what a channel co
 only the first seed was run with both, the one that was better with it). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. *Then N images*: fine-tuned on N training images, for all in the same way, by `finetune` of the script. \
-*Norms anew*: the batch norms behind the cut were re-estimated on the calibration images at the end. \
+With *mean* and *linear* the statistics of the batch norms behind the cut are moved at the end as far as what reaches \
+them has moved, on the calibration images or, without any, on noise: the default of `prune_`. \
 **Bold**: the best of a column. The line below each table tells how far {ours} is from the best, and whether \
 that is within one standard deviation (the larger of the two).
 
@@ -76,7 +77,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
             of_net = [line for line in chosen if (line["net"], line["residual"]) == (net, residual)]
             if of_net:
                 parts += _net_section(net, residual, of_net, page)
-    parts += [*_gains(chosen), *_scopes(everything), *_tried(lines)]
+    parts += [*_other_norms(chosen), *_gains(chosen), *_scopes(everything), *_tried(lines)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts) + "\n")
     return page
@@ -108,9 +109,27 @@ def _net_section(net: str, residual: bool, lines: list[Line], page: Path) -> lis
     if _plot(lines, f"{net}{stream}", plot):
         parts += [f"![accuracy against MACs]({plot.name})", ""]
     for macs in sorted({line["macs"] for line in lines}, reverse=True):
-        at = [line for line in lines if line["macs"] == macs]
+        at = [line for line in lines if line["macs"] == macs and is_default(line)]
         parts += [f"### {macs:.0%} of the multiply-accumulates", "", *table(at), *_remarks(at), ""]
     return parts
+
+
+def _other_norms(lines: list[Line]) -> list[str]:
+    """What was run with norms left where by default they are moved, or the other way round."""
+    others = [line for line in lines if not is_default(line)]
+    points = {(line["net"], line["residual"], line["macs"]) for line in others}
+    about = (
+        "The same with norms that keep the statistics of the dense net where by default they follow (*norms left*), or "
+        "follow where by default they are left (*norms moved*)."
+    )
+    parts = ["## Norms left as they were", "", about, ""]
+    for net, residual, macs in sorted(points, key=lambda p: (NETS.index(p[0]), p[1], -p[2])):
+        at = [
+            line for line in others if (line["net"], line["residual"], line["macs"]) == (net, residual, macs)
+        ]
+        stream = ", residual stream included" if residual else ""
+        parts += [f"### {net}{stream}, {macs:.0%} of the multiply-accumulates", "", *table(at), ""]
+    return parts if points else []
 
 
 def _trained(net: str) -> list[str]:
@@ -209,7 +228,7 @@ def distance(found: Cells, column: str, best: str) -> str:
 def _by_chance(criterion: str, column: str) -> bool:
     """True if another seed would give another result."""
     free = ("none", "mean") if criterion == OURS else ("none", "mean", *USELESS)
-    return criterion in BY_CHANCE or column not in free
+    return criterion in BY_CHANCE or column.partition(", norms")[0] not in free
 
 
 def spread(values: Iterable[float], by_chance: bool = False) -> str:
@@ -283,12 +302,12 @@ def _tried(lines: list[Line]) -> list[str]:
     tried = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
     if not tried:
         return []
-    found: dict[tuple[str, float], dict[tuple[int, float, int], float]] = defaultdict(dict)
+    found: dict[tuple[str, float], dict[tuple[int, float, str], float]] = defaultdict(dict)
     for line in tried:
-        point = NETS.index(line["net"]), -line["macs"], COMPENSATIONS.index(line["compensation"])
+        point = NETS.index(line["net"]), -line["macs"], column_of(line)
         found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
     points = sorted({point for at in found.values() for point in at})
-    heads = [f"{NETS[net]}, {-macs:.0%}, {COMPENSATIONS[number]}" for net, macs, number in points]
+    heads = [f"{NETS[net]}, {-macs:.0%}, {column}" for net, macs, column in points]
     parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
              "which are what choices are made on; one run each. First row: the default: relevance, divided by "
              f"cost to the power {RELEVANCE_EXPONENT:g}.",

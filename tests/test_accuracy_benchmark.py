@@ -404,12 +404,31 @@ def test_pages_tell_the_machines() -> None:
     assert made_on([*lines, lines[1]]) == "on one Loom: torch 3; on a CPU: torch 2"
 
 
+def test_norms_that_are_not_as_by_default_have_tables_of_their_own(tmp_path: Path) -> None:
+    lines = [
+        line(OURS, 50.0),
+        line(OURS, 60.0, compensation="mean", reestimate=True),
+        line(OURS, 55.0, compensation="mean"),
+        line("LAMP", 54.0, compensation="mean"),
+        line(OURS, 58.0, reestimate=True),
+    ]
+    main, _, others = (
+        accuracy_page.write_page(lines, tmp_path / "page.md")
+        .read_text()
+        .partition("## Norms left as they were")
+    )
+    assert f"| {OURS} | 50.00 | 60.00 |" in main
+    assert "norms left |" not in main
+    assert "| criterion | none, norms moved | mean, norms left |" in others
+    assert f"| {OURS} | 58.00 | **55.00** |" in others
+
+
 def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -> None:
     tried = [
         line("LAMP", 60.0, split="train"),
         line(f"{OURS}:reduce=max,cost_exponent=0.25", 61.0, split="train", cost_exponent=0.25),
         line(OURS, 62.0, split="train", cost_exponent=0.75),
-        line(OURS, 63.0, split="train", cost_exponent=0.75, compensation="mean"),
+        line(OURS, 63.0, split="train", cost_exponent=0.75, compensation="mean", reestimate=True),
     ]
     text = accuracy_page.write_page([line(OURS, 50.0), *tried], tmp_path / "page.md").read_text()
     table = text.partition("what was tried")[2].strip().splitlines()[-5:]
