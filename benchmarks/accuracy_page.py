@@ -302,12 +302,13 @@ def _tried(lines: list[Line]) -> list[str]:
     tried = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
     if not tried:
         return []
-    found: dict[tuple[str, float], dict[tuple[int, float, str], float]] = defaultdict(dict)
+    found: dict[tuple[str, float], dict[tuple[Any, ...], float]] = defaultdict(dict)
     for line in tried:
-        point = NETS.index(line["net"]), -line["macs"], column_of(line)
+        place = NETS.index(line["net"]), -line["macs"], COMPENSATIONS.index(line["compensation"])
+        point = *place, column_of(line)
         found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
     points = sorted({point for at in found.values() for point in at})
-    heads = [f"{NETS[net]}, {-macs:.0%}, {column}" for net, macs, column in points]
+    heads = [f"{NETS[net]}, {-macs:.0%}, {column}" for net, macs, _, column in points]
     parts = ["", "## Cuts without images: what was tried", "", f"Top-1 in % on {tried[0]['images']:,} training images, "
              "which are what choices are made on; one run each. First row: the default: relevance, divided by "
              f"cost to the power {RELEVANCE_EXPONENT:g}.",
