@@ -64,6 +64,8 @@ def reestimate_(
     """
     norms, first = _norms(dense, wiring), _first_cut(plan, wiring)
     behind = [path for number, path in norms.items() if number >= first]
+    if not behind:
+        return []
     on_noise = images is None
     # Noise has to be brought to the statistics of the first norms, too.
     paths = list(norms.values()) if on_noise else behind
@@ -133,13 +135,16 @@ def _brought(norm: Any, args: tuple[Any, ...], sample: _Sample) -> tuple[Any, ..
 
 
 def noise_like(inputs: Any) -> Any:
-    """Inputs of the same shape, but for the number of images: noise for each tensor of floating point numbers."""
+    """Noise for each tensor of floating point numbers; where the model takes one alone, as many images as it needs."""
     generator = torch.Generator().manual_seed(0)
+    alone = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs)) == 1
 
     def made(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2:
             return leaf
-        count = min(max(_POSITIONS // max(leaf[0, 0].numel(), 1), _LEAST), _MOST)
+        count = len(leaf)
+        if alone:
+            count = min(max(_POSITIONS // max(leaf[0, 0].numel(), 1), _LEAST), _MOST)
         x = torch.randn(count, *leaf.shape[1:], generator=generator)
         return (_coloured(x) if x.dim() == 4 else x).to(leaf)
 

@@ -154,6 +154,8 @@ class Report:
             return "The cut model was not compared with the masked one."
         method = self.settings.get("compensation", "none")
         after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
+        if self.settings.get("reestimate"):
+            after += " Batch norms behind the cut follow what is left."
         return (
             "Cut equals masked: the largest difference between their outputs is "
             f"{self.max_error:.1e} of the largest output.{after}"

@@ -79,14 +79,15 @@ def _cut(report: Report) -> str:
 
 def _compensation(report: Report) -> str:
     method = report.settings.get("compensation", "none")
+    norms = " Batch norms behind the cut follow what is left." if report.settings.get("reestimate") else ""
     if method == "none":
-        return "None: the pruned model computes what the masked one does."
+        return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
     inexact = report.settings.get("inexact at padded borders")
     border = f" At zero-padded borders it is inexact in {inexact}." if inexact else ""
     skipped = report.settings.get("not compensated")
     without = f" Not compensated: {skipped}." if skipped else ""
     seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
-    return f"{method}: changes the outputs on purpose, after the check.{seen}{border}{without}"
+    return f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}"
 
 
 def _strengths(report: Report) -> str:

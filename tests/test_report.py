@@ -468,6 +468,17 @@ def test_certainty_of_a_latency_tells_of_its_spread_and_what_it_holds_for() -> N
     assert "between" not in dict(certainty(batch))["latency"]
 
 
+def test_it_says_that_norms_were_moved() -> None:
+    sentence = "Batch norms behind the cut follow what is left."
+    for method in ("none", "mean"):
+        left = example(settings={"compensation": method})
+        moved = replace(left, settings={"compensation": method, "reestimate": True})
+        assert sentence in dict(certainty(moved))["compensation"]
+        assert sentence in moved.verification()
+        assert sentence not in dict(certainty(left))["compensation"] + left.verification()
+    assert "computes what the masked one does" not in dict(certainty(moved))["compensation"]
+
+
 def test_certainty_does_not_claim_what_was_not_done() -> None:
     bare = example(accuracy_after=None, max_error=math.inf, layers=0, settings={"compensation": "mean"})
     said = dict(certainty(bare))
