@@ -15,6 +15,7 @@ cuts and `mean`; other criteria than ours take some for `mean` only if they are 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --compensations none mean --calibration none
     python -m benchmarks.accuracy --compensations mean --calibration real
+    python -m benchmarks.accuracy --compensations mean linear --no-reestimate
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
     python -m benchmarks.accuracy --better-only --device cuda --jobs 12
     python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:conditional=1 --split train
