@@ -144,8 +144,8 @@ def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     with torch.no_grad():
         model[2].weight.fill_(1.0)
         model[1].bias.fill_(3.0)
-        model[3].running_mean.fill_(24.0)
-        model[3].running_var.fill_(8.0)
+        model[3].running_mean.fill_(48.0)  # of signals twice as large
+        model[3].running_var.fill_(32.0)
     x = torch.randn(2, 8, 32, 32)
     kept = (0, 2, 4, 6)
     plan = Plan((Cut("2", "in", 8, kept),))
@@ -153,11 +153,11 @@ def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     small[2].register_forward_pre_hook(lambda module, args: args[0][:, list(kept)])
     moved = copy.deepcopy(small)
     assert reestimate_(moved, model, plan, trace(model, x), None, x) == ["3"]
-    assert float(moved[3].running_mean) == pytest.approx(12.0, rel=0.02)
-    assert float(moved[3].running_var) == pytest.approx(4.0, rel=0.1)
+    assert float(moved[3].running_mean) == pytest.approx(24.0, rel=0.04)
+    assert float(moved[3].running_var) == pytest.approx(16.0, rel=0.1)
     reestimate_(small, model, plan, trace(model, x), None, x, False)
-    assert float(small[3].running_mean) == 24.0
-    assert float(small[3].running_var) == pytest.approx(4.0, rel=0.1)
+    assert float(small[3].running_mean) == 48.0
+    assert float(small[3].running_var) == pytest.approx(16.0, rel=0.1)
 
 
 def test_noise_has_the_spectrum_of_photos() -> None:
@@ -219,6 +219,16 @@ def test_prune_moves_norms_by_default_with_means_and_regressions(
     assert report.settings.get("reestimate", False) is done
     variances = [model.bn3.running_var for model in models]
     assert torch.equal(*variances) is not done
+
+
+def test_means_that_were_folded_stay_without_images() -> None:
+    models, x = [net().eval() for _ in range(2)], images()
+    for model, flag in zip(models, (True, False), strict=True):
+        prune_(model, x[:1], ratio=0.3, importance=None, compensation="mean", reestimate=flag)
+    for name in ("bn1", "bn2", "bn3"):
+        moved, left = (model.get_submodule(name) for model in models)
+        assert torch.equal(moved.running_mean, left.running_mean)
+    assert not torch.equal(models[0].bn3.running_var, models[1].bn3.running_var)
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])
