@@ -190,6 +190,7 @@ def measure(run: Run, material: Material) -> dict[str, Any]:
     result: dict[str, Any] = {
         "macs_kept": report.macs_after / report.macs_before,
         "images": 0 if images is None else len(images),
+        "reestimate": report.settings.get("reestimate", False),
         "prune_seconds": round(time.perf_counter() - began, 1),
         "distil_seconds": round(distilling, 1),
     }

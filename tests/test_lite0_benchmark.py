@@ -116,6 +116,14 @@ def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
+    means = [
+        line(0, 20.0, compensation="mean", calibration="none", **more) for more in ({}, {"reestimate": True})
+    ]
+    for of, name in zip(means, ("mean, norms left", "mean"), strict=True):
+        assert (
+            f"| SynapticImportance | {name} |  |"
+            in lite0_page.write_page([of], tmp_path / "mean.md").read_text()
+        )
     lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="few"), line(0, 30.0, side=128)]
     text = lite0_page.write_page(lines, tmp_path / "lite0.md").read_text()
     assert (
