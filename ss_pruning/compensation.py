@@ -7,6 +7,8 @@ Three methods, each for any importance:
   `W[:, k] += W[:, r] A`. Exact if the removed channels are linear in the kept ones.
 * **reconstruct**: see `ss_pruning.reconstruction`.
 
+After `mean` and `linear` batch norms follow what is left, see `ss_pruning.reestimation`.
+
 A constant folded through a zero-padded convolution is exact inside and wrong at the border, where part of the kernel
 sees padding: `mean` and `linear` are exact for 1x1 kernels, padding 0, linear layers, or constants of 0, and
 `Outcome.inexact` names the other layers. `reconstruct` fits with the padding as it is.

@@ -30,6 +30,8 @@ from ss_pruning.wiring import Wiring
 _Sample = tuple[int, Tensor, Tensor]
 # Noise: at least so many images, at most so many, and else as many as have this number of positions.
 _LEAST, _MOST, _POSITIONS = 16, 256, 2**18
+# Inputs run at once, since each norm is set before what comes behind it: no more of them than have so many positions.
+_AT_ONCE = 2**23
 
 
 def reestimate_(
@@ -55,7 +57,7 @@ def reestimate_(
         dense: The dense model; not changed.
         plan: What was cut.
         wiring: The wiring of the dense model.
-        images: One batch of inputs; None for noise.
+        images: Inputs, of which those run that fit into memory side by side, but 16 at least; None for noise.
         inputs: What `forward` takes; the noise has its shape.
         means: Move the means, too; on noise they are known less well than those of `fold_means_`.
 
@@ -69,7 +71,7 @@ def reestimate_(
     on_noise = images is None
     # Noise has to be brought to the statistics of the first norms, too.
     paths = list(norms.values()) if on_noise else behind
-    images = noise_like(inputs) if on_noise else images
+    images = noise_like(inputs) if on_noise else _fitting(images)
     kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
     wanted = _watched(dense, paths, images, on_noise)
     seen: dict[str, list[_Sample]] = defaultdict(list)
@@ -149,6 +151,13 @@ def noise_like(inputs: Any) -> Any:
         return (_coloured(x) if x.dim() == 4 else x).to(leaf)
 
     return pytree.tree_map(made, inputs)
+
+
+def _fitting(images: Any) -> Any:
+    """As many as may run at once."""
+    if not isinstance(images, Tensor) or images.dim() < 3:
+        return images
+    return images[: max(_AT_ONCE // max(images[0, 0].numel(), 1), _LEAST)]
 
 
 def _coloured(x: Tensor) -> Tensor:

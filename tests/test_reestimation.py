@@ -160,6 +160,22 @@ def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     assert float(small[3].running_var) == pytest.approx(16.0, rel=0.1)
 
 
+def test_large_images_run_in_such_numbers_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ss_pruning.reestimation._AT_ONCE", 20 * 7 * 5)
+    model, x = net(), images(24)
+    (some, _), (first, _) = moved(model, x, x), moved(model, x[:20], x)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(some.state_dict().values(), first.state_dict().values(), strict=True)
+    )
+    monkeypatch.setattr("ss_pruning.reestimation._AT_ONCE", 1)
+    (some, _), (first, _) = moved(model, x, x), moved(model, x[:16], x)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(some.state_dict().values(), first.state_dict().values(), strict=True)
+    )
+
+
 def test_noise_has_the_spectrum_of_photos() -> None:
     noise = noise_like({"x": torch.zeros(1, 3, 32, 32), "n": 3})["x"]
     assert noise.shape == (256, 3, 32, 32)
