@@ -8,6 +8,7 @@ and its readers find in place of what is gone what the compensation will leave t
 * "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
 * "reconstruct": every layer behind is fitted to what it puts out in the dense net, scale and shift a channel, in place
   of the solve that will come: what that takes back is no damage;
+* where batch norms will follow the cut (`ss_pruning.reestimation`), they do so here;
 * the damage is the share of the output's variance that is lost.
 
 All widths of a unit run in one batch, and what comes before it once. The lower convex hull of damage over width gives
@@ -58,6 +59,7 @@ def by_damage(
     method: Method = "reconstruct",
     taken: Callable[[list[list[Floats]]], Ints] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    follow: bool = False,
 ) -> list[list[Floats]]:
     """Scores in the same order within each unit, that tell how much damage each family's removal adds.
 
@@ -75,6 +77,7 @@ def by_damage(
         taken: Says by such scores how many steps each unit would take, `[units]`. If it is given, damage is measured
             again: what is added to that of the other units, cut so.
         progress: Called with (units done, units in all), of all measurements.
+        follow: Batch norms will follow the cut.
 
     Returns:
         By unit and cell, the damage of each family as a share of the output's variance.
@@ -94,7 +97,7 @@ def by_damage(
         moments = measure(
             model, wiring, others.split(batch), None, list(readers), covariance=method in SOLVED
         )
-        lab = Lab(model, wiring, held, moments, method)
+        lab = Lab(model, wiring, held, moments, method, follow)
         if taken is None or not scores:
             return _measured(lab, coupling, scores, max_ratio, {}, progress)
         half, whole = len(scores), 2 * len(scores)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ss_pruning import _cache
 from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.layers import has_statistics
 from ss_pruning.provenance import preserved
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
@@ -170,7 +170,7 @@ _Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
 def _listening(model: nn.Module, device: torch.device, seed: int) -> Iterator[_Listen]:
     """A copy of the model that tells how well its norms recognise what they see."""
     net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and isinstance(m.running_mean, Tensor)]
+    norms = [m for m in net.modules() if has_statistics(m)]
     if not norms:
         raise ModelError(
             f"{type(model).__name__} has no batch norm with running statistics, so there is nothing to distil from; "

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.errors import ModelError
@@ -52,6 +52,11 @@ def is_norm(module: nn.Module) -> bool:
     if not list(module.children()) and all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors):
         return True
     return is_foreign_norm(module)
+
+
+def has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a batch norm that keeps the mean and variance of what it was trained on."""
+    return isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
 
 
 def is_foreign_norm(module: nn.Module) -> bool:

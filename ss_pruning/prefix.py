@@ -95,6 +95,10 @@ class Prefix:
         """Whether it ran, and put out the same for equal images, wherever they were in the batch."""
         return path in self.calls and self.calls[path].by_image
 
+    def runs_once(self, path: str) -> bool:
+        """Likewise, and it ran once only."""
+        return self.goes_by_images(path) and self.calls[path].calls == 1
+
     def begin(self, path: str) -> int:
         """When it ran for the first time, counted in calls that began or ended."""
         return self.calls[path].begin

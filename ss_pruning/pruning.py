@@ -150,7 +150,7 @@ def prune_(
         again = None if compensation == "reconstruct" else taken
         steps = clock.steps("measure")
         scores = by_damage(
-            model, wiring, coupling, scores, images, BATCH, max_ratio, compensation, again, progress=steps
+            model, wiring, coupling, scores, images, BATCH, max_ratio, compensation, again, steps, reestimate
         )
     with clock("plan", 2):
         with clock("verify", 3):

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from ss_pruning.layers import has_statistics
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
@@ -171,11 +171,8 @@ def _coloured(x: Tensor) -> Tensor:
 
 def _norms(model: nn.Module, wiring: Wiring) -> dict[int, str]:
     """Batch norms with running statistics, by their place in the order in which layers run."""
-    modules = {number: (path, model.get_submodule(path)) for number, path in enumerate(wiring.layers)}
     return {
-        number: path
-        for number, (path, module) in modules.items()
-        if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+        number: path for number, path in enumerate(wiring.layers) if has_statistics(model.get_submodule(path))
     }
 
 
@@ -196,8 +193,11 @@ def _added(seen: list[_Sample], x: Tensor) -> _Sample:
 
 def _sample(x: Tensor) -> _Sample:
     x = x if x.dtype == torch.float64 else x.float()
-    variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-    return x.numel() // x.shape[1], mean.double(), variance.double()
+    over = [axis for axis in range(x.dim()) if axis != 1]
+    mean = x.mean(over, keepdim=True)
+    centred = x - mean  # `torch.var_mean` takes six times as long
+    variance = centred.mul_(centred).mean(over)
+    return x.numel() // x.shape[1], mean.flatten().double(), variance.double()
 
 
 def _pooled(a: _Sample, b: _Sample) -> _Sample:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning.compensation import Method
 from ss_pruning.errors import ModelError
-from ss_pruning.layers import channel_axis, groups_of
+from ss_pruning.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.moments import Moments
 from ss_pruning.planning import Floats, Ints
 from ss_pruning.prefix import Prefix
@@ -48,12 +48,18 @@ class Lab:
     images: Tensor
     moments: Mapping[str, Moments]
     method: Method = "reconstruct"
+    follow: bool = False
 
     def __post_init__(self) -> None:
         self.modules = modules_of(self.model)
         self.fitted = [
             p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
         ]
+        #: Those that follow; what reaches one that runs several times is not told apart.
+        self.norms = {
+            p: m for p in self.wiring.layers if self.follow and has_statistics(m := self.modules[p])
+        }
+        self.reached: dict[str, tuple[Tensor, Tensor]] = {}
         self.prefix = Prefix(self.modules, len(self.images))
         self.precisions: dict[str, Tensor] = {}
         #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
@@ -65,6 +71,7 @@ class Lab:
         with self.prefix.watched():
             outputs = self._outputs(2)
         self.fitted = [path for path in self.fitted if self.prefix.goes_by_images(path)]
+        self.norms = {path: norm for path, norm in self.norms.items() if self.prefix.runs_once(path)}
         if _lost(outputs, 2)[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
@@ -84,8 +91,15 @@ class Lab:
 
     @cached_property
     def dense(self) -> Any:
-        """The outputs of the dense net."""
-        return self._outputs(1)
+        """The outputs of the dense net; what reaches its norms is noted on the way."""
+
+        def note(path: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
+            self.reached[path] = _moments(args[0])
+
+        with contextlib.ExitStack() as undo:
+            for path, norm in self.norms.items():
+                undo.callback(norm.register_forward_pre_hook(partial(note, path)).remove)
+            return self._outputs(1)
 
     def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> Any:
         """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
@@ -101,6 +115,9 @@ class Lab:
             for path in self.fitted if self.method == "reconstruct" else ():
                 if self.prefix.begin(path) >= begin:
                     undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
+            for path, (mean, variance) in self.reached.items():
+                hook = _follow(len(self.images), self.norms[path].eps, mean, variance)
+                undo.callback(self.norms[path].register_forward_pre_hook(hook).remove)
             return self._outputs(copies)
 
     def _outputs(self, copies: int) -> Any:
@@ -212,6 +229,27 @@ def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
     power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     slope = (x * centred).mean(over, keepdim=True) / power
     copy.copy_(x.mul_(slope).add_(mean))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the channels of `[N, C, ...]`, in its dimensions."""
+    over = [axis for axis in range(x.dim()) if axis != 1]
+    mean = x.float().mean(over, keepdim=True)
+    return mean, (x - mean).square().mean(over, keepdim=True)
+
+
+def _follow(images: int, eps: float, mean: Tensor, variance: Tensor) -> Callable[[nn.Module, Any], Any]:
+    """A hook that brings each channel of all copies to this mean and variance."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = torch.empty_like(args[0])  # once: large tensors cost more than what fills them
+        for copy, brought in zip(args[0].split(images), found.split(images), strict=True):
+            now, power = _moments(copy)
+            scale = ((variance + eps) / (power + eps)).sqrt()
+            torch.addcmul((mean - scale * now).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
+        return (found, *args[1:])
+
+    return hook
 
 
 def _beside(dense: Any, outputs: Any, copies: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,11 @@ def chain() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct") -> Lab:
+def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct", follow: bool = False) -> Lab:
     wiring = trace(model, x[:1])
     paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
-    return Lab(
-        model, wiring, x, measure(model, wiring, [x], None, paths, covariance=method in SOLVED), method
-    )
+    moments = measure(model, wiring, [x], None, paths, covariance=method in SOLVED)
+    return Lab(model, wiring, x, moments, method, follow)
 
 
 def fitted(y: Tensor, dense: Tensor) -> Tensor:
@@ -73,7 +73,22 @@ def fitted(y: Tensor, dense: Tensor) -> Tensor:
     return out
 
 
-def by_loops(model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method: str) -> float:
+def following(layer: nn.BatchNorm2d, small: Tensor, dense: Tensor) -> nn.BatchNorm2d:
+    """The norm with statistics that have moved as far as what reaches it."""
+    moved = copy.deepcopy(layer)
+    assert isinstance(moved.running_mean, Tensor)
+    assert isinstance(moved.running_var, Tensor)
+    for c in range(dense.shape[1]):
+        before, after = dense[:, c].double(), small[:, c].double()
+        grown = (after.var(correction=0) + layer.eps) / (before.var(correction=0) + layer.eps)
+        moved.running_var[c] = grown * (moved.running_var[c] + layer.eps) - layer.eps
+        moved.running_mean[c] = after.mean() + (moved.running_mean[c] - before.mean()) * grown.sqrt()
+    return moved
+
+
+def by_loops(
+    model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method: str, follow: bool = False
+) -> float:
     """Damage of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
     dense = small = x
     for number, layer in enumerate(model):
@@ -90,7 +105,8 @@ def by_loops(model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method:
             predicted = torch.cat([others[:, kept], one], 1) @ solution
             small = small.clone()
             small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
-        dense, small = layer(dense), layer(small)
+        moved = following(layer, small, dense) if follow and isinstance(layer, nn.BatchNorm2d) else layer
+        dense, small = layer(dense), moved(small)
         if method == "reconstruct" and number >= min(cut) and isinstance(layer, (nn.Conv2d, nn.Linear)):
             small = fitted(small, dense)
     return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
@@ -106,17 +122,42 @@ def test_it_is_what_loops_from_the_definition_give() -> None:
     assert min(wanted) > 1e-3
 
 
+@pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize(("method", "close"), [("none", 1e-4), ("mean", 1e-4), ("linear", 0.02)])
 @torch.no_grad()
-def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(method: Any, close: float) -> None:
+def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(
+    method: Any, close: float, follow: bool
+) -> None:
     model, x = chain(), images()
     cuts: list[dict[int, list[int]]] = [{3: [1]}, {3: [0, 5], 6: [2]}, {3: [4], 6: [1, 3]}, {}]
-    lab = lab_of(model, x, method)
+    lab = lab_of(model, x, method, follow)
     found = lab.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
-    wanted = [by_loops(model, x, cut, method) for cut in cuts]
+    wanted = [by_loops(model, x, cut, method, follow) for cut in cuts]
     assert found.tolist() == pytest.approx(wanted, rel=close, abs=1e-9)
     assert min(wanted[:3]) > 1e-3
-    assert wanted[3] == 0
+    assert wanted[3] < 1e-9
+    otherwise = by_loops(model, x, cuts[1], method, not follow)
+    assert abs(wanted[1] / otherwise - 1) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("method", "reestimate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
+)
+def test_norms_follow_where_they_will(
+    method: Any, reestimate: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    class Seen(Lab):
+        def __post_init__(self) -> None:
+            seen.append(self.follow)
+            super().__post_init__()
+
+    monkeypatch.setattr("ss_pruning.damage.Lab", Seen)
+    x = images()
+    report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, reestimate=reestimate)
+    wanted = method == "mean" if reestimate is None else reestimate
+    assert seen == [wanted] == [report.settings.get("reestimate", False)]
 
 
 Wired = tuple[Wiring, Coupling, list[list[Floats]]]
@@ -299,7 +340,7 @@ def test_the_model_is_left_as_it_was() -> None:
     coupling = couple(wiring, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
     by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
-    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling))
+    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -426,9 +467,11 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("make", [residual, Twice])
-@pytest.mark.parametrize("method", ["none", "linear", "reconstruct"])
+@pytest.mark.parametrize(
+    ("method", "follow"), [("none", False), ("none", True), ("linear", True), ("reconstruct", False)]
+)
 def test_what_all_copies_share_is_run_once_and_changes_nothing(
-    make: Any, method: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, method: Any, follow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
     model, x = make(), images()
@@ -436,10 +479,10 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
     coupling = couple(wiring, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
-    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
+    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
     assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
     monkeypatch.setattr(Prefix, "before", lambda *_: [])
-    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken)
+    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
 
