@@ -87,7 +87,7 @@ _SOURCES = {
         *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
     ],
     "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
-    "measured": [_CORE / f"{name}.py" for name in ("damage", "side_by_side", "prefix")],
+    "measured": [_CORE / f"{name}.py" for name in ("contest", "damage", "side_by_side", "prefix")],
     "distilled": [_CORE / "distillation.py"],
     "reestimate": [_CORE / "reestimation.py"],
 }
@@ -122,7 +122,7 @@ class Run:
         parts += ["compensation"] * (self.compensation != "none")
         parts += ["measured"] * (self.scope == "measured")
         parts += ["distilled"] * (self.uses_images and self.calibration == "distilled")
-        parts += ["reestimate"] * self.reestimate
+        parts += ["reestimate"] * (self.reestimate or (self.scope == "measured" and not self.uses_images))
         digest = hashlib.sha256()
         for path in (path for part in parts for path in _SOURCES[part] if path.is_file()):
             digest.update(_without_words(path.read_text()).encode())
@@ -151,7 +151,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
         (criterion, compensation, scope, exponent)
         for criterion in options.criteria
         for compensation in options.compensations
-        for scope in [scope_of(criterion, calibration_of(criterion, compensation, options))]
+        for scope in [scope_of(criterion, compensation, calibration_of(criterion, compensation, options))]
         for exponent in cost_exponents(criterion, scope, compensation, options.cost_exponents)
     ]
     axes = (options.nets, options.macs, range(options.seeds), methods)
@@ -183,11 +183,11 @@ def calibration_of(criterion: str, compensation: str, options: argparse.Namespac
     return (options.calibration or "none") if compensation == "mean" else "none"
 
 
-def scope_of(criterion: str, calibration: str) -> Scope:
+def scope_of(criterion: str, compensation: str, calibration: str) -> Scope:
     """The one in the criterion's name; else ours has the default, and others rank by score."""
     default: Scope = "global"
     if criterion.startswith(OURS):
-        default = default_scope(0 if calibration == "none" else CALIBRATION)
+        default = default_scope(0 if calibration == "none" else CALIBRATION, compensation, on_noise=True)  # type: ignore[arg-type]
     return named_options(criterion).get("scope", default)  # type: ignore[return-value]
 
 

@@ -115,11 +115,13 @@ def make_importance(
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
         from ss_pruning.defaults import default_conditional, default_scope, default_score
+        from ss_pruning.reestimation import hears_noise
 
         compensation = options["compensation"]
         moments = _moments(request, job, pictures)
         images = 0 if isinstance(moments, str) else sum(map(len, moments))
-        scope = options.get("scope") or default_scope(images)
+        by_default = default_scope(images, compensation, hears_noise(job.model, job.example))
+        scope = options.get("scope") or by_default
         chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
         if images:
             chosen["conditional"] = default_conditional(compensation, scope)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ss_pruning import _options as option
-from ss_pruning._choices import Compensation, Importance, Moments, Request, Scope, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Request, Score
 from ss_pruning._console import FAILED, guarded, progress_bars
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prune(
     with guarded():
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
-        needed_by = _needs_images(compensation, scope)
+        needed_by = _needs_images(compensation)
         request = Request.of(context.params)
         options = {
             **budget,
@@ -278,11 +278,11 @@ def _check_synaptic_options(importance: Importance, moments: Moments | None, sco
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
 
 
-def _needs_images(compensation: Compensation, scope: Scope | None) -> str | None:
+def _needs_images(compensation: Compensation) -> str | None:
     """The option that cannot do without calibration images, if there is one."""
     if compensation in (Compensation.linear, Compensation.reconstruct):
         return f"--compensation {compensation.value}"
-    return "--scope measured" if scope is Scope.measured else None
+    return None
 
 
 @contextlib.contextmanager

@@ -12,10 +12,18 @@ from ss_pruning.planning import Scope
 COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
 #: Where relevance is what layers compete by: it estimates damage, but not as well as measuring does.
 RELEVANCE_EXPONENT = 0.75
+#: On noise damage is known less well: it counts with this exponent, and relevance with what is left of 1.
+ON_NOISE = 2 / 3
 
 
-def default_scope(inputs: int) -> Scope:
-    """What `prune_` takes where no scope is given, by the number of calibration inputs."""
+def default_scope(inputs: int, compensation: Method, on_noise: bool) -> Scope:
+    """What `prune_` takes where no scope is given, by the number of calibration inputs.
+
+    Without any, damage is measured on noise where the model hears it, if norms will follow the cut: plain cuts lose
+    other things than noise shows.
+    """
+    if not inputs:
+        return "measured" if on_noise and compensation == "mean" else "global"
     return "measured" if inputs >= LEAST_IMAGES else "global"
 
 
@@ -44,5 +52,9 @@ def default_reestimate(compensation: Method) -> bool:
 
 def default_cost_exponent(importance: Any, scope: Scope) -> float:
     """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
-    by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"
-    return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
+    return RELEVANCE_EXPONENT if scope == "global" and is_relevance(importance) else COST_EXPONENT[scope]
+
+
+def is_relevance(importance: Any) -> bool:
+    """Whether scores compare from layer to layer, since nothing is lost on the way: see `ss_pruning.relevance`."""
+    return getattr(importance, "score", None) == "relevance"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -15,16 +13,12 @@ from torch import nn
 
 from ss_pruning.cloning import copied
 from ss_pruning.compensation import Method, Outcome
+from ss_pruning.contest import Contest
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
-from ss_pruning.cutting import BATCH, calibration_images, check_compensation, cut_
-from ss_pruning.damage import by_damage
+from ss_pruning.cutting import calibration_images, check_compensation, cut_
 from ss_pruning.defaults import (
     COST_EXPONENT,
-    default_conditional,
-    default_cost_exponent,
     default_reestimate,
-    default_scope,
-    default_score,
 )
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
@@ -32,19 +26,16 @@ from ss_pruning.latency import as_reported
 from ss_pruning.layer_times import layer_times, roundings
 from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
-from ss_pruning.planning import Budget, Costs, Floats, Ints, Scope, allot
+from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.settling import Search
+from ss_pruning.stages import Clock, Progress
 from ss_pruning.strength import powers_along
 from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
 from ss_pruning.verification import Bench, Verified
 from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
-
-#: Called with a stage's name, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-_STAGES = 5
 
 
 def prune_(
@@ -119,49 +110,53 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
-    _check_options(scope, max_ratio, round_to, cost_exponent, calibration)
+    _check_options(scope, max_ratio, round_to, cost_exponent)
     check_compensation(compensation, calibration)
     reestimate = default_reestimate(compensation) if reestimate is None else reestimate
     check_finite(model)
-    clock = _Clock(progress or (lambda *_: None))
+    clock = Clock(progress or (lambda *_: None))
     with clock("trace", 0):
         wiring = trace(model, example_inputs)
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
-    scope = scope or default_scope(0 if images is None else len(images))
-    criterion = importance or _default_importance(images, compensation, scope)
-    exponent = default_cost_exponent(criterion, scope) if cost_exponent is None else cost_exponent
-    with clock("score", 1):
-        scores = _scores(model, criterion, coupling, wiring, example_inputs)
-        powers = powers_along(wiring, model, example_inputs)
-        strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
-    options: dict[str, Any] = {"scope": scope, "max_ratio": max_ratio, "round_to": round_to}
+    powers = powers_along(wiring, model, example_inputs)
+    strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
-        with clock("time layers", 2):
+        with clock("time layers", 1):
             costs.times = layer_times(model, timed_on, wiring)
-    moves = _rounded(options, costs, coupling)
-
-    def taken(scores: list[list[Floats]]) -> Ints:
-        return allot(coupling.units, scores, costs, budget, exponent, **moves)[1]
-
-    if scope == "measured":
-        again = None if compensation == "reconstruct" else taken
-        steps = clock.steps("measure")
-        scores = by_damage(
-            model, wiring, coupling, scores, images, BATCH, max_ratio, compensation, again, steps, reestimate
-        )
+    contest = Contest(
+        model,
+        example_inputs,
+        wiring,
+        coupling,
+        costs,
+        budget,
+        {"max_ratio": max_ratio, "round_to": _rounded(round_to, costs, coupling)},
+        importance,
+        images,
+        compensation,
+        reestimate,
+        cost_exponent,
+    )
+    ranking = contest.ranked(scope, clock)
     with clock("plan", 2):
         with clock("verify", 3):
             bench = Bench(model, example_inputs, wiring)
         bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, moves, exponent)
-        verified, times = _settled(search, scores, latency, stopwatch(model, timed_on))
+        search = Search(bench, coupling, costs, budget, ranking.moves, ranking.cost_exponent)
+        verified, times = _settled(search, ranking.scores, latency, stopwatch(model, timed_on))
     with clock("cut", 4):
         bench.close()
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
-    options = {**options, "cost_exponent": exponent, "compensation": compensation}
+    options = {
+        "scope": ranking.scope,
+        "max_ratio": max_ratio,
+        "round_to": round_to,
+        "cost_exponent": ranking.cost_exponent,
+        "compensation": compensation,
+    }
     if reestimate:
         options["reestimate"] = True
     return Report(
@@ -170,7 +165,7 @@ def prune_(
         layers=_layer_reports(model, plan, wiring, strengths),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
-        settings=_settings(budget, criterion, options, calibration, outcome),
+        settings=_settings(budget, ranking.importance, options, calibration, outcome),
         seconds=clock.seconds,
         versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
         **times,
@@ -229,69 +224,11 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     return plan, report
 
 
-def _default_importance(images: Any, compensation: Method, scope: Scope) -> Any:
-    from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
-
-    score = default_score(compensation, scope)
-    if images is None:
-        return SynapticImportance(score=score)
-    conditional = default_conditional(compensation, scope)
-    return SynapticImportance(moments=images.split(BATCH), score=score, conditional=conditional)
-
-
-class _Clock:
-    """Times the stages and reports them as progress; a stage within another does not count to it."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-        self.running: list[tuple[str, int]] = []
-        self.since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str, done: int) -> Iterator[None]:
-        self._turn()
-        self.running.append((stage, done))
-        self.progress(stage, done, _STAGES)
-        try:
-            yield
-        finally:
-            self._turn()
-            self.running.pop()
-            self.progress(*self.running[-1] if self.running else (stage, done + 1), _STAGES)
-
-    def steps(self, stage: str) -> Callable[[int, int], None]:
-        """For a stage that reports its own steps."""
-        begin = time.perf_counter()
-
-        def report(done: int, total: int) -> None:
-            self.seconds[stage] = time.perf_counter() - begin
-            self.progress(stage, done, total)
-
-        return report
-
-    def _turn(self) -> None:
-        """What has passed since the last turn belongs to the stage that runs."""
-        now = time.perf_counter()
-        if self.running:
-            stage, _ = self.running[-1]
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
-        self.since = now
-
-
 def _check_options(
-    scope: str | None,
-    max_ratio: float,
-    round_to: int | str | None,
-    cost_exponent: float | None,
-    calibration: Any,
+    scope: str | None, max_ratio: float, round_to: int | str | None, cost_exponent: float | None
 ) -> None:
     if scope not in (None, *COST_EXPONENT):
         raise InputError(f"scope={scope!r} is unknown; use {', '.join(map(repr, COST_EXPONENT))}")
-    if scope == "measured" and calibration is None:
-        raise InputError(
-            "scope='measured' needs calibration=, some unlabelled inputs to measure on; scope='global' does without"
-        )
     if not 0 < max_ratio <= 1:
         raise InputError(f"max_ratio={max_ratio} must lie in (0, 1]")
     if cost_exponent is not None and not 0 <= cost_exponent <= 10:
@@ -302,11 +239,11 @@ def _check_options(
         raise InputError(f"round_to={round_to!r} must be a positive whole number, such as 8, or 'measured'")
 
 
-def _rounded(options: dict[str, Any], costs: Costs, coupling: Coupling) -> dict[str, Any]:
-    """The options with each unit's own multiple, if those are to be measured."""
-    if options["round_to"] != "measured" or costs.times is None:
-        return options
-    return {**options, "round_to": roundings(costs.times, coupling.units)}
+def _rounded(round_to: Any, costs: Costs, coupling: Coupling) -> Any:
+    """Each unit's own multiple, if those are to be measured."""
+    if round_to != "measured" or costs.times is None:
+        return round_to
+    return roundings(costs.times, coupling.units)
 
 
 def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:
@@ -325,18 +262,6 @@ def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring
             raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
         found.update(dict.fromkeys(inside, IGNORED_REASON))
     return found
-
-
-def _scores(
-    model: nn.Module, importance: Any, coupling: Coupling, wiring: Wiring, example_inputs: Any
-) -> list[list[Floats]]:
-    """By unit and cell, one score a family."""
-    from ss_pruning.integrations.cells import CellGraph, cell_scores
-
-    graph = CellGraph(model, example_inputs, wiring)
-    cells = [cell for unit in coupling.units for cell in unit.cells]
-    scored = iter(cell_scores(importance, cells, graph))
-    return [[next(scored).numpy() for _ in unit.cells] for unit in coupling.units]
 
 
 def _layer_reports(

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.cloning import copied
 from ss_pruning.layers import has_statistics
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Plan
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 #: Count, mean and (biased) variance by channel.
@@ -89,6 +91,33 @@ def reestimate_(
 
     _run(small, {path: partial(listen, path) for path in paths if path in wanted}, images)
     return [path for path in behind if path in seen]
+
+
+def hears_noise(model: nn.Module, inputs: Any) -> bool:
+    """Whether noise can stand for inputs: it takes a tensor alone, and norms tell what shall reach them."""
+    return (
+        isinstance(inputs, Tensor)
+        and inputs.is_floating_point()
+        and any(map(has_statistics, model.modules()))
+    )
+
+
+def on_noise(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of the model that takes noise for what it was trained on, and the noise.
+
+    Its norms have the statistics of what reaches them, so that each puts out what `model` leads to expect.
+    """
+    twin, noise = copied(model), noise_like(inputs)
+    seen: dict[str, list[_Sample]] = defaultdict(list)
+
+    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> None:
+        _, mean, variance = _added(seen[path], args[0])
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    norms = (path for path, module in modules_of(twin).items() if has_statistics(module))
+    _run(twin, {path: partial(listen, path) for path in norms}, noise)
+    return twin, noise
 
 
 def _watched(net: nn.Module, paths: Sequence[str], images: Any, on_noise: bool) -> dict[str, list[_Sample]]:

@@ -313,7 +313,6 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--weights", "absent.pth"), "no weights file at 'absent.pth'"),
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
         (("--macs", 0.5, "--compensation", "linear"), "make some with --calibration distilled"),
-        (("--macs", 0.5, "--scope", "measured"), "--scope measured calibrates on images"),
         (
             ("--macs", 0.5, "--compensation", "mean", "--calibration", "data"),
             "say where they are with --data",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import SOLVED, Method
+from ss_pruning.contest import Contest
 from ss_pruning.coupling import Coupling, couple
 from ss_pruning.damage import (
     LEAST_IMAGES,
@@ -29,7 +30,9 @@ from ss_pruning.moments import measure
 from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import trace
+from ss_pruning.reestimation import noise_like
 from ss_pruning.side_by_side import Lab, _inverse
+from ss_pruning.stages import Clock
 from ss_pruning.wiring import Wiring
 
 BATCH = 8
@@ -377,10 +380,78 @@ def test_it_is_the_default_where_there_are_images(compensation: Any, weight: flo
     assert found == [("global", weight), ("measured", 1.0)]
 
 
-@pytest.mark.parametrize("compensation", ["none", "mean"])
-def test_without_images_it_is_not(compensation: Any) -> None:
-    report = prune_(chain(), images(1), macs=0.7, compensation=compensation)
-    assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.75)
+class Pair(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.body(x + y)
+        return out
+
+
+class Crowd(nn.Module):
+    """What it says of an image depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out * torch.arange(1, 1 + len(out))[:, None]
+
+
+def without_norms() -> nn.Module:
+    return nn.Sequential(*[layer for layer in chain() if not isinstance(layer, nn.BatchNorm2d)])
+
+
+@pytest.mark.parametrize(
+    ("make", "compensation", "wanted"),
+    [
+        (chain, "none", ("global", 0.75)),
+        (chain, "mean", ("measured", 1.0)),
+        (without_norms, "mean", ("global", 0.75)),
+        (Pair, "mean", ("global", 0.75)),
+        (Crowd, "mean", ("global", 0.75)),
+    ],
+)
+def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
+    make: Any, compensation: Any, wanted: tuple[str, float]
+) -> None:
+    model = make()
+    x: Any = (images(1), images(1)) if make is Pair else images(1)
+    report = prune_(model, x, macs=0.7, compensation=compensation)
+    assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
+    assert report.macs_after <= 0.7 * report.macs_before
+
+
+@pytest.mark.parametrize("importance", [None, SynapticImportance()], ids=["default", "share"])
+def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = chain(), images(1)
+    wiring, coupling, _ = wired(model, x)
+    contest = Contest(
+        model, x, wiring, coupling, Costs(model, x, wiring, coupling), Budget("macs", 0.7),
+        {"max_ratio": 0.9, "round_to": None}, importance, None, "mean", True, None,
+    )  # fmt: skip
+    seen: list[Tensor] = []
+
+    def damage(net: nn.Module, *args: Any) -> list[list[Floats]]:
+        assert net is not model
+        seen.append(args[3])
+        return [[np.arange(1.0, 1 + len(cell)) for cell in unit] for unit in args[2]]
+
+    monkeypatch.setattr("ss_pruning.contest.by_damage", damage)
+    found = contest.ranked("measured", Clock(lambda *_: None)).scores
+    relevance = contest._scores(importance or SynapticImportance(score="relevance"))
+    for unit, scores in zip(found, relevance, strict=True):
+        for cell, score in zip(unit, scores, strict=True):
+            lost = np.arange(1.0, 1 + len(cell))
+            wanted = lost if importance else np.cbrt(lost * lost * score)
+            assert cell.tolist() == pytest.approx(wanted.tolist())
+    assert torch.equal(seen[0], noise_like(x))
 
 
 def test_a_model_whose_channels_all_stay_is_told_why() -> None:
@@ -403,8 +474,13 @@ def test_what_is_asked_for_is_what_is_done() -> None:
     few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "measured"}
     with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
         prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="needs calibration="):
-        prune_(chain(), images(1), macs=0.7, scope="measured")
+    settings = prune_(chain(), images(1), macs=0.7, scope="measured").settings
+    assert (settings["scope"], settings["compensation"]) == ("measured", "none")
+    for make, x in ((without_norms, images(1)), (Pair, (images(1), images(1)))):
+        with pytest.raises(InputError, match="needs calibration="):
+            prune_(make(), x, macs=0.7, scope="measured")
+    with pytest.raises(ModelError, match="depends on the others in its batch"):
+        prune_(Crowd(), images(1), macs=0.7, scope="measured")
 
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

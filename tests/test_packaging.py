@@ -33,7 +33,7 @@ HEAVY = (
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "_choices", "errors", "labels", "report_style", "walking"},
+    {"_atomic", "_choices", "errors", "labels", "report_style", "stages", "walking"},
     {"_cache", "cloning", "layers", "preprocessing", "redundancy"},
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},
@@ -57,6 +57,7 @@ LAYERS = [
     {"report_html"},
     {"files"},
     {"models"},
+    {"contest"},
     {"_job", "benching", "compaction", "pruning"},
     {"_delivery"},
     {"cli"},

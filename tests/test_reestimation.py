@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ss_pruning import prune_
 from ss_pruning.errors import ModelError
 from ss_pruning.provenance import trace
-from ss_pruning.reestimation import noise_like, reestimate_
+from ss_pruning.reestimation import noise_like, on_noise, reestimate_
 from ss_pruning.surgery import Cut, Plan
 from tests.snapshot import snapshot
 from tests.zoo import randomise
@@ -245,6 +245,27 @@ def test_means_that_were_folded_stay_without_images() -> None:
         moved, left = (model.get_submodule(name) for model in models)
         assert torch.equal(moved.running_mean, left.running_mean)
     assert not torch.equal(models[0].bn3.running_var, models[1].bn3.running_var)
+
+
+def test_on_noise_norms_recognise_what_reaches_them() -> None:
+    model, x = net().train(), images(2)
+    before = snapshot(model)
+    twin, noise = on_noise(model, x)
+    assert snapshot(model) == before
+    assert twin.training
+    assert (noise.shape[1:], noise.dtype) == (x.shape[1:], x.dtype)
+    assert torch.equal(on_noise(model, x)[1], noise)
+    for path in ("bn1", "bn2"):  # bn3 runs twice, the first time with less to go by
+        read, put_out = seen_at(twin, path, noise)
+        mean, variance = moments(read)
+        norm = twin.get_submodule(path)
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-5, atol=1e-7)
+        centre, spread = moments(put_out)
+        torch.testing.assert_close(centre, norm.bias, rtol=1e-5, atol=1e-6)
+        seen = variance / (variance + norm.eps) * norm.weight.square()
+        torch.testing.assert_close(spread, seen, rtol=1e-5, atol=1e-6)
+    assert not any(module._forward_pre_hooks for module in [*twin.modules(), *model.modules()])
 
 
 @pytest.mark.parametrize("compensation", ["none", "mean"])

@@ -135,6 +135,7 @@ def test_it_is_what_layers_compete_by_where_nothing_is_solved() -> None:
     for name, options in {
         "plain": {},
         "mean": {"compensation": "mean"},
+        "mean, global": {"compensation": "mean", "scope": "global"},
         "solved": {"compensation": "reconstruct", "calibration": images},
         "solved, global": {"compensation": "reconstruct", "calibration": images, "scope": "global"},
         "magnitude": {"importance": tp.importance.GroupMagnitudeImportance(p=2)},
@@ -144,7 +145,8 @@ def test_it_is_what_layers_compete_by_where_nothing_is_solved() -> None:
         exponents[name] = report.settings["cost_exponent"]
     assert exponents == {
         "plain": 0.75,
-        "mean": 0.75,
+        "mean": 1.0,
+        "mean, global": 0.75,
         "solved": 1.0,
         "solved, global": 0.5,
         "magnitude": 0.5,
