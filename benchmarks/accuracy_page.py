@@ -43,7 +43,8 @@ groups, the same search for the budget and the same cut; only the scores differ,
 {ours} is the default. Given calibration images, it takes its variances from them, and layers compete by the damage to \
 the output that was measured on them (`scope="measured"`); where the weights are solved anew (linear, reconstruct) it \
 does not count what stronger channels tell already. In the columns *none* and *mean* nobody sees an image without a \
-label, and its layers compete by relevance; in *none, images* and *mean, images* (or *distilled*) they are there, \
+label: its layers compete by relevance in the first, by damage on noise and relevance in the second; in \
+*none, images* and *mean, images* (or *distilled*) they are there, \
 for means to be taken from, too; plain cuts by the other criteria have no use for them and are those of *none*. \
 Taylor and Hessian also see 512 labelled training images. The others are data-free, and rank the channels of all \
 layers by their scores, as they are and divided by the root of what a channel costs; the better one is shown (where \

@@ -132,8 +132,8 @@ ScopeOption = Annotated[
     _option(
         _CRITERION,
         help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
-        "damage to the output that was measured on the calibration images (measured).",
-        show_default="measured with calibration images, else global",
+        "damage to the output that was measured on the calibration images, or without any on noise (measured).",
+        show_default="measured with calibration images or mean, else global",
     ),
 ]
 CompensationOption = Annotated[

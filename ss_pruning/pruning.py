@@ -81,8 +81,9 @@ def prune_(
             this machine ask for.
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
             share, "measured" ranks all channels by the damage to the output that their removal was seen to do on the
-            calibration inputs, in the order of the scores within a layer, see `ss_pruning.damage`. By default
-            "measured" with 8 calibration inputs or more, else "global".
+            calibration inputs, in the order of the scores within a layer, see `ss_pruning.damage`; without any it is
+            measured on noise, on which relevance has a say, too. By default "measured" with 8 calibration inputs or
+            more, or with "mean" and none where batch norms tell what noise should come to; else "global".
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
