@@ -59,7 +59,7 @@ class Lab:
         self.norms = {
             p: m for p in self.wiring.layers if self.follow and has_statistics(m := self.modules[p])
         }
-        self.reached: dict[str, tuple[Tensor, Tensor]] = {}
+        self.reached: dict[str, _Reached] = {}
         self.prefix = Prefix(self.modules, len(self.images))
         self.precisions: dict[str, Tensor] = {}
         #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
@@ -94,7 +94,7 @@ class Lab:
         """The outputs of the dense net; what reaches its norms is noted on the way."""
 
         def note(path: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
-            self.reached[path] = _moments(args[0])
+            self.reached[path] = _Reached(len(args[0]), *_moments(args[0]))
 
         with contextlib.ExitStack() as undo:
             for path, norm in self.norms.items():
@@ -115,8 +115,8 @@ class Lab:
             for path in self.fitted if self.method == "reconstruct" else ():
                 if self.prefix.begin(path) >= begin:
                     undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
-            for path, (mean, variance) in self.reached.items():
-                hook = _follow(len(self.images), self.norms[path].eps, mean, variance)
+            for path, reached in self.reached.items():
+                hook = _follow(reached, self.norms[path].eps)
                 undo.callback(self.norms[path].register_forward_pre_hook(hook).remove)
             return self._outputs(copies)
 
@@ -231,6 +231,15 @@ def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
     copy.copy_(x.mul_(slope).add_(mean))
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """What reaches a norm in the dense net: so many rows, of this mean and variance."""
+
+    rows: int
+    mean: Tensor
+    variance: Tensor
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the channels of `[N, C, ...]`, in its dimensions."""
     over = [axis for axis in range(x.dim()) if axis != 1]
@@ -238,15 +247,15 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean).square().mean(over, keepdim=True)
 
 
-def _follow(images: int, eps: float, mean: Tensor, variance: Tensor) -> Callable[[nn.Module, Any], Any]:
-    """A hook that brings each channel of all copies to this mean and variance."""
+def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Any], Any]:
+    """A hook that brings each channel of all copies to the mean and variance that it has in the dense net."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         found = torch.empty_like(args[0])  # once: large tensors cost more than what fills them
-        for copy, brought in zip(args[0].split(images), found.split(images), strict=True):
-            now, power = _moments(copy)
-            scale = ((variance + eps) / (power + eps)).sqrt()
-            torch.addcmul((mean - scale * now).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
+        for copy, brought in zip(args[0].split(dense.rows), found.split(dense.rows), strict=True):
+            mean, variance = _moments(copy)
+            scale = ((dense.variance + eps) / (variance + eps)).sqrt()
+            torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
         return (found, *args[1:])
 
     return hook
