@@ -51,7 +51,15 @@ import torch
 from torch import Tensor, nn
 
 import ss_pruning
-from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, Criteria, is_known, named_options
+from benchmarks.accuracy_criteria import (
+    BY_CHANCE,
+    CALIBRATION,
+    CRITERIA,
+    OURS,
+    Criteria,
+    is_known,
+    named_options,
+)
 from benchmarks.cifar_data import Images, Split, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
@@ -71,7 +79,7 @@ from ss_pruning.latency import machine
 from ss_pruning.planning import Scope
 
 LINES = RESULTS / "accuracy.jsonl"
-CALIBRATION, LABELLED = 512, 512
+LABELLED = 512
 FINETUNE_BATCH, FINETUNE_RATE = 128, 0.003
 _CORE = Path(str(ss_pruning.__file__)).parent
 #: The code that results depend on, by what is used; comments and docstrings do not count.
@@ -151,8 +159,9 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
         (criterion, compensation, scope, exponent)
         for criterion in options.criteria
         for compensation in options.compensations
-        for scope in [scope_of(criterion, compensation, calibration_of(criterion, compensation, options))]
-        for exponent in cost_exponents(criterion, scope, compensation, options.cost_exponents)
+        for calibration in [calibration_of(criterion, compensation, options)]
+        for scope in [scope_of(criterion, compensation, calibration)]
+        for exponent in cost_exponents(criterion, scope, compensation, calibration, options.cost_exponents)
     ]
     axes = (options.nets, options.macs, range(options.seeds), methods)
     for net, macs, seed, (criterion, compensation, scope, exponent) in itertools.product(*axes):
@@ -191,7 +200,9 @@ def scope_of(criterion: str, compensation: str, calibration: str) -> Scope:
     return named_options(criterion).get("scope", default)  # type: ignore[return-value]
 
 
-def cost_exponents(criterion: str, scope: Scope, compensation: str, chosen: list[float]) -> list[float]:
+def cost_exponents(
+    criterion: str, scope: Scope, compensation: str, calibration: str, chosen: list[float]
+) -> list[float]:
     """The one in the criterion's name; else ours, and damage that was measured, is weighed as by default."""
     named = named_options(criterion)
     if "cost_exponent" in named:
@@ -200,7 +211,7 @@ def cost_exponents(criterion: str, scope: Scope, compensation: str, chosen: list
         return [COST_EXPONENT[scope]] if scope == "measured" else chosen
     plain = not named.keys() - {"scope"}
     score = default_score(compensation, scope) if plain else named.get("score", "share")  # type: ignore[arg-type]
-    return [default_cost_exponent(SynapticImportance(score=score), scope)]
+    return [default_cost_exponent(SynapticImportance(score=score), scope, on_noise=calibration == "none")]
 
 
 class Bench:

@@ -15,6 +15,8 @@ from ss_pruning import SynapticImportance
 from ss_pruning.cutting import BATCH
 
 OURS = "SynapticImportance"
+#: So many images without labels to calibrate on.
+CALIBRATION = 512
 _NO_LABELS: dict[str, Callable[[], Any]] = {
     "Random": tp.importance.RandomImportance,
     "Magnitude L1": lambda: tp.importance.GroupMagnitudeImportance(p=1),

@@ -9,10 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
+from benchmarks.accuracy_criteria import BY_CHANCE, CALIBRATION, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
-from ss_pruning.defaults import RELEVANCE_EXPONENT, default_reestimate
+from ss_pruning import SynapticImportance
+from ss_pruning.defaults import (
+    RELEVANCE_EXPONENT,
+    default_cost_exponent,
+    default_reestimate,
+    default_scope,
+    default_score,
+)
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
@@ -65,7 +72,7 @@ Made by `python -m benchmarks.accuracy` and `python -m benchmarks.accuracy --pag
 def write_page(lines: list[Line], page: Path = PAGE) -> Path:
     """Write tables and plots; of several results for one run the last counts."""
     latest = {_run(line): line for line in lines if line["split"] == "test" and line["criterion"] in SHOWN}
-    chosen = [line for line in latest.values() if line["top1"] is not None]
+    chosen = [line for line in latest.values() if line["top1"] is not None and not is_outdated(line)]
     if not chosen:
         raise SystemExit("no result yet: run python -m benchmarks.accuracy first")
     images = max(line["images"] for line in chosen)
@@ -78,7 +85,7 @@ def write_page(lines: list[Line], page: Path = PAGE) -> Path:
             of_net = [line for line in chosen if (line["net"], line["residual"]) == (net, residual)]
             if of_net:
                 parts += _net_section(net, residual, of_net, page)
-    parts += [*_other_norms(chosen), *_gains(chosen), *_scopes(everything), *_tried(lines)]
+    parts += [*_other_norms(chosen), *_gains(chosen), *_scopes(everything), *_tried(lines), *_noise(lines)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts) + "\n")
     return page
@@ -173,6 +180,17 @@ def cells(lines: Iterable[Line]) -> Cells:
 def is_default(line: Line) -> bool:
     """Whether norms were moved, or left, as `prune_` does by default."""
     return bool(line.get("reestimate")) == default_reestimate(line["compensation"])
+
+
+def is_outdated(line: Line) -> bool:
+    """Whether it is a default of ours as it was once: layers compete otherwise today."""
+    if line["criterion"] != OURS or not is_default(line):
+        return False
+    images = 0 if line["calibration"] == "none" else CALIBRATION
+    scope = default_scope(images, line["compensation"], on_noise=True)
+    importance = SynapticImportance(score=default_score(line["compensation"], scope))
+    weight = default_cost_exponent(importance, scope, on_noise=not images)
+    return (line.get("scope", "global"), line["cost_exponent"]) != (scope, weight)
 
 
 def column_of(line: Line) -> str:
@@ -300,7 +318,7 @@ def _scopes(lines: list[Line]) -> list[str]:
 
 def _tried(lines: list[Line]) -> list[str]:
     """What was weighed, on training images, for cuts that have no image to measure damage on."""
-    tried = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
+    tried = [line for line in _without_images(lines) if not _is_about_noise(line)]
     if not tried:
         return []
     found: dict[tuple[str, float], dict[tuple[Any, ...], float]] = defaultdict(dict)
@@ -321,6 +339,40 @@ def _tried(lines: list[Line]) -> list[str]:
         texts = (f"{at[point]:.1f}" if point in at else "" for point in points)
         parts.append(f"| {name} | {weight:g} | {' | '.join(texts)} |")
     return parts
+
+
+def _noise(lines: list[Line]) -> list[str]:
+    """What it is worth to measure damage on noise, for plain cuts and for means."""
+    found: dict[tuple[str, float], dict[tuple[str, float], float]] = defaultdict(dict)
+    tried = [line for line in _without_images(lines) if _is_about_noise(line)]
+    plain = [
+        line for line in _without_images(lines) if (line["criterion"], line["compensation"]) == (OURS, "none")
+    ]
+    for line in (*plain, *tried):
+        way = "measured" if line.get("scope") == "measured" else "global"
+        found[f"{line['compensation']}, {way}", line["cost_exponent"]][line["net"], line["macs"]] = line[
+            "top1"
+        ]
+    points = sorted({point for at in found.values() for point in at}, key=lambda p: (NETS.index(p[0]), -p[1]))
+    heads = [f"{net}, {macs:.0%}" for net, macs in points]
+    parts = ["", "## Damage measured on noise", "", "Top-1 in % on training images, one run each, without any image to "
+             "calibrate on. *Global*: layers compete by relevance, divided by cost; *measured*: by damage on noise and "
+             "relevance.",
+             "", f"| compensation, scope | cost exponent | {' | '.join(heads)} |",
+             "|---|---:|" + "---:|" * len(points)]  # fmt: skip
+    for (way, weight), at in sorted(found.items(), reverse=True):
+        texts = (f"{at[point]:.1f}" if point in at else "" for point in points)
+        parts.append(f"| {way} | {weight:g} | {' | '.join(texts)} |")
+    return parts if tried else []
+
+
+def _without_images(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
+
+
+def _is_about_noise(line: Line) -> bool:
+    """Whether layers competed by damage on noise, or were run beside it."""
+    return line.get("scope") == "measured" or bool(line.get("reestimate"))
 
 
 def _point(line: Line) -> tuple[Any, ...]:

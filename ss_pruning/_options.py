@@ -173,7 +173,7 @@ CostExponent = Annotated[
     _option(
         _CRITERION,
         help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost. By "
-        "default 1 where damage is measured, 0.75 for relevance, 0.5 elsewhere.",
+        "default 1 where damage is measured on images, 0.75 for relevance, 0.5 elsewhere.",
         metavar="P",
         show_default=False,
     ),

@@ -99,7 +99,7 @@ class Contest:
         importance = self.importance or self._default_importance(scope)
         exponent = self.cost_exponent
         if exponent is None:
-            exponent = default_cost_exponent(importance, scope)
+            exponent = default_cost_exponent(importance, scope, on_noise=self.images is None)
         with clock("score", 1):
             scores = self._scores(importance)
         moves = {**self.options, "scope": scope}

@@ -10,7 +10,7 @@ from ss_pruning.planning import Scope
 
 #: By scope, what `prune_` takes where no `cost_exponent` is given.
 COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
-#: Where relevance is what layers compete by: it estimates damage, but not as well as measuring does.
+#: Where layers compete by relevance, or it has a say: it estimates damage, but not as well as measuring does.
 RELEVANCE_EXPONENT = 0.75
 #: On noise damage is known less well: it counts with this exponent, and relevance with what is left of 1.
 ON_NOISE = 2 / 3
@@ -50,9 +50,10 @@ def default_reestimate(compensation: Method) -> bool:
     return compensation in ("mean", "linear")
 
 
-def default_cost_exponent(importance: Any, scope: Scope) -> float:
-    """What `prune_` takes for an importance, by which layers compete in the global scope. Chosen on training images."""
-    return RELEVANCE_EXPONENT if scope == "global" and is_relevance(importance) else COST_EXPONENT[scope]
+def default_cost_exponent(importance: Any, scope: Scope, on_noise: bool = False) -> float:
+    """What `prune_` takes for an importance; in the measured scope, whether on noise. Chosen on training images."""
+    by_relevance = is_relevance(importance) and (scope == "global" or (scope == "measured" and on_noise))
+    return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
 
 
 def is_relevance(importance: Any) -> bool:

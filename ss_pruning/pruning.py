@@ -88,8 +88,8 @@ def prune_(
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
             little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage;
-            in the global one 0.75 for relevance and 0.5 for other scores. Means nothing to `ratio` and to the local
-            scope.
+            0.75 where relevance counts, in the global scope and on noise; 0.5 for other scores. Means nothing to
+            `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs, to measure damage on and to compensate by: a tensor, or an iterable of batches

@@ -412,7 +412,7 @@ def without_norms() -> nn.Module:
     ("make", "compensation", "wanted"),
     [
         (chain, "none", ("global", 0.75)),
-        (chain, "mean", ("measured", 1.0)),
+        (chain, "mean", ("measured", 0.75)),
         (without_norms, "mean", ("global", 0.75)),
         (Pair, "mean", ("global", 0.75)),
         (Crowd, "mean", ("global", 0.75)),

@@ -139,14 +139,19 @@ def test_it_is_what_layers_compete_by_where_nothing_is_solved() -> None:
         "solved": {"compensation": "reconstruct", "calibration": images},
         "solved, global": {"compensation": "reconstruct", "calibration": images, "scope": "global"},
         "magnitude": {"importance": tp.importance.GroupMagnitudeImportance(p=2)},
+        "magnitude, mean": {
+            "importance": tp.importance.GroupMagnitudeImportance(p=2),
+            "compensation": "mean",
+        },
         "share": {"importance": SynapticImportance()},
     }.items():
         report = prune_(net.make(), x, macs=0.7, **options)
         exponents[name] = report.settings["cost_exponent"]
     assert exponents == {
         "plain": 0.75,
-        "mean": 1.0,
+        "mean": 0.75,
         "mean, global": 0.75,
+        "magnitude, mean": 1.0,
         "solved": 1.0,
         "solved, global": 0.5,
         "magnitude": 0.5,
