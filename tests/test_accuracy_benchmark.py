@@ -280,7 +280,8 @@ def test_runs_that_were_tuned_count_before_it_where_there_is_no_other() -> None:
 
 
 def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -> None:
-    lines = [line("LAMP", 50.0), line("LAMP", 55.0, code="new"), line(OURS, 54.0, macs_kept=0.65)]
+    lines = [line("LAMP", 50.0), line("LAMP", 55.0, code="new")]
+    lines += [line(OURS, 54.0, macs_kept=0.65, cost_exponent=0.75)]
     text = accuracy_page.write_page(lines, tmp_path / "docs" / "page.md").read_text()
     assert "**55.00**" in text
     assert "50.00" not in text
@@ -405,9 +406,10 @@ def test_pages_tell_the_machines() -> None:
 
 
 def test_norms_that_are_not_as_by_default_have_tables_of_their_own(tmp_path: Path) -> None:
+    today = {"cost_exponent": 0.75}
     lines = [
-        line(OURS, 50.0),
-        line(OURS, 60.0, compensation="mean", reestimate=True),
+        line(OURS, 50.0, **today),
+        line(OURS, 60.0, compensation="mean", reestimate=True, scope="measured", **today),
         line(OURS, 55.0, compensation="mean"),
         line("LAMP", 54.0, compensation="mean"),
         line(OURS, 58.0, reestimate=True),
@@ -428,16 +430,57 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
         line("LAMP", 60.0, split="train"),
         line(f"{OURS}:reduce=max,cost_exponent=0.25", 61.0, split="train", cost_exponent=0.25),
         line(OURS, 62.0, split="train", cost_exponent=0.75),
-        line(OURS, 63.0, split="train", cost_exponent=0.75, compensation="mean", reestimate=True),
+        line(OURS, 63.0, split="train", cost_exponent=0.75, compensation="mean"),
+        line(
+            OURS,
+            64.0,
+            split="train",
+            cost_exponent=0.75,
+            compensation="mean",
+            reestimate=True,
+            scope="measured",
+        ),
+        line(
+            f"{OURS}:scope=global",
+            65.0,
+            split="train",
+            cost_exponent=0.75,
+            compensation="mean",
+            reestimate=True,
+        ),
+        line(f"{OURS}:scope=measured", 66.0, split="train", macs=0.5, cost_exponent=0.75, scope="measured"),
     ]
-    text = accuracy_page.write_page([line(OURS, 50.0), *tried], tmp_path / "page.md").read_text()
-    table = text.partition("what was tried")[2].strip().splitlines()[-5:]
-    assert table[0] == "| scores | cost exponent | resnet20, 70%, none | resnet20, 70%, mean |"
+    newest = line(OURS, 50.0, cost_exponent=0.75)
+    text = accuracy_page.write_page([newest, *tried], tmp_path / "page.md").read_text()
+    tables, _, noise = text.partition("## Damage measured on noise")
+    table = tables.partition("what was tried")[2].strip().splitlines()[-5:]
+    assert table[0] == "| scores | cost exponent | resnet20, 70%, none | resnet20, 70%, mean, norms left |"
     assert table[2:] == [
         f"| {OURS} | 0.75 | 62.0 | 63.0 |",
         "| LAMP | 0.5 | 60.0 |  |",
         f"| {OURS}, reduce=max | 0.25 | 61.0 |  |",
     ]
+    rows = noise.strip().splitlines()
+    assert rows[2] == "| compensation, scope | cost exponent | resnet20, 70% | resnet20, 50% |"
+    assert rows[4:] == [
+        "| none, measured | 0.75 |  | 66.0 |",
+        "| none, global | 0.75 | 62.0 |  |",
+        "| mean, measured | 0.75 | 64.0 |  |",
+        "| mean, global | 0.75 | 65.0 |  |",
+    ]
+
+
+def test_defaults_of_the_past_are_not_todays(tmp_path: Path) -> None:
+    today = {"compensation": "mean", "reestimate": True, "cost_exponent": 0.75, "scope": "measured"}
+    lines = [line("LAMP", 50.0), line(OURS, 40.0, **today)]
+    lines += [
+        line(OURS, 60.0, **today | {"scope": "global"}),
+        line(OURS, 70.0, **today | {"cost_exponent": 1.0}),
+    ]
+    text = accuracy_page.write_page(lines, tmp_path / "page.md").read_text()
+    assert f"| {OURS} |  | 40.00 |" in text
+    assert "60.00" not in text
+    assert "70.00" not in text
 
 
 def test_longer_tuning_comes_later() -> None:
