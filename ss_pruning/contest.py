@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,12 +35,14 @@ class Ranking:
         scores: By unit and cell, one a family.
         moves: How units may be cut, as `ss_pruning.planning.allot` takes it.
         cost_exponent: Before they are compared, scores are divided by costs to this power.
+        not_measured: Why damage was not measured, where it would have been by default.
     """
 
     importance: Any
     scores: list[list[Floats]]
     moves: dict[str, Any]
     cost_exponent: float
+    not_measured: str = ""
 
     @property
     def scope(self) -> Scope:
@@ -76,7 +78,7 @@ class Contest:
 
         Raises:
             InputError: Damage cannot be measured without calibration inputs.
-            ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
+            ModelError: Nor can it be on this model. If nobody asked for noise, layers compete by their scores then.
         """
         hears = hears_noise(self.model, self.example_inputs)
         if scope is not None:
@@ -90,10 +92,10 @@ class Contest:
         count = 0 if self.images is None else len(self.images)
         try:
             return self._ranked(default_scope(count, self.compensation, hears), clock)
-        except ModelError:
+        except ModelError as error:
             if self.images is not None:
                 raise
-            return self._ranked("global", clock)
+            return replace(self._ranked("global", clock), not_measured=str(error))
 
     def _ranked(self, scope: Scope, clock: Clock) -> Ranking:
         importance = self.importance or self._default_importance(scope)

@@ -19,8 +19,7 @@ ON_NOISE = 2 / 3
 def default_scope(inputs: int, compensation: Method, on_noise: bool) -> Scope:
     """What `prune_` takes where no scope is given, by the number of calibration inputs.
 
-    Without any, damage is measured on noise where the model hears it, if norms will follow the cut: plain cuts lose
-    other things than noise shows.
+    Without any, "mean" has damage measured on noise, where the model hears it; plain cuts are the quick way.
     """
     if not inputs:
         return "measured" if on_noise and compensation == "mean" else "global"

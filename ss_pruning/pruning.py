@@ -13,7 +13,7 @@ from torch import nn
 
 from ss_pruning.cloning import copied
 from ss_pruning.compensation import Method, Outcome
-from ss_pruning.contest import Contest
+from ss_pruning.contest import Contest, Ranking
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import calibration_images, check_compensation, cut_
 from ss_pruning.defaults import (
@@ -121,8 +121,9 @@ def prune_(
         coupling = couple(wiring, model, _ignored(model, ignore, wiring))
         costs = Costs(model, example_inputs, wiring, coupling)
     images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
-    powers = powers_along(wiring, model, example_inputs)
-    strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
+    with clock("score", 1):
+        powers = powers_along(wiring, model, example_inputs)
+        strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
     timed_on = example_inputs if latency_inputs is None else latency_inputs
     if round_to == "measured" or latency is not None:
         with clock("time layers", 1):
@@ -166,7 +167,7 @@ def prune_(
         layers=_layer_reports(model, plan, wiring, strengths),
         left_whole=[*coupling.left_whole, *search.left_whole()],
         max_error=verified.max_error,
-        settings=_settings(budget, ranking.importance, options, calibration, outcome),
+        settings=_settings(budget, ranking, options, calibration, outcome),
         seconds=clock.seconds,
         versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
         **times,
@@ -184,10 +185,12 @@ def _sizes(model: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> d
 
 
 def _settings(
-    budget: Budget, criterion: Any, options: dict[str, Any], calibration: Any, outcome: Outcome
+    budget: Budget, ranking: Ranking, options: dict[str, Any], calibration: Any, outcome: Outcome
 ) -> dict[str, Any]:
     """What a report says of how it came about."""
-    settings = {budget.kind: budget.value, "importance": type(criterion).__name__, **options}
+    settings = {budget.kind: budget.value, "importance": type(ranking.importance).__name__, **options}
+    if ranking.not_measured:
+        settings["damage not measured on noise"] = ranking.not_measured
     if isinstance(calibration, str):
         settings["calibration"] = calibration
     if outcome.inexact:

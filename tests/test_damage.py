@@ -425,6 +425,8 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
     x: Any = (images(1), images(1)) if make is Pair else images(1)
     report = prune_(model, x, macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
+    why = report.settings.get("damage not measured on noise", "")
+    assert ("depends on the others in its batch" in why) is (make is Crowd)
     assert report.macs_after <= 0.7 * report.macs_before
 
 
