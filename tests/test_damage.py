@@ -143,6 +143,39 @@ def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(
     assert abs(wanted[1] / otherwise - 1) > 0.05
 
 
+class Flat(nn.Module):
+    """Its norm sees the positions of all images as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.flat = nn.Conv2d(3, 8, 1), nn.BatchNorm1d(6)
+        self.narrow, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.narrow(x).movedim(1, -1).flatten(0, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.flat(self.rows(torch.relu(self.wide(x)))).relu()
+        out: Tensor = self.head(rows.unflatten(0, (len(x), -1)).mean(1))
+        return out
+
+
+@torch.no_grad()
+def test_a_norm_that_sees_rows_follows_copy_by_copy() -> None:
+    model, x = Flat().eval(), images()
+    gone = [0, 3, 5]
+    (found,) = lab_of(model, x, "mean", follow=True).damage([{"narrow": np.array(gone)}])
+    dense = torch.relu(model.wide(x))
+    small = dense.clone()
+    small[:, gone] = dense[:, gone].mean((0, 2, 3), keepdim=True)
+    moved = following(model.flat, model.rows(small), model.rows(dense))
+    y = model.head(moved(model.rows(small)).relu().unflatten(0, (len(x), -1)).mean(1))
+    wanted = (y - model(x)).square().mean() / (model(x) - model(x).mean(0)).square().mean()
+    assert found == pytest.approx(float(wanted), rel=1e-3)
+    assert wanted > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "reestimate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
 )
