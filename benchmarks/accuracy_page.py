@@ -55,7 +55,8 @@ label: its layers compete by relevance in the first, by damage on noise and rele
 for means to be taken from, too; plain cuts by the other criteria have no use for them and are those of *none*. \
 Taylor and Hessian also see 512 labelled training images. The others are data-free, and rank the channels of all \
 layers by their scores, as they are and divided by the root of what a channel costs; the better one is shown (where \
-only the first seed was run with both, the one that was better with it). ± is the standard deviation over seeds \
+only the first seed was run with both, the one that was better with it; many cells of *mean* and *linear* were run \
+only with the one that had been better with norms left). ± is the standard deviation over seeds \
 (draws of images, and chance where it plays a part); without it the result cannot depend on a seed, and was computed \
 once. *Then N images*: fine-tuned on N training images, for all in the same way, by `finetune` of the script. \
 With *mean* and *linear* the statistics of the batch norms behind the cut are moved at the end as far as what reaches \

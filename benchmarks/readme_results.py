@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy import LINES, read_lines
 from benchmarks.accuracy_criteria import CRITERIA, OURS
-from benchmarks.accuracy_page import cells, is_default, spread, table
+from benchmarks.accuracy_page import cells, is_default, is_outdated, spread, table
 from benchmarks.common import made_on
 from benchmarks.latency import LINES as TIMES
 from benchmarks.latency_page import of_line, place_of, what_of
@@ -44,6 +44,7 @@ def _before_tuning(net: str, macs: float, lines: list[dict[str, Any]]) -> list[d
     chosen = [line for line in lines if all(line[name] == value for name, value in settings.items())]
     chosen.sort(key=lambda line: not line["finetune"])  # those that were tuned were measured before it, too
     chosen = [line for line in chosen if line["criterion"] in CRITERIA and is_default(line)]
+    chosen = [line for line in chosen if not is_outdated(line)]
     return [{**line, "finetune": 0} for line in chosen]
 
 

@@ -481,6 +481,7 @@ def test_defaults_of_the_past_are_not_todays(tmp_path: Path) -> None:
     assert f"| {OURS} |  | 40.00 |" in text
     assert "60.00" not in text
     assert "70.00" not in text
+    assert accuracy_page.cells(readme_results._before_tuning("resnet20", 0.7, lines))[OURS, "mean"] == [40.0]
 
 
 def test_longer_tuning_comes_later() -> None:
