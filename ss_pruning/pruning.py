@@ -16,10 +16,7 @@ from ss_pruning.compensation import Method, Outcome
 from ss_pruning.contest import Contest, Ranking
 from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
 from ss_pruning.cutting import calibration_images, check_compensation, cut_
-from ss_pruning.defaults import (
-    COST_EXPONENT,
-    default_reestimate,
-)
+from ss_pruning.defaults import COST_EXPONENT, default_reestimate
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.latency import as_reported
@@ -152,13 +149,7 @@ def prune_(
     with clock("cut", 4):
         bench.close()
         plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
-    options = {
-        "scope": ranking.scope,
-        "max_ratio": max_ratio,
-        "round_to": round_to,
-        "cost_exponent": ranking.cost_exponent,
-        "compensation": compensation,
-    }
+    options = {"max_ratio": max_ratio, "round_to": round_to, "compensation": compensation}
     if reestimate:
         options["reestimate"] = True
     return Report(
@@ -188,7 +179,13 @@ def _settings(
     budget: Budget, ranking: Ranking, options: dict[str, Any], calibration: Any, outcome: Outcome
 ) -> dict[str, Any]:
     """What a report says of how it came about."""
-    settings = {budget.kind: budget.value, "importance": type(ranking.importance).__name__, **options}
+    settings = {
+        budget.kind: budget.value,
+        "importance": type(ranking.importance).__name__,
+        "scope": ranking.scope,
+        "cost_exponent": ranking.cost_exponent,
+        **options,
+    }
     if ranking.not_measured:
         settings["damage not measured on noise"] = ranking.not_measured
     if isinstance(calibration, str):

@@ -37,7 +37,7 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 @dataclass
 class Lab:
-    """Runs copies of the dense net that miss channels, all in one batch.
+    """Runs copies of the dense net that miss channels, all in one batch; with `follow` batch norms follow the cut.
 
     Raises:
         ModelError: The model does not run on several copies, or images see each other.
