@@ -35,13 +35,15 @@ class Ranking:
         scores: By unit and cell, one a family.
         moves: How units may be cut, as `ss_pruning.planning.allot` takes it.
         cost_exponent: Before they are compared, scores are divided by costs to this power.
-        not_measured: Why damage was not measured, where it would have been by default.
+        on_noise: Whether scores are damage that was measured on noise.
+        not_measured: Why it was not, where it would have been by default.
     """
 
     importance: Any
     scores: list[list[Floats]]
     moves: dict[str, Any]
     cost_exponent: float
+    on_noise: bool = False
     not_measured: str = ""
 
     @property
@@ -107,7 +109,7 @@ class Contest:
         moves = {**self.options, "scope": scope}
         if scope == "measured":
             scores = self._measured(importance, scores, moves, exponent, clock)
-        return Ranking(importance, scores, moves, exponent)
+        return Ranking(importance, scores, moves, exponent, scope == "measured" and self.images is None)
 
     def _default_importance(self, scope: Scope) -> Any:
         from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance

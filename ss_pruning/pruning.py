@@ -186,6 +186,8 @@ def _settings(
         "cost_exponent": ranking.cost_exponent,
         **options,
     }
+    if ranking.on_noise:
+        settings["damage measured on"] = "noise"
     if ranking.not_measured:
         settings["damage not measured on noise"] = ranking.not_measured
     if isinstance(calibration, str):

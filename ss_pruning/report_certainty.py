@@ -97,10 +97,8 @@ def _strengths(report: Report) -> str:
     told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
     chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
     if report.settings.get("scope") == "measured":
-        chosen += (
-            " How much each layer gave was decided by the damage to the output that shrinking it alone did on "
-            "calibration inputs."
-        )
+        on = report.settings.get("damage measured on", "calibration inputs")
+        chosen += f" How much each layer gave was decided by the damage that shrinking it did to the output on {on}."
     share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
     return (
         f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "

@@ -31,6 +31,7 @@ from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import trace
 from ss_pruning.reestimation import noise_like
+from ss_pruning.report_certainty import certainty
 from ss_pruning.side_by_side import Lab, _inverse
 from ss_pruning.stages import Clock
 from ss_pruning.wiring import Wiring
@@ -458,6 +459,9 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
     x: Any = (images(1), images(1)) if make is Pair else images(1)
     report = prune_(model, x, macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
+    on = report.settings.get("damage measured on")
+    assert on == ("noise" if wanted[0] == "measured" else None)
+    assert (f"did to the output on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
     why = report.settings.get("damage not measured on noise", "")
     assert ("depends on the others in its batch" in why) is (make is Crowd)
     assert report.macs_after <= 0.7 * report.macs_before

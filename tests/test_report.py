@@ -496,9 +496,9 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     skipped = example(settings={"compensation": "mean", "not compensated": "aux: it sleeps"})
     assert dict(certainty(skipped))["compensation"].endswith("Not compensated: aux: it sleeps.")
     assert "its own noise" in said["strengths"]
-    assert "shrinking it alone" not in said["strengths"]
+    assert "shrinking it" not in said["strengths"]
     measured = dict(certainty(example(settings={"scope": "measured"})))
-    assert "shrinking it alone" in measured["strengths"]
+    assert "shrinking it did to the output on calibration inputs." in measured["strengths"]
 
 
 # ---------------------------------------------------------------- contrast
