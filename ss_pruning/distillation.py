@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ss_pruning import _cache
 from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
 from ss_pruning.provenance import preserved
 
@@ -178,7 +179,7 @@ def _listening(model: nn.Module, device: torch.device, seed: int) -> Iterator[_L
         )
     heard: list[Tensor] = []
     for norm in norms:
-        norm.register_forward_pre_hook(lambda module, args: heard.append(_distance(module, args[0])))
+        on_input(norm, lambda module, x: heard.append(_distance(module, x)))
 
     def listen(images: Tensor) -> tuple[Any, list[Tensor]]:
         heard.clear()

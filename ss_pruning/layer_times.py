@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning import _cache
 from ss_pruning.coupling import Key, Side, Unit
+from ss_pruning.hooks import on_input
 from ss_pruning.latency import machine, race
 from ss_pruning.layers import groups_of, is_depthwise, width
 from ss_pruning.provenance import call, preserved
@@ -126,15 +127,14 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
     seen: dict[str, tuple[Tensor, int]] = {}
 
     def hook(path: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                x, calls = seen.get(path, (args[0].to("meta"), 0))
-                seen[path] = x, calls + 1
+        def note(module: nn.Module, arriving: Tensor) -> None:
+            x, calls = seen.get(path, (arriving.to("meta"), 0))
+            seen[path] = x, calls + 1
 
         return note
 
     modules = dict(model.named_modules())
-    handles = [modules[path].register_forward_pre_hook(hook(path)) for path in paths]
+    handles = [on_input(modules[path], hook(path)) for path in paths]
     try:
         with preserved(model, training=False), torch.no_grad():
             call(model, example_inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from ss_pruning.coupling import Cell
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of, mixes_channels
 from ss_pruning.provenance import call, preserved
 from ss_pruning.wiring import Wiring
@@ -276,8 +278,8 @@ def _run_on_noise(
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like) * amplitude
 
-    def before(path: str, args: tuple[Any, ...]) -> None:
-        seen[path].add(args[0], wiring.layers[path].in_axis)
+    def before(path: str, _: nn.Module, x: Tensor) -> None:
+        seen[path].add(x, wiring.layers[path].in_axis)
 
     def after(path: str, module: nn.Module, y: Tensor) -> Tensor | None:
         gone = dead[path]
@@ -291,7 +293,7 @@ def _run_on_noise(
     for path in wiring.layers:
         seen[path].calls = 0
         module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(lambda _, args, path=path: before(path, args)))
+        handles.append(on_input(module, partial(before, path)))
         handles.append(module.register_forward_hook(lambda m, _, y, path=path: after(path, m, y)))
     noisy = pytree.tree_map_only(
         Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.cloning import shell
+from ss_pruning.hooks import given, on_input, replaced
 from ss_pruning.layers import channel_axis, is_depthwise, mixes_channels
 from ss_pruning.planning import Selection
 from ss_pruning.surgery import Cut, cut_layer
@@ -31,9 +32,7 @@ def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[N
             cut = Cut(path, side, layer.inputs, kept)
             if side == "in" and not is_depthwise(module):
                 if type(module).__module__.startswith("torch.nn."):
-                    undo.callback(
-                        module.register_forward_pre_hook(_without(cut.removed), with_kwargs=True).remove
-                    )
+                    undo.callback(on_input(module, _without(cut.removed)).remove)
                 else:  # may standardise its weights over what it reads
                     _patch(undo, module, _reading_kept_channels(module, cut, layer.in_axis))
             elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
@@ -41,7 +40,7 @@ def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[N
         yield
 
 
-def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
     before = vars(module).get("forward")
     vars(module)["forward"] = forward
     undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
@@ -49,38 +48,39 @@ def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[[Ten
     )
 
 
-def _without(removed: list[int]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A hook that zeroes channels of what a layer reads."""
+def _without(removed: list[int]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Zeroes channels of what a layer reads."""
 
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        (x, *rest), names = (args, kwargs) if args else (tuple(kwargs.values()), {})
-        gone = torch.tensor(removed, device=x.device)
-        return (x.index_fill(channel_axis(module, x), gone, 0), *rest), names
+    def zeroed(module: nn.Module, x: Tensor) -> Tensor:
+        return x.index_fill(channel_axis(module, x), torch.tensor(removed, device=x.device), 0)
 
-    return hook
+    return zeroed
 
 
-def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
+def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:
     small = shell(module).eval()
     if not isinstance(module, _ConvNd):
         cut_layer(small, cut)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = given(module, args, kwargs)
         kept = torch.tensor(cut.kept, device=x.device)
-        return torch.zeros_like(x).index_copy(axis, kept, small(x.index_select(axis, kept)))
+        args, kwargs = replaced(module, args, kwargs, x.index_select(axis, kept))
+        return torch.zeros_like(x).index_copy(axis, kept, small(*args, **kwargs))
 
     return forward
 
 
-def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[[Tensor], Tensor]:
+def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:
     plain = shell(module).eval()
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         small = shell(plain)  # not kept: its weights are its own
         cut_layer(small, cut)
-        smaller: Tensor = small(x.index_select(axis, torch.tensor(cut.kept, device=x.device)))
+        x: Tensor = given(module, args, kwargs)
+        read = x.index_select(axis, torch.tensor(cut.kept, device=x.device))
+        args, kwargs = replaced(module, args, kwargs, read)
+        smaller: Tensor = small(*args, **kwargs)
         return smaller
 
     return forward

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.hooks import given, on_input, replaced
 from ss_pruning.layers import channel_axis
 from ss_pruning.provenance import call, preserved
 from ss_pruning.walking import modules_of
@@ -178,7 +179,7 @@ def _noisy_run(
         for path, layer in wiring.layers.items():
             if layer.kind == "norm":
                 hook = _noise_hook(layer.in_axis, generator, by_image)
-                undo.callback(modules[path].register_forward_pre_hook(hook).remove)
+                undo.callback(on_input(modules[path], hook).remove)
         for path in _unheard(wiring):
             undo.callback(_shape_only(modules[path]))
         return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
@@ -200,10 +201,12 @@ def _shape_only(module: nn.Module) -> Callable[[], object]:
     """Let a layer see one image of its batch, and put out zeros in the right shape; returns what undoes it."""
     forward, before = module.forward, vars(module).get("forward")
 
-    def one_image(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def one_image(*args: Any, **kwargs: Any) -> Any:
+        x: Tensor = given(module, args, kwargs)
         if channel_axis(module, x) == 0 or len(x) < 2:
-            return forward(x, *args, **kwargs)
-        y = forward(x[:1], *args, **kwargs)
+            return forward(*args, **kwargs)
+        args, kwargs = replaced(module, args, kwargs, x[:1])
+        y = forward(*args, **kwargs)
         return y.new_zeros((len(x), *y.shape[1:]))
 
     vars(module)["forward"] = one_image
@@ -212,9 +215,11 @@ def _shape_only(module: nn.Module) -> Callable[[], object]:
     return lambda: vars(module).update(forward=before)
 
 
-def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callable[[nn.Module, Any], Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        z = stratified_normal(args[0], axis, generator, by_image=by_image)
+def _noise_hook(
+    axis: int, generator: torch.Generator, by_image: bool
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    def hook(module: nn.Module, x: Tensor) -> Tensor:
+        z = stratified_normal(x, axis, generator, by_image=by_image)
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(mean, Tensor) and isinstance(
             var, Tensor
@@ -222,7 +227,7 @@ def _noise_hook(axis: int, generator: torch.Generator, by_image: bool) -> Callab
             shape = [-1 if a == axis else 1 for a in range(z.dim())]
             eps = float(getattr(module, "eps", 0.0))
             z = z * (var + eps).sqrt().reshape(shape) + mean.reshape(shape)
-        return (z.to(args[0].dtype), *args[1:])
+        return z.to(x.dtype)
 
     return hook
 
@@ -280,8 +285,7 @@ class _Sums:
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def __call__(self, module: nn.Module, x: Tensor) -> None:
         rows = self.rows(module, x)
         self.values += rows.shape[1]
         self.images += len(x)
@@ -290,7 +294,7 @@ class _Sums:
 
     def rows(self, module: nn.Module, x: Tensor) -> Tensor:
         """`[in_channels, positions]`."""
-        return x.movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
+        return x.detach().movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
 
     def seen(self, dtype: torch.dtype) -> _Seen:
         mean = torch.as_tensor(self.total / self.values)
@@ -314,9 +318,9 @@ class _Products(_Sums):
         self.second: Tensor | float = 0.0
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        super().__call__(module, args)
-        rows = self.rows(module, args[0].detach())
+    def __call__(self, module: nn.Module, x: Tensor) -> None:
+        super().__call__(module, x)
+        rows = self.rows(module, x)
         if rows.shape[1] > _PRODUCT_POSITIONS:
             drawn = torch.randint(rows.shape[1], (_PRODUCT_POSITIONS,), generator=self.generator)
             rows = rows.index_select(1, drawn.to(rows.device))
@@ -350,7 +354,7 @@ def _observe(
         plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
         sums[path] = (_Sums if plain else kind)(layer.inputs)
     modules = modules_of(model)
-    handles = [modules[path].register_forward_pre_hook(s) for path, s in sums.items()]
+    handles = [on_input(modules[path], s) for path, s in sums.items()]
     count = 0
     try:
         with preserved(model, training=False), torch.no_grad():

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.hooks import on_output
 from ss_pruning.labels import Labels
 from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
@@ -256,7 +257,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(recorder.after))
             slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
-            handles += [module.register_forward_hook(_sloped) for module in slopes]
+            handles += [on_output(module, _sloped) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -271,9 +272,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 handle.remove()
 
 
-def _sloped(module: nn.PReLU, args: tuple[Tensor], output: Tensor) -> Tensor:
+def _sloped(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
-    (x,) = args
+    assert isinstance(module.weight, Tensor)
     return -nn.functional.prelu(-x.abs(), module.weight)
 
 

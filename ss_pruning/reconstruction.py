@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.compensation import IDLE, Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of
 from ss_pruning.provenance import call, preserved
 from ss_pruning.summing import Others, Sum, find_sums
@@ -75,21 +76,20 @@ def reconstruct_(
         contextlib.ExitStack() as hooks,
     ):
 
-        def solve(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        def solve(path: str, module: nn.Module, x: Tensor) -> None:
             target = outputs(path)
             if path in kept:
                 target = target.index_select(channel_axis(module, target), kept[path].to(target.device))
             if path in sums:
                 target = target - others.take(path)
-            weight, bias = _fit(module, args[0], target)
+            weight, bias = _fit(module, x, target)
             module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
             progress(len(outcome.layers), len(paths))
 
         for path in paths:
-            handle = pruned.get_submodule(path).register_forward_pre_hook(partial(solve, path))
-            hooks.callback(handle.remove)
+            hooks.callback(on_input(pruned.get_submodule(path), partial(solve, path)).remove)
         call(pruned, images)
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome

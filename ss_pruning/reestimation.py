@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.cloning import copied
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
 from ss_pruning.provenance import call, preserved
 from ss_pruning.surgery import Plan
@@ -78,16 +79,16 @@ def reestimate_(
     wanted = _watched(dense, paths, images, on_noise)
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
-    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> Any:
+    def listen(path: str, norm: Any, x: Tensor) -> Tensor | None:
         number = min(len(seen[path]), len(wanted[path]) - 1)
-        now = _added(seen[path], args[0])
+        now = _added(seen[path], x)
         if path not in behind:
-            return _brought(norm, args, now)
+            return _brought(norm, x, now)
         centre = norm.running_mean.clone()
         _set(norm, dense.get_submodule(path), kept.get(path), wanted[path][number], now, on_noise)
         if not means:
             norm.running_mean.copy_(centre)
-        return _brought(norm, args, now) if on_noise else None
+        return _brought(norm, x, now) if on_noise else None
 
     _run(small, {path: partial(listen, path) for path in paths if path in wanted}, images)
     return [path for path in behind if path in seen]
@@ -110,8 +111,8 @@ def on_noise(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
     twin, noise = copied(model), noise_like(inputs)
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
-    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> None:
-        _, mean, variance = _added(seen[path], args[0])
+    def listen(path: str, norm: Any, x: Tensor) -> None:
+        _, mean, variance = _added(seen[path], x)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
@@ -124,16 +125,16 @@ def _watched(net: nn.Module, paths: Sequence[str], images: Any, on_noise: bool) 
     """By norm and call, what has reached it up to then."""
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
-    def listen(path: str, norm: Any, args: tuple[Any, ...]) -> Any:
-        now = _added(seen[path], args[0])
-        return _brought(norm, args, now) if on_noise else None
+    def listen(path: str, norm: Any, x: Tensor) -> Tensor | None:
+        now = _added(seen[path], x)
+        return _brought(norm, x, now) if on_noise else None
 
     _run(net, {path: partial(listen, path) for path in paths}, images)
     return dict(seen)
 
 
 def _run(net: nn.Module, hooks: Mapping[str, Any], images: Any) -> None:
-    handles = [net.get_submodule(path).register_forward_pre_hook(hook) for path, hook in hooks.items()]
+    handles = [on_input(net.get_submodule(path), hook) for path, hook in hooks.items()]
     try:
         with torch.no_grad(), preserved(net, training=False):
             call(net, images)
@@ -155,14 +156,14 @@ def _set(norm: Any, dense: Any, kept: Tensor | None, then: _Sample, now: _Sample
     norm.running_var.copy_((spread * variance / v - norm.eps).clamp_min(0))
 
 
-def _brought(norm: Any, args: tuple[Any, ...], sample: _Sample) -> tuple[Any, ...]:
+def _brought(norm: Any, x: Tensor, sample: _Sample) -> Tensor:
     """What reaches a norm, with its channels brought to the norm's statistics."""
     _, mean, variance = sample
-    shape = [1, -1, *[1] * (args[0].dim() - 2)]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
     scale = ((norm.running_var + norm.eps) / (variance + norm.eps)).sqrt()
     shift = norm.running_mean - scale * mean
-    x = args[0]
-    return (x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype), *args[1:])
+    brought: Tensor = x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+    return brought
 
 
 def noise_like(inputs: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning.compensation import Method
 from ss_pruning.errors import ModelError
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.moments import Moments
 from ss_pruning.planning import Floats, Ints
@@ -93,12 +94,12 @@ class Lab:
     def dense(self) -> Any:
         """The outputs of the dense net; what reaches its norms is noted on the way."""
 
-        def note(path: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
-            self.reached[path] = _Reached(len(args[0]), *_moments(args[0]))
+        def note(path: str, norm: nn.Module, x: Tensor) -> None:
+            self.reached[path] = _Reached(len(x), *_moments(x))
 
         with contextlib.ExitStack() as undo:
             for path, norm in self.norms.items():
-                undo.callback(norm.register_forward_pre_hook(partial(note, path)).remove)
+                undo.callback(on_input(norm, partial(note, path)).remove)
             return self._outputs(1)
 
     def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> Any:
@@ -111,13 +112,13 @@ class Lab:
             self.prefix.run_once(begin, copies, undo)
             for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
                 predicted = [self._predicted(path, g) if len(g) else None for g in gone[path]]
-                undo.callback(self.modules[path].register_forward_pre_hook(_replace(predicted)).remove)
+                undo.callback(on_input(self.modules[path], _replace(predicted)).remove)
             for path in self.fitted if self.method == "reconstruct" else ():
                 if self.prefix.begin(path) >= begin:
                     undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             for path, reached in self.reached.items():
                 hook = _follow(reached, self.norms[path].eps)
-                undo.callback(self.norms[path].register_forward_pre_hook(hook).remove)
+                undo.callback(on_input(self.norms[path], hook).remove)
             return self._outputs(copies)
 
     def _outputs(self, copies: int) -> Any:
@@ -194,15 +195,15 @@ def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Any], Any]:
+def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Tensor], Tensor]:
     """A hook that takes channels from each of the copies, or leaves it alone."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0].clone()
+    def hook(module: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone()
         for one, copy in zip(predicted, x.tensor_split(len(predicted)), strict=True):
             if one is not None:
                 one.fill_(copy.movedim(channel_axis(module, x), -1))
-        return (x, *args[1:])
+        return x
 
     return hook
 
@@ -247,16 +248,16 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean).square().mean(over, keepdim=True)
 
 
-def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Any], Any]:
+def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
     """A hook that brings each channel of all copies to the mean and variance that it has in the dense net."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found = torch.empty_like(args[0])  # once: large tensors cost more than what fills them
-        for copy, brought in zip(args[0].split(dense.rows), found.split(dense.rows), strict=True):
+    def hook(module: nn.Module, x: Tensor) -> Tensor:
+        found = torch.empty_like(x)  # once: large tensors cost more than what fills them
+        for copy, brought in zip(x.split(dense.rows), found.split(dense.rows), strict=True):
             mean, variance = _moments(copy)
             scale = ((dense.variance + eps) / (variance + eps)).sqrt()
             torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
-        return (found, *args[1:])
+        return found
 
     return hook
 

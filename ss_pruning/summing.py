@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import ask
 from ss_pruning.provenance import call, preserved
 
@@ -84,15 +85,15 @@ class _Watch(TorchFunctionMode):
         self.layers = {norm: path for path, norm in norms.items()}
         self.handles = []
         for path, module in model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(self._taking(path)))
+            self.handles.append(on_input(module, self._taking(path)))
             self.handles.append(module.register_forward_hook(self._giving(path)))
 
     def _taking(self, path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_: nn.Module, x: Any) -> None:
             self.calls[path] += 1
             self.began[path] = len(self.kept)
-            if args and isinstance(args[0], Tensor):
-                self._note(args[0], path, "in")
+            if isinstance(x, Tensor):
+                self._note(x, path, "in")
 
         return hook
 
@@ -186,7 +187,7 @@ class Others:
         for path, s in self.sums.items():
             module = self.model.get_submodule(s.module)
             if s.side == "in":
-                self.handles.append(module.register_forward_pre_hook(self._keep_input(path)))
+                self.handles.append(on_input(module, self._keep_input(path)))
             else:
                 self.handles.append(module.register_forward_hook(self._keep_output(path)))
         return self
@@ -196,7 +197,7 @@ class Others:
             handle.remove()
 
     def _keep_input(self, path: str) -> Callable[..., None]:
-        return lambda module, args: self.held.__setitem__(path, args[0])
+        return lambda module, x: self.held.__setitem__(path, x)
 
     def _keep_output(self, path: str) -> Callable[..., None]:
         return lambda module, args, output: self.held.__setitem__(path, output)

@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from ss_pruning.cloning import read_as, retyped, shell
 from ss_pruning.coupling import Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.following import Follower, Number, part_sizes
+from ss_pruning.hooks import on_input
 from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
 from ss_pruning.provenance import call, preserved, trace
@@ -229,7 +230,7 @@ class Bench:
         """By layer, the sum of magnitudes of what arrives in each call."""
         sums: dict[str, list[float]] = {path: [] for path in self.wiring.layers}
 
-        def arrived(path: str, x: Tensor) -> None:
+        def arrived(path: str, _: nn.Module, x: Tensor) -> None:
             layer = self.wiring.layers[path]
             channels = kept.get((path, "in"), kept.get((path, "through")))
             if channels is not None:
@@ -237,10 +238,7 @@ class Bench:
             sums[path].append(float(x.double().abs().sum()))
 
         modules = modules_of(model)
-        handles = [
-            modules[path].register_forward_pre_hook(lambda _, args, path=path: arrived(path, args[0]))
-            for path in sums
-        ]
+        handles = [on_input(modules[path], partial(arrived, path)) for path in sums]
         _run(model, self.inputs)
         for handle in handles:
             handle.remove()

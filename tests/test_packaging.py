@@ -33,7 +33,7 @@ HEAVY = (
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "_choices", "errors", "labels", "report_style", "stages", "walking"},
+    {"_atomic", "_choices", "errors", "hooks", "labels", "report_style", "stages", "walking"},
     {"_cache", "cloning", "layers", "preprocessing", "redundancy"},
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},

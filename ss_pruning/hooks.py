@@ -1,0 +1,51 @@
+"""What a layer is called with, as `layer(x)` or as `layer(input=x)`: hooks that see it and may replace it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call of `module`, whether it came by position or by name; None without any."""
+    if args:
+        return args[0]
+    return kwargs[_first_name(module, kwargs)] if kwargs else None
+
+
+def replaced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of `module` with `x` in place of the first."""
+    if args:
+        return (x, *args[1:]), dict(kwargs)
+    return args, {**kwargs, _first_name(module, kwargs): x}
+
+
+def on_input(module: nn.Module, visit: Callable[[nn.Module, Tensor], Tensor | None]) -> RemovableHandle:
+    """Have `visit(module, x)` called before the module runs on `x`; what it returns, if anything, takes its place."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = visit(module, given(module, args, kwargs))
+        return None if x is None else replaced(module, args, kwargs, x)
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(module: nn.Module, visit: Callable[[nn.Module, Any, Any], Any]) -> RemovableHandle:
+    """Have `visit(module, x, output)` called after the module ran; what it returns, if anything, is the output."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return visit(module, given(module, args, kwargs), output)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _first_name(module: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The name of the first parameter of `forward`, of those that were given; callers write them in any order."""
+    names = inspect.signature(type(module).forward).parameters
+    return next((name for name in names if name in kwargs), next(iter(kwargs)))
