@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import platform
+import re
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ss_pruning.errors import InputError
+
+_TEMPORARY = re.compile(r"\..*\.ss-pruning-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.tmp")
+_KINDS = {
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 
 
 @contextlib.contextmanager
@@ -17,7 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Hand out a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     The temporary file lies in the target's own folder, so that the final rename cannot cross file systems
-    and a reader sees the old file or the new one, never a part. A link is written through, not replaced.
+    and a reader sees the old file or the new one, never a part. A link is written through, not replaced. What
+    killed runs of this machine left in that folder is swept.
 
     Args:
         path: the file to write.
@@ -26,19 +39,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path to write to; an empty file is already there.
 
     Raises:
-        InputError: the folder is missing or read-only, or the disk is full.
+        InputError: the folder is missing or read-only, the disk is full, or there is something at `path` that is no
+            regular file (a folder, device, FIFO or socket).
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: it is a folder. Name a file in it.")
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    target = _target(path)
+    temporary = _temporary(target)
     try:
+        _sweep(target.parent)
         temporary.touch(
             exist_ok=False
         )  # not tempfile: that would leave the result readable by its owner only
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # writers that put a file of their own there (safetensors) make it private
+        temporary.chmod(mode)  # writers may put a file of their own there, which is private
         _flush(temporary)
         temporary.replace(target)
     except OSError as error:
@@ -48,25 +61,46 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(temporary)
 
 
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all.
+
+    Raises:
+        InputError: see `replacing`.
+    """
+    write_together({path: content})
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all.
 
     Raises:
-        InputError: the folder is missing or read-only, or the disk is full.
+        InputError: see `replacing`.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(path, text.encode())
+
+
+def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """Write several files that belong together: all are on the disk before the first takes its place.
+
+    Only a kill between two renames can leave new beside old; they are renamed from the last to the first.
+
+    Raises:
+        InputError: see `replacing`; then all are as they were.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            temporary = stack.enter_context(replacing(path))
+            temporary.write_bytes(content)
+            _flush(temporary)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise unless the file `path` can be written; call it before long work whose result goes there.
 
     Raises:
-        InputError: the folder is missing or read-only.
+        InputError: see `replacing`.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: it is a folder. Name a file in it.")
+    target = _target(path)
     try:
         _probe(target.parent)
     except OSError as error:
@@ -92,8 +126,63 @@ def make_writable_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _target(path: str | os.PathLike[str]) -> Path:
+    """Where `path` leads, through links; refused where that is there and no regular file: renaming would replace it."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:  # a loop of links, a part that is a file, a null byte
+        raise InputError(
+            _explain(path, error) if isinstance(error, OSError) else f"no path: {error}."
+        ) from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"cannot write {str(path)!r}: it is a folder. Name a file in it.")
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "something special")
+        raise InputError(
+            f"cannot write {str(path)!r}: it is {kind}, not a regular file. Choose another name."
+        )
+    return Path(os.path.realpath(path))
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside the target that says whose it is: of this package, this machine and this process."""
+    owner = f"ss-pruning-{_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
+    return target.with_name(f".{target.name[:80]}.{owner}.tmp")
+
+
+def _machine() -> str:
+    """Where process numbers are ours: on a shared disk and in containers others count their own."""
+    space = ""
+    with contextlib.suppress(OSError):  # only Linux has them
+        space = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of our processes that no longer run."""
+    if os.name != "posix":
+        return  # asking whether a process runs would end it
+    with contextlib.suppress(OSError):  # a folder that may be written to, not listed
+        for name in os.listdir(folder):
+            found = _TEMPORARY.fullmatch(name)
+            if found and found["machine"] == _machine() and not _runs(int(found["process"])):
+                _remove(folder / name)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
 def _probe(folder: Path) -> None:
-    probe = folder / f".{secrets.token_hex(6)}.tmp"
+    probe = _temporary(folder / "probe")
     probe.touch(exist_ok=False)
     probe.unlink()
 
@@ -112,6 +201,7 @@ def _remove(path: Path) -> None:
 
 def _explain(path: str | os.PathLike[str], error: OSError) -> str:
     folder = Path(path).parent
+    full = "the disk is full; free some space or choose another folder."
     fixes = {
         errno.ENOENT: f"the folder {str(folder)!r} does not exist; create it first.",
         errno.ENOTDIR: f"a part of {str(folder)!r} is a file, not a folder; choose another place.",
@@ -119,7 +209,10 @@ def _explain(path: str | os.PathLike[str], error: OSError) -> str:
         errno.EACCES: "no permission to write there; choose another folder.",
         errno.EPERM: "no permission to write there; choose another folder.",
         errno.EROFS: "that file system is read-only; choose another folder.",
-        errno.ENOSPC: "the disk is full; free some space or choose another folder.",
+        errno.ELOOP: "its links lead round in a circle; choose another name.",
+        errno.ENOSPC: full,
+        errno.EDQUOT: full,
+        errno.EFBIG: "the file would be larger than is allowed there; choose another folder.",
     }
     reason = fixes.get(error.errno or 0, f"{error.strerror or error}.")
     return f"cannot write {str(path)!r}: {reason}"

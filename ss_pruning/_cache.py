@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ss_pruning._atomic import make_writable_folder, replacing
+from ss_pruning._atomic import make_writable_folder, write_bytes
 from ss_pruning.errors import InputError
 
 
@@ -37,9 +37,8 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 def write(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     """Keep tensors and texts under `name`, over what is there; where that cannot be done, do without."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with contextlib.suppress(InputError):
         path = make_writable_folder(folder()) / f"{name}.safetensors"
-        with replacing(path) as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, dict(texts))
+        write_bytes(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, dict(texts)))

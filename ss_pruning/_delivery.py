@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.files import architecture_of, load
 from ss_pruning.latency import machine
 from ss_pruning.models import build_model, input_of
+from ss_pruning.named import build_named
 
 
 class Opened(NamedTuple):
@@ -24,7 +26,7 @@ class Opened(NamedTuple):
 
     dense: nn.Module
     pruned: nn.Module
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
 
 
 def open_file(file: Path, spec: str | None, input_size: str | None) -> Opened:
@@ -40,10 +42,11 @@ def open_file(file: Path, spec: str | None, input_size: str | None) -> Opened:
         raise InputError(
             f"{str(file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
         )
-    dense = build_model(known)
+    # What the user says is built as it is; of what the file says, only what is safe.
+    build = partial(build_model, spec) if spec else partial(build_named, known, file)
+    dense = build()
     size = size_of(input_size) if input_size else input_of(known, dense).size
-    pruned = load(file, lambda: build_model(known), torch.zeros(1, *size))
-    return Opened(dense, pruned, (size[0], size[1], size[2]))
+    return Opened(dense, load(file, build, torch.zeros(1, *size)), size)
 
 
 def bench(

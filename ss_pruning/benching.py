@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.files import save
+from ss_pruning.files import packed
 from ss_pruning.latency import Timing, machine, measure_latency, peak_memory
 from ss_pruning.report import count, percent
 
@@ -161,10 +159,7 @@ def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Mo
 
 def file_bytes(model: nn.Module) -> int:
     """Size of the file that `save` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save(model, path)
-        return path.stat().st_size
+    return len(packed(model)[0])
 
 
 def table(comparisons: Sequence[Comparison], sizes: dict[str, int], device: torch.device) -> Table:

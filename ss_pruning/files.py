@@ -6,19 +6,20 @@ plain values is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ss_pruning._atomic import replacing
+from ss_pruning._atomic import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
 
@@ -57,18 +58,33 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
     Raises:
         InputError: The folder is missing or read-only.
     """
+    check_writable(path)
+    write_bytes(path, packed(model, architecture)[0])
+
+
+def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, str]:
+    """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
     plan = getattr(model, PLAN_ATTRIBUTE, Plan())
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     content = _Content(architecture, plan.to_json(), tensors)
+    checksum = content.checksum()
     note = {
         "format": _FORMAT,
         "architecture": content.architecture,
         "plan": content.plan,
-        "sha256": content.checksum(),
+        "sha256": checksum,
     }
-    with replacing(path) as temporary:
-        save_file(tensors, str(temporary), metadata={_KEY: json.dumps(note)})
+    return to_bytes(tensors, metadata={_KEY: json.dumps(note)}), checksum
+
+
+def checksum_of(path: str | os.PathLike[str]) -> str | None:
+    """The checksum that a file of `save` carries, not compared with its tensors; None in the first format.
+
+    Raises:
+        FileFormatError: It is damaged, or not written by `save`.
+    """
+    return _noted(_metadata(path), {}, path)[1]
 
 
 def load(
@@ -80,7 +96,8 @@ def load(
         path: The file. Or a checkpoint with a history of Torch-Pruning's (or of `GraphPruner`), as
             `torch.save({"model": model.state_dict(), "pruning": pruner.pruning_history()}, path)` writes it.
         architecture: A callable that builds the dense model, or a name such as "timm:resnet18"; may be left out
-            where the file names one.
+            where the file names one. Of a name in a file only plain options are passed on (`ss_pruning.named`), and
+            no weights are asked for: nothing is fetched, and nothing but the file is opened.
         example_inputs: What `forward` takes; only a history of Torch-Pruning's asks for it, and only where the
             architecture is a callable.
 
@@ -89,7 +106,8 @@ def load(
 
     Raises:
         InputError: The file does not exist, or it names no architecture and none is given.
-        FileFormatError: The file is truncated, damaged, or not written by `save`.
+        FileFormatError: The file is truncated, damaged, not written by `save`, or names an architecture in a way that
+            is not followed.
         PlanError: The architecture is not the one that was pruned.
     """
     if not Path(path).is_file():
@@ -98,7 +116,7 @@ def load(
         model, plan, tensors = _from_history(path, architecture, example_inputs)
     else:
         content = _read(path)
-        model = _build(architecture if architecture is not None else content.architecture, path)
+        model = _build(architecture, content.architecture, path)
         plan, tensors = Plan.from_json(content.plan), content.tensors
     _apply(plan, model, path)
     _fill(model, tensors, path)
@@ -130,7 +148,7 @@ def _from_history(
     from ss_pruning.models import input_of
 
     tensors, history = read_checkpoint(path)
-    model = _build(architecture, path)
+    model = _build(architecture, None, path)
     if example_inputs is None and isinstance(architecture, str):
         example_inputs = torch.zeros(1, *input_of(architecture, model).size)
     return model, plan_of(history, model, example_inputs), tensors
@@ -145,16 +163,27 @@ def _apply(plan: Plan, model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> _Content:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FileFormatError(f"'{path}' is truncated or no safetensors file ({error})") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     content, checksum = _noted(metadata, tensors, path)
     if checksum is not None and checksum != content.checksum():
         raise FileFormatError(f"'{path}' is damaged: its checksum does not fit; get the file again")
     return content
+
+
+def _metadata(path: str | os.PathLike[str]) -> Mapping[str, str]:
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FileFormatError(f"'{path}' is truncated or no safetensors file ({error})") from error
 
 
 def _noted(
@@ -184,19 +213,24 @@ def _noted(
     return _Content(architecture, plan, tensors), checksum
 
 
-def _build(architecture: Any, path: str | os.PathLike[str]) -> nn.Module:
-    if architecture is None:
+def _build(architecture: Any, named: str | None, path: str | os.PathLike[str]) -> nn.Module:
+    """The dense model: as the caller says, else as the file names it, which may say much less."""
+    if architecture is None and named is None:
         raise InputError(
             f"'{path}' does not name its architecture; pass a callable that builds the dense model: "
             "load(path, lambda: MyNet())"
         )
+    if architecture is None:
+        from ss_pruning.named import build_named
+
+        return build_named(str(named), path)
     if isinstance(architecture, str):
         from ss_pruning.models import build_model
 
         if architecture.partition(":")[0] not in ("timm", "torchvision", "demo"):
             raise InputError(
-                f"'{path}' was made from '{architecture}', which runs code of a local file; build it yourself and "
-                "pass a callable: load(path, factory)"
+                f"'{architecture}' would run code of a local file; build the model yourself and pass a callable: "
+                "load(path, factory)"
             )
         return build_model(architecture)
     model = architecture()
@@ -216,7 +250,16 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[
             raise PlanError(
                 f"'{name}' has shape {tuple(tensor.shape)} in '{path}', {tuple(state[name].shape)} in the architecture"
             )
+        if _number_kind(state[name]) != _number_kind(tensor):
+            raise PlanError(
+                f"'{name}' is {tensor.dtype} in '{path}', {state[name].dtype} in the architecture"
+            )
     # Cloned: a file's tensors lie at any address, and kernels round differently on memory that is not aligned.
     model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _number_kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Floating point (of any width), complex, or whole."""
+    return tensor.is_floating_point(), tensor.is_complex()

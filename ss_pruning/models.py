@@ -9,6 +9,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import re
 import sys
 import warnings
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.data import Preprocess
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, SSPruningError
 
 SPEC_HELP = "timm:NAME, torchvision:NAME, path/to/file.py:factory or demo:digits"
 
@@ -51,7 +52,7 @@ def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool 
         InputError: the model or the file is unknown, or they do not fit; the message names the fix.
     """
     kind, name, options = _parse(spec)
-    model = _BUILDERS[kind](name, options)
+    model = BUILDERS[kind](name, options)
     if kind == "demo" and weights is None:
         from ss_pruning.demo import digits_weights
 
@@ -166,7 +167,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two where it is nested deeply
         return text
 
 
@@ -188,10 +189,17 @@ def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     names = models.list_models()
     if name not in names:
         raise InputError(_unknown("torchvision", name, names))
-    defaults: dict[str, Any] = {"weights": None}
-    if name in ("googlenet", "inception_v3"):
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    defaults: dict[str, Any] = {
+        "weights": None,
+        "weights_backbone": None,
+    }  # detectors fetch a backbone by default
+    if name in ("googlenet", "inception_v3") and options.get("weights") is None:
         defaults["init_weights"] = True  # what they do anyway, after a warning
-    return _call(f"torchvision:{name}", lambda: models.get_model(name, **{**defaults, **options}))
+    given = {**defaults, **options}
+    if "weights_backbone" not in takes:
+        del given["weights_backbone"]
+    return _call(f"torchvision:{name}", lambda: models.get_model(name, **given))
 
 
 def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
@@ -217,7 +225,8 @@ def _build_demo(name: str, options: dict[str, Any]) -> nn.Module:
     return digits_resnet()
 
 
-_BUILDERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
+#: By kind of name; called with the name and its options.
+BUILDERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "timm": _build_timm,
     "torchvision": _build_torchvision,
     "file": _build_file,
@@ -252,6 +261,8 @@ def _call(spec: str, build: Callable[[], object]) -> nn.Module:
                 "ignore"
             )  # advice for the model's author; the user of a name cannot act on it
             model = build()
+    except SSPruningError:
+        raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{spec} could not be built: {_said(error)}") from error
     if not isinstance(model, nn.Module):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ss_pruning._atomic import check_writable, replacing, write_text
+from ss_pruning._atomic import check_writable, write_bytes, write_text
 from ss_pruning.errors import InputError
 from ss_pruning.report import jsonable, plain
 
@@ -107,12 +107,11 @@ def write(path: Path, strengths: Strengths, summary: Summary, facts: Mapping[str
     if path.suffix == ".json":
         write_text(path, _json(summary, facts))
         return
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {f"strength/{name}": value.detach().cpu().contiguous() for name, value in strengths.items()}
     tensors |= {f"unscaled/{name}": value.cpu().contiguous() for name, value in strengths.unscaled.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, dict(facts))
+    write_bytes(path, save(tensors, dict(facts)))
 
 
 def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:

@@ -179,7 +179,12 @@ def _cut_from(data: Mapping[str, Any]) -> Cut:
 
 def _attribute_from(data: Mapping[str, Any]) -> Attribute:
     position = None if data["position"] is None else int(data["position"])
-    return Attribute(str(data["path"]), str(data["name"]), position, int(data["before"]), int(data["after"]))
+    number = Attribute(
+        str(data["path"]), str(data["name"]), position, int(data["before"]), int(data["after"])
+    )
+    if not 0 <= number.after <= number.before:  # they follow widths, which only shrink
+        raise PlanError(f"the number '{number.path}.{number.name}' would grow to {number.after}")
+    return number
 
 
 def _side_width(module: nn.Module, side: Side) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -260,6 +261,7 @@ NUMBER = {"path": "body", "name": "padding", "position": 0, "before": 1, "after"
         _plan(attributes=[NUMBER | {"name": "forward"}]),
         _plan(attributes=[NUMBER | {"position": 10**9}]),
         _plan(attributes=[NUMBER | {"position": -1}]),
+        _plan(attributes=[NUMBER]),  # padding that no memory holds
         lambda note: note.update(plan="[" * 10**5),
         lambda note: note.update(plan="1" * 10**5),
         lambda note: note.update(architecture=7, plan=7),
@@ -462,3 +464,20 @@ def test_a_killed_prune_loses_nothing_that_was_saved(tmp_path: Path, kills: int)
 def test_plans_are_readable_on_their_own() -> None:
     plan = pruned().ss_pruning_plan
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_full_disk_and_a_pipe_are_named_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors' own writer would raise an error of its own, and put a file where the pipe was."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="it is a FIFO, not a regular file"):
+        save(pruned(), tmp_path / "pipe")
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"the disk is full; free some space"):
+        save(pruned(), tmp_path / "model.safetensors")
+    assert os.listdir(tmp_path) == ["pipe"]

@@ -57,6 +57,7 @@ LAYERS = [
     {"report_html"},
     {"files"},
     {"models"},
+    {"named"},
     {"contest"},
     {"_job", "benching", "compaction", "pruning"},
     {"_delivery"},
