@@ -45,11 +45,8 @@ class Compensation(str, Enum):
     reconstruct = "reconstruct"
 
 
-class Calibration(str, Enum):
-    """Which images a compensation looks at."""
-
-    data = "data"
-    distilled = "distilled"
+DATA, DISTILLED = "data", "distilled"
+"""What calibration images may be, besides those of a folder: of the data, or made from the model."""
 
 
 class Scope(str, Enum):
@@ -74,6 +71,8 @@ class Request(NamedTuple):
     seed: int
     device: str | None
     images: int | None = None
+    calibration: str | None = None
+    calibration_images: int | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -41,16 +41,20 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded() -> Iterator[TextIO]:
     """Turn our errors into a panel and exit code 2, Ctrl-C into exit code 130; bugs keep their traceback.
 
     What libraries or the user's own model file print meanwhile goes to stderr: stdout is for results.
+
+    Yields:
+        The real stdout, for results.
     """
     from ss_pruning.errors import SSPruningError
 
+    results = sys.stdout
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield results
     except SSPruningError as error:
         fail(str(error))
     except KeyboardInterrupt:

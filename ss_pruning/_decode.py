@@ -29,7 +29,8 @@ Progress = Callable[[str, int, int], None]
 SPLITS = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 """The folder names that a split goes by."""
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+"""The names of image files end so."""
 
 
 def tar_images(
@@ -87,7 +88,7 @@ def _members(archive: tarfile.TarFile, split: str) -> list[tuple[str, tarfile.Ta
     found = []
     for member in archive:
         parts = PurePosixPath(member.name).parts
-        is_image = member.isreg() and PurePosixPath(member.name).suffix.lower() in _IMAGE_SUFFIXES
+        is_image = member.isreg() and PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES
         if is_image and len(parts) >= 3 and parts[-3] in SPLITS[split]:
             found.append((parts[-2], member))
     return sorted(found, key=lambda pair: (pair[0], pair[1].name))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ss_pruning._choices import Calibration, Importance, Moments, Request, Score
+from ss_pruning._atomic import write_together
+from ss_pruning._choices import DATA, DISTILLED, Importance, Moments, Request, Score
 from ss_pruning._console import ProgressCallback, note
 from ss_pruning.cloning import copied
-from ss_pruning.data import accuracy, open_data
-from ss_pruning.errors import InputError
+from ss_pruning.data import accuracy, open_data, open_photos
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.latency import as_reported, machine, measure_latency
+from ss_pruning.measuring import batches
 from ss_pruning.models import build_model, input_of
 
 if TYPE_CHECKING:
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
     from ss_pruning.data import Data, Preprocess
     from ss_pruning.report import Report
     from ss_pruning.strength import Strengths
+
+WRITTEN = ("model.safetensors", "report.json", "report.html")
+"""What `ss-prune prune --out` writes into its folder."""
+_CALIBRATION_IMAGES = 512
 
 
 class Job(NamedTuple):
@@ -37,8 +45,12 @@ class Job(NamedTuple):
 
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
-    if request.moments is Moments.data and request.data is None:
+    if request.moments is Moments.data and request.data is None and not _folder_of_photos(request):
         raise InputError("--moments data reads images: say where they are with --data.")
+    if (photos := _folder_of_photos(request)) and not photos.is_dir():
+        raise InputError(
+            f"--calibration is data, distilled, or a folder of images; there is no folder {str(photos)!r}."
+        )
     device = device_of(request.device)
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
@@ -50,12 +62,27 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
         data = open_data(
             request.data,
             preprocess,
+            calibration_size=_taken_of_data(request),
             evaluation_size=request.images,
             seed=request.seed,
             progress=progress,
         )
     example = torch.randn(1, *preprocess.size, generator=torch.Generator().manual_seed(request.seed))
     return Job(request.model, model, example.to(device), preprocess, data, device)
+
+
+@contextlib.contextmanager
+def input_size_named(request: Request) -> Iterator[None]:
+    """Where a model does not run and nobody has said how large its inputs are, say how to."""
+    try:
+        yield
+    except ModelError as error:
+        if request.input_size is not None or "does not run" not in str(error):
+            raise
+        raise ModelError(
+            f"{error}. If its inputs are of another size, say so: --input-size 3x224x224 (channels x height x width), "
+            "1x64 (channels x length)"
+        ) from error
 
 
 def _preprocess(default: Preprocess, request: Request) -> Preprocess:
@@ -74,13 +101,15 @@ def _preprocess(default: Preprocess, request: Request) -> Preprocess:
     return dataclasses.replace(default, **changes)
 
 
-def size_of(text: str) -> tuple[int, int, int]:
-    """Read `CxHxW`."""
+def size_of(text: str) -> tuple[int, ...]:
+    """Read `CxHxW`, or `CxL`, or `CxDxHxW`."""
     parts = text.lower().replace(",", "x").split("x")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--input-size is channels x height x width, as in 3x224x224, not {text!r}.")
-    channels, height, width = map(int, parts)
-    return channels, height, width
+    if not 2 <= len(parts) <= 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"--input-size is channels x height x width, as in 3x224x224 (or channels x length, as in 1x64; or "
+            f"channels x depth x height x width), not {text!r}."
+        )
+    return tuple(map(int, parts))
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
@@ -139,29 +168,69 @@ def make_importance(
     return makers[importance]()
 
 
+def _folder_of_photos(request: Request) -> Path | None:
+    return None if request.calibration in (None, DATA, DISTILLED) else Path(str(request.calibration))
+
+
+def _taken_of_data(request: Request) -> int:
+    """How many images of the data are calibrated on: none where all come from elsewhere, so that none are held out."""
+    if request.calibration in (None, DATA) or request.moments is Moments.data:
+        return request.calibration_images or _CALIBRATION_IMAGES
+    return 0
+
+
 def calibration_images(
-    source: Calibration | None,
-    needed_by: str | None,
-    seed: int,
-    job: Job,
-    progress: ProgressCallback,
-) -> list[Tensor] | Tensor | None:
-    """Return unlabelled images, if there are any or an option needs some."""
-    if source is Calibration.distilled:
+    request: Request, needed_by: str | None, job: Job, progress: ProgressCallback
+) -> tuple[list[Tensor] | Tensor | None, dict[str, str]]:
+    """Unlabelled images, if there are any or an option needs some, and what to say of them in the report."""
+    said = {} if request.calibration is None else {"calibration": request.calibration}
+    if request.calibration == DISTILLED:
         from ss_pruning.distillation import distilled
 
-        what = "distilling calibration images"
-        return distilled(job.model, job.example, seed=seed, progress=lambda *steps: progress(what, *steps))
-    if needed_by is None and source is None and job.data is None:
-        return None
+        what, count = "distilling calibration images", request.calibration_images
+        return distilled(
+            job.model,
+            job.example,
+            images=count,
+            seed=request.seed,
+            progress=lambda *steps: progress(what, *steps),
+        ), said
+    if photos := _folder_of_photos(request):
+        images, which = _photos_of(photos, request, job)
+        return images, {**said, "calibration images": which}
+    if needed_by is None and request.calibration is None and job.data is None:
+        return None, said
     if job.data is None:
         needed_by = needed_by or "--calibration data"
         without = "; --compensation mean does without" if needed_by.startswith("--compensation") else ""
         raise InputError(
-            f"{needed_by} calibrates on images: say where they are with --data, or make some with "
-            f"--calibration distilled{without}."
+            f"{needed_by} calibrates on images: say where they are with --data, or --calibration DIR, or make some "
+            f"with --calibration distilled{without}."
         )
-    return _pictures(job.data, job)
+    return _pictures(job.data, job), {**said, "calibration images": _which(job.data)}
+
+
+def _photos_of(folder: Path, request: Request, job: Job) -> tuple[list[Tensor], str]:
+    """The images of a folder without labels, and which of them they are."""
+    evaluated = frozenset() if job.data is None else job.data.evaluated_files()
+    size = request.calibration_images or _CALIBRATION_IMAGES
+    found = open_photos(folder, job.preprocess, size=size, seed=request.seed, evaluated=evaluated)
+    which = f"{found.used:,} of {found.found:,} images below {folder}"
+    if found.evaluated:
+        which += f"; {found.evaluated:,} more are evaluated on, and not calibrated on"
+        note(f"Calibration images: {which}.")
+    return [images.to(job.device) for images in batches(found.images)], which
+
+
+def _which(data: Data) -> str:
+    """Which images of the data are calibrated on; said aloud where they are taken from those to be evaluated on."""
+    count = len(data.calibration.dataset)  # type: ignore[arg-type]
+    if not data.held_out:
+        return f"{count:,} training images of {data.name}"
+    which = f"{count:,} images of {data.name}, held out: it has no split into train/ and val/, and accuracy is measured"
+    which += " on the others"
+    note(f"Calibration images: {which}.")
+    return which
 
 
 def strengths_of(request: Request, job: Job) -> Strengths:
@@ -176,9 +245,9 @@ def _moments(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
     """What was asked for; else the calibration images if there are any, else noise."""
     if request.moments is None:
         return Moments.gaussian.value if pictures is None else _batches(pictures)
-    if request.moments is not Moments.data or job.data is None:
-        return request.moments.value
-    return _pictures(job.data, job)
+    if request.moments is not Moments.data:
+        return str(request.moments.value)
+    return _batches(pictures) if job.data is None else _pictures(job.data, job)
 
 
 def _pictures(data: Data, job: Job) -> list[Tensor]:
@@ -277,9 +346,7 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(
-    request: Request, importance: Importance, calibration: Calibration | None, chosen: Any, job: Job
-) -> dict[str, Any]:
+def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
     moments = getattr(chosen, "moments", None)
     given = moments if isinstance(moments, str) else Moments.data.value
@@ -292,19 +359,23 @@ def settings_of(
         "data": request.data,
         "importance": importance.value,
         **(synaptic if importance is Importance.synaptic else {}),
-        **({} if calibration is None else {"calibration": calibration.value}),
         "input size": "x".join(map(str, job.preprocess.size)),
         "seed": request.seed,
         "device": str(job.device),
     }
 
 
-def write(job: Job, report: Report, out: Path) -> None:
-    """Write the pruned model and the report in its two forms."""
-    from ss_pruning import save
+def packed(job: Job, report: Report) -> bytes:
+    """The pruned model's file; the report notes its checksum."""
+    from ss_pruning import files
 
     # A file of the user's is not named: loading must not run code that the reader did not ask for.
     named = job.spec.startswith(("timm:", "torchvision:", "demo:"))
-    save(job.model, out / "model.safetensors", architecture=job.spec if named else None)
-    report.save_json(out / "report.json")
-    report.save_html(out / "report.html")
+    content, report.model_sha256 = files.packed(job.model, job.spec if named else None)
+    return content
+
+
+def write(content: bytes, report: Report, out: Path) -> None:
+    """Write the pruned model and the report in its two forms, together."""
+    contents = content, report.to_json().encode(), report.to_html().encode()
+    write_together({out / name: each for name, each in zip(WRITTEN, contents, strict=True)})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ss_pruning._choices import Calibration, Compensation, Importance, Moments, Scope, Score
+from ss_pruning._choices import Compensation, Importance, Moments, Scope, Score
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 _SETTING = "Setting"
@@ -56,7 +56,10 @@ ByOrder = Annotated[
 InputSize = Annotated[
     str | None,
     _option(
-        _IMAGES, help="Size of one image.", metavar="CxHxW", show_default="the model's own, else 3x224x224"
+        _IMAGES,
+        help="Size of one input, channels first: CxHxW for images, CxL for one dimension, CxDxHxW for three.",
+        metavar="CxHxW",
+        show_default="the model's own, else 3x224x224",
     ),
 ]
 DataPlace = Annotated[
@@ -145,12 +148,24 @@ CompensationOption = Annotated[
     ),
 ]
 CalibrationOption = Annotated[
-    Calibration | None,
+    str | None,
     _option(
         _CRITERION,
-        help="What damage is measured on and compensation calibrates on: data (training images of --data) or distilled "
-        "(images made from the model's batch norms; kept for the next time).",
+        help="What damage is measured on and compensation calibrates on: data (training images of --data; where there "
+        "are none, some are held out), a folder with images anywhere below it, without labels, or distilled (images "
+        "made from the model's batch norms; kept for the next time).",
+        metavar="data|distilled|DIR",
         show_default="data, if there is any",
+    ),
+]
+CalibrationImages = Annotated[
+    int | None,
+    _option(
+        _CRITERION,
+        help="Calibrate on so many images at most, drawn at random; distilled: make so many.",
+        metavar="N",
+        show_default="512; distilled: up to 256",
+        min=1,
     ),
 ]
 Reestimate = Annotated[
@@ -293,6 +308,10 @@ A model of your own, four fifths of its parameters, one layer left alone:
 A net that keeps working, without any image:
 
     ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
+
+The same on photos of your own, without labels:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration photos
 
 Six tenths of the time, as measured on this machine eight images at a time:
 

@@ -14,7 +14,7 @@ from torch import nn
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.files import packed
 from ss_pruning.latency import Timing, machine, measure_latency, peak_memory
-from ss_pruning.report import count, percent
+from ss_pruning.report import TOO_NOISY, count, crosses_one, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """One model in one setting.
+    """One model in one setting; of all but the dense one `levelled` to that: what is shown of both fits their ratio.
 
     Attributes:
         seconds: Of a forward pass, the median.
@@ -77,12 +77,14 @@ class Comparison:
         rounds: How often each was timed.
         speeds: By name.
         ratios: By name, the median over the rounds of its time as a share of the first's in the same round.
+        spreads: By name, the quartiles of that.
     """
 
     setting: Setting
     rounds: int
     speeds: dict[str, Speed]
     ratios: dict[str, float]
+    spreads: dict[str, tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -132,9 +134,12 @@ def compare(
         memory: Whether to find the peak memory, too.
 
     Raises:
+        InputError: The layout is one of images, and the inputs are none.
         ModelError: A model does not run in this setting.
     """
     x = torch.randn(setting.batch, *size, generator=torch.Generator().manual_seed(0))
+    if setting.layout == "channels_last" and x.dim() != 4:
+        raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")
     x = x.to(device, DTYPES[setting.dtype], memory_format=LAYOUTS[setting.layout])
     ready = {name: _prepared(model, setting, device) for name, model in models.items()}
     try:
@@ -144,12 +149,14 @@ def compare(
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"the model does not run with {setting} on {device.type}: {first}") from error
+    dense, by_name = timings[0], dict(zip(ready, timings, strict=True))
     speeds = {
-        name: Speed.of(timing, setting.batch, peaks[name])
-        for name, timing in zip(ready, timings, strict=True)
+        name: Speed.of(timing if timing is dense else timing.levelled(dense), setting.batch, peaks[name])
+        for name, timing in by_name.items()
     }
-    ratios = {name: timing.over(timings[0]) for name, timing in zip(ready, timings, strict=True)}
-    return Comparison(setting, len(timings[0].seconds), speeds, ratios)
+    ratios = {name: timing.over(dense) for name, timing in by_name.items()}
+    spreads = {name: timing.spread_over(dense) for name, timing in by_name.items()}
+    return Comparison(setting, len(dense.seconds), speeds, ratios, spreads)
 
 
 def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
@@ -174,12 +181,16 @@ def table(comparisons: Sequence[Comparison], sizes: dict[str, int], device: torc
         dense, pruned = comparison.speeds["dense"], comparison.speeds["pruned"]
         table.add_section()
         table.add_row(f"{comparison.setting} ({comparison.rounds} rounds)")
-        ratio = percent(comparison.ratios["pruned"])
+        noisy = crosses_one(comparison.spreads["pruned"])
+        ratio, rate = (
+            TOO_NOISY if noisy else percent(share)
+            for share in (comparison.ratios["pruned"], pruned.images_per_second / dense.images_per_second)
+        )
         table.add_row("  latency, median", _milli(dense.seconds), _milli(pruned.seconds), ratio)
         spread = (f"{_milli(s.low)} to {_milli(s.high)}" for s in (dense, pruned))
         table.add_row("  middle half", *spread)
         rates = (f"{s.images_per_second:,.1f} /s" for s in (dense, pruned))
-        table.add_row("  images", *rates, percent(pruned.images_per_second / dense.images_per_second))
+        table.add_row("  images", *rates, rate)
         if dense.peak_bytes and pruned.peak_bytes:
             peaks = (count(s.peak_bytes or 0, "B") for s in (dense, pruned))
             table.add_row("  peak memory", *peaks, percent(pruned.peak_bytes / dense.peak_bytes))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -56,6 +56,7 @@ def prune(
     round_to: option.RoundTo = None,
     compensation: option.CompensationOption = Compensation.none,
     calibration: option.CalibrationOption = None,
+    calibration_images: option.CalibrationImages = None,
     reestimate: option.Reestimate = None,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
@@ -64,7 +65,7 @@ def prune(
     as_json: option.Json = False,
 ) -> None:
     """Prune a model to a budget, report, and write the result."""
-    with guarded():
+    with guarded() as results:
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
         _check_synaptic_options(importance, moments, score)
         needed_by = _needs_images(compensation)
@@ -79,18 +80,25 @@ def prune(
             **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
             **({} if reestimate is None else {"reestimate": reestimate}),
         }
-        with _output_folder(out), progress_bars() as progress:
-            from ss_pruning import _job
+        with _output_folder(out):
+            with progress_bars() as progress:
+                from ss_pruning import _job
 
-            job = _job.prepare(request, progress)
-            pictures = _job.calibration_images(calibration, needed_by, seed, job, progress)
-            chosen = _job.make_importance(importance, score, options, request, job, pictures)
-            report = _job.run(job, chosen, options, pictures, batch, progress)
-            report.settings.update(_job.settings_of(request, importance, calibration, chosen, job))
-            report.command = _command_line(context)
-            if out is not None:
-                _job.write(job, report, out)
-    _show(report, out, as_json)
+                job = _job.prepare(request, progress)
+                with _job.input_size_named(request):
+                    pictures, calibrated_on = _job.calibration_images(request, needed_by, job, progress)
+                    chosen = _job.make_importance(importance, score, options, request, job, pictures)
+                    report = _job.run(job, chosen, options, pictures, batch, progress)
+                report.settings.update(_job.settings_of(request, importance, chosen, job), **calibrated_on)
+                report.command = _command_line(context)
+                content = None if out is None else _job.packed(job, report)
+            try:
+                _show(report, as_json, results)
+            finally:  # a full disk does not cost the table, nor a closed pipe the files
+                if out is not None and content is not None:
+                    _job.write(content, report, out)
+            if out is not None and not as_json:
+                _print(f"written: model.safetensors, report.json and report.html in {out}", file=results)
 
 
 @app.command(help=option.SCORE_HELP, epilog=option.SCORE_EXAMPLES)
@@ -118,7 +126,8 @@ def score(
             scores.check_target(out)
         request = Request.of(context.params)
         job = _job.prepare(request, progress)
-        strengths = _job.strengths_of(request, job)
+        with _job.input_size_named(request):
+            strengths = _job.strengths_of(request, job)
         summary = scores.summarise(strengths, job.model, weakest)
         facts = {"model": model, "moments": (moments or Moments.batchnorm).value}
         if out is not None:
@@ -237,11 +246,11 @@ def doctor(as_json: option.Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _print(*entries: Any) -> None:
+def _print(*entries: Any, file: TextIO | None = None) -> None:
     """Print tables, and texts as they are, on stdout."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=file)
     for entry in entries:
         console.print(entry, markup=False)
 
@@ -288,13 +297,17 @@ def _needs_images(compensation: Compensation) -> str | None:
 @contextlib.contextmanager
 def _output_folder(out: Path | None) -> Iterator[None]:
     """Prove before the work that `out` can be written; leave no empty folder behind when the work fails."""
-    from ss_pruning._atomic import make_writable_folder
+    from ss_pruning._atomic import check_writable, make_writable_folder
 
     if out is None:
         yield
         return
+    from ss_pruning._job import WRITTEN
+
     is_new = not out.exists()
     make_writable_folder(out)
+    for name in WRITTEN:
+        check_writable(out / name)
     try:
         yield
     except BaseException:
@@ -323,26 +336,36 @@ def _command_line(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _show(report: Report, out: Path | None, as_json: bool) -> None:
+def _show(report: Report, as_json: bool, results: TextIO) -> None:
     from rich.console import Console
 
     if as_json:
-        typer.echo(report.to_json(), nl=False)
+        typer.echo(report.to_json(), file=results, nl=False)
         return
-    console = Console()
+    console = Console(file=results)
     console.print(report.table())
-    if _saved_little_time(report):
-        console.print(
-            "Of what is saved in multiply-accumulates less than half is saved in time, on this machine and batch "
-            "(--batch); --latency prunes to a time.",
-            markup=False,
-        )
+    for sentence in _about_time(report):
+        console.print(sentence, markup=False)
     for entry in report.left_whole[:_MOST_LINES]:
         console.print(f"left whole: {entry.channels:,} channels, {entry.reason}", style="dim", markup=False)
     if len(report.left_whole) > _MOST_LINES:
         console.print(f"left whole: {len(report.left_whole) - _MOST_LINES} more, see the report", style="dim")
-    if out is not None:
-        console.print(f"written: model.safetensors, report.json and report.html in {out}", markup=False)
+
+
+def _about_time(report: Report) -> Iterator[str]:
+    from ss_pruning.report import percent
+
+    if report.too_noisy and report.latency_spread is not None:
+        low, high = map(percent, report.latency_spread)
+        yield (
+            f"Whether time is saved is too noisy to tell: in half of the turns the pruned model took {low} to {high} "
+            "of the dense one's time. ss-prune bench takes more turns; larger batches (--batch) are less noisy."
+        )
+    elif _saved_little_time(report):
+        yield (
+            "Of what is saved in multiply-accumulates less than half is saved in time, on this machine and batch "
+            "(--batch); --latency prunes to a time."
+        )
 
 
 def _saved_little_time(report: Report) -> bool:

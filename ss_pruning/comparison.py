@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ss_pruning.errors import InputError
-from ss_pruning.report import Report, count, jsonable, milliseconds, percent, plain
+from ss_pruning.errors import FileFormatError, InputError
+from ss_pruning.report import TOO_NOISY, Report, count, jsonable, milliseconds, percent, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,9 +93,20 @@ def open_report(place: Path) -> Report:
     """Read a report, from its file or from the folder that `ss-prune prune --out` has written.
 
     Raises:
-        FileFormatError: the file is missing or no report.
+        FileFormatError: the file is missing or no report, or tells of another model than the one that lies beside it.
     """
-    return Report.load_json(place / "report.json" if place.is_dir() else place)
+    path = place / "report.json" if place.is_dir() else place
+    report = Report.load_json(path)
+    model = path.with_name("model.safetensors")
+    if report.model_sha256 is not None and model.is_file():
+        from ss_pruning.files import checksum_of
+
+        if checksum_of(model) != report.model_sha256:
+            raise FileFormatError(
+                f"{str(path)!r} tells of another model than {str(model)!r}: one of them was replaced, or a run was "
+                "killed between writing the two. Prune again, or move the report away from that model."
+            )
+    return report
 
 
 def compare(a: Report, b: Report, name_a: str = "A", name_b: str = "B") -> Comparison:
@@ -138,10 +149,19 @@ def _times(a: Report, b: Report) -> list[Figure]:
         return []
     dense = dict.fromkeys(milliseconds(report.latency_before) for report in (a, b))
     first, second = (
-        f"{milliseconds(report.latency_after)} ({percent(report.latency_ratio or 0.0)})" for report in (a, b)
+        f"{milliseconds(report.latency_after)} "
+        f"({TOO_NOISY if report.too_noisy else percent(report.latency_ratio or 0.0)})"
+        for report in (a, b)
     )
     difference = f"{100 * (b.latency_ratio / a.latency_ratio - 1):+.1f} %"
-    return [Figure("latency", " / ".join(dense), first, second, difference)]
+    return [Figure("latency", " / ".join(dense), first, second, TOO_NOISY if _overlap(a, b) else difference)]
+
+
+def _overlap(a: Report, b: Report) -> bool:
+    """Whether the quartiles of the two shares have something in common: either may be the smaller one."""
+    if a.latency_spread is None or b.latency_spread is None:
+        return False
+    return max(a.latency_spread[0], b.latency_spread[0]) < min(a.latency_spread[1], b.latency_spread[1])
 
 
 def _layers(a: Report, b: Report) -> list[LayerPair]:

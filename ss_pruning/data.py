@@ -6,7 +6,7 @@ torchvision does the loading; it is imported when called.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from ss_pruning._decode import Progress, open_rgb, tar_images
+from ss_pruning._decode import IMAGE_SUFFIXES, Progress, open_rgb, tar_images
 from ss_pruning.cifar import CIFAR10_CLASSES, cifar10, find_cifar10, split_folder
 from ss_pruning.errors import InputError
 from ss_pruning.measuring import accuracy, batches
@@ -37,11 +37,13 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Data",
+    "Photos",
     "Preprocess",
     "accuracy",
     "cifar10",
     "normalise",
     "open_data",
+    "open_photos",
 ]
 
 
@@ -52,19 +54,43 @@ class Data:
     Attributes:
         name: as the user gave it.
         evaluation: labelled batches to measure accuracy on.
-        calibration: images to read statistics from; labels come along but need not be used.
+        calibration: images to read statistics from, none of them evaluated on; labels come along but need not be used.
         classes: number of classes.
+        held_out: how many of the images that could be evaluated on are calibrated on instead; 0 where there is a
+            training split.
     """
 
     name: str
     evaluation: Loader
     calibration: Loader
     classes: int
+    held_out: int = 0
 
     def calibration_images(self) -> Iterator[Tensor]:
         """Yield the batches of calibration images."""
         for images, _ in batches(self.calibration):
             yield images
+
+    def evaluated_files(self) -> frozenset[str]:
+        """The image files that accuracy is measured on; empty where images are not files of their own."""
+        return frozenset(map(os.path.realpath, _files(self.evaluation.dataset)))
+
+
+@dataclass(frozen=True)
+class Photos:
+    """What `open_photos` returns.
+
+    Attributes:
+        images: batches of images, without labels.
+        used: how many there are in the batches.
+        found: how many there were to draw from.
+        evaluated: how many more there are that were left out because accuracy is measured on them.
+    """
+
+    images: Loader
+    used: int
+    found: int
+    evaluated: int
 
 
 def open_data(
@@ -85,8 +111,8 @@ def open_data(
             the latter layout.
         preprocess: size and normalisation; digits come normalised.
         batch_size: images a batch.
-        calibration_size: how many images to calibrate on, drawn from the training split, or from the
-            evaluation images where there is none.
+        calibration_size: how many images to calibrate on, drawn from the training split; where there is none, held
+            out of the images, at most half of them, and not evaluated on.
         evaluation_size: how many images to evaluate on, drawn at random; all of them by default.
         seed: draws the images.
         progress: called while a tar is decoded for the first time.
@@ -96,12 +122,100 @@ def open_data(
     """
     evaluation, calibration, classes = _datasets(spec, preprocess, progress)
     generator = torch.Generator().manual_seed(seed)
+    held_out = 0
+    if calibration is None:
+        evaluation, calibration = _held_out(evaluation, calibration_size, generator, spec)
+        held_out = len(calibration)  # type: ignore[arg-type]
     return Data(
         name=spec,
         evaluation=_loader(_drawn(evaluation, evaluation_size, generator), batch_size),
         calibration=_loader(_drawn(calibration, calibration_size, generator), batch_size),
         classes=classes,
+        held_out=held_out,
     )
+
+
+def open_photos(
+    root: str | os.PathLike[str],
+    preprocess: Preprocess,
+    *,
+    size: int = 512,
+    seed: int = 0,
+    evaluated: Collection[str] = (),
+    batch_size: int = 64,
+) -> Photos:
+    """Open images without labels: those of a folder and of all folders below it, hidden ones left out.
+
+    Args:
+        root: the folder.
+        preprocess: size and normalisation.
+        size: how many of the images to use at most, drawn at random.
+        seed: draws the images.
+        evaluated: files, by their real paths, that are evaluated on and therefore left out.
+        batch_size: images a batch.
+
+    Raises:
+        InputError: there is no such folder, no image in it, or none but those that are evaluated on.
+    """
+    paths = list(_image_files(root))
+    free = [path for path in paths if os.path.realpath(path) not in evaluated]
+    if not free:
+        why = (
+            f"all images below {str(root)!r} are evaluated on, and are therefore not calibrated on; leave out "
+            "--calibration, which holds some of them out, or give a folder of other images"
+            if paths
+            else f"no images below {str(root)!r}; give a folder that holds some ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+        raise InputError(f"{why}.")
+    drawn = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+    dataset = _Unlabelled([free[index] for index in drawn], transform(preprocess))
+    return Photos(_loader(dataset, batch_size), len(drawn), len(free), len(paths) - len(free))
+
+
+class _Unlabelled(Dataset[Tensor]):
+    """Image files, decoded when asked for."""
+
+    def __init__(self, paths: Sequence[str], change: Callable[[Any], Tensor]) -> None:
+        self.paths, self.change = paths, change
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.change(open_rgb(self.paths[index]))
+
+
+def _image_files(root: str | os.PathLike[str]) -> Iterator[str]:
+    """By name, so that the same seed draws the same images."""
+    if not Path(root).is_dir():
+        raise InputError(f"there is no folder {str(root)!r} of images to calibrate on.")
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield os.path.join(folder, name)
+
+
+def _files(dataset: Any) -> list[str]:
+    """Paths of the images of a dataset; none where they are not files of their own."""
+    if isinstance(dataset, Subset):
+        known = _files(dataset.dataset)
+        return [known[index] for index in dataset.indices] if known else []
+    return [path for path, _ in getattr(dataset, "samples", [])]
+
+
+def _held_out(
+    dataset: Dataset[Any], size: int, generator: torch.Generator, spec: str
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Part a set that has no training split into images to evaluate and images to calibrate on."""
+    total = len(dataset)  # type: ignore[arg-type]
+    chosen = torch.randperm(total, generator=generator).tolist()
+    if size and total < 2:
+        raise InputError(
+            f"{spec!r} holds one image, which cannot be evaluated and calibrated on; give more, or calibrate on others."
+        )
+    size = min(size, total // 2)
+    return Subset(dataset, sorted(chosen[size:])), Subset(dataset, sorted(chosen[:size]))
 
 
 def _drawn(dataset: Dataset[Any], size: int | None, generator: torch.Generator) -> Dataset[Any]:
@@ -113,8 +227,8 @@ def _drawn(dataset: Dataset[Any], size: int | None, generator: torch.Generator) 
 
 def _datasets(
     spec: str, preprocess: Preprocess, progress: Progress | None
-) -> tuple[Dataset[Any], Dataset[Any], int]:
-    """Return evaluation images, calibration images and the number of classes."""
+) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
+    """Return evaluation images, calibration images (None: to be held out) and the number of classes."""
     if spec == "digits":
         return (*_digits(preprocess), 10)
     if spec == "cifar10" or spec.startswith("cifar10:"):
@@ -142,21 +256,23 @@ def _digits(preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any]]:
     return digits_data("test"), digits_data("calibration")
 
 
-def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any], int]:
+def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
     from torchvision.datasets import ImageFolder
 
-    evaluation = split_folder(root, "test") or root
-    training = split_folder(root, "train")
+    testing, training = (split_folder(root, split) for split in ("test", "train"))
+    evaluation = testing or training or root
     change = transform(preprocess)
     try:
-        test = ImageFolder(str(evaluation), transform=change, loader=open_rgb)
-        train = (
-            ImageFolder(str(training), transform=change, loader=open_rgb) if training is not None else test
+        test, train = (
+            None if place is None else ImageFolder(str(place), transform=change, loader=open_rgb)
+            for place in (evaluation, training if testing else None)
         )
     except FileNotFoundError as error:
         raise InputError(
-            f"no images by class in {str(evaluation)!r}: {error}. One folder of images per class is needed."
+            f"no images by class in {str(evaluation)!r}: {error}. One folder of images per class is needed; images "
+            "without classes can be calibrated on (--calibration)."
         ) from error
+    assert test is not None
     return test, train, len(test.classes)
 
 

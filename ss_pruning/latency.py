@@ -53,12 +53,21 @@ class Timing:
         """The quartiles of what `over` is the median of."""
         return _quartiles(_ratios(self.seconds, other.seconds))
 
+    def levelled(self, other: Timing) -> Timing:
+        """These times as they would be had the other's been its median in every round.
+
+        What slows a round down slows both: their ratio stays. So the median of these, the other's and `over`
+        fit each other, as three medians of their own would not.
+        """
+        middle = other.median
+        return Timing(tuple(middle * ratio for ratio in _ratios(self.seconds, other.seconds)))
+
 
 def as_reported(dense: Timing, pruned: Timing) -> dict[str, Any]:
-    """What a report says of times that were taken in turns: its fields `latency_...`."""
+    """What a report says of times that were taken in turns: its fields `latency_...`, which fit each other."""
     return {
         "latency_before": dense.median,
-        "latency_after": pruned.median,
+        "latency_after": pruned.levelled(dense).median,
         "latency_ratio": pruned.over(dense),
         "latency_spread": pruned.spread_over(dense),
     }

@@ -48,7 +48,7 @@ def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None)
     return right / seen
 
 
-def batches(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(loader: Loader) -> Iterator[Any]:
     """The batches of a loader; what a worker process refuses is said without its traceback."""
     try:
         yield from loader

@@ -24,14 +24,14 @@ class Preprocess:
     """How images become a model's input.
 
     Attributes:
-        size: channels, height and width of the input.
+        size: channels, height and width of the input; of inputs that are no images, channels and what else there is.
         mean: subtracted from images in [0, 1], one per channel.
         std: divides them then.
         crop: side of the centre crop relative to the resized image's shorter side.
         interpolation: `"bilinear"`, `"bicubic"` or `"nearest"`.
     """
 
-    size: tuple[int, int, int] = (3, 224, 224)
+    size: tuple[int, ...] = (3, 224, 224)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     crop: float = 0.875
@@ -69,7 +69,13 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
-    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise."""
+    """Resize the shorter side, crop the centre, scale to [0, 1] and normalise.
+
+    Raises:
+        InputError: the model takes no images.
+    """
+    if len(preprocess.size) != 3:
+        raise InputError(f"images are channels x height x width; this model takes {times(preprocess.size)}.")
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 """The quantiles in `LayerReport.strength`."""
 
+TOO_NOISY = "too noisy to tell"
+"""What is said in place of a share of time that may be more or less than all of it."""
+
 _FORMAT = "ss-pruning report 1"
 
 
@@ -81,9 +84,13 @@ class Report:
         bytes_before: size of the dense model's tensors.
         bytes_after: the same, pruned.
         latency_before: seconds of a forward pass of the dense model, the median.
-        latency_after: the same, pruned, measured in turns with it.
-        latency_ratio: the median, over the turns, of the one as a share of the other.
-        latency_spread: the quartiles of that share over the turns.
+        latency_after: the same, pruned: `latency_ratio` of `latency_before`. Not the median of its own times, which
+            were taken while the machine was as it was in other turns.
+        latency_ratio: the median, over the turns, of the pruned model's time as a share of the dense model's in the
+            same turn.
+        latency_spread: the quartiles of that share over the turns; where they lie on both sides of 1, nobody can tell
+            which model is faster.
+        model_sha256: checksum in the model's file that was written with this report.
     """
 
     model: str
@@ -107,6 +114,12 @@ class Report:
     latency_after: float | None = None
     latency_ratio: float | None = None
     latency_spread: tuple[float, float] | None = None
+    model_sha256: str | None = None
+
+    @property
+    def too_noisy(self) -> bool:
+        """Whether the quartiles of the latency's share lie on both sides of 1."""
+        return crosses_one(self.latency_spread)
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -145,7 +158,8 @@ class Report:
         if self.latency_ratio is not None:
             before, after = (milliseconds(seconds) for seconds in times)
             batch = f" (batch {self.settings['batch']})" if "batch" in self.settings else ""
-            rows.append((f"latency{batch}", before, after, percent(self.latency_ratio)))
+            kept = TOO_NOISY if self.too_noisy else percent(self.latency_ratio)
+            rows.append((f"latency{batch}", before, after, kept))
         return rows
 
     def verification(self) -> str:
@@ -228,6 +242,15 @@ class Report:
             InputError: the folder is missing or cannot be written to.
         """
         write_text(path, self.to_html())
+
+
+def crosses_one(spread: tuple[float, float] | None) -> bool:
+    """Whether quartiles of a share lie on both sides of 1: neither side can be called the smaller.
+
+    >>> crosses_one((0.9, 1.2)), crosses_one((0.7, 0.9)), crosses_one((1.0, 1.0)), crosses_one(None)
+    (True, False, False, False)
+    """
+    return spread is not None and spread[0] < 1 < spread[1]
 
 
 def count(number: float, unit: str = "") -> str:

@@ -62,9 +62,12 @@ def _latency(report: Report) -> str:
         if spread is None
         else f" In half of the turns it was between {percent(spread[0])} and {percent(spread[1])}."
     )
+    noisy = " That is on both sides of 100 %: too noisy to tell which is faster." if report.too_noisy else ""
+    share = percent(report.latency_ratio or 0.0)
     return (
-        f"Measured on {on}, dense and pruned in turns; the share is the median over the turns.{middle} It holds for "
-        "this machine, number of threads and batch."
+        f"Measured on {on}, dense and pruned in turns. The dense time is the median, the share ({share}) the median "
+        f"over the turns, and the pruned time that share of the dense one.{middle}{noisy} It holds for this machine, "
+        "number of threads and batch."
     )
 
 

@@ -120,7 +120,13 @@ def _run(report: Report) -> str:
     if report.command:
         html += f"<h3>Command</h3><pre><code>{parts.text(report.command)}</code></pre>"
     seconds = {name: f"{value:.2f} s" for name, value in report.seconds.items()}
-    for heading, values in (("Settings", report.settings), ("Time", seconds), ("Versions", report.versions)):
+    file = {} if report.model_sha256 is None else {"SHA-256 of its content": report.model_sha256}
+    for heading, values in (
+        ("Settings", report.settings),
+        ("Time", seconds),
+        ("Versions", report.versions),
+        ("The model's file", file),
+    ):
         if values:
             rows = [(name, plain_value(value)) for name, value in values.items()]
             html += f"<h3>{heading}</h3>{parts.facts(rows)}"

@@ -127,6 +127,20 @@ def test_latencies_are_compared_as_shares_of_the_dense_model() -> None:
     assert compare(TIMED_A, TIMED_A).figures[-1].dense == "50 ms"
 
 
+@pytest.mark.parametrize(
+    ("spreads", "cells"),
+    [
+        (((0.58, 0.62), (0.45, 0.5)), ("30.2 ms (60.0 %)", "24.3 ms (48.0 %)", "-20.0 %")),
+        (((0.5, 0.62), (0.45, 0.55)), ("30.2 ms (60.0 %)", "24.3 ms (48.0 %)", "too noisy to tell")),
+        (((0.5, 1.1), (0.45, 0.49)), ("30.2 ms (too noisy to tell)", "24.3 ms (48.0 %)", "-20.0 %")),
+    ],
+)
+def test_shares_whose_spreads_overlap_are_not_told_apart(spreads: Any, cells: tuple[str, ...]) -> None:
+    pair = (replace(r, latency_spread=s) for r, s in zip((TIMED_A, TIMED_B), spreads, strict=True))
+    (row,) = (figure for figure in compare(*pair).figures if figure.name == "latency")
+    assert (row.a, row.b, row.difference) == cells
+
+
 def test_a_latency_that_only_one_report_holds_is_left_out() -> None:
     for pair in ((TIMED_A, B), (A, TIMED_B)):
         assert "latency" not in {row.name for row in compare(*pair).figures}

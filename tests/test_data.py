@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ss_pruning import _decode, data
-from ss_pruning.data import CIFAR10_CLASSES, Preprocess, accuracy, cifar10, normalise, open_data
+from ss_pruning.data import CIFAR10_CLASSES, Preprocess, accuracy, cifar10, normalise, open_data, open_photos
 from ss_pruning.errors import InputError, ModelError
 
 EACH = 2  # images of each class and split
@@ -292,10 +293,101 @@ def test_calibration_images_follow_the_seed(folder: Path) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_folder_of_classes_alone_calibrates_on_itself(folder: Path) -> None:
-    opened = open_data(str(folder / "test"), SMALL, calibration_size=1000)
-    assert len(opened.evaluation.dataset) == 20  # type: ignore[arg-type]
-    assert sum(len(images) for images in opened.calibration_images()) == 20
+def as_set(images: Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize(("size", "held_out"), [(7, 7), (1000, 10), (0, 0)])
+def test_without_a_training_split_calibration_images_are_held_out(
+    folder: Path, size: int, held_out: int
+) -> None:
+    opened = open_data(str(folder / "test"), SMALL, calibration_size=size)
+    evaluated, labels = batches(opened.evaluation)
+    calibrated = torch.cat([torch.zeros(0, 3, 32, 32), *opened.calibration_images()])
+    assert (len(evaluated), len(calibrated), opened.held_out) == (20 - held_out, held_out, held_out)
+    assert as_set(evaluated) | as_set(calibrated) == as_set(
+        normalise(expected("test")[0], SMALL.mean, SMALL.std)
+    )
+    assert not as_set(evaluated) & as_set(calibrated)
+    assert len(opened.evaluated_files()) == 20 - held_out
+    assert opened.classes == 10
+    whole, wanted = (normalise(expected("test")[0], SMALL.mean, SMALL.std), expected("test")[1])
+    for image, label in zip(evaluated, labels, strict=True):
+        assert any(torch.equal(image, x) and label == y for x, y in zip(whole, wanted, strict=True))
+
+
+def test_a_training_split_alone_is_held_out_of_too(folder: Path) -> None:
+    (folder / "test").rename(folder.parent / "elsewhere")
+    opened = open_data(str(folder), SMALL, calibration_size=4)
+    assert (opened.classes, opened.held_out) == (10, 4)
+    assert all("/train/" in path for path in opened.evaluated_files())
+
+
+def test_one_image_cannot_be_both(tmp_path: Path) -> None:
+    place = str(write_folder(tmp_path / "f", {"a/0.png": png(pixels("test", 0, 0))}))
+    with pytest.raises(InputError, match="one image, which cannot be evaluated and calibrated on"):
+        open_data(place, SMALL)
+    assert open_data(place, SMALL, calibration_size=0).held_out == 0
+
+
+# ---------------------------------------------------------------- photos without labels
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """Six photos of several sizes in a folder and below it, beside what is none."""
+    place = tmp_path / "flat"
+    for index, name in enumerate(["a.png", "b.PNG", "c.jpeg", "x/d.bmp", "x/y/e.webp", "z/f.png"]):
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30 + index, 40, 3), 40 * index, np.uint8)).save(path)
+    for name in ("notes.txt", ".hidden.png", ".cache/g.png", "a.png.part"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(b"no picture")
+    return place
+
+
+def test_photos_are_found_anywhere_below(flat: Path) -> None:
+    found = open_photos(flat, SMALL)
+    images = torch.cat(list(found.images))
+    assert (found.used, found.found, found.evaluated) == (6, 6, 0)
+    assert images.shape == (6, 3, 32, 32)
+    levels = (images * torch.tensor(SMALL.std)[:, None, None] + torch.tensor(SMALL.mean)[:, None, None]) * 255
+    assert sorted(levels.mean((1, 2, 3)).round().int().tolist()) == pytest.approx(
+        [0, 40, 80, 120, 160, 200], abs=2
+    )
+
+
+def test_photos_are_drawn_by_the_seed(flat: Path) -> None:
+    drawn = [torch.cat(list(open_photos(flat, SMALL, size=3, seed=seed).images)) for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 3
+    assert torch.equal(drawn[0], drawn[1])
+    assert as_set(drawn[0]) != as_set(drawn[2])
+
+
+def test_what_is_evaluated_on_is_not_calibrated_on(flat: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(flat)
+    evaluated = {str(flat / "a.png"), str(flat / "x" / "d.bmp")}
+    found = open_photos(tmp_path / "link", SMALL, evaluated=evaluated)
+    assert (found.used, found.found, found.evaluated) == (4, 4, 2)
+    paths = {os.path.realpath(path) for path in found.images.dataset.paths}  # type: ignore[attr-defined]
+    assert len(paths) == 4
+    assert not paths & evaluated
+    with pytest.raises(InputError, match=r"all images below .* are evaluated on.*leave out --calibration"):
+        open_photos(flat, SMALL, evaluated={os.path.realpath(path) for path in flat.rglob("*")})
+
+
+def test_folders_without_photos_and_broken_photos_are_named(flat: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no folder '.*absent'"):
+        open_photos(tmp_path / "absent", SMALL)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no images below '.*empty'; give a folder that holds some \(\.bmp"):
+        open_photos(tmp_path / "empty", SMALL)
+    (flat / "x" / "broken.jpg").write_bytes((flat / "c.jpeg").read_bytes()[:200])
+    with pytest.raises(InputError, match=r"cannot decode the image '.*x/broken\.jpg'"):
+        list(data.batches(open_photos(flat, SMALL).images))
+    with pytest.raises(InputError, match="images are channels x height x width; this model takes 1x64"):
+        open_photos(flat, Preprocess(size=(1, 64)))
 
 
 def test_val_is_a_test_split(tmp_path: Path) -> None:
@@ -309,11 +401,11 @@ def test_folder_images_are_resized_and_cropped(tmp_path: Path) -> None:
     image[:, 20:60] = 255  # the middle square is white
     folder = write_folder(tmp_path / "f", {"a/0.png": png(image)})
     small = Preprocess(size=(3, 20, 20), mean=(0.0,) * 3, std=(1.0,) * 3, crop=1.0)
-    images, _ = batches(open_data(str(folder), small).evaluation)
+    images, _ = batches(open_data(str(folder), small, calibration_size=0).evaluation)
     assert images.shape == (1, 3, 20, 20)
     assert images[..., 1:-1].min() > 0.99
     gray = Preprocess(size=(1, 16, 24), mean=(0.5,), std=(0.5,), crop=0.8)
-    assert batches(open_data(str(folder), gray).evaluation)[0].shape == (1, 1, 16, 24)
+    assert batches(open_data(str(folder), gray, calibration_size=0).evaluation)[0].shape == (1, 1, 16, 24)
 
 
 def test_stored_images_are_resized(tar: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning import benching, couple, hastening, latency, layer_times, prune_, trace
 from ss_pruning.errors import BudgetError, InputError, ModelError
-from ss_pruning.latency import Timing, measure_latency, peak_memory, race
+from ss_pruning.latency import Timing, as_reported, measure_latency, peak_memory, race
 from ss_pruning.layer_times import GRID, ROUNDINGS, LayerTime, LayerTimes
 from ss_pruning.planning import Costs
 from ss_pruning.verification import Verified
@@ -382,6 +384,45 @@ def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPa
 
 
 # ---------------------------------------------------------------- bench
+
+
+def test_three_numbers_of_a_latency_are_one_statistic() -> None:
+    """Medians of their own would say 0.3 of 0.3, and a share of 0.9."""
+    dense, pruned = Timing((0.2, 0.4, 0.3)), Timing((0.3, 0.36, 0.2))
+    report = as_reported(dense, pruned)
+    assert report["latency_before"] == pytest.approx(0.3)
+    assert report["latency_ratio"] == pytest.approx(0.9)
+    assert report["latency_after"] == pytest.approx(0.27)
+    chance = np.random.default_rng(0)
+    for _ in range(50):  # whatever the noise, and whichever statistic is asked
+        load = chance.uniform(1, 5, 9)
+        a, b = (Timing(tuple(t * load * chance.uniform(0.9, 1.1, 9))) for t in (1.0, 0.7))
+        level = b.levelled(a)
+        assert level.median == pytest.approx(a.median * b.over(a))
+        assert level.spread == pytest.approx([a.median * share for share in b.spread_over(a)])
+        assert level.over(Timing((a.median,) * 9)) == pytest.approx(b.over(a))
+
+
+@pytest.mark.parametrize(("shares", "noisy"), [((0.8, 1.3), True), ((0.6, 0.7), False)])
+def test_bench_agrees_with_itself_and_says_where_it_cannot_tell(
+    monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float], noisy: bool
+) -> None:
+    dense = (0.2, 0.5, 0.3, 0.4)
+    pruned = tuple(seconds * share for seconds, share in zip(dense, shares * 2, strict=True))
+    monkeypatch.setattr(benching, "measure_latency", lambda *_, **__: [Timing(dense), Timing(pruned)])
+    (setting,) = benching.settings([4])
+    found = benching.compare({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU, memory=False)
+    seconds = {name: speed.seconds for name, speed in found.speeds.items()}
+    assert seconds["pruned"] / seconds["dense"] == pytest.approx(found.ratios["pruned"])
+    assert (found.speeds["dense"].low, found.speeds["dense"].high) == Timing(dense).spread
+    assert found.speeds["pruned"].low == pytest.approx(seconds["dense"] * found.spreads["pruned"][0])
+    console = Console(width=120, file=io.StringIO())
+    console.print(benching.table([found], {"dense": 2, "pruned": 1}, CPU))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("too noisy to tell") == 2 * noisy
+    (other,) = benching.settings([4], layouts=["channels_last"])
+    with pytest.raises(InputError, match="channels_last is a layout of images"):
+        benching.compare({"dense": Net(8)}, (3, 8), other, CPU)
 
 
 def test_comparisons_hold_what_they_say() -> None:

@@ -173,7 +173,7 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
             file.write("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", interrupt)
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         getattr(example(), method)(path)
     assert path.read_bytes() == b"old"
@@ -452,6 +452,20 @@ def test_certainty_tells_of_each_number_how_it_was_come_by() -> None:
     assert said["compensation"].startswith("None")
     assert "100 %" in said["strengths"]
     assert all(words in Page(example().to_html()).text for words in said.values())
+
+
+NOISY = {"latency_before": 0.05, "latency_after": 0.0495, "latency_ratio": 0.99, "latency_spread": (0.9, 1.1)}
+
+
+def test_a_latency_that_may_be_more_or_less_is_too_noisy_to_tell() -> None:
+    noisy, clear = example(**NOISY), example(**{**NOISY, "latency_spread": (0.98, 0.999)})
+    rows = {row[0].partition(" (")[0]: row[1:] for row in noisy.headline()}
+    assert rows["latency"] == ("50 ms", "49.5 ms", "too noisy to tell")
+    assert {row[0].partition(" (")[0]: row[3] for row in clear.headline()}["latency"] == "99.0 %"
+    assert noisy.to_html().count("too noisy to tell") == 2  # the row, and how certain it is
+    assert "too noisy to tell" not in clear.to_html()
+    assert Report.from_dict(noisy.to_dict()).too_noisy
+    assert not Report.from_dict(clear.to_dict()).too_noisy
 
 
 def test_certainty_of_a_latency_tells_of_its_spread_and_what_it_holds_for() -> None:
