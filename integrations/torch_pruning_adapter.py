@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -79,6 +79,9 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 raise InputError(
                     f"conditional={conditional!r} needs covariances; {moments!r} has none: give batches as moments"
                 )
+        moments = (
+            list(moments) if isinstance(moments, Iterator) else moments
+        )  # each look at it needs them all
         self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
         self.conditional = conditional
         self.example_inputs = example_inputs

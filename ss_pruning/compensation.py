@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import ModelError
 from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import measure
 from ss_pruning.redundancy import ridged_factor
@@ -61,37 +61,6 @@ class Outcome:
     inexact: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
-
-
-def gather_batches(calibration: Any, most: int = 1024) -> Any:
-    """One input from calibration batches: tensors are joined along the batch, up to `most` samples.
-
-    Args:
-        calibration: A tensor, or an iterable of tensors or of tuples that start with one (a data loader).
-        most: Take no more samples than this.
-
-    Raises:
-        InputError: Nothing is there, or batches are no tensors.
-    """
-    if isinstance(calibration, Tensor):
-        calibration = [calibration]
-    elif not isinstance(calibration, Iterable):
-        raise InputError(f"calibration={calibration!r} is no tensor and gives no batches; give one of them")
-    parts: list[Tensor] = []
-    count = 0
-    for batch in calibration:
-        x = batch[0] if isinstance(batch, (list, tuple)) else batch
-        if not isinstance(x, Tensor):
-            raise InputError(
-                f"a calibration batch is a {type(x).__name__}; give tensors or tuples that start with one"
-            )
-        parts.append(x)
-        count += len(x)
-        if count >= most:
-            break
-    if not count:
-        raise InputError("the calibration inputs are empty; give a tensor with some, or batches")
-    return torch.cat(parts)[:most] if len(parts) > 1 else parts[0][:most]
 
 
 def fold_means_(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ss_pruning.batches import Batch, gather, sizes_that_run
 from ss_pruning.compensation import (
     METHODS,
     SOLVED,
@@ -16,7 +17,6 @@ from ss_pruning.compensation import (
     Outcome,
     fold_linear_,
     fold_means_,
-    gather_batches,
 )
 from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
@@ -31,7 +31,7 @@ BATCH = 64
 
 def calibration_images(
     calibration: Any, model: nn.Module, example_inputs: Any, progress: Callable[[int, int], None]
-) -> Any:
+) -> Batch | None:
     """The calibration inputs as one batch; None without.
 
     Args:
@@ -39,10 +39,22 @@ def calibration_images(
         model: What to distil from.
         example_inputs: What `forward` takes.
         progress: Called with (steps done, steps in all) of the distillation.
+
+    Raises:
+        InputError: They are not what the model takes, see `ss_pruning.batches`, or fewer than it runs on.
     """
+    if calibration is None:
+        return None
     if isinstance(calibration, str):
-        return distilled(model, example_inputs, progress=progress)
-    return None if calibration is None else gather_batches(calibration)
+        calibration = distilled(model, example_inputs, progress=progress)
+    batch = gather(calibration, example_inputs)
+    fitting = batch.limited(*sizes_that_run(model, example_inputs))
+    if not len(fitting):
+        raise InputError(
+            f"the model runs on batches of {fitting.unit}, as the example inputs are, and there are {len(batch)} "
+            "calibration inputs; give more"
+        )
+    return fitting
 
 
 def check_compensation(compensation: str, calibration: Any) -> None:
@@ -71,7 +83,7 @@ def cut_(
     plan: Plan,
     wiring: Wiring,
     method: Method,
-    images: Any,
+    images: Batch | None,
     example_inputs: Any,
     reestimate: bool = False,
 ) -> tuple[Plan, Outcome]:
@@ -120,7 +132,7 @@ def _compensate(
     plan: Plan,
     wiring: Wiring,
     method: Method,
-    images: Any,
+    images: Batch | None,
     inputs: Any,
 ) -> Outcome:
     if method == "none":
@@ -128,6 +140,7 @@ def _compensate(
     if method == "mean":
         source = "gaussian" if images is None else images.split(BATCH)
         return fold_means_(small, model, plan, wiring, source, inputs)
+    assert images is not None
     if method == "linear":
         return fold_linear_(small, model, plan, wiring, images.split(BATCH))
     return reconstruct_(small, model, plan, wiring, images)

@@ -24,14 +24,16 @@ ConvNets", section 3.2; they did not repair.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ss_pruning.batches import Batch
 from ss_pruning.compensation import SOLVED, Method
 from ss_pruning.coupling import Coupling, Unit
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.moments import measure
 from ss_pruning.planning import Floats, Ints, gone_of, ranks_of, step_scores
 from ss_pruning.provenance import preserved
@@ -53,7 +55,7 @@ def by_damage(
     wiring: Wiring,
     coupling: Coupling,
     scores: Sequence[Sequence[Floats]],
-    images: Tensor,
+    images: Any,
     batch: int,
     max_ratio: float,
     method: Method = "reconstruct",
@@ -86,6 +88,12 @@ def by_damage(
         InputError: Too few images.
         ModelError: The model's outputs do not tell images apart, or are not finite.
     """
+    images = Batch.of(images)
+    if images.most:
+        raise ModelError(
+            f"the model runs on no more than {images.most} inputs at once, so that channels cannot be measured side by "
+            f"side; {OTHERWISE}"
+        )
     if len(images) < LEAST_IMAGES:
         raise InputError(
             f"scope='measured' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give more, "
@@ -109,12 +117,14 @@ def by_damage(
     return choices[int(lost.argmin())]
 
 
-def _held_out(images: Tensor) -> tuple[Tensor, Tensor]:
+def _held_out(images: Any) -> tuple[Batch, Batch]:
     """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
-    chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images) // 2)).long()
-    stays = torch.ones(len(images), dtype=torch.bool)
+    batch = Batch.of(images)
+    rows = torch.arange(len(batch)).reshape(-1, batch.unit)
+    chosen = torch.linspace(0, len(rows) - 1, min(max(_IMAGES // batch.unit, 1), len(rows) // 2)).long()
+    stays = torch.ones(len(rows), dtype=torch.bool)
     stays[chosen] = False
-    return images[chosen.to(images.device)], images[stays.to(images.device)]
+    return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
 
 
 def _readers(unit: Unit, wiring: Wiring) -> list[str]:

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ss_pruning import _cache
+from ss_pruning.batches import sizes_that_run
 from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
-from ss_pruning.provenance import preserved
+from ss_pruning.provenance import call, preserved
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1
@@ -60,7 +62,8 @@ def distill(
 
     Args:
         model: A trained net with batch norms.
-        example_inputs: One tensor `[batch, channels, positions...]`; gives the shape, type and place of the result.
+        example_inputs: What `forward` takes: one tensor `[batch, channels, positions...]`, alone, in a tuple or in a
+            dict; gives the shape, type and place of the result.
         images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
         steps: Of Adam, for each batch of 64 images that are made.
         seed: Of the noise to start from.
@@ -84,7 +87,9 @@ def distill(
     found = None if name is None else _kept(name, shape)
     if found is None:
         place = example.device if device is None else torch.device(device)
-        found = _make(model, shape, steps, seed, place, progress or (lambda done, total: None))
+        found = _make(
+            model, example_inputs, shape, steps, seed, place, progress or (lambda done, total: None)
+        )
         if name is not None:
             _cache.write(name, {"images": found.float().cpu()}, {})
     return found.to(example).contiguous()
@@ -106,6 +111,7 @@ def distilled(model: nn.Module, example_inputs: Any, **settings: Any) -> Tensor:
 
 def _make(
     model: nn.Module,
+    inputs: Any,
     shape: tuple[int, ...],
     steps: int,
     seed: int,
@@ -113,11 +119,13 @@ def _make(
     progress: StepProgress,
 ) -> Tensor:
     """The images in float32: one half is made, the other are its mirror images."""
-    half = -(-shape[0] // 2)
-    sizes = [min(_BATCH, half - begin) for begin in range(0, half, _BATCH)]
+    unit, most = sizes_that_run(model, inputs)
+    half = -(-shape[0] // (2 * unit)) * unit
+    each = most or max(_BATCH // unit, 1) * unit
+    sizes = [min(each, half - begin) for begin in range(0, half, each)]
     generator = torch.Generator().manual_seed(seed)
     made = []
-    with torch.inference_mode(False), torch.enable_grad(), _listening(model, place, seed) as listen:
+    with torch.inference_mode(False), torch.enable_grad(), _listening(model, inputs, place, seed) as listen:
         for number, size in enumerate(sizes):
             noise = _natural_noise((size, *shape[1:]), generator).to(place)
 
@@ -142,10 +150,9 @@ def default_images(example: Tensor) -> int:
 
 def _example(inputs: Any) -> Tensor:
     """The one tensor of images in the example inputs."""
-    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
-        inputs = inputs[0]
-    if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dim() >= 3:
-        return inputs
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() >= 3:
+        return tensors[0]
     kind = f"a tensor of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
     raise InputError(
         f"distilled calibration makes images, one float tensor [batch, channels, height, width]; the example input is "
@@ -168,7 +175,7 @@ _Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
 
 
 @contextlib.contextmanager
-def _listening(model: nn.Module, device: torch.device, seed: int) -> Iterator[_Listen]:
+def _listening(model: nn.Module, inputs: Any, device: torch.device, seed: int) -> Iterator[_Listen]:
     """A copy of the model that tells how well its norms recognise what they see."""
     net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
     norms = [m for m in net.modules() if has_statistics(m)]
@@ -184,7 +191,7 @@ def _listening(model: nn.Module, device: torch.device, seed: int) -> Iterator[_L
     def listen(images: Tensor) -> tuple[Any, list[Tensor]]:
         heard.clear()
         try:
-            output = net(images)
+            output = call(net, pytree.tree_map_only(Tensor, lambda _: images, inputs))
         except Exception as error:
             raise ModelError(
                 f"the model does not run on a batch of {list(images.shape)} for distilled calibration "

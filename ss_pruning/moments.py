@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.batches import Batch, stream
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.hooks import given, on_input, replaced
 from ss_pruning.layers import channel_axis
@@ -24,7 +25,7 @@ _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
 _LEAST_SIDE = 32
 # Positions of a batch from which the products of channels are taken, and the widest layer for which they are.
 _PRODUCT_POSITIONS, _PRODUCT_CHANNELS = 2**13, 2**12
-#: "batchnorm", "gaussian", or an iterable of batches (tensors, or tuples that start with one).
+#: "batchnorm", "gaussian", or an iterable of batches, see `ss_pruning.batches`.
 MomentSource = str | Iterable[Any]
 
 
@@ -76,8 +77,8 @@ def measure(
     elif isinstance(source, Tensor):
         raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
     else:
-        inputs = (batch[0] if isinstance(batch, (list, tuple)) else batch for batch in source)
-        seen = _observe(model, wiring, inputs, paths, _Products if covariance else _Sums)
+        batches = stream(source, example_inputs)
+        seen = _observe(model, wiring, batches, paths, _Products if covariance else _Sums)
         found = {path: s.moments for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
     scales = norm_scales(model, wiring) if len(found) < len(paths) else {}
@@ -130,15 +131,15 @@ def _on_noise(
 ) -> dict[str, Moments]:
     """Run the net on its own noise: every norm puts out `gamma z + beta`, and the image is standard noise too.
 
-    Of the example only the shape counts, and not even its batch size. Maps are seen with noise that is independent
-    from position to position. Averaging over positions would leave next to nothing of that, so heads and gates, which
-    see one vector an image, are seen in a second run, with noise that varies from image to image; all positions are
-    alike there, so that a quarter of them will do if the model takes a smaller image.
+    Of the example only the shape counts, and not even its batch size unless the model runs on no other. Maps are seen
+    with noise that is independent from position to position. Averaging over positions would leave next to nothing of
+    that, so heads and gates, which see one vector an image, are seen in a second run, with noise that varies from image
+    to image; all positions are alike there, so that a quarter of them will do if the model takes a smaller image.
     """
     seen = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES)
     vectors = [path for path, s in seen.items() if s.values == s.images]
-    if vectors and isinstance(example_inputs, Tensor):
-        small = example_inputs.dim() == 4 and min(example_inputs.shape[2:]) >= 2 * _LEAST_SIDE
+    if vectors:
+        small = _may_shrink(example_inputs)
         for shrink in (2, 1) if small else (1,):
             with contextlib.suppress(*[ModelError] * (shrink > 1)):
                 seen |= _noisy_run(
@@ -164,15 +165,35 @@ def _noisy_run(
     by_image: bool = False,
     shrink: int = 1,
 ) -> dict[str, _Seen]:
-    """Moments on one batch of noise, on maps of which each side is `1 / shrink` of the example's."""
+    """Moments on one batch of noise, on maps of which each side is `1 / shrink` of the example's.
+
+    A model that does not run on so many images sees as many batches, of the example's size.
+    """
+    example = Batch.of(example_inputs)
+    try:
+        return _seen_on_noise(model, wiring, [example.resized(images)], paths, by_image, shrink)
+    except ModelError:
+        if len(example) == images or shrink > 1:
+            raise
+    return _seen_on_noise(model, wiring, [example] * images, paths, by_image, shrink)
+
+
+def _seen_on_noise(
+    model: nn.Module,
+    wiring: Wiring,
+    batches: Iterable[Batch],
+    paths: Sequence[str],
+    by_image: bool,
+    shrink: int,
+) -> dict[str, _Seen]:
+    """Moments on noise in the place of batches."""
     generator = torch.Generator().manual_seed(0)
 
-    def image(t: Tensor) -> Tensor:
-        shape = (images, *t.shape[1:]) if isinstance(example_inputs, Tensor) else t.shape
+    def noise(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
-        noise = torch.randn(shape, generator=generator).to(t)
-        return noise if shrink == 1 else noise[..., : shape[-2] // shrink, : shape[-1] // shrink]
+        made = torch.randn(t.shape, generator=generator).to(t)
+        return made if shrink == 1 else made[..., : t.shape[-2] // shrink, : t.shape[-1] // shrink]
 
     modules = modules_of(model)
     with contextlib.ExitStack() as undo:
@@ -182,7 +203,13 @@ def _noisy_run(
                 undo.callback(on_input(modules[path], hook).remove)
         for path in _unheard(wiring):
             undo.callback(_shape_only(modules[path]))
-        return _observe(model, wiring, [pytree.tree_map_only(Tensor, image, example_inputs)], paths)
+        return _observe(model, wiring, (batch.mapped(noise) for batch in batches), paths)
+
+
+def _may_shrink(example_inputs: Any) -> bool:
+    """True of a single tensor of large images."""
+    tensors = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    return len(tensors) == 1 and tensors[0].dim() == 4 and min(tensors[0].shape[2:]) >= 2 * _LEAST_SIDE
 
 
 def _unheard(wiring: Wiring) -> set[str]:
@@ -253,6 +280,8 @@ def stratified_normal(
     turn = torch.randint(n, (channels,), generator=generator).to(like.device)
     sign = torch.randint(2, (channels, 1), generator=generator).to(like.device) * 2 - 1
     z = torch.cat([shuffled, shuffled]).unfold(0, max(n, 1), 1)[turn].mul_(sign)
+    if n == 1:  # one stratum has one quantile, and that is 0
+        z = torch.randn(channels, 1, generator=generator).to(like.device)
     if n < values:
         z = z.repeat_interleave(values // n, 1)
     rest = [size for a, size in enumerate(like.shape) if a != axis]
@@ -288,7 +317,7 @@ class _Sums:
     def __call__(self, module: nn.Module, x: Tensor) -> None:
         rows = self.rows(module, x)
         self.values += rows.shape[1]
-        self.images += len(x)
+        self.images += len(x) if channel_axis(module, x) else 1
         self.total = self.total + rows.sum(1, dtype=torch.float64)
         self.squares = self.squares + rows.double().square().sum(1)
 
@@ -343,7 +372,7 @@ class _Products(_Sums):
 def _observe(
     model: nn.Module,
     wiring: Wiring,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     paths: Sequence[str],
     kind: type[_Sums] = _Sums,
 ) -> dict[str, _Seen]:
@@ -358,13 +387,15 @@ def _observe(
     count = 0
     try:
         with preserved(model, training=False), torch.no_grad():
-            for inputs in batches:
+            for batch in batches:
+                call(model, batch.inputs)
                 count += 1
-                call(model, inputs)
+    except InputError:
+        raise
     except Exception as error:
         raise ModelError(
-            f"the model does not run on batch {count} ({type(error).__name__}: {error}); batches are inputs, or tuples "
-            "that start with them"
+            f"the model does not run on batch {count} ({type(error).__name__}: {error}); batches are inputs as the "
+            "example inputs are, and may have labels behind them"
         ) from error
     finally:
         for handle in handles:

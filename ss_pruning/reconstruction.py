@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning.batches import Batch
 from ss_pruning.compensation import IDLE, Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.hooks import on_input
@@ -63,13 +64,19 @@ def reconstruct_(
         images: One batch of inputs; more is better, a few hundred are enough.
         progress: Called with (layers done, layers in all).
     """
+    batch = Batch.of(images)
+    if batch.most:
+        raise ModelError(
+            f"the model runs on no more than {batch.most} inputs at once, and compensation='reconstruct' needs all of "
+            "them in one pass; take 'linear', or 'mean'"
+        )
     outcome, norms = Outcome(), norms_behind(wiring)
     kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
     paths = _solvable(pruned, wiring, plan, outcome)
-    found = find_sums(dense, images[:1] if isinstance(images, Tensor) else images, norms)
+    found = find_sums(dense, batch[: batch.unit].inputs, norms)
     sums = {path: found[path] for path in paths if path in found}
     with (
-        _DenseOutputs(dense, paths, sums, images) as outputs,
+        _DenseOutputs(dense, paths, sums, batch.inputs) as outputs,
         torch.no_grad(),
         preserved(pruned, training=False),
         Others(pruned, sums) as others,
@@ -90,7 +97,7 @@ def reconstruct_(
 
         for path in paths:
             hooks.callback(on_input(pruned.get_submodule(path), partial(solve, path)).remove)
-        call(pruned, images)
+        call(pruned, batch.inputs)
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome
 

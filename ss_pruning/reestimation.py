@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.batches import Batch, sizes_that_run
 from ss_pruning.cloning import copied
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
@@ -74,9 +75,9 @@ def reestimate_(
     on_noise = images is None
     # Noise has to be brought to the statistics of the first norms, too.
     paths = list(norms.values()) if on_noise else behind
-    images = noise_like(inputs) if on_noise else _fitting(images)
+    batch = noise_like(inputs, *sizes_that_run(dense, inputs)) if on_noise else _fitting(Batch.of(images))
     kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
-    wanted = _watched(dense, paths, images, on_noise)
+    wanted = _watched(dense, paths, batch, on_noise)
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
     def listen(path: str, norm: Any, x: Tensor) -> Tensor | None:
@@ -90,25 +91,23 @@ def reestimate_(
             norm.running_mean.copy_(centre)
         return _brought(norm, x, now) if on_noise else None
 
-    _run(small, {path: partial(listen, path) for path in paths if path in wanted}, images)
+    _run(small, {path: partial(listen, path) for path in paths if path in wanted}, batch)
     return [path for path in behind if path in seen]
 
 
 def hears_noise(model: nn.Module, inputs: Any) -> bool:
     """Whether noise can stand for inputs: it takes a tensor alone, and norms tell what shall reach them."""
-    return (
-        isinstance(inputs, Tensor)
-        and inputs.is_floating_point()
-        and any(map(has_statistics, model.modules()))
-    )
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    alone = len(tensors) == 1 and tensors[0].is_floating_point()
+    return alone and any(map(has_statistics, model.modules()))
 
 
-def on_noise(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+def on_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Batch]:
     """A copy of the model that takes noise for what it was trained on, and the noise.
 
     Its norms have the statistics of what reaches them, so that each puts out what `model` leads to expect.
     """
-    twin, noise = copied(model), noise_like(inputs)
+    twin, noise = copied(model), noise_like(inputs, *sizes_that_run(model, inputs))
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
     def listen(path: str, norm: Any, x: Tensor) -> None:
@@ -121,7 +120,7 @@ def on_noise(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
     return twin, noise
 
 
-def _watched(net: nn.Module, paths: Sequence[str], images: Any, on_noise: bool) -> dict[str, list[_Sample]]:
+def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool) -> dict[str, list[_Sample]]:
     """By norm and call, what has reached it up to then."""
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
@@ -133,11 +132,11 @@ def _watched(net: nn.Module, paths: Sequence[str], images: Any, on_noise: bool) 
     return dict(seen)
 
 
-def _run(net: nn.Module, hooks: Mapping[str, Any], images: Any) -> None:
+def _run(net: nn.Module, hooks: Mapping[str, Any], images: Batch) -> None:
     handles = [on_input(net.get_submodule(path), hook) for path, hook in hooks.items()]
     try:
         with torch.no_grad(), preserved(net, training=False):
-            call(net, images)
+            call(net, images.inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -166,28 +165,36 @@ def _brought(norm: Any, x: Tensor, sample: _Sample) -> Tensor:
     return brought
 
 
-def noise_like(inputs: Any) -> Any:
-    """Noise for each tensor of floating point numbers; where the model takes one alone, as many images as it needs."""
-    generator = torch.Generator().manual_seed(0)
-    alone = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs)) == 1
+def noise_like(inputs: Any, unit: int = 1, most: int | None = None) -> Batch:
+    """Noise for each tensor of floating point numbers, as many images as it needs and the model runs on.
 
-    def made(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2:
+    Args:
+        inputs: What `forward` takes.
+        unit: Only multiples of so many images run.
+        most: No more run at once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    example = Batch.of(inputs)
+
+    def made(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or leaf.dim() < 2:
             return leaf
-        count = len(leaf)
-        if alone:
-            count = min(max(_POSITIONS // max(leaf[0, 0].numel(), 1), _LEAST), _MOST)
-        x = torch.randn(count, *leaf.shape[1:], generator=generator)
+        x = torch.randn(leaf.shape, generator=generator)
         return (_coloured(x) if x.dim() == 4 else x).to(leaf)
 
-    return pytree.tree_map(made, inputs)
+    count = min(max(_POSITIONS // _positions(inputs), _LEAST), _MOST)
+    return example.resized(most or -(-count // unit) * unit).mapped(made).limited(unit, most)
 
 
-def _fitting(images: Any) -> Any:
+def _positions(inputs: Any) -> int:
+    """Of one channel of one image."""
+    shapes = (leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return max(next((shape[2:].numel() for shape in shapes if len(shape) > 1), 1), 1)
+
+
+def _fitting(images: Batch) -> Batch:
     """As many as may run at once."""
-    if not isinstance(images, Tensor) or images.dim() < 3:
-        return images
-    return images[: max(_AT_ONCE // max(images[0, 0].numel(), 1), _LEAST)]
+    return images.at_most(max(_AT_ONCE // _positions(images.inputs), _LEAST))
 
 
 def _coloured(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning.batches import Batch
 from ss_pruning.compensation import Method
 from ss_pruning.errors import ModelError
 from ss_pruning.hooks import on_input
@@ -46,7 +47,7 @@ class Lab:
 
     model: nn.Module
     wiring: Wiring
-    images: Tensor
+    images: Any
     moments: Mapping[str, Moments]
     method: Method = "reconstruct"
     follow: bool = False
@@ -61,7 +62,8 @@ class Lab:
             p: m for p in self.wiring.layers if self.follow and has_statistics(m := self.modules[p])
         }
         self.reached: dict[str, _Reached] = {}
-        self.prefix = Prefix(self.modules, len(self.images))
+        self.batch = Batch.of(self.images)
+        self.prefix = Prefix(self.modules, len(self.batch) // self.batch.unit)
         self.precisions: dict[str, Tensor] = {}
         #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
         self.last: dict[str, tuple[bytes, _Predicted]] = {}
@@ -124,10 +126,10 @@ class Lab:
     def _outputs(self, copies: int) -> Any:
         try:
             with torch.no_grad():
-                return call(self.model, torch.cat([self.images] * copies))
+                return call(self.model, self.batch.repeated(copies).inputs)
         except Exception as error:
             raise ModelError(
-                f"the model does not run on {copies} copies of {len(self.images)} calibration inputs side by side "
+                f"the model does not run on {copies} copies of {len(self.batch)} calibration inputs side by side "
                 f"({type(error).__name__}: {error}); {OTHERWISE}"
             ) from error
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import ss_pruning
 from ss_pruning import prune_
-from ss_pruning.compensation import _is_padded, _regression, fold_linear_, fold_means_, gather_batches
+from ss_pruning.batches import gather
+from ss_pruning.compensation import _is_padded, _regression, fold_linear_, fold_means_
 from ss_pruning.coupling import couple
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import to_plan
@@ -269,7 +270,7 @@ def test_images_of_the_wrong_shape_leave_the_model_alone(method: str) -> None:
 
 def test_batches_are_joined_up_to_a_limit() -> None:
     batches = [(torch.full((3, 1), float(i)), torch.zeros(3)) for i in range(4)]
-    assert gather_batches(batches, most=7).flatten().tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert gather(batches, torch.zeros(1, 1), most=7).inputs.flatten().tolist() == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_reconstruct_copes_with_an_input_that_says_the_same_as_the_bias() -> None:
@@ -298,10 +299,10 @@ def test_batches_are_gathered_up_to_so_many_and_no_more_are_read() -> None:
             read.append(number)
             yield torch.full((3, 2), float(number)), torch.zeros(3)
 
-    found = gather_batches(loader(), most=7)
+    found = gather(loader(), torch.zeros(1, 2), most=7).inputs
     assert found[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert read == [0, 1, 2]
-    assert len(gather_batches(torch.zeros(2000, 1))) == 1024
+    assert len(gather(torch.zeros(2000, 1), torch.zeros(1, 1))) == 1024
 
 
 @pytest.mark.parametrize("calibration", [torch.zeros(0, 3, 10, 10), [], 5], ids=["tensor", "list", "number"])

@@ -490,7 +490,7 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
             lost = np.arange(1.0, 1 + len(cell))
             wanted = lost if importance else np.cbrt(lost * lost * score)
             assert cell.tolist() == pytest.approx(wanted.tolist())
-    assert torch.equal(seen[0], noise_like(x))
+    assert torch.equal(seen[0].inputs, noise_like(x).inputs)
 
 
 def test_a_model_whose_channels_all_stay_is_told_why() -> None:
@@ -655,7 +655,7 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
 def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     x = torch.arange(20.0)[:, None]
     held, others = _held_out(x)
-    assert sorted([*held.flatten().tolist(), *others.flatten().tolist()]) == x.flatten().tolist()
+    assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
     assert (len(held), len(others)) == (10, 10)
     assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [32, 68]
 

@@ -157,11 +157,17 @@ def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
 
 @pytest.mark.parametrize(
     "inputs",
-    [torch.zeros(1, 5), torch.zeros(1, 3, 8, 8, dtype=torch.long), (EXAMPLE, EXAMPLE), {"x": EXAMPLE}],
+    [torch.zeros(1, 5), torch.zeros(1, 3, 8, 8, dtype=torch.long), (EXAMPLE, EXAMPLE)],
 )
 def test_inputs_that_are_no_images(net: Net, inputs: Any) -> None:
     with pytest.raises(InputError, match="makes images"):
         distill(net, inputs, **FEW)
+
+
+def test_the_image_may_come_in_a_tuple_or_by_name(net: Net) -> None:
+    alone = distill(net, EXAMPLE, **FEW)
+    assert torch.equal(distill(net, (EXAMPLE,), **FEW), alone)
+    assert torch.equal(distill(net, {"x": EXAMPLE}, **FEW), alone)
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"steps": 0}])

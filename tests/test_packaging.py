@@ -38,6 +38,7 @@ LAYERS = [
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},
+    {"batches"},
     {"data", "moments", "coupling"},
     {"latency", "liveness", "macs", "prefix", "strength", "surgery"},
     {"layer_times", "relevance"},

@@ -177,15 +177,15 @@ def test_large_images_run_in_such_numbers_as_fit(monkeypatch: pytest.MonkeyPatch
 
 
 def test_noise_has_the_spectrum_of_photos() -> None:
-    noise = noise_like({"x": torch.zeros(1, 3, 32, 32), "n": 3})["x"]
+    noise = noise_like({"x": torch.zeros(1, 3, 32, 32), "n": 3}).inputs["x"]
     assert noise.shape == (256, 3, 32, 32)
     assert float(noise.std()) == pytest.approx(1, rel=0.01)
     power = torch.fft.rfft2(noise).abs().square().mean((0, 1))
     assert float(power[0, 2] / power[0, 8]) == pytest.approx(16, rel=0.3)  # amplitude falls as 1 / f
-    assert noise_like(torch.zeros(1, 3, 224, 224)).shape == (16, 3, 224, 224)
-    several = noise_like((torch.zeros(2, 3, 8, 8), torch.ones(2, 2).long()))
-    assert several[0].shape == (2, 3, 8, 8)
-    assert several[1].tolist() == [[1, 1], [1, 1]]
+    assert noise_like(torch.zeros(1, 3, 224, 224)).inputs.shape == (16, 3, 224, 224)
+    several = noise_like((torch.zeros(2, 3, 8, 8), torch.ones(2, 2).long())).inputs
+    assert several[0].shape == (256, 3, 8, 8)
+    assert several[1].tolist() == [[1, 1]] * 256
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -250,11 +250,12 @@ def test_means_that_were_folded_stay_without_images() -> None:
 def test_on_noise_norms_recognise_what_reaches_them() -> None:
     model, x = net().train(), images(2)
     before = snapshot(model)
-    twin, noise = on_noise(model, x)
+    twin, made = on_noise(model, x)
+    noise = made.inputs
     assert snapshot(model) == before
     assert twin.training
     assert (noise.shape[1:], noise.dtype) == (x.shape[1:], x.dtype)
-    assert torch.equal(on_noise(model, x)[1], noise)
+    assert torch.equal(on_noise(model, x)[1].inputs, noise)
     for path in ("bn1", "bn2"):  # bn3 runs twice, the first time with less to go by
         read, put_out = seen_at(twin, path, noise)
         mean, variance = moments(read)
