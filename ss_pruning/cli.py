@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -91,12 +91,9 @@ def prune(
                     report = _job.run(job, chosen, options, pictures, batch, progress)
                 report.settings.update(_job.settings_of(request, importance, chosen, job), **calibrated_on)
                 report.command = _command_line(context)
-                content = None if out is None else _job.packed(job, report)
-            try:
+                content = b"" if out is None else _job.packed(job, report)
+            with _written_after(out, lambda folder: _job.write(content, report, folder)):
                 _show(report, as_json, results)
-            finally:  # a full disk does not cost the table, nor a closed pipe the files
-                if out is not None and content is not None:
-                    _job.write(content, report, out)
             if out is not None and not as_json:
                 _print(f"written: model.safetensors, report.json and report.html in {out}", file=results)
 
@@ -119,20 +116,20 @@ def score(
     as_json: option.Json = False,
 ) -> None:
     """Summarise the strengths of a model, and write them."""
-    with guarded(), progress_bars() as progress:
+    with guarded() as results:
         from ss_pruning import _job, scores
 
         if out is not None:
             scores.check_target(out)
         request = Request.of(context.params)
-        job = _job.prepare(request, progress)
-        with _job.input_size_named(request):
-            strengths = _job.strengths_of(request, job)
+        with progress_bars() as progress:
+            job = _job.prepare(request, progress)
+            with _job.input_size_named(request):
+                strengths = _job.strengths_of(request, job)
         summary = scores.summarise(strengths, job.model, weakest)
         facts = {"model": model, "moments": (moments or Moments.batchnorm).value}
-        if out is not None:
-            scores.write(out, strengths, summary, facts)
-    scores.show(summary, facts, as_json)
+        with _written_after(out, lambda path: scores.write(path, strengths, summary, facts)):
+            scores.show(summary, facts, as_json, results)
 
 
 @app.command(help=option.EXPORT_HELP, epilog=option.EXPORT_EXAMPLES)
@@ -213,7 +210,7 @@ def compare(
     as_json: option.Json = False,
 ) -> None:
     """Put two reports side by side."""
-    with guarded():
+    with guarded() as results:
         from ss_pruning import comparison, comparison_html
         from ss_pruning._atomic import check_writable, write_text
 
@@ -221,14 +218,15 @@ def compare(
             check_writable(html)
         first, second = comparison.open_report(a), comparison.open_report(b)
         found = comparison.compare(first, second, str(a), str(b))
-        if html is not None:
-            write_text(html, comparison_html.render(found, first, second))
-    if as_json:
-        typer.echo(found.to_json(), nl=False)
-        return
-    _print(found.table(), *found.notes)
-    if html is not None:
-        _print(f"written: {html}")
+        with _written_after(
+            html, lambda path: write_text(path, comparison_html.render(found, first, second))
+        ):
+            if as_json:
+                typer.echo(found.to_json(), file=results, nl=False)
+            else:
+                _print(found.table(), *found.notes, file=results)
+        if html is not None and not as_json:
+            _print(f"written: {html}", file=results)
 
 
 @app.command(help=option.DOCTOR_HELP)
@@ -292,6 +290,16 @@ def _needs_images(compensation: Compensation) -> str | None:
     if compensation in (Compensation.linear, Compensation.reconstruct):
         return f"--compensation {compensation.value}"
     return None
+
+
+@contextlib.contextmanager
+def _written_after(out: Path | None, write: Callable[[Path], None]) -> Iterator[None]:
+    """Print in the block, and write then: a full disk does not cost what is shown, nor a closed pipe the files."""
+    try:
+        yield
+    finally:
+        if out is not None:
+            write(out)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except OSError:
+        raise  # the disk is full, say: nothing is wrong with the model
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be written as ONNX ({type(error).__name__}: {first})") from error

@@ -87,7 +87,7 @@ _BESIDES = {
 }
 
 # Bytes that building may take: of any file, and so many times its size (pruning left a part of each width).
-_LEAST, _TIMES = 2**31, 1000
+_LEAST, _TIMES = 2**31, 100
 
 
 def build_named(spec: str, path: str | os.PathLike[str]) -> nn.Module:

@@ -198,9 +198,13 @@ class Report:
             if (spread := known.get("latency_spread")) is not None:
                 low, high = spread
                 known["latency_spread"] = (float(low), float(high))
-            return cls(layers=layers, left_whole=left_whole, **known)
-        except (KeyError, TypeError, ValueError) as error:
+            report: Report = _checked(cls(layers=layers, left_whole=left_whole, **known))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(f"the report is damaged: {error}.") from error
+        for accuracy in (report.accuracy_before, report.accuracy_after):
+            if accuracy is not None and not 0 <= accuracy <= 1:
+                raise FileFormatError(f"the report is damaged: an accuracy is {accuracy!r}.")
+        return report
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -322,12 +326,50 @@ def jsonable(value: object) -> Any:
     return str(value)
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "tuple": (tuple,),
+    "list": (list,),
+    "dict": (dict,),
+    "None": (type(None),),
+    "Any": (object,),
+}
+
+
+def _checked(record: Any) -> Any:
+    """The record itself, once every field is of its type and no number negative: files may say anything.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: a number is negative.
+    """
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if not any(_fits(value, kind) for kind in str(item.type).split(" | ")):
+            raise TypeError(f"{item.name} is {value!r:.60}, not {item.type}")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{item.name} is {value!r}")
+    return record
+
+
+def _fits(value: object, kind: str) -> bool:
+    name, _, inner = kind.rstrip("]").partition("[")
+    if not isinstance(value, _KINDS[name]):
+        return False
+    return not isinstance(value, dict) or all(
+        isinstance(key, str) and isinstance(entry, _KINDS[inner.rpartition(", ")[2]])
+        for key, entry in value.items()
+    )
+
+
 def _layer(entry: Mapping[str, Any]) -> LayerReport:
     strength = tuple(float(value) for value in entry.get("strength", ()))
-    return LayerReport(
-        **{**entry, "strength": strength, "share_cut": float(entry.get("share_cut", math.nan))}
+    return _checked(  # type: ignore[no-any-return]
+        LayerReport(**{**entry, "strength": strength, "share_cut": float(entry.get("share_cut", math.nan))})
     )
 
 
 def _left_whole(entry: Mapping[str, Any]) -> LeftWhole:
-    return LeftWhole(**{**entry, "paths": tuple(entry["paths"])})
+    return _checked(LeftWhole(**{**entry, "paths": tuple(entry["paths"])}))  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -114,16 +114,16 @@ def write(path: Path, strengths: Strengths, summary: Summary, facts: Mapping[str
     write_bytes(path, save(tensors, dict(facts)))
 
 
-def show(summary: Summary, facts: Mapping[str, str], as_json: bool) -> None:
-    """Print the summary on stdout, as tables or as JSON."""
+def show(summary: Summary, facts: Mapping[str, str], as_json: bool, results: TextIO) -> None:
+    """Print the summary, as tables or as JSON."""
     if as_json:
-        print(_json(summary, facts), end="")
+        print(_json(summary, facts), end="", file=results)
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(file=results)
     table = Table(
         title=f"Synaptic strength of {plain(facts['model'])}",
         title_justify="left",

@@ -532,6 +532,30 @@ def test_a_disk_that_fills_up_does_not_cost_the_result(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_disk_that_fills_up_costs_no_summary_and_no_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("prune", "demo:digits", "--macs", 0.7, "--out", tmp_path / "a").exit_code == 0
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for command, shown in (
+        (("score", "demo:digits", "--out", tmp_path / "s.json"), "Weakest synapses"),
+        (
+            ("compare", tmp_path / "a", tmp_path / "a", "--html", tmp_path / "c.html"),
+            "layers differ in width",
+        ),
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert shown in result.stdout
+        assert "written" not in result.stdout
+        assert "the disk is full" in " ".join(result.stderr.replace("│", " ").split())
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_a_closed_pipe_does_not_cost_the_files(net: str, tmp_path: Path) -> None:
     """`ss-prune prune ... | true`: nobody reads the table."""
     read, write = os.pipe()

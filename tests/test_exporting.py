@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -260,3 +261,13 @@ SHALLOW = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_compile(name: str) -> None:
     check_compiled(pruned(SHALLOW.get(name, ARCHITECTURES[name]), LARGE), torch.randn(2, 3, 64, 64))
+
+
+def test_a_full_disk_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        export(nn.Conv2d(3, 4, 1), tmp_path / "a.onnx", torch.zeros(1, 3, 4, 4))
+    assert os.listdir(tmp_path) == []

@@ -542,3 +542,27 @@ def test_text_and_figures_stand_out_from_the_paper(scheme: int) -> None:
     for name in ("dense", "pruned", "cut"):  # figures
         assert contrast(colours[name], colours["paper"]) >= 3, name
     assert contrast(colours["ink"], colours["raised"]) >= 4.5
+
+
+@pytest.mark.parametrize("value", [None, -1, "x", "1", [], {}, [1], [[1]], {"a": "b"}, True, 1e308])
+def test_reports_with_any_field_of_another_type_are_refused_or_render(value: Any) -> None:
+    """No field of a file that somebody else wrote may end in a traceback."""
+    whole = example(**NOISY, settings={"batch": 8}, model_sha256="0" * 64).to_dict()
+    places = [(whole, key) for key in whole]
+    places += [(whole[name][0], key) for name in ("layers", "left_whole") for key in whole[name][0]]
+    for record, key in places:
+        before, record[key] = record[key], value
+        try:
+            report = Report.from_dict(json.loads(json.dumps(whole)))
+        except FileFormatError:
+            pass
+        else:
+            assert "<table" in report.to_html()
+            report.table()
+        record[key] = before
+    assert Report.from_dict(whole).to_html()
+
+
+def test_the_test_of_types_can_fail() -> None:
+    with pytest.raises(FileFormatError, match="the report is damaged: macs_after is 'x', not int"):
+        Report.from_dict({**example().to_dict(), "macs_after": "x"})
