@@ -355,7 +355,7 @@ def test_norms_are_re_estimated_on_the_images(
     seen: list[tuple[int, ...]] = []
     real = cutting.reestimate_
     monkeypatch.setattr(
-        cutting, "reestimate_", lambda *args: seen.append(tuple(args[4].shape)) or real(*args)
+        cutting, "reestimate_", lambda *args: seen.append(tuple(args[4].inputs.shape)) or real(*args)
     )
     result = run("prune", net, *SIZE, "--macs", 0.7, "--reestimate", "--data", photos, "--json")
     assert result.exit_code == 0, result.output
