@@ -110,7 +110,7 @@ def cell_scores(importance: Any, cells: Sequence[Cell], graph: CellGraph) -> lis
     one group, so that an importance that normalises within a group sees the whole layer, as in Torch-Pruning.
 
     Raises:
-        InputError: The importance returns scores of the wrong length, or NaN.
+        InputError: The importance returns scores of the wrong length, NaN, or minus infinity. Infinity keeps a channel.
     """
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
@@ -145,9 +145,10 @@ def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
     values = torch.as_tensor(values).detach().double().cpu().flatten()
     if cell.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
         values = values.nan_to_num(nan=float("inf"))
-    if len(values) < cell.size or values.isnan().any():
+    wrong = int((values.isnan() | values.isneginf()).sum())
+    if len(values) < cell.size or wrong:
         raise InputError(
-            f"{type(importance).__name__} gave {len(values)} scores ({int(values.isnan().sum())} of them NaN) for the "
-            f"{cell.size} channels of '{cell.root.path}'"
+            f"{type(importance).__name__} gave {len(values)} scores ({wrong} of them NaN or -inf) for the "
+            f"{cell.size} channels of '{cell.root.path}'; give each a number, or inf to keep it"
         )
     return values[: cell.size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -79,14 +80,12 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 raise InputError(
                     f"conditional={conditional!r} needs covariances; {moments!r} has none: give batches as moments"
                 )
-        moments = (
-            list(moments) if isinstance(moments, Iterator) else moments
-        )  # each look at it needs them all
-        self.moments, self.score, self.reduce, self.normalizer = moments, score, reduce, normalizer
+        self.moments = list(moments) if isinstance(moments, Iterator) else moments  # each look at it needs them all
+        self.score, self.reduce, self.normalizer = score, reduce, normalizer
         self.conditional = conditional
         self.example_inputs = example_inputs
         self._wiring: tuple[Any, Any, Wiring] | None = None
-        self._moments: tuple[list[Any], dict[str, Moments]] | None = None
+        self._moments: tuple[Wiring, list[Tensor], dict[str, Moments]] | None = None
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -172,22 +171,29 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         """Of what all layers read; their moments have been measured."""
         if not self._pass.relevance:
             assert self._moments is not None
-            variances = {path: m.variance for path, m in self._moments[1].items() if path in wiring.layers}
+            variances = {path: m.variance for path, m in self._moments[2].items() if path in wiring.layers}
             self._pass.relevance = relevance(model, wiring, variances)
         return self._pass.relevance
 
     def _measured(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Moments:
         """Of what arrives at a layer; measured again when a weight has changed."""
         if not self._pass.measured:
-            key = _state(model, wiring)
-            if self._moments is None or not _same(self._moments[0], key):
+            if not self._holds(wiring):
                 inputs = None if self.moments == "batchnorm" else self._inputs(graph)
                 paths = synaptic_paths(wiring)
                 found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional > 0)
-                self._moments = (key, found)
+                self._moments = (wiring, self._pass.numbers, found)
             self._pass.measured = True
         assert self._moments is not None
-        return self._moments[1][path]
+        return self._moments[2][path]
+
+    def _holds(self, wiring: Wiring) -> bool:
+        """Whether what was measured before still is what would be."""
+        return (
+            self._moments is not None
+            and self._moments[0] is wiring
+            and _same(self._moments[1], self._pass.numbers)
+        )
 
     def _reduced(self, scores: Tensor) -> Tensor:
         if self.reduce == "max":
@@ -222,11 +228,11 @@ class _Pass:
     """What one round over all groups shares: scores and variances of layers.
 
     Torch-Pruning gives no sign when a round begins. It has begun when a root comes by that was seen before, or when a
-    weight was changed in place: everything is dropped then. `cell_scores` says which round it is.
+    number in the model was changed: everything is dropped then. `cell_scores` says which round it is.
     """
 
     round: object = None
-    versions: int = 0
+    numbers: list[Tensor] = field(default_factory=list)
     roots: set[tuple[nn.Module, int]] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     measured: bool = False
@@ -237,9 +243,9 @@ class _Pass:
         if current is not None and current is self.round:
             return
         self.round = current
-        versions = hash(tuple((id(t), t._version) for t in tensors_of(model).values()))
-        if current is not None or root in self.roots or versions != self.versions:
-            self.versions = versions
+        numbers = _fingerprint(model)
+        if current is not None or root in self.roots or not _same(numbers, self.numbers):
+            self.numbers = numbers
             self.roots.clear()
             self.scores.clear()
             self.measured = False
@@ -248,23 +254,34 @@ class _Pass:
         self.roots.add(root)
 
 
-def _state(model: nn.Module, wiring: Wiring) -> list[Any]:
-    """What variances depend on: which tensors, how often each was changed in place, and the values of the norms.
+def _fingerprint(model: nn.Module) -> list[Tensor]:
+    """One number for each row of each parameter and buffer, which another value anywhere in the row changes.
 
-    The values are compared as well because edits through `.data` are not counted.
+    Whether a tensor was written to is not counted where somebody goes by `.data`. Reading all weights takes less time
+    and memory than keeping and comparing a copy.
     """
-    modules = modules_of(model)
-    norms = [modules[path] for path, layer in wiring.layers.items() if layer.kind == "norm"]
-    values = [t.detach().flatten().clone() for m in norms for t in m._parameters.values() if t is not None]
-    return [wiring, tuple((id(t), t._version, t.data_ptr()) for t in tensors_of(model).values()), *values]
+    found = []
+    with torch.no_grad():
+        for tensor in tensors_of(model).values():
+            values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            if values.dim() < 2:
+                found.append(values.clone())
+                continue
+            rows = values.flatten(1)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            with torch.autocast(rows.device.type, enabled=False):
+                found.append(rows @ _directions(rows.shape[1], rows.device, rows.dtype))
+    return found
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return (
-        len(a) == len(b)
-        and a[0] is b[0]
-        and a[1] == b[1]
-        and all(torch.equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
+@lru_cache(maxsize=256)
+def _directions(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=dtype).to(device)
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
     )
 
 

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.errors import ModelError
 from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import measure
-from ss_pruning.redundancy import ridged_factor
+from ss_pruning.regression import Predicted, precision
 from ss_pruning.surgery import Cut, Plan, give_bias
 from ss_pruning.wiring import Wiring
 
@@ -39,9 +38,9 @@ Method = Literal["none", "mean", "linear", "reconstruct"]
 METHODS: tuple[Method, ...] = ("none", "mean", "linear", "reconstruct")
 #: Those that solve the weights that stay anew, from calibration inputs.
 SOLVED: tuple[Method, ...] = ("linear", "reconstruct")
+#: Those that put what is constant of removed channels into biases.
+FOLDED: tuple[Method, ...] = ("mean", "linear")
 
-# Ridge of the regression of removed on kept channels, as a share of the mean variance.
-_RIDGE = 1e-3
 #: Why a layer was skipped that only runs in training, such as an auxiliary head.
 IDLE = "it does not run on the calibration inputs"
 
@@ -95,9 +94,9 @@ def fold_linear_(
 ) -> Outcome:
     """Fold the best linear prediction of the removed channels from the kept ones into the consumers, in place.
 
-    Means and covariances are those of the dense model, `[C, C]` for each consumer that lost inputs. Grouped
-    convolutions, whose kept channels in a group say little about the others, get the mean alone, as do layers too wide
-    for a covariance (see `ss_pruning.moments.measure`).
+    Means and covariances are the dense model's, `[C, C]` for each consumer that lost inputs. A removed channel is
+    predicted from those of its group, since a grouped convolution has no weight for the others. Layers too wide for a
+    covariance get the mean alone (see `ss_pruning.moments.measure`).
 
     Args:
         pruned: `dense` with `plan` applied; changed in place.
@@ -110,31 +109,19 @@ def fold_linear_(
     consumers = _consumers(dense, plan)
     moments = measure(dense, wiring, batches, None, list(consumers), covariance=True)
     for path, cut in consumers.items():
-        module, mean, covariance = dense.get_submodule(path), moments[path].mean, moments[path].covariance
-        if mean is None:
+        module, seen = dense.get_submodule(path), moments[path]
+        if seen.mean is None:
             outcome.skipped[path] = IDLE
             continue
-        mean = mean.double()
-        removed = torch.tensor(cut.removed, device=mean.device)
-        constant = torch.zeros_like(mean)
-        constant[removed] = mean[removed]
-        if covariance is not None and groups_of(module) == 1 and len(removed):
-            kept = torch.tensor(cut.kept, device=mean.device)
-            slope = _regression(covariance, kept, removed)
-            constant[removed] -= slope @ mean[kept]
-            _add_inputs(pruned.get_submodule(path), module, slope, removed, _kept_outputs(plan, path))
-        _fold(pruned, dense, path, constant, plan, norms, outcome)
+        inverse = seen.covariance if cut.removed else None
+        if inverse is not None:
+            inverse = precision(inverse, groups_of(module), seen.rows)
+        kept, removed = (torch.tensor(side, dtype=torch.long) for side in (cut.kept, cut.removed))
+        predicted = Predicted.of(seen.mean, inverse, kept, removed)
+        if predicted.slope is not None:
+            _add_inputs(pruned.get_submodule(path), module, predicted, _kept_outputs(plan, path))
+        _fold(pruned, dense, path, predicted.constants(), plan, norms, outcome)
     return outcome
-
-
-def _regression(covariance: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
-    """`[removed, kept]`: ridge regression of removed on kept channels from their covariance."""
-    inner = covariance[kept][:, kept]
-    ridge = _RIDGE * inner.diagonal().mean(0, keepdim=True) + torch.finfo(inner.dtype).tiny
-    factor, _ = ridged_factor(inner, ridge)
-    if factor is None:
-        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
-    return torch.cholesky_solve(covariance[kept][:, removed], factor).T
 
 
 def _consumers(dense: nn.Module, plan: Plan) -> dict[str, Cut]:
@@ -148,23 +135,36 @@ def _kept_outputs(plan: Plan, path: str) -> Tensor | None:
     return None if kept is None else torch.tensor(kept)
 
 
-def _as_matrix(module: nn.Module) -> Tensor:
-    """The weight with outputs first and inputs second (transposed convolutions store them the other way round)."""
+def _by_group(module: nn.Module) -> Tensor:
+    """A view of the weight, `[groups, outputs of a group, inputs of a group, ...]`."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    transposed = isinstance(module, _ConvNd) and module.transposed and groups_of(module) == 1
-    return weight.detach().transpose(0, 1) if transposed else weight.detach()
+    by_group: Tensor = weight.detach().unflatten(0, (groups_of(module), -1))
+    # Transposed convolutions store inputs first.
+    return by_group.transpose(1, 2) if isinstance(module, _ConvNd) and module.transposed else by_group
 
 
-def _add_inputs(
-    small: nn.Module, module: nn.Module, slope: Tensor, removed: Tensor, kept_out: Tensor | None
-) -> None:
-    """`W[:, kept] += W[:, removed] slope`, tap by tap."""
-    weight = _as_matrix(module)[:, removed]
+def _add_inputs(small: nn.Module, module: nn.Module, predicted: Predicted, kept_out: Tensor | None) -> None:
+    """`W[:, kept] += W[:, removed] slope`, group by group and tap by tap; groups lose inputs in equal numbers."""
+    assert predicted.slope is not None
+    weight, groups = _by_group(module), groups_of(module)
+    lost = weight.transpose(1, 2).flatten(0, 1)[predicted.removed].unflatten(0, (groups, -1)).transpose(1, 2)
     if kept_out is not None:
-        weight = weight[kept_out.to(weight.device)]
-    target = _as_matrix(small)  # a view of the small layer's weight
-    target.add_(torch.einsum("or...,rk->ok...", weight.to(slope), slope).to(target))
+        lost = lost.flatten(0, 1)[kept_out.to(lost.device)].unflatten(0, (groups, -1))
+    slope = predicted.slope.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+    own = torch.arange(groups, device=slope.device)
+    added = torch.einsum("gor...,gkr->gok...", lost.to(slope), slope[own, :, own])
+    _by_group(small).add_(added.to(weight))
+
+
+def constant_output(module: nn.Module, constant: Tensor) -> Tensor:
+    """`[out_channels]`: what a layer makes of constants in its inputs, `[in_channels]`, far from any border."""
+    taps = _by_group(module).double()
+    taps = taps.flatten(3).sum(3) if taps.dim() > 3 else taps
+    if isinstance(module, _ConvNd) and module.transposed:
+        taps = taps / math.prod(module.stride)  # an output sees some of the taps, on average so many
+    by_group = constant.to(taps).unflatten(0, (len(taps), -1))
+    return torch.einsum("goi,gi->go", taps, by_group).flatten()
 
 
 def _fold(
@@ -178,18 +178,7 @@ def _fold(
 ) -> None:
     """Add to the bias of a layer what constant inputs put out (as if no border were padded)."""
     module = dense.get_submodule(path)
-    groups = groups_of(module)
-    if isinstance(module, _ConvNd) and module.transposed and groups > 1:
-        outcome.skipped[path] = "a grouped transposed convolution"
-        return
-    taps = _as_matrix(module)
-    taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
-    if (
-        isinstance(module, _ConvNd) and module.transposed
-    ):  # an output sees some of the taps, on average so many
-        taps = taps / math.prod(module.stride)
-    by_group = constant.to(taps).reshape(groups, -1).repeat_interleave(len(taps) // groups, 0)
-    bias = (taps * by_group).sum(1)
+    bias = constant_output(module, constant)
     kept_out = _kept_outputs(plan, path)
     add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
     outcome.layers.append(path)

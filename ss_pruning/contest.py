@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ss_pruning.compensation import Method
@@ -36,7 +37,7 @@ class Ranking:
         moves: How units may be cut, as `ss_pruning.planning.allot` takes it.
         cost_exponent: Before they are compared, scores are divided by costs to this power.
         on_noise: Whether scores are damage that was measured on noise.
-        not_measured: Why it was not, where it would have been by default.
+        not_measured: Why no damage was measured, where it would have been by default.
     """
 
     importance: Any
@@ -80,7 +81,7 @@ class Contest:
 
         Raises:
             InputError: Damage cannot be measured without calibration inputs.
-            ModelError: Nor can it be on this model. If nobody asked for noise, layers compete by their scores then.
+            ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
         """
         hears = hears_noise(self.model, self.example_inputs)
         if scope is not None:
@@ -92,11 +93,12 @@ class Contest:
                 )
             return self._ranked(scope, clock)
         count = 0 if self.images is None else len(self.images)
+        scope = default_scope(count, self.compensation, hears)
+        if scope != "measured":
+            return self._ranked(scope, clock)
         try:
-            return self._ranked(default_scope(count, self.compensation, hears), clock)
+            return self._ranked(scope, clock)
         except ModelError as error:
-            if self.images is not None:
-                raise
             return replace(self._ranked("global", clock), not_measured=str(error))
 
     def _ranked(self, scope: Scope, clock: Clock) -> Ranking:
@@ -161,6 +163,9 @@ class Contest:
         if self.images is not None or not is_relevance(importance):
             return damage
         return [
-            [lost**ON_NOISE * score ** (1 - ON_NOISE) for lost, score in zip(*cells, strict=True)]
+            [
+                np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
+                for lost, score in zip(*cells, strict=True)
+            ]
             for cells in zip(damage, scores, strict=True)
         ]

@@ -71,7 +71,7 @@ def by_damage(
         model: The dense model; not changed.
         wiring: Its wiring.
         coupling: Its units.
-        scores: By unit and cell, one score a family; units with a score that is not finite keep theirs.
+        scores: By unit and cell, one score a family; those with an infinite one stay.
         images: Calibration inputs.
         batch: Moments are taken on so many of them at a time.
         max_ratio: No unit will lose a larger share of its channels.
@@ -169,19 +169,20 @@ def _context(
 def _scored(
     lab: Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float, context: Mapping[str, Ints]
 ) -> list[Floats]:
-    most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1)
-    readers = _readers(unit, lab.wiring)
-    if most < 1 or not readers or not all(np.isfinite(s).all() for s in cells):
-        return list(cells)
+    readers, ranks = _readers(unit, lab.wiring), ranks_of(cells)
+    summed = step_scores(unit, cells, ranks)
+    free = int(np.isfinite(summed).sum())  # they are ascending: what is kept comes last
+    most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1, free)
+    if most < 1 or not readers:  # nothing is measured where nothing can go, or nobody hears of it
+        return [np.full(len(cell), np.inf) for cell in cells]
     stops = np.unique(np.ceil(np.array(_WIDTHS) * most).astype(np.int64))
-    ranks = ranks_of(cells)
     cuts = [_removed(unit, ranks, int(stop), readers) for stop in stops]
     own = _removed(unit, ranks, unit.steps, readers)
     others = {path: np.setdiff1d(gone, own.get(path, ())) for path, gone in context.items()}
     uncut: list[dict[str, Ints]] = [{}] if others else []
     lost = lab.damage([_joined(others, cut) for cut in (*uncut, *cuts)])
     damage = (lost[1:] - lost[0]).clip(0) if others else lost
-    added = added_by(stops, damage, step_scores(unit, cells, ranks))
+    added = added_by(stops, damage, summed)
     per_step = sum(cell.size for cell in unit.cells) / unit.steps
     found = []
     for rank in ranks:
@@ -210,7 +211,7 @@ def added_by(stops: Ints, damage: Floats, scores: Floats) -> Floats:
     Args:
         stops: Numbers of steps after which the damage was measured, ascending.
         damage: What it was; between the corners of its lower convex hull it is spread as the scores are.
-        scores: `[steps]`, ascending.
+        scores: `[steps]`, ascending; what is infinite stays so.
     """
     corners = _hull(np.array([0, *stops]), np.maximum.accumulate([0.0, *damage]))
     ends = np.array([stop for stop, _ in corners])
@@ -218,7 +219,7 @@ def added_by(stops: Ints, damage: Floats, scores: Floats) -> Floats:
     weights = scores[:most] + max(float(scores[:most].mean()), 1e-300) * _EVEN
     piece = np.diff([at for _, at in corners]) / np.add.reduceat(weights, ends[:-1])
     added = np.sort(weights * np.repeat(piece, np.diff(ends)))
-    beyond = np.full(len(scores) - most, added[-1])
+    beyond = np.where(np.isfinite(scores[most:]), added[-1], np.inf)
     # Where nothing is lost the order of the scores must not be, either.
     ordered: Floats = np.concatenate([added, beyond]) + _NUDGE * np.arange(len(scores))
     return ordered

@@ -201,7 +201,7 @@ def schedule(
 
     Args:
         units: What may shrink.
-        scores: By unit and cell, one score a family; higher stays longer.
+        scores: By unit and cell, one score a family; higher stays longer, and what is infinite stays.
         scope: "local" shrinks all units evenly; any other compares scores across units.
         max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); one step of every
             unit always stays.
@@ -215,12 +215,12 @@ def schedule(
         steps = unit.steps
         per_step = sum(cell.size for cell in unit.cells) // steps
         multiple = round_to.get(unit.name, 1) if isinstance(round_to, Mapping) else round_to
-        ends = _stops(unit, caps[u], multiple)
+        summed = step_scores(unit, cell_scores, ranked[u])
+        ends = _stops(unit, caps[u], multiple, int(np.isfinite(summed).sum()))
         taken = np.diff(ends, prepend=0)
         if scope == "local":
             keys.append(ends / steps)
         elif len(ends):
-            summed = step_scores(unit, cell_scores, ranked[u])
             keys.append(np.add.reduceat(summed[: ends[-1]], ends - taken) / (taken * per_step))
         moves.append(np.stack([np.full_like(ends, u), taken, taken * per_step], 1))
     order = np.argsort(np.concatenate([*keys, np.zeros(0)]), kind="stable")
@@ -228,10 +228,10 @@ def schedule(
     return Schedule(table[:, 0], table[:, 1], table[:, 2], ranked)
 
 
-def _stops(unit: Unit, max_ratio: float, round_to: int | None) -> Ints:
-    """Numbers of steps after which the unit may stop shrinking."""
+def _stops(unit: Unit, max_ratio: float, round_to: int | None, free: int) -> Ints:
+    """Numbers of steps after which the unit may stop shrinking; no more than are free to go."""
     size, steps = unit.cells[0].size, unit.steps
-    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - 1) + 1)
+    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - 1, free) + 1)
     rest = size - stops * (size // steps)
     fitting: Ints = stops[rest % (round_to or 1) == 0]
     return fitting
@@ -298,7 +298,8 @@ def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) 
     total = len(plan.unit)
     if not total:
         raise NothingToPruneError(
-            "no layer is wide enough to lose a channel under max_ratio and round_to; raise the one or lower the other"
+            "no layer is wide enough to lose a channel under max_ratio and round_to; raise the one or lower the other "
+            "(channels of infinite importance stay)"
         )
     if budget.kind == "ratio":
         goal = budget.value * sum(cell.size for unit in units for cell in unit.cells)
@@ -331,7 +332,7 @@ def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget)
             return high
         raise BudgetError(
             f"{kind}={budget.value} is below what is reachable; the smallest is {kind}={cost(high) / dense:.4f} "
-            "(raise max_ratio, or ignore less)"
+            "(raise max_ratio, or ignore less; channels of infinite importance stay)"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,7 +1,8 @@
-"""What runs before copies of a net differ runs for one of them: which modules those are, seen in a run of two.
+"""What runs before copies of a net differ runs for one of them: which modules, is seen in runs of one and of two.
 
-The copies lie one behind the other in the batch. Of modules that lie in each other the outermost is taken: a whole
-stage costs one repetition of what it puts out.
+The copies lie one behind the other in the batch. What goes by images is twice as long in a run of two as in a run of
+one; a constant is as long as before, however many numbers it has. Of modules that lie in each other the outermost is
+taken: a whole stage costs one repetition of what it puts out.
 """
 
 from __future__ import annotations
@@ -37,59 +38,77 @@ class _Call:
 
 @dataclass
 class Prefix:
-    """Watches a run of two copies, and lets what begins and ends before a module run for one of many.
+    """Watches runs of one copy and of two, and lets what begins and ends before a module run for one of many.
 
     Attributes:
         modules: By path, those of the model.
-        images: How many there are of each copy.
     """
 
     modules: Mapping[str, nn.Module]
-    images: int
     calls: dict[str, _Call] = field(default_factory=dict)
+    #: Of the run of one copy: by path, call by call, how long what it took was, and what it gave.
+    sizes: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def sized(self) -> Iterator[None]:
+        """While it lasts, the model must run once, on the images."""
+
+        def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.sizes.setdefault(path, []).append(_lengths(args))
+
+        def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.sizes.setdefault(f"{path}()", []).append(_lengths(output))
+
+        with self._hooked(before, after):
+            yield
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While it lasts, the model must run once, on two equal copies of the images."""
+        """Likewise, on two equal copies of the images; to be called after `sized`."""
         clock, versions = count(), dict[str, list[int]]()
 
         def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.calls.setdefault(path, _Call(next(clock), calls=0))
+            leaves, grown = pytree.tree_leaves(args), self._grown(path, call.calls, args)
             call.calls += 1
-            leaves = pytree.tree_leaves(args)
-            call.pure &= not kwargs and all(isinstance(x, _PLAIN) or self._may_be_cut(x) for x in leaves)
+            call.pure &= not kwargs and all(
+                isinstance(x, _PLAIN) or (grows and not x.is_inference())  # whose versions nobody counts
+                for x, grows in zip(leaves, grown, strict=True)
+            )
             if call.pure:
                 versions[path] = [x._version for x in leaves if isinstance(x, Tensor)]
 
         def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self.calls[path]
             call.end = next(clock)
-            call.by_image &= all(map(self._by_image, pytree.tree_leaves(output)))
+            call.by_image &= all(self._grown(f"{path}()", call.calls - 1, output))
             if call.pure:
                 now = [x._version for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
                 call.pure = now == versions[path]
 
-        with contextlib.ExitStack() as undo:
-            for path, module in self.modules.items():
-                if isinstance(module, torch.jit.ScriptModule):
-                    continue
-                handles = (
-                    module.register_forward_pre_hook(partial(before, path), with_kwargs=True),
-                    module.register_forward_hook(partial(after, path), with_kwargs=True),
-                )
-                for handle in handles:
-                    undo.callback(handle.remove)
+        with self._hooked(before, after):
             yield
 
-    def _by_image(self, x: Any) -> bool:
-        """True of a batch that holds every image twice, one half after the other."""
-        if not isinstance(x, Tensor) or not x.dim() or len(x) % (2 * self.images):
-            return False
-        first, second = x.float().chunk(2)
-        return bool((first - second).square().mean() <= _SAME * first.square().mean())
+    @contextlib.contextmanager
+    def _hooked(self, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+        """Calls these before and after each module that takes hooks."""
+        with contextlib.ExitStack() as undo:
+            for path, module in self.modules.items():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    hook = partial(before, path)
+                    undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    undo.callback(module.register_forward_hook(partial(after, path), with_kwargs=True).remove)
+            yield
 
-    def _may_be_cut(self, x: Any) -> bool:
-        return self._by_image(x) and not x.is_inference()  # whose versions nobody counts
+    def _grown(self, key: str, number: int, value: Any) -> list[bool]:
+        """By leaf, whether it is a batch that holds every image twice, one half after the other."""
+        leaves, calls = pytree.tree_leaves(value), self.sizes.get(key, [])
+        before = calls[number] if number < len(calls) else []
+        if len(before) != len(leaves):
+            return [False] * len(leaves)
+        return [
+            length(x) == 2 * size > 0 and _halves_agree(x) for x, size in zip(leaves, before, strict=True)
+        ]
 
     def goes_by_images(self, path: str) -> bool:
         """Whether it ran, and put out the same for equal images, wherever they were in the batch."""
@@ -116,7 +135,7 @@ class Prefix:
         """Let what is over by then run for the first of so many copies, and repeat what it puts out."""
 
         def first(module: nn.Module, args: Any) -> Any:
-            return _mapped(lambda x: x if len(x) % (copies * self.images) else x[: len(x) // copies], args)
+            return _mapped(lambda x: x[: len(x) // copies], args)
 
         def repeated(module: nn.Module, args: Any, output: Any) -> Any:
             return _mapped(lambda x: torch.cat([x] * copies), output)
@@ -124,6 +143,20 @@ class Prefix:
         for path in self.before(moment):
             undo.callback(self.modules[path].register_forward_pre_hook(first).remove)
             undo.callback(self.modules[path].register_forward_hook(repeated).remove)
+
+
+def length(x: Any) -> int:
+    """Of a tensor's first axis; 0 for all that has none."""
+    return len(x) if isinstance(x, Tensor) and x.dim() else 0
+
+
+def _lengths(value: Any) -> list[int]:
+    return list(map(length, pytree.tree_leaves(value)))
+
+
+def _halves_agree(x: Tensor) -> bool:
+    first, second = (torch.view_as_real(x) if x.is_complex() else x.float()).chunk(2)
+    return bool((first - second).square().mean() <= _SAME * first.square().mean())
 
 
 def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -189,7 +189,8 @@ def _settings(
     if ranking.on_noise:
         settings["damage measured on"] = "noise"
     if ranking.not_measured:
-        settings["damage not measured on noise"] = ranking.not_measured
+        on = " on noise" if calibration is None else ""
+        settings[f"damage not measured{on}"] = ranking.not_measured
     if isinstance(calibration, str):
         settings["calibration"] = calibration
     if outcome.inexact:

@@ -5,17 +5,18 @@ net's input it should reproduce the *dense* layer's output. That moves what remo
 and repairs what went wrong upstream. A layer whose output is added to something that is known already (the end of a
 residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
 other layer sees them. Norms keep the dense statistics. No labels.
+
+What the dense layers put out is kept at sampled positions, for as many layers as the memory set aside holds. The dense
+model runs once more for those that do not fit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,14 +34,17 @@ from ss_pruning.summing import Others, Sum, find_sums
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
-# Ridge, as a share of the mean diagonal of the Gram matrix; the one that predicts held-out images best is taken.
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+# Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
+# where there is nothing to hold out.
+_RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 # Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
 _ROUNDING = 1e-5
+# Of so many images (or positions of a single one) one chooses the ridge, and is not fitted on.
+_HELD_OUT = 5
 # Patches a layer is fitted on: at most so many, since a few hundred a parameter change nothing any more.
 _ROWS = 65536
-# Numbers in one chunk of patches.
-_CHUNK = 2**25
+# Numbers in one chunk of patches, and in the rows of dense layers that are kept at a time.
+_CHUNK, _KEPT = 2**25, 2**28
 
 
 def reconstruct_(
@@ -53,8 +57,8 @@ def reconstruct_(
 ) -> Outcome:
     """Re-solve every layer of `pruned`, in place and in forward order, to put out what `dense` does.
 
-    Both nets run once, in step, on all images: when a layer of the pruned net is reached, its input there and the
-    dense layer's output are at hand, its weights are solved, and the pass goes on with the new ones.
+    The pruned net runs once on all images: when a layer is reached, its input there and the dense layer's output are at
+    hand, its weights are solved, and the pass goes on with the new ones.
 
     Args:
         pruned: `dense` with `plan` applied; changed in place.
@@ -75,28 +79,26 @@ def reconstruct_(
     paths = _solvable(pruned, wiring, plan, outcome)
     found = find_sums(dense, batch[: batch.unit].inputs, norms)
     sums = {path: found[path] for path in paths if path in found}
+    dense_rows = _DenseRows(dense, paths, sums, batch.inputs)
+
+    def solve(others: Others, path: str, module: nn.Module, x: Tensor) -> None:
+        wanted, other = dense_rows.take(path), others.take(path) if path in sums else None
+        with torch.autocast(x.device.type, enabled=False):  # sums of many rows
+            weight, bias = _fit(module, x, wanted, kept.get(path), other)
+        module.weight.data.copy_(weight)  # type: ignore[operator]
+        add_bias(pruned, path, bias, norms, outcome)
+        outcome.layers.append(path)
+        progress(len(outcome.layers), len(paths))
+
     with (
-        _DenseOutputs(dense, paths, sums, batch.inputs) as outputs,
         torch.no_grad(),
         preserved(pruned, training=False),
         Others(pruned, sums) as others,
         contextlib.ExitStack() as hooks,
     ):
-
-        def solve(path: str, module: nn.Module, x: Tensor) -> None:
-            target = outputs(path)
-            if path in kept:
-                target = target.index_select(channel_axis(module, target), kept[path].to(target.device))
-            if path in sums:
-                target = target - others.take(path)
-            weight, bias = _fit(module, x, target)
-            module.weight.data.copy_(weight)  # type: ignore[operator]
-            add_bias(pruned, path, bias, norms, outcome)
-            outcome.layers.append(path)
-            progress(len(outcome.layers), len(paths))
-
         for path in paths:
-            hooks.callback(on_input(pruned.get_submodule(path), partial(solve, path)).remove)
+            hook = partial(solve, others, path)
+            hooks.callback(on_input(pruned.get_submodule(path), hook).remove)
         call(pruned, batch.inputs)
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome
@@ -144,76 +146,128 @@ def _is_linear_in_weight(module: nn.Module) -> bool:
     return torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6)
 
 
-class _Stop(BaseException):
-    """Ends the dense model's thread."""
+class _Full(BaseException):
+    """Ends a run of the dense model."""
 
 
-class _DenseOutputs:
-    """Runs the dense model in a thread that waits at each layer until its output is asked for.
+@dataclass(frozen=True)
+class _Chunk:
+    """Some images and some positions of what a layer puts out, `[images, positions, channels]`.
 
-    Only one layer's output is in memory at a time, and the dense model runs once.
+    Attributes:
+        images: Which images.
+        positions: `[positions]`.
+        held_out: `[images * positions]`, true of rows that choose the ridge.
     """
 
-    def __init__(self, dense: nn.Module, paths: list[str], sums: Mapping[str, Sum], images: Any) -> None:
-        self.dense, self.paths, self.sums, self.images = dense, paths, sums, images
-        self.ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-        self.stop = threading.Event()
-        self.stack = contextlib.ExitStack()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+    images: slice
+    positions: Tensor
+    held_out: Tensor
 
-    def __enter__(self) -> _DenseOutputs:
-        self.stack.enter_context(preserved(self.dense, training=False))
-        for path in self.paths:
-            handle = self.dense.get_submodule(path).register_forward_hook(self._hook(path))
-            self.stack.callback(handle.remove)
-        self.others = self.stack.enter_context(Others(self.dense, self.sums))
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.stack.close()
-
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._put(path, output + self.others.take(path) if path in self.sums else output)
-
-        return hook
-
-    def _put(self, path: str, value: Any) -> None:
-        while not self.stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self.ready.put((path, value), timeout=0.1)
-                return
-        raise _Stop
-
-    def _run(self) -> None:
-        with contextlib.suppress(_Stop):
-            try:
-                with torch.no_grad():
-                    call(self.dense, self.images)
-                self._put("the end", None)
-            except Exception as error:  # handed to the thread that waits for an output
-                self._put("", error)
-
-    def __call__(self, path: str) -> Tensor:
-        found, value = self.ready.get()
-        if isinstance(value, Exception):
-            raise ModelError(f"the model does not run on the calibration images ({value})") from value
-        if found != path or not isinstance(value, Tensor):
-            raise ModelError(
-                f"the layers run in another order on the calibration images: '{found}' before '{path}'"
-            )
-        return value
+    def of(self, x: Tensor) -> Tensor:
+        """`[images * positions, channels]` of `[images, positions, channels]`."""
+        return x[self.images].index_select(1, self.positions).flatten(0, 1)
 
 
-def _fit(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias for which the layer maps `x` to `target` best; ridge towards the weights it has."""
+#: An even sample of what a layer puts out, chunk by chunk with its rows.
+_Sample = list[tuple[_Chunk, Tensor]]
+
+
+@dataclass
+class _DenseRows:
+    """Samples of what dense layers put out; holds those of the next layers, as many as memory is set aside for."""
+
+    dense: nn.Module
+    paths: Sequence[str]
+    sums: Mapping[str, Sum]
+    images: Any
+    held: dict[str, _Sample] = field(default_factory=dict)
+
+    def take(self, path: str) -> _Sample:
+        """Of one layer; each can be taken once.
+
+        Raises:
+            ModelError: It does not run in the dense model.
+        """
+        if path not in self.held:
+            self.held.clear()
+            self._run(self.paths[self.paths.index(path) :])
+        if path not in self.held:
+            raise ModelError(f"'{path}' does not run in the dense model on the calibration images")
+        return self.held.pop(path)
+
+    def _run(self, paths: Sequence[str]) -> None:
+        """Keep samples of the first of these layers that fit, and of one at least."""
+        left = _KEPT
+
+        def keep(others: Others, path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal left
+            if path in self.sums:
+                output = output + others.take(path)
+            sample = _sample(module, output)
+            left -= sum(rows.numel() for _, rows in sample)
+            if self.held and left < 0:
+                raise _Full
+            self.held[path] = sample
+
+        with (
+            torch.no_grad(),
+            preserved(self.dense, training=False),
+            Others(self.dense, self.sums) as others,
+            contextlib.ExitStack() as hooks,
+        ):
+            for path in paths:
+                hook = partial(keep, others, path)
+                hooks.callback(self.dense.get_submodule(path).register_forward_hook(hook).remove)
+            with contextlib.suppress(_Full):
+                call(self.dense, self.images)
+
+
+def _sample(module: nn.Module, output: Tensor) -> _Sample:
+    """An even sample of all positions, other ones in each fifth of the images."""
     assert isinstance(module.weight, Tensor)
-    gram, cross = _normal_equations(module, x, target)
+    rows = _by_position(module, output)
+    n, positions = rows.shape[:2]
+    each = min(positions, max(1, -(-_ROWS // n)))
+    reads = module.weight[0].numel() * groups_of(module)
+    count = max(1, min(-(-n // 5), _CHUNK // max(each * reads, 1)))
+    generator = torch.Generator().manual_seed(0)
+    chunks = []
+    for begin in range(0, n, count):
+        where = torch.randperm(positions, generator=generator)[:each]
+        images = torch.arange(begin, min(begin + count, n))
+        number = torch.arange(each) if n == 1 else images.repeat_interleave(each)
+        held_out = (number % _HELD_OUT == 1).to(output.device)
+        chunks.append(_Chunk(slice(begin, begin + count), where.to(output.device), held_out))
+    return [(chunk, chunk.of(rows)) for chunk in chunks]
+
+
+def _by_position(module: nn.Module, output: Tensor) -> Tensor:
+    """What a layer puts out as `[images, positions, channels]`; without an axis of images it is one."""
+    rows = _batch(module, output)
+    rows = rows.movedim(channel_axis(module, rows), -1)
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def _batch(module: nn.Module, x: Tensor) -> Tensor:
+    """With an axis of images."""
+    return x[None] if channel_axis(module, x) == 0 else x
+
+
+def _fit(
+    module: nn.Module, x: Tensor, wanted: _Sample, kept: Tensor | None, other: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias for which the layer best makes what is wanted of `x`; ridge towards the weights it has.
+
+    Args:
+        module: The layer.
+        x: What it reads.
+        wanted: What the dense layer puts out, and adds to.
+        kept: Those of its channels that are left; None for all.
+        other: What the layer adds to, to be subtracted from what is wanted.
+    """
+    assert isinstance(module.weight, Tensor)
+    gram, cross = _normal_equations(module, x, _targets(module, wanted, kept, other))
     groups, d = groups_of(module), gram.shape[-1] - 1
     weight = module.weight.detach()
     start = weight.reshape(groups, -1, d).transpose(1, 2).double()
@@ -221,16 +275,24 @@ def _fit(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(module.bias, Tensor):
         bias = module.bias.detach().reshape(groups, 1, -1).double()
     start = torch.cat([start, bias], 1)
-    fit_gram, fit_cross = gram[0], cross[0]
-    errors = []
-    for ridge in _RIDGES:
-        theta = _solve(fit_gram, fit_cross, start, ridge)
-        held_out = (theta * (gram[1] @ theta - 2 * cross[1])).sum()
-        errors.append(float(held_out))
-    best = _RIDGES[min(range(len(errors)), key=errors.__getitem__)]
-    theta = _solve(gram.sum(0), cross.sum(0), start, best)
+
+    def held_out(ridge: float) -> float:
+        theta = _solve(gram[0], cross[0], start, ridge)
+        return float((theta * (gram[1] @ theta - 2 * cross[1])).sum())
+
+    theta = _solve(gram.sum(0), cross.sum(0), start, min(_RIDGES, key=held_out))
     new = theta[:, :d].transpose(1, 2).reshape(weight.shape).to(weight)
     return new, (theta[:, d] - start[:, d]).flatten().to(weight)
+
+
+def _targets(
+    module: nn.Module, wanted: _Sample, kept: Tensor | None, other: Tensor | None
+) -> Iterator[tuple[_Chunk, Tensor]]:
+    """What the layer shall put out, chunk by chunk."""
+    others = None if other is None else _by_position(module, other)
+    for chunk, rows in wanted:
+        y = rows if kept is None else rows.index_select(1, kept.to(rows.device))
+        yield chunk, y.float() if others is None else y.float() - chunk.of(others).float()
 
 
 def _solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
@@ -246,65 +308,42 @@ def _solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
     return start + torch.cholesky_solve(cross - gram @ start, factor)
 
 
-def _normal_equations(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _normal_equations(
+    module: nn.Module, x: Tensor, targets: Iterator[tuple[_Chunk, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Gram matrices of patches and a constant 1, `[2, groups, d + 1, d + 1]`, and with the outputs, `[..., outputs]`.
 
-    The first of the two halves is for fitting (4 of 5 images), the second for choosing the ridge. Sums in float64.
+    The first of the two is for fitting, the second of what is held out. Sums in float64.
     """
-    groups = groups_of(module)
-    grams: list[Tensor | float] = [0.0, 0.0]
-    crosses: list[Tensor | float] = [0.0, 0.0]
-    generator = torch.Generator().manual_seed(0)
-    for number, (rows, wanted) in enumerate(_patches(module, x, target, generator)):
-        part = int(number % 5 == 4)
-        p = rows.reshape(len(rows), groups, -1).transpose(0, 1)
-        p = torch.cat([p, torch.ones_like(p[..., :1])], 2)
-        y = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
-        grams[part] = grams[part] + (p.transpose(1, 2) @ p).double()
-        crosses[part] = crosses[part] + (p.transpose(1, 2) @ y).double()
-    return torch.stack(_two(grams)), torch.stack(_two(crosses))
+    assert isinstance(module.weight, Tensor)
+    groups, outputs, x = groups_of(module), len(module.weight), _batch(module, x)
+    size = module.weight[0].numel() + 1
+    gram = torch.zeros(2, groups, size, size, dtype=torch.float64, device=x.device)
+    cross = torch.zeros(2, groups, size, outputs // groups, dtype=torch.float64, device=x.device)
+    for chunk, wanted in targets:
+        patches = _columns(module, x[chunk.images], chunk.positions).float()
+        for part, chosen in enumerate((~chunk.held_out, chunk.held_out)):
+            p = patches[chosen].unflatten(1, (groups, -1)).transpose(0, 1)
+            p = torch.cat([p, torch.ones_like(p[..., :1])], 2)
+            y = wanted[chosen].unflatten(1, (groups, -1)).transpose(0, 1)
+            gram[part] += p.transpose(1, 2) @ p
+            cross[part] += p.transpose(1, 2) @ y
+    return gram, cross
 
 
-def _two(parts: list[Tensor | float]) -> list[Tensor]:
-    """With less than five chunks nothing is held out; the fit then judges itself."""
-    first, second = parts
-    assert isinstance(first, Tensor)
-    return [first, second if isinstance(second, Tensor) else first]
-
-
-def _patches(
-    module: nn.Module, x: Tensor, target: Tensor, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of (`[rows, in_channels * taps]`, `[rows, out_channels]`), an even sample of all positions."""
-    axis = channel_axis(module, target)
-    wanted = target.movedim(axis, -1)
+def _columns(module: nn.Module, x: Tensor, where: Tensor) -> Tensor:
+    """What the layer sees at the output positions `where`, `[rows, in_channels * taps]`."""
     if isinstance(module, nn.Linear):
-        rows, y = x.reshape(-1, x.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
-        index = torch.randperm(len(rows), generator=generator)[:_ROWS].to(x.device)
-        for part in index.chunk(5):
-            yield rows[part].float(), y[part].float()
-        return
+        return x.reshape(len(x), -1, x.shape[-1]).index_select(1, where).flatten(0, 1)
     assert isinstance(module, _ConvNd)
-    wanted = wanted.reshape(len(target), -1, wanted.shape[-1])
-    positions = wanted.shape[1]
-    each = min(positions, max(1, -(-_ROWS // len(x))))
-    count = max(1, min(-(-len(x) // 5), _CHUNK // max(each * module.in_channels * _taps(module), 1)))
-    for begin in range(0, len(x), count):
-        where = torch.randperm(positions, generator=generator)[:each].to(x.device)
-        rows = _columns(module, x[begin : begin + count], where)
-        yield rows.float(), wanted[begin : begin + count, where].reshape(-1, wanted.shape[-1]).float()
+    return _convolved(module, x, where)
 
 
-def _taps(conv: _ConvNd) -> int:
-    return conv.weight[0, 0].numel()
-
-
-def _columns(conv: _ConvNd, x: Tensor, where: Tensor) -> Tensor:
-    """Patches at the output positions `where` as the convolution sees them, `[rows, in_channels * taps]`."""
+def _convolved(conv: _ConvNd, x: Tensor, where: Tensor) -> Tensor:
     if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
         return _plain_columns(conv, x, where)
     # Any other padding: let the layer itself lay out its patches, one channel at a time, with one-hot kernels.
-    taps = _taps(conv)
+    taps = conv.weight[0, 0].numel()
     probe = copy.copy(conv)
     probe.__dict__ = dict(conv.__dict__)
     eye = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *conv.kernel_size)

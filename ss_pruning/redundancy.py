@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Added to the variances, as a share of their mean.
-_RIDGE = 1e-3
-# How often it is made ten times larger where rounding has left the covariance indefinite.
-_TRIES = 6
+from ss_pruning.regression import blocks, ridged_factor
 
 
 def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1) -> Tensor:
@@ -29,32 +26,13 @@ def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1
         rows: How many observations the covariance is from.
         groups: Of the layer that reads them; channels of other groups are of no use to it.
     """
-    size = len(covariance) // groups
-    blocks = covariance.double().unflatten(0, (groups, size)).unflatten(2, (groups, size))
-    own = torch.arange(groups, device=covariance.device)
-    blocks = blocks[own, :, own]  # [groups, size, size]
-    strengths = order_by.to(covariance.device).reshape(groups, size)
-    order = strengths.argsort(stable=True, dim=1, descending=True)
-    blocks = blocks.gather(1, order[:, :, None].expand_as(blocks)).gather(2, order[:, None].expand_as(blocks))
-    variance = blocks.diagonal(dim1=1, dim2=2)
-    ridge = max(_RIDGE, size / max(rows, 1)) * variance.mean(1, keepdim=True)
-    floor = torch.finfo(torch.float64).tiny
-    factor, ridge = ridged_factor(blocks, ridge + floor)
+    own = blocks(covariance.double(), groups)
+    order = order_by.to(own.device).reshape(groups, -1).argsort(stable=True, dim=1, descending=True)
+    own = own.gather(1, order[:, :, None].expand_as(own)).gather(2, order[:, None].expand_as(own))
+    variance = own.diagonal(dim1=1, dim2=2)
+    factor, ridge = ridged_factor(own, rows)
     if factor is None:  # whoever reads the scores refuses NaN
         return torch.full_like(order_by, torch.nan)
+    floor = torch.finfo(torch.float64).tiny
     left = (factor.diagonal(dim1=1, dim2=2).square() - ridge) / variance.clamp_min(floor)
     return torch.empty_like(left).scatter_(1, order, left.clamp(0, 1)).flatten()
-
-
-def ridged_factor(covariance: Tensor, ridge: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Cholesky factor of `[..., n, n]` with `ridge`, `[..., 1]`, on the diagonal, and the ridge that it took.
-
-    Where rounding has left the covariance indefinite the ridge is made larger. Only NaN has no factor.
-    """
-    for _ in range(_TRIES):
-        added = torch.diag_embed(ridge.expand(covariance.shape[:-1]))
-        factor, failed = torch.linalg.cholesky_ex(covariance + added)
-        if not bool(failed.any()):
-            return factor, ridge
-        ridge = 10 * ridge
-    return None, ridge

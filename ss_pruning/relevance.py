@@ -5,7 +5,8 @@ layer's inputs, by their shares in its variance (`ss_pruning.strength.share`); e
 feed it, by their variances, and half of it to layers without a norm (gates, shortcuts) where there are both. Nothing is
 lost on the way and nothing is made, which is what makes channels of different layers comparable: each layer of a chain
 has relevance 1 in all, and a residual branch what it adds to the stream. Shares alone cannot tell a branch that hardly
-matters from one that everything goes through.
+matters from one that everything goes through. Where no channel is seen to reach the output (a detector that detects
+nothing, outputs that are only counted or compared), all channels count as outputs that no layer reads.
 
 Scores were handed back like this before: Yu et al. (CVPR 2018), "NISP", by weights; Bach et al. (2015), "On pixel-wise
 explanations", by activations of one image.
@@ -40,7 +41,7 @@ def relevance(model: nn.Module, wiring: Wiring, variances: Mapping[str, Tensor])
     modules = modules_of(model)
     scales = {path: scale.double().cpu() for path, scale in norm_scales(model, wiring).items()}
     held = {path: torch.zeros(layer.outputs, dtype=torch.float64) for path, layer in wiring.layers.items()}
-    ends = {path: channels for path, channels in wiring.reaches_output.items() if path in held}
+    ends = _ends(wiring)
     outputs = sum(map(len, ends.values()))
     for path, channels in ends.items():
         held[path][channels] = 1 / outputs
@@ -51,6 +52,17 @@ def relevance(model: nn.Module, wiring: Wiring, variances: Mapping[str, Tensor])
         for source, channels, amount in _handed(feeds, found[path], scales):
             held[source].index_add_(0, channels, amount)
     return found
+
+
+def _ends(wiring: Wiring) -> dict[str, Tensor]:
+    """By layer, the channels that the output consists of, as far as that can be seen."""
+    reached = wiring.reaches_output.items()
+    ends = {path: channels for path, channels in reached if path in wiring.layers and len(channels)}
+    if ends:
+        return ends
+    read = {feed.source for feeds in wiring.feeds.values() for feed in feeds}
+    unread = [path for path in wiring.layers if path not in read]
+    return {path: torch.arange(wiring.layers[path].outputs) for path in unread or list(wiring.layers)[-1:]}
 
 
 def _at_inputs(module: nn.Module, layer: Layer, held: Tensor, variance: Tensor | None) -> Tensor:

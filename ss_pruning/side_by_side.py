@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.batches import Batch
-from ss_pruning.compensation import Method
+from ss_pruning.compensation import FOLDED, Method, constant_output
 from ss_pruning.errors import ModelError
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.moments import Moments
 from ss_pruning.planning import Floats, Ints
-from ss_pruning.prefix import Prefix
+from ss_pruning.prefix import Prefix, length
 from ss_pruning.provenance import call
-from ss_pruning.redundancy import ridged_factor
+from ss_pruning.regression import Predicted, precision
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 
 OTHERWISE = "take scope='global'"
-# Ridge of the regression, as a share of the mean variance; at least so much.
-_RIDGE = 1e-3
 # A copy that lost nothing may differ from the dense net by this share of the output's variance.
 _SAME = 1e-3
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
@@ -63,23 +61,38 @@ class Lab:
         }
         self.reached: dict[str, _Reached] = {}
         self.batch = Batch.of(self.images)
-        self.prefix = Prefix(self.modules, len(self.batch) // self.batch.unit)
+        self.prefix = Prefix(self.modules)
         self.precisions: dict[str, Tensor] = {}
-        #: By path, the last channels that were missed and what is read in their place: a context comes again and again.
-        self.last: dict[str, tuple[bytes, _Predicted]] = {}
+        #: By output, whether it goes by images.
+        self.grow: list[bool] = []
+        #: By path, the last channels that were missed and what stands in for them: a context comes again and again.
+        self.last: dict[str, tuple[bytes, _StandIn]] = {}
         self._check()
 
     def _check(self) -> None:
         """Find the layers that see copies side by side, and raise if images see each other."""
+        with self.prefix.sized():
+            alone = pytree.tree_leaves(self._outputs(1))
         with self.prefix.watched():
-            outputs = self._outputs(2)
+            outputs = pytree.tree_leaves(self._outputs(2))
         self.fitted = [path for path in self.fitted if self.prefix.goes_by_images(path)]
         self.norms = {path: norm for path, norm in self.norms.items() if self.prefix.runs_once(path)}
-        if _lost(outputs, 2)[0] > _SAME:
+        pairs = zip(map(length, alone), map(length, outputs), strict=False)
+        self.grow = [two == 2 * one > 0 for one, two in pairs]
+        if _lost(self._heard(outputs), 2)[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
                 f"by side; {OTHERWISE}"
             )
+
+    def _heard(self, outputs: Any) -> list[Tensor]:
+        """Those of the outputs that tell of damage: numbers that go by images."""
+        leaves = pytree.tree_leaves(outputs)
+        if len(leaves) != len(self.grow):
+            raise ModelError(f"how many outputs there are depends on the number of images; {OTHERWISE}")
+        heard = [leaf for leaf, grows in zip(leaves, self.grow, strict=True) if grows]
+        numbers = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in heard]
+        return [leaf for leaf in numbers if leaf.is_floating_point()]
 
     def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
         """`[cuts]`: the share of the output's variance that is lost with each."""
@@ -90,10 +103,12 @@ class Lab:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
         if self.method == "reconstruct":
             return _lost(self._run(readers, [{}, *cuts]), len(cuts) + 1)
-        return _lost(_beside(self.dense, self._run(readers, cuts), len(cuts)), len(cuts) + 1)
+        dense = self.dense  # first: copies follow what reaches its norms
+        joined = map(torch.cat, zip(dense, self._run(readers, cuts), strict=True))
+        return _lost(list(joined), len(cuts) + 1)
 
     @cached_property
-    def dense(self) -> Any:
+    def dense(self) -> list[Tensor]:
         """The outputs of the dense net; what reaches its norms is noted on the way."""
 
         def note(path: str, norm: nn.Module, x: Tensor) -> None:
@@ -102,9 +117,9 @@ class Lab:
         with contextlib.ExitStack() as undo:
             for path, norm in self.norms.items():
                 undo.callback(on_input(norm, partial(note, path)).remove)
-            return self._outputs(1)
+            return self._heard(self._outputs(1))
 
-    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> Any:
+    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> list[Tensor]:
         """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
         copies = len(cuts)
         gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
@@ -113,15 +128,16 @@ class Lab:
         with contextlib.ExitStack() as undo:
             self.prefix.run_once(begin, copies, undo)
             for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
-                predicted = [self._predicted(path, g) if len(g) else None for g in gone[path]]
-                undo.callback(on_input(self.modules[path], _replace(predicted)).remove)
+                stand_ins = [self._stand_in(path, g) if len(g) else None for g in gone[path]]
+                undo.callback(on_input(self.modules[path], _replace(stand_ins)).remove)
+                undo.callback(self.modules[path].register_forward_hook(_shift(stand_ins)).remove)
             for path in self.fitted if self.method == "reconstruct" else ():
                 if self.prefix.begin(path) >= begin:
                     undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
             for path, reached in self.reached.items():
                 hook = _follow(reached, self.norms[path].eps)
                 undo.callback(on_input(self.norms[path], hook).remove)
-            return self._outputs(copies)
+            return self._heard(self._outputs(copies))
 
     def _outputs(self, copies: int) -> Any:
         try:
@@ -133,79 +149,62 @@ class Lab:
                 f"({type(error).__name__}: {error}); {OTHERWISE}"
             ) from error
 
-    def _predicted(self, path: str, gone: Ints) -> _Predicted:
+    def _stand_in(self, path: str, gone: Ints) -> _StandIn:
         key = gone.tobytes()
         if path not in self.last or self.last[path][0] != key:
-            self.last[path] = key, self._predict(path, gone)
+            predicted, shift = self._predict(path, gone), None
+            if self.method in FOLDED:
+                shift = constant_output(self.modules[path], predicted.constants())
+            self.last[path] = key, _StandIn(predicted, shift)
         return self.last[path][1]
 
-    def _predict(self, path: str, gone: Ints) -> _Predicted:
+    def _predict(self, path: str, gone: Ints) -> Predicted:
         moments = self.moments[path]
         mean, covariance = moments.mean, moments.covariance
         assert mean is not None
         if self.method == "none":
             mean = torch.zeros_like(mean)
         if covariance is not None and path not in self.precisions:
-            self.precisions[path] = _inverse(covariance, groups_of(self.modules[path]), moments.rows)
-        return _Predicted.of(mean, self.precisions.get(path), gone)
+            self.precisions[path] = precision(covariance, groups_of(self.modules[path]), moments.rows)
+        kept = np.setdiff1d(np.arange(len(mean)), gone)
+        return Predicted.of(mean, self.precisions.get(path), torch.from_numpy(kept), torch.from_numpy(gone))
 
 
 @dataclass(frozen=True)
-class _Predicted:
-    """What a layer reads on removed channels is taken for `constant + kept channels @ slope`.
+class _StandIn:
+    """What stands in for channels that a layer misses: in what it reads, or what is constant of it in its bias.
 
-    Any regression among channels follows from the inverse of their covariance.
+    As the compensation has it: a bias knows of no padded border, weights that are solved anew do.
+
+    Attributes:
+        predicted: What is read in their place.
+        shift: `[out_channels]`, what its constant adds to the output; None where the layer reads the constant itself.
     """
 
-    removed: Tensor
-    kept: Tensor
-    slope: Tensor | None
-    constant: Tensor
-
-    @staticmethod
-    def of(mean: Tensor, precision: Tensor | None, gone: Ints) -> _Predicted:
-        removed = torch.from_numpy(gone).to(mean.device)
-        stays = torch.ones(len(mean), dtype=torch.bool, device=mean.device)
-        stays[removed] = False
-        kept = stays.nonzero()[:, 0]
-        if precision is None:
-            return _Predicted(removed, kept, None, mean[removed].float())
-        rows = precision[removed]
-        factor = torch.linalg.cholesky(rows[:, removed])
-        slope = -torch.cholesky_solve(rows[:, kept], factor)
-        constant = mean[removed].double() - slope @ mean[kept].double()
-        return _Predicted(removed, kept, slope.T.float(), constant.float())
-
-    def fill_(self, channels: Tensor) -> None:
-        """Replace them in `[..., channels]`."""
-        value = self.constant
-        if self.slope is not None:
-            value = value + channels[..., self.kept].float() @ self.slope
-        channels[..., self.removed] = value.to(channels.dtype)
+    predicted: Predicted
+    shift: Tensor | None
 
 
-def _inverse(covariance: Tensor, groups: int, rows: int) -> Tensor:
-    """Of the covariance with a ridge, which grows with the channels a row; channels of other groups tell nothing."""
-    if groups > 1:
-        group = torch.arange(len(covariance), device=covariance.device) // (len(covariance) // groups)
-        covariance = covariance * (group[:, None] == group)
-    share = max(_RIDGE, len(covariance) // groups / max(rows, 1))
-    ridge = share * covariance.diagonal().mean(0, keepdim=True) + torch.finfo(covariance.dtype).tiny
-    factor, _ = ridged_factor(covariance, ridge)
-    if factor is None:
-        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
-    return torch.cholesky_inverse(factor)
-
-
-def _replace(predicted: Sequence[_Predicted | None]) -> Callable[[nn.Module, Tensor], Tensor]:
+def _replace(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Tensor], Tensor]:
     """A hook that takes channels from each of the copies, or leaves it alone."""
 
     def hook(module: nn.Module, x: Tensor) -> Tensor:
         x = x.clone()
-        for one, copy in zip(predicted, x.tensor_split(len(predicted)), strict=True):
+        for one, copy in zip(stand_ins, x.tensor_split(len(stand_ins)), strict=True):
             if one is not None:
-                one.fill_(copy.movedim(channel_axis(module, x), -1))
+                one.predicted.fill_(copy.movedim(channel_axis(module, x), -1), constant=one.shift is None)
         return x
+
+    return hook
+
+
+def _shift(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook that adds to what a layer puts out of each copy, in place."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        for one, copy in zip(stand_ins, output.tensor_split(len(stand_ins)), strict=True):
+            if one is not None and one.shift is not None:
+                copy.movedim(channel_axis(module, output), -1).add_(one.shift.to(output))
 
     return hook
 
@@ -264,28 +263,11 @@ def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Tensor], Tensor
     return hook
 
 
-def _beside(dense: Any, outputs: Any, copies: int) -> Any:
-    """Outputs of the dense net, followed by those of the copies."""
-
-    def joined(first: Any, others: Any) -> Any:
-        by_image = isinstance(others, Tensor) and others.dim() and len(others) == copies * len(first)
-        return torch.cat([first, others]) if by_image else others
-
-    return pytree.tree_map(joined, dense, outputs)
-
-
-def _lost(outputs: Any, copies: int) -> Floats:
+def _lost(outputs: Sequence[Tensor], copies: int) -> Floats:
     """`[copies - 1]`: mean squared difference from the first copy over its variance, mean over the outputs."""
     found = []
-    for leaf in pytree.tree_leaves(outputs):
-        if (
-            not isinstance(leaf, Tensor)
-            or not leaf.is_floating_point()
-            or not leaf.dim()
-            or len(leaf) % copies
-        ):
-            continue
-        parts = leaf.unflatten(0, (copies, -1)).double()
+    for output in outputs:
+        parts = output.unflatten(0, (copies, -1)).double()
         variance = (parts[0] - parts[0].mean(0)).square().mean()
         if bool(variance > 0):
             found.append((parts[1:] - parts[0]).flatten(1).square().mean(1) / variance)

@@ -7,6 +7,7 @@ watching one forward pass: no table of architectures.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import ask
 from ss_pruning.provenance import call, preserved
+from ss_pruning.walking import modules_of
 
 _ADDS = frozenset(
     {
@@ -60,12 +62,9 @@ def find_sums(model: nn.Module, example_inputs: Any, norms: Mapping[str, str]) -
         norms: By layer, the norm that alone reads its output, see `ss_pruning.compensation.norms_behind`.
     """
     watch = _Watch(model, norms)
-    try:
-        with torch.no_grad(), preserved(model, training=False), watch:
-            call(model, example_inputs)
-    finally:
-        for handle in watch.handles:
-            handle.remove()
+    with torch.no_grad(), preserved(model, training=False), contextlib.ExitStack() as undo, watch:
+        watch.listen(undo)
+        call(model, example_inputs)
     return {path: found for path, found in watch.sums() if found.norm is None or watch.affine(found.norm)}
 
 
@@ -83,10 +82,12 @@ class _Watch(TorchFunctionMode):
         self.added: dict[str, tuple[str | None, int]] = {}
         self.dimensions: dict[str, int] = {}
         self.layers = {norm: path for path, norm in norms.items()}
-        self.handles = []
-        for path, module in model.named_modules():
-            self.handles.append(on_input(module, self._taking(path)))
-            self.handles.append(module.register_forward_hook(self._giving(path)))
+
+    def listen(self, undo: contextlib.ExitStack) -> None:
+        """Notice what modules take and give, until the stack is closed."""
+        for path, module in modules_of(self.model).items():
+            undo.callback(on_input(module, self._taking(path)).remove)
+            undo.callback(module.register_forward_hook(self._giving(path)).remove)
 
     def _taking(self, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, x: Any) -> None:
@@ -181,20 +182,21 @@ class Others:
     def __init__(self, model: nn.Module, sums: Mapping[str, Sum]) -> None:
         self.model, self.sums = model, sums
         self.held: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
+        self.undo = contextlib.ExitStack()
 
     def __enter__(self) -> Others:
-        for path, s in self.sums.items():
-            module = self.model.get_submodule(s.module)
-            if s.side == "in":
-                self.handles.append(on_input(module, self._keep_input(path)))
-            else:
-                self.handles.append(module.register_forward_hook(self._keep_output(path)))
+        with contextlib.ExitStack() as undo:  # whatever fails on the way
+            for path, s in self.sums.items():
+                module = self.model.get_submodule(s.module)
+                if s.side == "in":
+                    undo.callback(on_input(module, self._keep_input(path)).remove)
+                else:
+                    undo.callback(module.register_forward_hook(self._keep_output(path)).remove)
+            self.undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.undo.close()
 
     def _keep_input(self, path: str) -> Callable[..., None]:
         return lambda module, x: self.held.__setitem__(path, x)

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 import ss_pruning
 from ss_pruning import prune_
 from ss_pruning.batches import gather
-from ss_pruning.compensation import _is_padded, _regression, fold_linear_, fold_means_
+from ss_pruning.compensation import _is_padded, fold_linear_, fold_means_
 from ss_pruning.coupling import couple
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import to_plan
 from ss_pruning.provenance import trace
 from ss_pruning.reconstruction import _solve, reconstruct_
+from ss_pruning.regression import Predicted, precision
 from ss_pruning.surgery import Plan
 from tests.snapshot import snapshot
 from tests.zoo import BY_NAME, randomise
@@ -94,7 +95,7 @@ def make_duplicates(model: TwoLayers) -> None:
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ss_pruning.compensation._RIDGE", 1e-12)
+    monkeypatch.setattr("ss_pruning.regression._share", lambda *_: 1e-9)
     dense, x = double_net(kernel=3, padding=padding), images()
     make_duplicates(dense)
     small, plan, wiring = cut(dense, [6, 7], x)
@@ -106,7 +107,7 @@ def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pyte
 
 def test_affine_copies_go_without_a_trace_by_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """`x_6 = 2 x_0 + 3`: a slope from moments that are not about the mean would be another."""
-    monkeypatch.setattr("ss_pruning.compensation._RIDGE", 1e-12)
+    monkeypatch.setattr("ss_pruning.regression._share", lambda *_: 1e-9)
     dense, x = double_net(), images()
     with torch.no_grad():
         dense.bn1.bias.fill_(50.0)  # far above the rectifier
@@ -315,14 +316,30 @@ def test_nothing_to_calibrate_on_is_no_calibration(calibration: Any, method: Any
     assert snapshot(model) == before
 
 
-def test_the_regression_is_the_ridge_solution() -> None:
-    """Against the formula, with the ridge a thousandth of the mean variance of what stays."""
-    rows = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
-    covariance = 1e-4 * rows.T @ rows / 200
-    kept, removed = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])
-    inner = covariance[kept][:, kept]
-    wanted = covariance[removed][:, kept] @ torch.linalg.inv(inner + 1e-3 * inner.trace() / 4 * torch.eye(4))
-    assert torch.allclose(_regression(covariance, kept, removed), wanted, rtol=1e-9)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_the_regression_is_the_ridge_solution_in_each_group(groups: int) -> None:
+    """Against the formula, with the ridge a share of the mean variance in the group."""
+    size, rows = 4, 10**6
+    torch.manual_seed(0)
+    mixed = (
+        torch.randn(200, size * groups, dtype=torch.float64)
+        @ torch.randn(size * groups, size * groups).double()
+    )
+    covariance, mean = 1e-4 * mixed.T @ mixed / 200, torch.arange(size * groups).float()
+    for share, seen in ((1e-3, rows), (size / 100, 100)):
+        kept = torch.tensor([size * g + i for g in range(groups) for i in (0, 3)])
+        removed = torch.tensor([size * g + i for g in range(groups) for i in (1, 2)])
+        found = Predicted.of(mean, precision(covariance, groups, seen), kept, removed)
+        assert found.slope is not None
+        wanted = torch.zeros_like(found.slope)
+        for g in range(groups):
+            stay, go = torch.tensor([0, 3]) + size * g, torch.tensor([1, 2]) + size * g
+            own = covariance[size * g : size * (g + 1), size * g : size * (g + 1)]
+            ridge = share * own.trace() / size * torch.eye(2, dtype=torch.float64)
+            inner = torch.linalg.inv(covariance[stay][:, stay] + ridge)
+            wanted[2 * g : 2 * g + 2, 2 * g : 2 * g + 2] = inner @ covariance[stay][:, go]
+        torch.testing.assert_close(found.slope, wanted, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(found.constant, mean[removed].double() - mean[kept].double() @ wanted)
 
 
 @pytest.mark.parametrize("method", ["mean", "linear"])
@@ -356,13 +373,3 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
 )
 def test_where_a_constant_may_meet_a_border(layer: nn.Module, padded: bool) -> None:
     assert _is_padded(layer) is padded
-
-
-def test_a_regression_survives_rounding_and_refuses_nan() -> None:
-    n = 50
-    indefinite = torch.ones(n, n, dtype=torch.float64) - 0.05 * torch.eye(n, dtype=torch.float64)
-    kept, removed = torch.arange(n - 1), torch.tensor([n - 1])
-    assert float(torch.linalg.eigvalsh(indefinite)[0]) < -0.01
-    assert _regression(indefinite, kept, removed).isfinite().all()
-    with pytest.raises(ModelError, match="not finite"):
-        _regression(torch.full((n, n), torch.nan), kept, removed)

@@ -31,8 +31,9 @@ from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
 from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import trace
 from ss_pruning.reestimation import noise_like
+from ss_pruning.regression import precision
 from ss_pruning.report_certainty import certainty
-from ss_pruning.side_by_side import Lab, _inverse
+from ss_pruning.side_by_side import Lab
 from ss_pruning.stages import Clock
 from ss_pruning.wiring import Wiring
 
@@ -96,21 +97,23 @@ def by_loops(
     """Damage of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
     dense = small = x
     for number, layer in enumerate(model):
-        gone = cut.get(number)
-        if gone and method not in SOLVED:
-            small = small.clone()
-            for c in gone:
-                small[:, c] = 0 if method == "none" else dense[:, c].mean()
-        elif gone:
+        gone, shift = cut.get(number), torch.zeros(())
+        if gone:
             rows, others = (t.movedim(1, -1).flatten(0, -2).double() for t in (dense, small))
             kept = [c for c in range(rows.shape[1]) if c not in gone]
             one = torch.ones(len(rows), 1, dtype=torch.float64)
-            solution = torch.linalg.lstsq(torch.cat([rows[:, kept], one], 1), rows[:, gone]).solution
+            told = torch.cat([rows[:, kept] if method in SOLVED else 0 * rows[:, kept], one], 1)
+            solution = torch.linalg.lstsq(told, rows[:, gone], driver="gelsd").solution
+            solution = solution * (method != "none")
+            if method in ("mean", "linear"):  # what is constant goes into the bias, which knows of no border
+                taps = layer.weight[:, gone].unflatten(1, (len(gone), 1)).flatten(2).sum(2)
+                shift = (taps.double() @ solution[-1]).float().reshape(-1, *[1] * (dense.dim() - 2))
+                solution[-1] = 0
             predicted = torch.cat([others[:, kept], one], 1) @ solution
             small = small.clone()
             small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
         moved = following(layer, small, dense) if follow and isinstance(layer, nn.BatchNorm2d) else layer
-        dense, small = layer(dense), moved(small)
+        dense, small = layer(dense), moved(small) + shift
         if method == "reconstruct" and number >= min(cut) and isinstance(layer, (nn.Conv2d, nn.Linear)):
             small = fitted(small, dense)
     return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
@@ -399,7 +402,7 @@ class Blended(nn.Module):
 def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() -> None:
     model = Blended()
     with pytest.raises(ModelError, match="others in its batch"):
-        prune_(model, images(1), macs=0.7, compensation="reconstruct", calibration=images())
+        prune_(model, images(1), macs=0.7, compensation="reconstruct", calibration=images(), scope="measured")
     assert model.body.out_channels == 8
 
 
@@ -634,7 +637,7 @@ def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
 
     model = Small(*chain())
     with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
-        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80))
+        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80), scope="measured")
     assert model[0].out_channels == 8
 
 
@@ -663,9 +666,9 @@ def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
 def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
     covariance = torch.eye(4, dtype=torch.float64)
     covariance[0, 1] = covariance[1, 0] = 1.01
-    assert _inverse(covariance, 1, 10**9).isfinite().all()
+    assert precision(covariance, 1, 10**9).isfinite().all()
     with pytest.raises(ModelError, match="not finite"):
-        _inverse(covariance * torch.nan, 1, 10**9)
+        precision(covariance * torch.nan, 1, 10**9)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,12 @@ HEAVY = (
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
     {"_atomic", "_choices", "errors", "hooks", "labels", "report_style", "stages", "walking"},
-    {"_cache", "cloning", "layers", "preprocessing", "redundancy"},
+    {"_cache", "cloning", "layers", "preprocessing", "regression"},
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},
     {"batches"},
-    {"data", "moments", "coupling"},
+    {"data", "moments", "coupling", "redundancy"},
     {"latency", "liveness", "macs", "prefix", "strength", "surgery"},
     {"layer_times", "relevance"},
     {"planning"},

@@ -21,7 +21,9 @@ def block(width: int) -> nn.Sequential:
 
 
 def watched(model: nn.Module, x: Tensor) -> Prefix:
-    prefix = Prefix(modules_of(model), len(x))
+    prefix = Prefix(modules_of(model))
+    with torch.no_grad(), prefix.sized():
+        model(x)
     with torch.no_grad(), prefix.watched():
         model(torch.cat([x, x]))
     return prefix
@@ -66,7 +68,8 @@ def test_the_outermost_of_what_is_over_is_taken() -> None:
         (lambda net, y: net.scaled(y, 3.0), ["stem", "scaled"]),
         (lambda net, y: net.scaled(y, by=3.0), ["stem"]),
         (lambda net, y: net.scaled(y, torch.arange(6.0)), ["stem"]),  # takes what does not go by images
-        (lambda net, y: net.scaled(y, torch.tensor([1.0, 2, 3] * 2)), ["stem", "scaled"]),  # like two copies
+        (lambda net, y: net.scaled(y, torch.tensor([1.0, 2, 3] * 2)), ["stem"]),  # nor does what is like two copies
+        (lambda net, y: net.scaled(y, y.detach() * 2), ["stem", "scaled"]),
     ],
 )  # fmt: skip
 def test_only_what_cannot_tell_runs_once(how: Any, alone: list[str]) -> None:
