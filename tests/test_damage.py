@@ -16,18 +16,21 @@ from ss_pruning import SynapticImportance, prune_
 from ss_pruning.compensation import SOLVED, Method
 from ss_pruning.contest import Contest
 from ss_pruning.coupling import Coupling, couple
+from ss_pruning.cutting import cut_
 from ss_pruning.damage import (
     LEAST_IMAGES,
     _context,
     _held_out,
     _hull,
+    _readers,
+    _removed,
     _scored,
     added_by,
     by_damage,
 )
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.moments import measure
-from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of
+from ss_pruning.planning import Budget, Costs, Floats, Ints, allot, ranks_of, schedule, select, to_plan
 from ss_pruning.prefix import Prefix
 from ss_pruning.provenance import trace
 from ss_pruning.reestimation import noise_like
@@ -35,6 +38,7 @@ from ss_pruning.regression import precision
 from ss_pruning.report_certainty import certainty
 from ss_pruning.side_by_side import Lab
 from ss_pruning.stages import Clock
+from ss_pruning.surgery import Cut, Plan
 from ss_pruning.wiring import Wiring
 
 BATCH = 8
@@ -684,3 +688,174 @@ def test_it_is_measured_beside_other_cuts_where_no_layer_behind_takes_back(
 
     prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(), progress=note)
     assert steps[-1] == (3 * times, 3 * times)  # three layers whose channels may go
+
+
+READERS = {
+    "1x1": lambda: nn.Conv2d(16, 12, 1),
+    "two groups": lambda: nn.Conv2d(16, 12, 1, groups=2),
+    "four groups": lambda: nn.Conv2d(16, 12, 3, groups=4),
+    "eight groups": lambda: nn.Conv2d(16, 16, 1, groups=8),
+    "padded": lambda: nn.Conv2d(16, 12, 3, padding=1),
+    "padded groups": lambda: nn.Conv2d(16, 12, 3, padding=1, stride=2, groups=4),
+    "behind a depthwise one": lambda: nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 12, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(16, 12, 3, stride=2),
+    "transposed groups": lambda: nn.ConvTranspose2d(16, 12, 2, stride=2, groups=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["none", "mean", "linear"])
+@pytest.mark.parametrize("reader", READERS)
+@torch.no_grad()
+def test_predicted_damage_is_true_damage(reader: str, method: Any) -> None:
+    """Measured, and then cut and compensated on the same images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), READERS[reader](), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()  # fmt: skip
+    mixed = torch.randn(16, 16) * torch.block_diag(*[torch.ones(4, 4)] * 4)  # neighbours tell of each other
+    model[0].weight.copy_((mixed @ model[0].weight.flatten(1)).reshape_as(model[0].weight))
+    x = images(24, 10)
+    wiring, coupling, _ = wired(model, x)
+    unit = next(unit for unit in coupling.units if unit.name == "0")
+    scores = [np.random.default_rng(0).random(cell.size) for cell in unit.cells]
+    steps = unit.steps // 2
+    gone = _removed(unit, ranks_of(scores), steps, _readers(unit, wiring))
+    assert sum(len(channels) for channels in gone.values()) == 8
+    predicted = lab_of(model, x, method).damage([gone])[0]
+    chosen = schedule([unit], [scores], max_ratio=1.0)
+    plan = to_plan(select(chosen, [unit], np.array([steps]), coupling), coupling, wiring)
+    small = copy.deepcopy(model)
+    cut_(small, plan, wiring, method, x, x[:1])
+    assert small[0].out_channels == 8
+    dense = model(x)
+    true = (small(x) - dense).square().mean() / (dense - dense.mean(0)).square().mean()
+    assert predicted == pytest.approx(float(true), rel=1e-3)
+    assert true > 1e-3
+
+
+@torch.no_grad()
+def test_in_groups_a_regression_takes_back_what_the_mean_leaves() -> None:
+    """Each channel of the group has a double in it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.copy_(tensor[::2].repeat_interleave(2, 0))
+    x, found = images(24, 10), {}
+    plan = Plan((Cut("0", "out", 16, tuple(range(0, 16, 2))), Cut("2", "in", 16, tuple(range(0, 16, 2)))))
+    for method in ("mean", "linear"):
+        small = copy.deepcopy(model)
+        outcome = cut_(small, plan, trace(model, x), method, x, x)[1]  # type: ignore[arg-type]
+        assert outcome.layers == ["2"]
+        found[method] = float((small(x) - model(x)).square().mean() / model(x).var(0).mean())
+    assert found["linear"] < 1e-4 < 1e-2 < found["mean"]
+
+
+class Marked(SynapticImportance):
+    """Scores by place; says of one layer's last channel that it stays."""
+
+    def __init__(self, scale: float, mark: float | None, layer: str = "3") -> None:
+        super().__init__()
+        self.scale, self.mark, self.layer = scale, mark, layer
+
+    def __call__(self, group: Any) -> Tensor:
+        scores = self.scale * torch.linspace(1, 2, len(group[0].idxs))
+        if self.mark is not None and group[0].dep.target.name == self.layer:
+            scores[0] = self.mark
+        return scores
+
+
+@pytest.mark.parametrize("scope", ["measured", "global", "local"])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_infinity_keeps_a_channel_and_changes_nothing_elsewhere(scope: Any, scale: float) -> None:
+    """It is the weakest one otherwise: the first to go in each scope."""
+    widths = []
+    for mark in (None, torch.inf):
+        model, x = chain(), images()
+        prune_(model, x[:1], ratio=0.5, importance=Marked(scale, mark), calibration=x, scope=scope)
+        widths.append([m.out_channels for m in model if isinstance(m, nn.Conv2d)])
+        stays = {cut.path: cut.kept for cut in model.ss_pruning_plan.cuts if cut.side == "out"}
+        assert (0 in stays.get("3", range(6))) is (mark is not None)
+    assert max(abs(a - b) for a, b in zip(*widths, strict=True)) <= 1
+
+
+def test_a_layer_that_is_kept_whole_loses_nothing() -> None:
+    class All(Marked):
+        def __call__(self, group: Any) -> Tensor:
+            scores = super().__call__(group)
+            return torch.full_like(scores, torch.inf) if group[0].dep.target.name == "3" else scores
+
+    for scope in ("measured", "global", "local"):
+        model, x = chain(), images()
+        prune_(model, x[:1], ratio=0.3, importance=All(1.0, None), calibration=x, scope=scope)  # type: ignore[arg-type]
+        assert model[3].out_channels == 6
+        assert model[0].out_channels + model[6].out_channels < 13
+
+
+@pytest.mark.parametrize("mark", [-torch.inf, torch.nan])
+def test_what_is_no_score_is_refused_by_the_layers_name(mark: float) -> None:
+    model, x = chain(), images()
+    with pytest.raises(InputError, match=r"Marked gave 6 scores \(1 of them NaN or -inf\).*'3'"):
+        prune_(model, x[:1], ratio=0.3, importance=Marked(1.0, mark))
+
+
+class Fixed(nn.Module):
+    """Runs on some numbers of images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in (1, 8, 16):
+            raise RuntimeError(f"{len(x)} images")
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
+    x = images()
+    with pytest.raises(ModelError, match=r"40 images.*scope='global'"):
+        prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="measured")
+    report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
+    assert report.settings["scope"] == "global"
+    assert report.settings["cost_exponent"] == 0.75
+    assert "40 images" in report.settings["damage not measured"]
+    other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="global")
+    assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
+    assert "damage not measured" not in other.settings
+
+
+class Anchored(nn.Module):
+    """Puts out a constant beside its answer, and hands one to a block."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.first, self.rest = Block(), chain()[3:]
+        self.register_buffer("table", torch.linspace(0, 1, length) / length)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rest(self.first(x, self.table)), self.table
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = chain()[:3]
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + table.sum()
+        return out
+
+
+@pytest.mark.parametrize("method", ["none", "reconstruct"])
+@torch.no_grad()
+def test_a_constant_is_no_batch_however_long_it_is(method: Any) -> None:
+    x = images()
+    cuts = [{"rest.3": np.array(gone)} for gone in ([0], [0, 1], [2, 3], [4, 5])]
+    wanted = lab_of(Anchored(79).eval(), x, method).damage(cuts)
+    assert wanted.max() > 1e-3
+    for length in (16, 32, 64, 80, 240, 960):
+        found = lab_of(Anchored(length).eval(), x, method).damage(cuts)
+        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=1e-7)

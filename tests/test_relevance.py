@@ -13,7 +13,7 @@ from ss_pruning import SynapticImportance, prune_
 from ss_pruning.layers import groups_of
 from ss_pruning.provenance import trace
 from ss_pruning.relevance import relevance
-from ss_pruning.wiring import INPUT, Wiring
+from ss_pruning.wiring import INPUT, Feed, Wiring
 from tests.test_torch_pruning import pruner_of, runs, widths
 from tests.zoo import BY_NAME, ZOO, Net
 
@@ -174,3 +174,42 @@ def test_torch_pruning_takes_it(name: str) -> None:
     pruner_of(model, net.example, importance=SynapticImportance(score="relevance")).step()
     assert sum(widths(model).values()) < sum(before.values())
     runs(model, net.example)
+
+
+class Detector(nn.Module):
+    """Two heads, of which only the places above a threshold are put out: on noise there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+        self.scores, self.boxes = nn.Conv2d(6, 3, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.body(x)
+        scores, boxes = (head(y).flatten(2).movedim(1, -1) for head in (self.scores, self.boxes))
+        chosen = scores.amax(-1) > 1e9
+        return {"scores": scores[chosen], "boxes": boxes[chosen]}
+
+
+def test_without_a_detection_all_channels_that_no_layer_reads_count_as_outputs() -> None:
+    torch.manual_seed(0)
+    model, x = Detector().eval(), torch.randn(1, 3, 9, 9)
+    wiring = trace(model, x)
+    assert not any(len(channels) for channels in wiring.reaches_output.values())
+    found = relevance(model, wiring, variances_of(wiring))
+    assert float(found["scores"].sum()) == pytest.approx(3 / 7)
+    assert float(found["boxes"].sum()) == pytest.approx(4 / 7)
+    for path in ("body.0", "body.2"):
+        assert float(found[path].sum()) == pytest.approx(1)
+        assert bool((found[path] > 0).all())
+
+
+def test_where_every_layer_is_read_the_last_one_counts() -> None:
+    model = BY_NAME["plain"].make()
+    wiring = trace(model, BY_NAME["plain"].example)
+    wiring.reaches_output.clear()
+    last = list(wiring.layers)[-1]
+    wiring.feeds[next(iter(wiring.layers))].append(Feed(last, 0, torch.zeros(1, 2, dtype=torch.long), False))
+    found = relevance(model, wiring, variances_of(wiring))
+    assert float(found[last].sum()) == pytest.approx(1)
+    assert all(bool(scores.isfinite().all()) for scores in found.values())

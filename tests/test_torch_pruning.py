@@ -223,6 +223,58 @@ def test_scores_follow_weights_that_change_between_two_groups() -> None:
         torch.testing.assert_close(importance(group), SynapticImportance()(group))
 
 
+EDITS = {
+    "one number": lambda layer: layer.weight.data.view(-1)[0].add_(0.5),
+    "channels change places": lambda layer: layer.weight.data.copy_(layer.weight.data.flip(0)),
+    "taps change places": lambda layer: layer.weight.data.copy_(layer.weight.data.flip(-1)),
+    "signs": lambda layer: layer.weight.data[0].neg_(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_follow_edits_that_nobody_counts(edit: str, autocast: bool) -> None:
+    """Writing to `.data` leaves no trace but the numbers; here in a layer that another group reads, too."""
+    net = BY_NAME["residual_chain"]
+    model = net.make()
+    groups = list(groups_of(model, net.example, [model.fc]))
+    importance = SynapticImportance()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        before = importance(groups[0])
+        assert torch.equal(importance(groups[0]), before)
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+        versions = [layer.weight._version for layer in layers]
+        for layer in layers:
+            EDITS[edit](layer)
+        assert [layer.weight._version for layer in layers] == versions
+        for group in (*groups[1:], groups[0]):
+            torch.testing.assert_close(importance(group), SynapticImportance()(group))
+
+
+def test_scores_follow_statistics_that_nobody_counts() -> None:
+    net = BY_NAME["residual_chain"]
+    model = net.make()
+    groups = list(groups_of(model, net.example, [model.fc]))
+    importance = SynapticImportance([net.example])
+    importance(groups[0])
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.running_var.data.mul_(torch.linspace(0.1, 9, len(norm.running_var)))
+    for group in groups[1:]:
+        torch.testing.assert_close(importance(group), SynapticImportance([net.example])(group))
+
+
+def test_a_generator_of_batches_is_read_once_and_kept() -> None:
+    net = BY_NAME["plain"]
+    model = net.make()
+    batches = [torch.randn_like(net.example, dtype=net.example.dtype) for _ in range(2)]
+    importance = SynapticImportance(batch for batch in batches)
+    pruner = pruner_of(model, net.example, importance=importance, iterative_steps=2, **SCOPES["global"])
+    for _ in range(2):
+        pruner.step()
+        for group in groups_of(model, net.example, [model.fc]):
+            torch.testing.assert_close(importance(group), SynapticImportance(batches)(group))
+
+
 def test_one_importance_serves_two_models_in_turns() -> None:
     net = BY_NAME["plain"]
     models = [net.make(seed) for seed in (1, 2)]
