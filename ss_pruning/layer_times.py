@@ -6,6 +6,7 @@ blocks of channels, so that time goes in steps where MACs go in a line. The tabl
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
@@ -134,13 +135,10 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
         return note
 
     modules = dict(model.named_modules())
-    handles = [on_input(modules[path], hook(path)) for path in paths]
-    try:
-        with preserved(model, training=False), torch.no_grad():
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as undo, preserved(model, training=False), torch.no_grad():
+        for path in paths:
+            undo.callback(on_input(modules[path], hook(path)).remove)
+        call(model, example_inputs)
     return seen
 
 

@@ -8,6 +8,7 @@ Zero kernels, norms without scale, residual sums, gates and borders are all seen
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -289,21 +290,17 @@ def _run_on_noise(
         shape = [-1 if a == axis else 1 for a in range(y.dim())]
         return torch.where(gone.to(y.device).reshape(shape), y, noise(y))
 
-    handles = []
-    for path in wiring.layers:
-        seen[path].calls = 0
-        module = model.get_submodule(path)
-        handles.append(on_input(module, partial(before, path)))
-        handles.append(module.register_forward_hook(lambda m, _, y, path=path: after(path, m, y)))
     noisy = pytree.tree_map_only(
         Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs
     )
-    try:
-        with torch.no_grad(), preserved(model, training=False):
-            call(model, noisy)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as undo, torch.no_grad(), preserved(model, training=False):
+        for path in wiring.layers:
+            seen[path].calls = 0
+            module = model.get_submodule(path)
+            undo.callback(on_input(module, partial(before, path)).remove)
+            hook = module.register_forward_hook(lambda m, _, y, path=path: after(path, m, y))
+            undo.callback(hook.remove)
+        call(model, noisy)
 
 
 def _uses_weight_as_is(module: nn.Module) -> bool:

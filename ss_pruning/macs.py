@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -20,14 +21,12 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, in
     """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2)."""
     counter = _MacCounter()
     layers = [(path, module) for path, module in modules_of(model).items() if kind_of(module) is not None]
-    handles = [module.register_forward_pre_hook(counter.entering(path)) for path, module in layers]
-    handles += [module.register_forward_hook(counter.entering("")) for _, module in layers]
-    try:
+    with contextlib.ExitStack() as undo:
+        for path, module in layers:
+            undo.callback(module.register_forward_pre_hook(counter.entering(path)).remove)
+            undo.callback(module.register_forward_hook(counter.entering("")).remove)
         with preserved(model, training=False), torch.inference_mode(False), torch.no_grad(), counter:
             call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
 
 

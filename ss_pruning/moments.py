@@ -357,9 +357,11 @@ class _Products(_Sums):
         if not self.drawn:
             self.about = rows.mean(1, keepdim=True)
         centred = rows - self.about
+        with torch.autocast(rows.device.type, enabled=False):
+            products = centred @ centred.T
         self.drawn += centred.shape[1]
         self.first = self.first + centred.sum(1, dtype=torch.float64)
-        self.second = self.second + (centred @ centred.T).double()
+        self.second = self.second + products.double()
 
     def seen(self, dtype: torch.dtype) -> _Seen:
         seen = super().seen(dtype)
@@ -383,10 +385,11 @@ def _observe(
         plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
         sums[path] = (_Sums if plain else kind)(layer.inputs)
     modules = modules_of(model)
-    handles = [on_input(modules[path], s) for path, s in sums.items()]
     count = 0
     try:
-        with preserved(model, training=False), torch.no_grad():
+        with contextlib.ExitStack() as undo, preserved(model, training=False), torch.no_grad():
+            for path, s in sums.items():
+                undo.callback(on_input(modules[path], s).remove)
             for batch in batches:
                 call(model, batch.inputs)
                 count += 1
@@ -397,9 +400,6 @@ def _observe(
             f"the model does not run on batch {count} ({type(error).__name__}: {error}); batches are inputs as the "
             "example inputs are, and may have labels behind them"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if not count:
         raise InputError("the calibration batches are empty")
     found = {}

@@ -12,6 +12,7 @@ as means and variances go.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -133,13 +134,10 @@ def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool
 
 
 def _run(net: nn.Module, hooks: Mapping[str, Any], images: Batch) -> None:
-    handles = [on_input(net.get_submodule(path), hook) for path, hook in hooks.items()]
-    try:
-        with torch.no_grad(), preserved(net, training=False):
-            call(net, images.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as undo, torch.no_grad(), preserved(net, training=False):
+        for path, hook in hooks.items():
+            undo.callback(on_input(net.get_submodule(path), hook).remove)
+        call(net, images.inputs)
 
 
 def _set(norm: Any, dense: Any, kept: Tensor | None, then: _Sample, now: _Sample, on_noise: bool) -> None:
