@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -85,7 +85,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         self.conditional = conditional
         self.example_inputs = example_inputs
         self._wiring: tuple[Any, Any, Wiring] | None = None
-        self._moments: tuple[Wiring, list[Tensor], dict[str, Moments]] | None = None
+        self._moments: tuple[Wiring, dict[str, Tensor], dict[str, Moments]] | None = None
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -98,7 +98,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module = graph.model
         wiring = self._trace(model, graph)
         root = group[0].dep.target.module, group[0].idxs[0]
-        self._pass.enter(root, model, getattr(graph, "round", None))
+        tensors = self._read(model, wiring, group)
+        self._pass.enter(root, tensors, getattr(graph, "round", None))
         place = _Places(group[0].root_idxs)
         total: Tensor | None = None
         with torch.no_grad():
@@ -114,6 +115,18 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 rows, roots = (torch.from_numpy(n).to(scores.device) for n in place(item))
                 total.index_add_(0, roots, scores[rows].to(total))
         return None if total is None else _normalized(total, self.normalizer)
+
+    def _read(self, model: nn.Module, wiring: Wiring, group: Any) -> Mapping[str, Tensor]:
+        """What the scores of a group are made from: with the paper's variances only norms and its own layers."""
+        if self.moments != "batchnorm" or self.score == "relevance":
+            return tensors_of(model)
+        own = {item.dep.target.module for item in group}
+        return {
+            f"{path}.{name}": tensor
+            for path, module in modules_of(model).items()
+            if module in own or (path in wiring.layers and wiring.layers[path].kind == "norm")
+            for name, tensor in tensors_of(module).items()
+        }
 
     def _trace(self, model: nn.Module, graph: Any) -> Wiring:
         """The wiring of the model as it is now; kept until a width changes."""
@@ -182,7 +195,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 inputs = None if self.moments == "batchnorm" else self._inputs(graph)
                 paths = synaptic_paths(wiring)
                 found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional > 0)
-                self._moments = (wiring, self._pass.numbers, found)
+                self._moments = (wiring, dict(self._pass.numbers), found)
             self._pass.measured = True
         assert self._moments is not None
         return self._moments[2][path]
@@ -192,7 +205,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         return (
             self._moments is not None
             and self._moments[0] is wiring
-            and _same(self._moments[1], self._pass.numbers)
+            and _same(self._pass.numbers, self._moments[1])
         )
 
     def _reduced(self, scores: Tensor) -> Tensor:
@@ -232,46 +245,45 @@ class _Pass:
     """
 
     round: object = None
-    numbers: list[Tensor] = field(default_factory=list)
+    numbers: dict[str, Tensor] = field(default_factory=dict)
     roots: set[tuple[nn.Module, int]] = field(default_factory=set)
     scores: dict[nn.Module, Tensor] = field(default_factory=dict)
     measured: bool = False
     paths: dict[nn.Module, str] = field(default_factory=dict)
     relevance: dict[str, Tensor] = field(default_factory=dict)
 
-    def enter(self, root: tuple[nn.Module, int], model: nn.Module, current: object = None) -> None:
+    def enter(
+        self, root: tuple[nn.Module, int], tensors: Mapping[str, Tensor], current: object = None
+    ) -> None:
         if current is not None and current is self.round:
             return
         self.round = current
-        numbers = _fingerprint(model)
+        numbers = {name: _fingerprint(tensor) for name, tensor in tensors.items()}
         if current is not None or root in self.roots or not _same(numbers, self.numbers):
-            self.numbers = numbers
+            self.numbers.clear()
             self.roots.clear()
             self.scores.clear()
             self.measured = False
             self.paths.clear()
             self.relevance.clear()
+        self.numbers |= numbers
         self.roots.add(root)
 
 
-def _fingerprint(model: nn.Module) -> list[Tensor]:
-    """One number for each row of each parameter and buffer, which another value anywhere in the row changes.
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """One number for each row, which another value anywhere in the row changes; vectors as they are.
 
-    Whether a tensor was written to is not counted where somebody goes by `.data`. Reading all weights takes less time
-    and memory than keeping and comparing a copy.
+    PyTorch does not count what is written through `.data`. Reading all weights (25 million in 8 ms) takes less time and
+    memory than keeping and comparing a copy.
     """
-    found = []
     with torch.no_grad():
-        for tensor in tensors_of(model).values():
-            values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            if values.dim() < 2:
-                found.append(values.clone())
-                continue
-            rows = values.flatten(1)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            with torch.autocast(rows.device.type, enabled=False):
-                found.append(rows @ _directions(rows.shape[1], rows.device, rows.dtype))
-    return found
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if values.dim() < 2:
+            return values.clone()
+        rows = values.flatten(1)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ _directions(rows.shape[1], rows.device, rows.dtype)
 
 
 @lru_cache(maxsize=256)
@@ -279,10 +291,10 @@ def _directions(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=dtype).to(device)
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
-    )
+def _same(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> bool:
+    """Whether no number has changed of those that both hold."""
+    pairs = [(now[name], then[name]) for name in now if name in then]
+    return all(x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
 def _scored(power: Tensor, score: Score) -> Tensor:

@@ -232,13 +232,22 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_scores_follow_edits_that_nobody_counts(edit: str, autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "autocast"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"moments": "batchnorm"}, False),
+        ({"moments": "batchnorm", "score": "relevance"}, False),
+    ],
+    ids=str,
+)
+def test_scores_follow_edits_that_nobody_counts(edit: str, options: Any, autocast: bool) -> None:
     """Writing to `.data` leaves no trace but the numbers; here in a layer that another group reads, too."""
     net = BY_NAME["residual_chain"]
     model = net.make()
     groups = list(groups_of(model, net.example, [model.fc]))
-    importance = SynapticImportance()
+    importance = SynapticImportance(**options)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         before = importance(groups[0])
         assert torch.equal(importance(groups[0]), before)
@@ -246,9 +255,11 @@ def test_scores_follow_edits_that_nobody_counts(edit: str, autocast: bool) -> No
         versions = [layer.weight._version for layer in layers]
         for layer in layers:
             EDITS[edit](layer)
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.data.mul_(torch.linspace(0.2, 3, len(norm.weight)))
         assert [layer.weight._version for layer in layers] == versions
         for group in (*groups[1:], groups[0]):
-            torch.testing.assert_close(importance(group), SynapticImportance()(group))
+            torch.testing.assert_close(importance(group), SynapticImportance(**options)(group))
 
 
 def test_scores_follow_statistics_that_nobody_counts() -> None:
