@@ -80,7 +80,9 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 raise InputError(
                     f"conditional={conditional!r} needs covariances; {moments!r} has none: give batches as moments"
                 )
-        self.moments = list(moments) if isinstance(moments, Iterator) else moments  # each look at it needs them all
+        self.moments = (
+            list(moments) if isinstance(moments, Iterator) else moments
+        )  # each look at it needs them all
         self.score, self.reduce, self.normalizer = score, reduce, normalizer
         self.conditional = conditional
         self.example_inputs = example_inputs

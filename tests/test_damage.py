@@ -808,7 +808,7 @@ class Fixed(nn.Module):
         self.net = chain()
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) not in (1, 8, 16):
+        if len(x) not in (1, 2, 8, 16):
             raise RuntimeError(f"{len(x)} images")
         out: Tensor = self.net(x)
         return out
