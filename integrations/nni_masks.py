@@ -20,7 +20,8 @@ from ss_pruning.compaction import compact_
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import kind_of, mixes_channels, width
 from ss_pruning.liveness import living_kernels
-from ss_pruning.provenance import preserved, trace
+from ss_pruning.provenance import trace
+from ss_pruning.running import preserved
 from ss_pruning.surgery import Cut, cut_layer
 from ss_pruning.wiring import Wiring
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._objects import children, is_surrounding
 from ss_pruning.errors import ModelError
 from ss_pruning.walking import modules_of, tensors_of
 
@@ -31,22 +32,46 @@ def shell(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in tensors_of(model).values()}
     modules = list(modules_of(model).values())
     try:
-        if not all(map(_is_ordinary, {type(module) for module in modules})):
-            return copy.deepcopy(model, memo)
-        shells = [object.__new__(type(module)) for module in modules]
-        memo.update({id(module): new for module, new in zip(modules, shells, strict=True)})
-        for module, new in zip(modules, shells, strict=True):
-            for name, value in vars(module).items():
-                kind = type(value)
-                if kind in _PLAIN:
-                    new.__dict__[name] = value
-                elif kind in _TABLE_KINDS and not value and name.startswith("_"):  # of hooks, mostly
-                    new.__dict__[name] = kind()
-                else:
-                    new.__dict__[name] = _copied(name, value, memo)
+        try:
+            return _shell(model, modules, dict(memo))
+        except RuntimeError:  # it keeps a tensor with a history, such as features for a loss
+            return _shell(model, modules, memo | _without_history(model))
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
+
+
+def _shell(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
+    if not all(map(_is_ordinary, {type(module) for module in modules})):
+        return copy.deepcopy(model, memo)
+    shells = [object.__new__(type(module)) for module in modules]
+    memo.update({id(module): new for module, new in zip(modules, shells, strict=True)})
+    for module, new in zip(modules, shells, strict=True):
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _PLAIN:
+                new.__dict__[name] = value
+            elif kind in _TABLE_KINDS and not value and name.startswith("_"):  # of hooks, mostly
+                new.__dict__[name] = kind()
+            else:
+                new.__dict__[name] = _copied(name, value, memo)
     return shells[0]
+
+
+def _without_history(model: nn.Module) -> dict[int, Any]:
+    """By `id`, what stands in a copy for each tensor that hangs on an attribute and was computed: its values."""
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    todo: list[Any] = [model]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            found |= {} if thing.is_leaf else {id(thing): thing.detach().clone()}
+        elif not is_surrounding(thing):
+            todo += [value for _, value in children(thing) or ()]
+    return found
 
 
 def retyped(

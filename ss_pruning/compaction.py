@@ -19,21 +19,25 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.accounting import Compaction, size_of
+from ss_pruning.agreement import certified, compare
 from ss_pruning.cloning import copied, retyped
 from ss_pruning.compensation import Outcome
 from ss_pruning.coupling import Coupling, LeftWhole, Unit, couple
+from ss_pruning.decisions import Holding, Recording
 from ss_pruning.errors import ModelError, NothingToPruneError
 from ss_pruning.folding import Dead, Folding
 from ss_pruning.following import Number
 from ss_pruning.layers import check_finite, width
 from ss_pruning.liveness import living_kernels, measure_liveness
 from ss_pruning.masks import check_unmasked
+from ss_pruning.outputs import tensors_in
 from ss_pruning.planning import Floats, Ints, Schedule, Selection, schedule
-from ss_pruning.provenance import call, preserved, trace
+from ss_pruning.provenance import trace
 from ss_pruning.report import LayerReport
+from ss_pruning.running import call, preserved, quiet_hooks
 from ss_pruning.settling import Settler
-from ss_pruning.surgery import Plan
-from ss_pruning.verification import TOLERANCE, Bench, Verified, compare
+from ss_pruning.surgery import Plan, adopt_
+from ss_pruning.verification import TOLERANCE, Bench, Verified
 from ss_pruning.wiring import Wiring
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"
@@ -69,6 +73,11 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
         >>> compact_(net, torch.randn(4, 3)).after.params, net[0]
         (20, Linear(in_features=3, out_features=3, bias=True))
     """
+    with torch.inference_mode(False), quiet_hooks(model, example_inputs):
+        return _compacted(model, example_inputs)
+
+
+def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
     begin = time.perf_counter()
     check_finite(model)
     check_unmasked(model)
@@ -81,20 +90,20 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
         plan, stays = plan.then(this.plan), _later(stays, this.stays)
     error = first.bench.difference(this.small)
     layers = _layer_reports(model, this.small, wiring)
-    if plan.cuts:
-        for target in (copied(model), model):  # rehearsed on a copy: a failure leaves the model as it is
-            plan.apply_(target)
-            target.load_state_dict(this.small.state_dict())
-    return Compaction(
+    ready = plan.cut_copy(model, this.small) if plan.cuts else model
+    compaction = Compaction(
         model=type(model).__name__,
         before=before,
-        after=size_of(model, example_inputs, wiring),
+        after=size_of(ready, example_inputs, wiring),
         layers=layers,
         left_whole=stays,
         max_error=error,
         precision="float64" if first.bench.tolerance == TOLERANCE else "the model's own",
         seconds=time.perf_counter() - begin,
     )
+    if plan.cuts:
+        adopt_(model, ready)
+    return compaction
 
 
 class _Round:
@@ -130,8 +139,10 @@ class _MaskedBench(Bench):
         )
         liveness = measure_liveness(self.masked, wiring, self.inputs)
         self.folding = Folding(self.masked, wiring, coupling, liveness, self.arrivals)
-        self.expected = self._output(self.masked)
-        finite = (t.isfinite().all() for t in pytree.tree_leaves(self.expected) if isinstance(t, Tensor))
+        recording = Recording()
+        self.expected = self._output(self.masked, recording)
+        self.decisions = recording.decisions
+        finite = (t.isfinite().all() for t in tensors_in(self.expected).values())
         if not all(bool(ok) for ok in finite):
             raise ModelError(
                 "the masked model puts out NaN or Inf, so a smaller one cannot be compared with it"
@@ -156,7 +167,10 @@ class _MaskedBench(Bench):
         Raises:
             VerificationError: It is more than rounding.
         """
-        return compare(self.expected, self._output(small), self.tolerance)
+        holding = Holding(self.decisions, self._same)
+        match = compare(self.expected, self._output(small, holding), self.tolerance)
+        certified(match, holding)
+        return match.error
 
     def compacted(self, plan: Plan) -> tuple[nn.Module, Outcome]:
         """A copy with the constants moved and the plan applied, and which layers got a bias."""
@@ -164,8 +178,8 @@ class _MaskedBench(Bench):
         outcome = self.folding.move_(small, plan)
         return plan.apply_(small), outcome
 
-    def _output(self, model: nn.Module) -> Any:
-        with torch.no_grad(), preserved(model, training=False):
+    def _output(self, model: nn.Module, mode: Recording | Holding) -> Any:
+        with torch.no_grad(), preserved(model, training=False), mode:
             return call(model, self.noise)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,11 @@ class Coupling:
     units: tuple[Unit, ...]
     left_whole: tuple[LeftWhole, ...]
     widths: Mapping[Key, int]
+
+    def without(self, numbers: Collection[int], reasons: Iterable[LeftWhole]) -> Coupling:
+        """The same with some units, by number, among what must stay."""
+        units = tuple(unit for number, unit in enumerate(self.units) if number not in numbers)
+        return Coupling(units, (*self.left_whole, *reasons), self.widths)
 
 
 def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:

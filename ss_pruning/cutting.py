@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ss_pruning.batches import Batch, gather, sizes_that_run
+from ss_pruning.cloning import copied
 from ss_pruning.compensation import (
     METHODS,
     SOLVED,
@@ -22,7 +22,7 @@ from ss_pruning.distillation import DISTILLED, distilled
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.reconstruction import reconstruct_
 from ss_pruning.reestimation import reestimate_
-from ss_pruning.surgery import Plan
+from ss_pruning.surgery import Plan, adopt_
 from ss_pruning.wiring import Wiring
 
 #: Moments are measured on so many calibration images at a time.
@@ -87,10 +87,29 @@ def cut_(
     example_inputs: Any,
     reestimate: bool = False,
 ) -> tuple[Plan, Outcome]:
-    """Cut the model; with more to do on a copy first, so that whatever fails there leaves the model alone.
+    """Cut the model, all or nothing; see `prepared`.
+
+    Returns:
+        The plan with the biases that layers got, and what the compensation did.
+    """
+    ready, plan, outcome = prepared(model, plan, wiring, method, images, example_inputs, reestimate)
+    adopt_(model, ready)
+    return plan, outcome
+
+
+def prepared(
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Any,
+    example_inputs: Any,
+    reestimate: bool = False,
+) -> tuple[nn.Module, Plan, Outcome]:
+    """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
 
     Args:
-        model: The dense model; cut in place.
+        model: The dense model; not changed.
         plan: What to cut.
         wiring: The wiring of `model`.
         method: How to compensate.
@@ -99,15 +118,14 @@ def cut_(
         reestimate: Move the statistics of the batch norms behind the cut, at the end.
 
     Returns:
-        The plan with the biases that layers got, and what the compensation did.
+        The copy, the plan with the biases that layers got, and what the compensation did.
 
     Raises:
         ModelError: The compensation or the re-estimation failed.
     """
     if method == "none" and not reestimate:
-        plan.apply_(model)
-        return plan, Outcome()
-    small = plan.apply_(copy.deepcopy(model))
+        return plan.cut_copy(model), plan, Outcome()
+    small = plan.cut_copy(copied(model))
     try:
         outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
         if reestimate:
@@ -121,9 +139,7 @@ def cut_(
             f"({type(error).__name__}: {error}); check that the calibration inputs are what the model takes"
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
-    plan.apply_(model)
-    model.load_state_dict(small.state_dict())
-    return plan, outcome
+    return plan.cut_copy(model, small), plan, outcome
 
 
 def _compensate(

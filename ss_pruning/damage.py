@@ -36,7 +36,7 @@ from ss_pruning.coupling import Coupling, Unit
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.moments import measure
 from ss_pruning.planning import Floats, Ints, gone_of, ranks_of, step_scores
-from ss_pruning.provenance import preserved
+from ss_pruning.running import preserved
 from ss_pruning.side_by_side import OTHERWISE, Lab
 from ss_pruning.wiring import Wiring
 

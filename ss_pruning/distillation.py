@@ -27,7 +27,7 @@ from ss_pruning.cloning import retyped
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1

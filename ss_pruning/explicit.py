@@ -23,7 +23,8 @@ from ss_pruning.cloning import copied
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import by_kernel, check_finite, kernel_powers, width
 from ss_pruning.moments import from_norms, norm_scales
-from ss_pruning.provenance import call, preserved, trace
+from ss_pruning.provenance import trace
+from ss_pruning.running import call, preserved
 from ss_pruning.strength import at_synapses, inner_paths
 from ss_pruning.wiring import Wiring
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._atomic import check_writable, replacing
 from ss_pruning.errors import InputError, ModelError, VerificationError
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 
 Format = Literal["onnx", "pt2"]
 #: Largest difference between what the file and the model put out, relative to the largest output.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import CodeType
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,10 +13,17 @@ from ss_pruning.coupling import Unit
 from ss_pruning.layers import kind_of
 from ss_pruning.planning import Selection
 from ss_pruning.surgery import Attribute, Plan, set_number
+from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring, pattern
 
 #: A stored number: module path (or the pattern of alike ones), attribute name, place in a list or tuple.
 Number = tuple[str, str, int | None]
+
+
+def alike(number: Number) -> Number:
+    """The same number in all alike blocks."""
+    path, name, place = number
+    return pattern(path), name, place
 
 
 class Follower:
@@ -81,6 +90,60 @@ class Follower:
                 attribute = Attribute(path, name, position, value, after)
                 self.found.append(attribute)
                 set_number(module, attribute)
+
+
+def never_named(model: nn.Module) -> frozenset[Number]:
+    """Stored numbers whose names stand in no method that `forward` could call, of any class in the model."""
+    modules = modules_of(model)
+    methods: dict[str, list[Any]] = {}
+    for kind in {base for module in modules.values() for base in type(module).__mro__}:
+        if not kind.__module__.startswith("torch."):
+            for name, method in vars(kind).items():
+                methods.setdefault(name, []).append(method)
+    named, todo = {"forward", "__call__"}, ["forward", "__call__"]
+    while todo:
+        found = {name for method in methods.get(todo.pop(), ()) for name in _names_in(method)}
+        todo += found - named
+        named |= found
+    numbers = (
+        (path, name, at) for path, module in modules.items() for name, at, _ in _stored_numbers(module)
+    )
+    return frozenset(alike(number) for number in numbers if number[1] not in named)
+
+
+def _names_in(function: Any) -> Iterator[str]:
+    """Names and strings in the code of a function, and of those defined in it."""
+    function = getattr(function, "fget", getattr(function, "__func__", function))
+    todo = [getattr(getattr(function, "__wrapped__", function), "__code__", None)]
+    while todo:
+        code = todo.pop()
+        if code is not None:
+            yield from code.co_names
+            yield from (constant for constant in code.co_consts if isinstance(constant, str))
+            todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+# What timm's models and their heads call the width of what the classifier reads.
+_HEAD_WIDTHS = ("num_features", "head_hidden_size", "in_features")
+
+
+def head_numbers(model: nn.Module, plan: Plan) -> list[Attribute]:
+    """Numbers from which timm's `reset_classifier` makes a new classifier, where what the old one reads was cut."""
+    classifier = getattr(model, "get_classifier", None)
+    heads = classifier() if callable(classifier) else None
+    paths = {module: path for path, module in modules_of(model).items()}
+    cuts = {cut.path: cut for cut in plan.cuts if cut.side == "in"}
+    found: dict[Number, Attribute] = {}
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        cut = cuts.get(paths.get(head, "")) if isinstance(head, nn.Module) else None
+        if cut is None:
+            continue
+        for path in dict.fromkeys(("", cut.path.rpartition(".")[0])):
+            own = vars(model.get_submodule(path))
+            for name in _HEAD_WIDTHS:
+                if type(own.get(name)) is int and own[name] == cut.width:
+                    found[path, name, None] = Attribute(path, name, None, cut.width, len(cut.kept))
+    return list(found.values())
 
 
 def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ss_pruning.cloning import shell
 from ss_pruning.errors import BudgetError
 from ss_pruning.latency import Timing, measure_latency
 from ss_pruning.planning import Budget, Floats
@@ -54,7 +53,7 @@ def stopwatch(model: nn.Module, inputs: Any) -> Measure:
     """A function that cuts a copy of `model` to a plan and times it, in turns with `model` itself."""
 
     def measure(plan: Plan) -> tuple[Timing, Timing]:
-        small = plan.apply_(shell(model))
+        small = plan.cut_copy(model)
         dense, pruned = measure_latency([model, small], inputs, precision=_CLOSE / 2, rounds=(7, 25))
         return dense, pruned
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 
 _LEAST_SECONDS = 2e-3  # what lasts less is run several times: clocks and launches are coarse
 _WARM_UP = 3

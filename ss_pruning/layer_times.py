@@ -24,7 +24,7 @@ from ss_pruning.coupling import Key, Side, Unit
 from ss_pruning.hooks import on_input
 from ss_pruning.latency import machine, race
 from ss_pruning.layers import groups_of, is_depthwise, width
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.surgery import Cut, cut_layer
 from ss_pruning.wiring import Wiring
 

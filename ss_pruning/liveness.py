@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning.coupling import Cell
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of, mixes_channels
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.wiring import Wiring
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.

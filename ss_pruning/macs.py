@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ss_pruning.layers import kind_of
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.walking import modules_of
 
 

@@ -16,7 +16,7 @@ from ss_pruning.batches import Batch, stream
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.hooks import given, on_input, replaced
 from ss_pruning.layers import channel_axis
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 

@@ -16,7 +16,6 @@ pass and three local backward passes for each set of layers of which no two have
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,10 +25,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.hooks import on_output
+from ss_pruning.hooks import given, on_output
 from ss_pruning.labels import Labels
 from ss_pruning.layers import channel_axis, kind_of, width
+from ss_pruning.outputs import tensors_in
+from ss_pruning.pooling_indices import TiedIndices
 from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
+from ss_pruning.running import as_arguments, preserved, quiet_hooks, without_checkpoints
 from ss_pruning.walking import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import INPUT, Layer, Wiring
 
@@ -61,11 +63,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
     if not paths:
         raise ModelError("the model has no convolution or linear layer that could be pruned")
     wiring = Wiring()
-    _probe(model, example_inputs, paths, wiring, training=False)
-    if set(paths.values()) - set(wiring.layers):
-        # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
-        with contextlib.suppress(ModelError):
-            _probe(model, example_inputs, paths, wiring, training=True)
+    with quiet_hooks(model, example_inputs):
+        _probe(model, example_inputs, paths, wiring, training=False)
+        if set(paths.values()) - set(wiring.layers):
+            # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
+            with contextlib.suppress(ModelError):
+                _probe(model, example_inputs, paths, wiring, training=True)
     wiring.uncalled = tuple(sorted(set(paths.values()) - set(wiring.layers)))
     return wiring
 
@@ -82,77 +85,6 @@ def check_unwrapped(model: nn.Module) -> None:
                 f"'{path}' is wrapped by NNI: call unwrap_model() of the pruner first. That gives back the unmasked "
                 "weights; ss_pruning.integrations.nni_adapter.compact bakes the masks in and cuts what is dead"
             )
-
-
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Run `model` on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
-    args, kwargs = _as_arguments(example_inputs)
-    return model(*args, **kwargs)
-
-
-def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    return (example_inputs,), {}
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run a block with the train flag set as asked; flags, caches and random state are as before afterwards."""
-    caches = [(vars(module), _caches(module)) for module in modules_of(model).values()]
-    flags = [(module, module.training) for module in modules_of(model).values()]
-    cuda = torch.cuda.is_initialized()
-    devices = sorted(
-        {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
-    )
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for module, flag in flags:  # dropout would hide who feeds whom
-                wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
-                if flag != wanted:
-                    module.training = wanted
-            yield
-    finally:
-        for module, flag in flags:
-            if module.training != flag:
-                module.training = flag
-        for attributes, before in caches:
-            _restore(attributes, before)
-
-
-_MODULE = frozenset(vars(nn.Module()))
-_CONTAINERS = (dict, list, set)
-
-
-def _caches(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module's plain attributes hold, and what containers among them do: tensors are cached there."""
-    return {
-        name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
-        for name, value in vars(module).items()
-        if name not in _MODULE and (value is None or isinstance(value, (Tensor, *_CONTAINERS)))
-    }
-
-
-def _restore(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
-    """Undo what a pass has cached: it may have run on labels, or in another precision."""
-    for name, value in list(attributes.items()):
-        kept, content = before.get(name, (None, None))
-        if isinstance(value, Tensor) and value is not kept and name not in _MODULE:
-            if name in before:
-                attributes[name] = kept
-            else:
-                del attributes[name]
-        elif content is not None and value is kept and _holds_other_tensors(value, content):
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-
-
-def _holds_other_tensors(value: Any, content: Any) -> bool:
-    now, then = (list(c.values()) if isinstance(c, dict) else list(c) for c in (value, content))
-    changed = len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True))
-    return changed and any(isinstance(item, Tensor) for item in (*now, *then))
 
 
 class _Recorder:
@@ -183,8 +115,8 @@ class _Recorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         path = self.current = self.paths[module]
-        x = _first_tensor((args, kwargs))
-        if x is None:
+        x = given(module, args, kwargs)
+        if not isinstance(x, Tensor):
             raise ModelError(f"layer '{path}' was called without a tensor")
         kind = kind_of(module)
         assert kind is not None
@@ -216,10 +148,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _first_tensor(tree: Any) -> Tensor | None:
-    return next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
-
-
 def _probe(
     model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], wiring: Wiring, *, training: bool
 ) -> None:
@@ -235,23 +163,29 @@ def _probe(
     wiring.feeds |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
     pull([arrival for arrival in recorder.arrivals if arrival.path in new], leaves, labels, wiring)
-    for tensor in pytree.tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            pull_output(tensor, leaves, wiring)
+    for tensor in tensors_in(output).values():
+        if tensor.requires_grad:
+            pull_output(torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, wiring)
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
     """The forward pass with hooks, and with loose tensors replaced by leaves; everything is undone afterwards."""
     handles = []
     replaced: dict[str, Tensor] = {}
-    with preserved(model, training), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        preserved(model, training, parameters=True),
+        without_checkpoints(),
+        TiedIndices(),
+    ):
         for name, tensor in _loose_tensors(model, recorder.paths):
             replaced[name] = recorder.leaf(name, tensor, -1)
         if training:  # the pass must not update running statistics, and batch norms refuse a single value
             replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
             example_inputs = pytree.tree_map_only(Tensor, _at_least_two, example_inputs)
         inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
-        args, kwargs = _as_arguments(inputs)
+        args, kwargs = as_arguments(inputs)
         try:
             for module in recorder.paths:
                 handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))

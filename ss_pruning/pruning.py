@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from ss_pruning.cloning import copied
 from ss_pruning.compensation import Method, Outcome
 from ss_pruning.contest import Contest, Ranking
-from ss_pruning.coupling import IGNORED_REASON, Coupling, couple
-from ss_pruning.cutting import calibration_images, check_compensation, cut_
+from ss_pruning.coupling import IGNORED_REASON, Coupling, LeftWhole, couple
+from ss_pruning.cutting import calibration_images, check_compensation, prepared
 from ss_pruning.defaults import COST_EXPONENT, default_reestimate
 from ss_pruning.errors import InputError
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
@@ -26,10 +27,11 @@ from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
 from ss_pruning.report import QUANTILES, LayerReport, Report
-from ss_pruning.settling import Search
+from ss_pruning.running import quiet_hooks
+from ss_pruning.settling import FailedUnits, Search
 from ss_pruning.stages import Clock, Progress
 from ss_pruning.strength import powers_along
-from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.verification import Bench, Verified
 from ss_pruning.walking import modules_of, parameters_of
 from ss_pruning.wiring import Wiring
@@ -113,65 +115,64 @@ def prune_(
     reestimate = default_reestimate(compensation) if reestimate is None else reestimate
     check_finite(model)
     clock = Clock(progress or (lambda *_: None))
-    with clock("trace", 0):
-        wiring = trace(model, example_inputs)
-        coupling = couple(wiring, model, _ignored(model, ignore, wiring))
-        costs = Costs(model, example_inputs, wiring, coupling)
-    images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
-    with clock("score", 1):
-        powers = powers_along(wiring, model, example_inputs)
-        strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
-    timed_on = example_inputs if latency_inputs is None else latency_inputs
-    if round_to == "measured" or latency is not None:
-        with clock("time layers", 1):
-            costs.times = layer_times(model, timed_on, wiring)
-    contest = Contest(
-        model,
-        example_inputs,
-        wiring,
-        coupling,
-        costs,
-        budget,
-        {"max_ratio": max_ratio, "round_to": _rounded(round_to, costs, coupling)},
-        importance,
-        images,
-        compensation,
-        reestimate,
-        cost_exponent,
-    )
-    ranking = contest.ranked(scope, clock)
-    with clock("plan", 2):
-        with clock("verify", 3):
-            bench = Bench(model, example_inputs, wiring)
-        bench.watch = lambda: clock("verify", 3)
-        search = Search(bench, coupling, costs, budget, ranking.moves, ranking.cost_exponent)
-        verified, times = _settled(search, ranking.scores, latency, stopwatch(model, timed_on))
-    with clock("cut", 4):
-        bench.close()
-        plan, outcome = cut_(model, verified.plan, wiring, compensation, images, example_inputs, reestimate)
-    options = {"max_ratio": max_ratio, "round_to": round_to, "compensation": compensation}
-    if reestimate:
-        options["reestimate"] = True
-    return Report(
-        model=type(model).__name__,
-        **_sizes(model, example_inputs, plan, costs),
-        layers=_layer_reports(model, plan, wiring, strengths),
-        left_whole=[*coupling.left_whole, *search.left_whole()],
-        max_error=verified.max_error,
-        settings=_settings(budget, ranking, options, calibration, outcome),
-        seconds=clock.seconds,
-        versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
-        **times,
-    )
+    with torch.inference_mode(False), quiet_hooks(model, example_inputs):
+        with clock("trace", 0):
+            wiring = trace(model, example_inputs)
+            coupling = couple(wiring, model, _ignored(model, ignore, wiring))
+            costs = Costs(model, example_inputs, wiring, coupling)
+        images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
+        with clock("score", 1):
+            powers = powers_along(wiring, model, example_inputs)
+            strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
+        timed_on = example_inputs if latency_inputs is None else latency_inputs
+        if round_to == "measured" or latency is not None:
+            with clock("time layers", 1):
+                costs.times = layer_times(model, timed_on, wiring)
+        contest = Contest(
+            model,
+            example_inputs,
+            wiring,
+            coupling,
+            costs,
+            budget,
+            {"max_ratio": max_ratio, "round_to": _rounded(round_to, costs, coupling)},
+            importance,
+            images,
+            compensation,
+            reestimate,
+            cost_exponent,
+        )
+        found = _settled(contest, scope, latency, stopwatch(model, timed_on), clock)
+        with clock("cut", 4):
+            ready, plan, outcome = prepared(
+                model, found.verified.plan, wiring, compensation, images, example_inputs, reestimate
+            )
+        options = {"max_ratio": max_ratio, "round_to": round_to, "compensation": compensation}
+        if reestimate:
+            options["reestimate"] = True
+        report = Report(
+            model=type(model).__name__,
+            **_sizes(ready, example_inputs, plan, costs),
+            layers=_layer_reports(model, plan, wiring, strengths),
+            left_whole=list(found.left_whole),
+            max_error=found.verified.max_error,
+            by_decisions=found.verified.by_decisions,
+            settings=_settings(budget, found.ranking, options, calibration, outcome),
+            seconds=clock.seconds,
+            versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
+            **found.times,
+        )
+        adopt_(model, ready)
+    return report
 
 
-def _sizes(model: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> dict[str, Any]:
-    """MACs and parameters, before and after; the model is cut already."""
+def _sizes(ready: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> dict[str, Any]:
+    """MACs and parameters, before and after; `ready` is the cut model."""
     return {
         "macs_before": costs.macs,
-        "macs_after": costs.macs_after(plan) if costs.in_layers else count_macs(model, example_inputs)[0],
+        "macs_after": costs.macs_after(plan) if costs.in_layers else count_macs(ready, example_inputs)[0],
         "params_before": costs.params,
-        "params_after": sum(p.numel() for p in parameters_of(model).values()),
+        "params_after": sum(p.numel() for p in parameters_of(ready).values()),
     }
 
 
@@ -200,7 +201,45 @@ def _settings(
     return settings
 
 
+class _Found(NamedTuple):
+    """A verified plan, the ranking behind it, what stays, and what a report says of its time."""
+
+    verified: Verified
+    ranking: Ranking
+    left_whole: tuple[LeftWhole, ...]
+    times: dict[str, Any]
+
+
 def _settled(
+    contest: Contest, scope: Scope | None, latency: float | None, measure: Measure, clock: Clock
+) -> _Found:
+    """Rank, plan and verify.
+
+    Scores may depend on what else is cut. Where a group fails, all is done again without it, so that the plan is the
+    one of a model in which it was ignored from the start.
+    """
+    with clock("plan", 2), clock("verify", 3):
+        bench = Bench(contest.model, contest.example_inputs, contest.wiring)
+    bench.watch = lambda: clock("verify", 3)
+    try:
+        while True:
+            ranking = contest.ranked(scope, clock)
+            coupling = contest.coupling
+            with clock("plan", 2):
+                search = Search(
+                    bench, coupling, contest.costs, contest.budget, ranking.moves, ranking.cost_exponent
+                )
+                try:
+                    verified, times = _in_time(search, ranking.scores, latency, measure)
+                    return _Found(verified, ranking, coupling.left_whole, times)
+                except FailedUnits:
+                    less = coupling.without(search.reasons, search.left_whole())
+            contest = replace(contest, coupling=less, importance=ranking.importance)
+    finally:
+        bench.close()
+
+
+def _in_time(
     search: Search, scores: list[list[Floats]], latency: float | None, measure: Measure
 ) -> tuple[Verified, dict[str, Any]]:
     """The plan, and what a report says of its time where that was the budget."""

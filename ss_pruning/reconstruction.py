@@ -29,7 +29,7 @@ from ss_pruning.compensation import IDLE, Outcome, add_bias, norms_behind
 from ss_pruning.errors import ModelError
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import channel_axis, groups_of
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.summing import Others, Sum, find_sums
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
@@ -92,7 +92,7 @@ def reconstruct_(
 
     with (
         torch.no_grad(),
-        preserved(pruned, training=False),
+        preserved(pruned, training=False, but=map(pruned.get_submodule, wiring.layers)),
         Others(pruned, sums) as others,
         contextlib.ExitStack() as hooks,
     ):

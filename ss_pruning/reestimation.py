@@ -26,7 +26,7 @@ from ss_pruning.batches import Batch, sizes_that_run
 from ss_pruning.cloning import copied
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import has_statistics
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.surgery import Plan
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
@@ -134,9 +134,11 @@ def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool
 
 
 def _run(net: nn.Module, hooks: Mapping[str, Any], images: Batch) -> None:
-    with contextlib.ExitStack() as undo, torch.no_grad(), preserved(net, training=False):
+    norms = {path: net.get_submodule(path) for path in hooks}
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        undo.enter_context(preserved(net, training=False, but=norms.values()))
         for path, hook in hooks.items():
-            undo.callback(on_input(net.get_submodule(path), hook).remove)
+            undo.callback(on_input(norms[path], hook).remove)
         call(net, images.inputs)
 
 

@@ -91,6 +91,8 @@ class Report:
         latency_spread: the quartiles of that share over the turns; where they lie on both sides of 1, nobody can tell
             which model is faster.
         model_sha256: checksum in the model's file that was written with this report.
+        by_decisions: nothing that the model returned on the example input could be compared (a detector that found
+            nothing): `max_error` is 0, and what was compared is what the model's decisions looked at.
     """
 
     model: str
@@ -115,6 +117,7 @@ class Report:
     latency_ratio: float | None = None
     latency_spread: tuple[float, float] | None = None
     model_sha256: str | None = None
+    by_decisions: bool = False
 
     @property
     def too_noisy(self) -> bool:
@@ -170,6 +173,11 @@ class Report:
         after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
         if self.settings.get("reestimate"):
             after += " Batch norms behind the cut follow what is left."
+        if self.by_decisions:
+            return (
+                "The model returned nothing on the example input that could be compared. The numbers by which it "
+                f"selects are the masked model's, to within rounding.{after}"
+            )
         return (
             "Cut equals masked: the largest difference between their outputs is "
             f"{self.max_error:.1e} of the largest output.{after}"

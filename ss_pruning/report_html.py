@@ -56,7 +56,7 @@ def _before_after(report: Report) -> str:
         f"{''.join(f'<td>{parts.text(cell)}</td>' for cell in cells)}</tr>"
         for name, *cells in report.headline()
     )
-    known = math.isfinite(report.max_error)
+    known = math.isfinite(report.max_error) and not report.by_decisions
     mark = '<span class="mark" aria-hidden="true">✓</span> ' if known else ""
     verdict = "verdict" if known else "verdict open"
     return (

@@ -77,6 +77,11 @@ class Settler(ABC):
             if verified is not None and not part.failed:
                 return verified
             self.reasons.update({alive[i]: reason for i, reason in part.failed.items()})
+            self.found_failing()
+
+    def found_failing(self) -> None:
+        """Called when units were found to fail, before what stays is planned anew by the same scores."""
+        return
 
     def _why(self) -> str:
         whole = [*self.coupling.left_whole, *self.left_whole()]
@@ -91,9 +96,13 @@ class Settler(ABC):
         ]
 
 
+class FailedUnits(Exception):  # noqa: N818 - a way out of a search, not an error
+    """Units cannot be cut: what the others are worth may depend on them."""
+
+
 @dataclass
 class Search(Settler):
-    """Finds the plan that meets the budget and survives verification.
+    """Finds the plan that meets the budget and survives verification; ends with `FailedUnits` where units do not.
 
     Attributes:
         options: What `schedule` takes beside units and scores.
@@ -104,6 +113,10 @@ class Search(Settler):
     budget: Budget
     options: dict[str, Any]
     cost_exponent: float = 0.0
+
+    def found_failing(self) -> None:
+        """Leave it to the caller to rank the other units anew."""
+        raise FailedUnits
 
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
         """The shortest prefix of moves that meets the budget."""

@@ -24,8 +24,8 @@ from ss_pruning.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.moments import Moments
 from ss_pruning.planning import Floats, Ints
 from ss_pruning.prefix import Prefix, length
-from ss_pruning.provenance import call
 from ss_pruning.regression import Predicted, precision
+from ss_pruning.running import call
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ss_pruning.coupling import Unit
 from ss_pruning.errors import VerificationError
-from ss_pruning.following import Number
+from ss_pruning.following import Number, alike
 from ss_pruning.verification import Verified
 from ss_pruning.wiring import pattern
 
@@ -129,7 +129,7 @@ class SoundPart:
         the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
         """
         before = self.verified.followed() if self.verified else frozenset()
-        rightly = {_alike(number) for number in before}
+        rightly = {alike(number) for number in before}
         left = _PATIENCE
 
         def suspects(latest: VerificationError) -> list[set[Number]]:
@@ -145,7 +145,7 @@ class SoundPart:
                 if not left:
                     return None
                 left -= 1
-                more = fixed | numbers | {_alike(number) for number in numbers} - rightly
+                more = fixed | numbers | {alike(number) for number in numbers} - rightly
                 try:
                     verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
                 except VerificationError as again:
@@ -157,11 +157,6 @@ class SoundPart:
             return None
 
         return tried(set(), error)
-
-
-def _alike(number: Number) -> Number:
-    path, name, place = number
-    return pattern(path), name, place
 
 
 def _kind(unit: Unit) -> Kind:

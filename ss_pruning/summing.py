@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ss_pruning.hooks import on_input
 from ss_pruning.layers import ask
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 from ss_pruning.walking import modules_of
 
 _ADDS = frozenset(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning.cloning import shell
 from ss_pruning.coupling import Key, Side
 from ss_pruning.errors import PlanError
 from ss_pruning.layers import groups_of, is_depthwise, width
@@ -83,13 +85,35 @@ class Plan:
     def apply_(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place and note the plan on it (composed with the plan of an earlier cut).
 
-        Checks every width first, so that a plan for another model changes nothing. Optimisers keep the old
-        tensors: build them after pruning.
+        All or nothing: a copy is cut, and what it has become is swapped in at once. Optimisers keep the old tensors:
+        build them after pruning.
 
         Raises:
             PlanError: The plan does not fit the model.
+            ModelError: The model cannot be copied.
+        """
+        return adopt_(model, self.cut_copy(model))
+
+    def cut_copy(self, model: nn.Module, values: nn.Module | None = None) -> nn.Module:
+        """A copy of `model` that is cut; it shares the tensors that are not.
+
+        Args:
+            model: What to copy; not changed.
+            values: A model of the same shapes, from which tensors are taken where they differ.
+
+        Raises:
+            PlanError: The plan does not fit the model.
+            ModelError: The model cannot be copied.
         """
         self._check(model)
+        small = shell(model)
+        with torch.inference_mode(False):  # what is made there could never be trained
+            self._cut_(small)
+            if values is not None:
+                _take_values_(small, values)
+        return small
+
+    def _cut_(self, model: nn.Module) -> None:
         modules = modules_of(model)
         for cut in _in_order(self.cuts, modules):
             _cut(modules, cut)
@@ -99,7 +123,6 @@ class Plan:
             give_bias(modules[path])
         before = getattr(model, PLAN_ATTRIBUTE, None)
         setattr(model, PLAN_ATTRIBUTE, before.then(self) if isinstance(before, Plan) else self)
-        return model
 
     def then(self, later: Plan) -> Plan:
         """The one plan that does first this and then `later`."""
@@ -165,6 +188,78 @@ class Plan:
                 raise PlanError(
                     f"the plan expects the number {attribute.before} in '{attribute.path}.{attribute.name}'"
                 )
+
+
+# Attributes in which layers keep their sizes.
+_SIZES = (
+    *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels"),
+    *("normalized_shape", "num_parameters"),
+)
+
+
+def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
+    """Make `model` what `small` is, a copy of it that was cut: tensors, sizes, numbers that follow, the plan.
+
+    All tables are updated in one call of C, between whose steps Python handles no signal: an interrupt comes before it
+    or after it. The old values are held until then, so that no finaliser runs in between.
+    """
+    plan = vars(small)[PLAN_ATTRIBUTE]
+    numbers: dict[str, list[str]] = {"": [PLAN_ATTRIBUTE]}
+    for attribute in plan.attributes:
+        numbers.setdefault(attribute.path, []).append(attribute.name)
+    theirs = modules_of(small)
+    tables, updates, before = [], [], []
+    for path, module in modules_of(model).items():
+        for table, now in _differing(module, theirs[path], (*_SIZES, *numbers.get(path, ()))):
+            tables.append(table)
+            updates.append(now)
+            before.append(dict(table))
+    deque(map(dict.update, tables, updates), maxlen=0)
+    del before
+    return model
+
+
+def _take_values_(model: nn.Module, values: nn.Module) -> None:
+    theirs = modules_of(values)
+    made: dict[int, Tensor] = {}  # by what it was made for: tied tensors stay tied
+    for path, module in modules_of(model).items():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in vars(module)[table].items():
+                if tensor is not None:
+                    value = _with_values(tensor, vars(theirs[path])[table][name])
+                    vars(module)[table][name] = made.setdefault(id(tensor), value)
+
+
+def _with_values(tensor: Tensor, values: Any) -> Any:
+    """A tensor of the same kind, type and place with other values; itself where they are its own."""
+    values = values.detach().to(tensor)
+    if torch.equal(tensor, values):
+        return tensor
+    if not isinstance(tensor, nn.Parameter):
+        return values
+    parameter = nn.Parameter(values, requires_grad=tensor.requires_grad)
+    parameter.grad = tensor.grad
+    return parameter
+
+
+def _differing(
+    module: nn.Module, other: nn.Module, names: Iterable[str]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Tables of a module, and what of them is something else in the other module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    sizes = {name: vars(other)[name] for name in names if name in vars(other)}
+    pairs = (
+        (module._parameters, other._parameters),
+        (module._buffers, other._buffers),
+        (vars(module), sizes),
+    )
+    for table, now in pairs:
+        changed = {name: value for name, value in now.items() if table.get(name, ...) is not value}
+        if changed:
+            yield table, changed
 
 
 def _cut_from(data: Mapping[str, Any]) -> Cut:

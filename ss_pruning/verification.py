@@ -5,6 +5,10 @@ read them. Layers that compute statistics or slide across channels (layer and gr
 convolutions that standardise their weights) are masked in the only sense that a smaller layer can have: they run on
 the kept channels alone.
 
+Compared is all that the model returns (`ss_pruning.outputs`): numbers to within rounding, whole numbers exactly. Where
+the model decides on numbers (top-k, suppression), the cut model is held to the decisions of the masked one as long as
+it decides on the same (`ss_pruning.decisions`).
+
 The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
 a branch that contributes nothing would hide a wrong cut. What is not constant it shares with the model, and its
 parameters become float64 only while a layer reads them: a model is verified in little more memory than the cut one
@@ -25,15 +29,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning.cloning import read_as, retyped, shell
+from ss_pruning.agreement import certified, check_comparable, compare, difference
+from ss_pruning.cloning import read_as, retyped
 from ss_pruning.coupling import Unit
-from ss_pruning.errors import VerificationError
-from ss_pruning.following import Follower, Number, part_sizes
+from ss_pruning.decisions import Decision, Holding, Recording
+from ss_pruning.errors import ModelError, VerificationError
+from ss_pruning.following import Follower, Number, alike, head_numbers, never_named, part_sizes
 from ss_pruning.hooks import on_input
 from ss_pruning.masking import masked
 from ss_pruning.planning import Selection
-from ss_pruning.provenance import call, preserved, trace
+from ss_pruning.provenance import trace
 from ss_pruning.reordering import reordered
+from ss_pruning.running import call, preserved
 from ss_pruning.surgery import Plan, set_number
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import Wiring
@@ -49,10 +56,12 @@ class Verified:
     Attributes:
         plan: The plan, with the stored numbers that have to follow.
         max_error: Largest difference between cut and masked outputs, relative to the largest output.
+        by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was.
     """
 
     plan: Plan
     max_error: float
+    by_decisions: bool = False
 
     def followed(self) -> frozenset[Number]:
         """The stored numbers that follow the cut."""
@@ -80,6 +89,9 @@ class Bench:
         self._next_precision()
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}
         self.failures = 0
+        # Stored numbers of alike blocks that are known to follow a cut, and ones that need not.
+        self.needed: set[Number] = set()
+        self.idle = never_named(model)
         #: Entered for each verification: to time it.
         self.watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -98,13 +110,14 @@ class Bench:
         del self.dense, self.twin
         vars(self).pop("ghost", None)
 
-    def run(self) -> Any:
-        """What the dense copy returns; from here on the shapes at every module and the tolerance are known.
+    def run(self) -> None:
+        """Run the dense copy: from here on the shapes at every module and the tolerance are known.
 
         Raises:
             VerificationError: It does not run.
+            ModelError: Nothing could be compared.
         """
-        return self._masked({})
+        self._masked({})
 
     def verify(
         self,
@@ -127,12 +140,54 @@ class Bench:
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
+        attempt = partial(self._verify, plan, selection, units, locate=locate, reorder=True)
         try:
             with self.watch():
-                return self._verify(plan, selection, units, fixed, locate, reorder=True)
+                verified = self._with_fewest_numbers(attempt, frozenset(fixed), last=not locate)
         except VerificationError:
             self.failures += 1
             raise
+        followed = verified.followed()
+        more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
+        plan = verified.plan
+        return replace(verified, plan=replace(plan, attributes=(*plan.attributes, *more)))
+
+    def _with_fewest_numbers(
+        self, attempt: Callable[[Collection[Number]], Verified], fixed: frozenset[Number], last: bool
+    ) -> Verified:
+        """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.
+
+        Alike blocks are one; what was found for them holds for later plans, too. With `last`, if a plan fails, it is
+        tried once more with all numbers following.
+        """
+        try:
+            verified = attempt(fixed | self.idle)
+        except VerificationError:
+            if not last:
+                raise
+            verified = attempt(fixed)
+            self.idle -= {alike(number) for number in verified.followed()}
+        unsure = {alike(number) for number in verified.followed()} - self.needed
+        alone = [{number} for number in sorted(unsure, key=str)] if len(unsure) > 1 else []
+        for numbers in (unsure, *alone):
+            if numbers - self.idle:
+                verified = self._without(attempt, fixed, numbers) or verified
+        self.needed |= unsure - self.idle
+        return verified
+
+    def _without(
+        self,
+        attempt: Callable[[Collection[Number]], Verified],
+        fixed: frozenset[Number],
+        numbers: Collection[Number],
+    ) -> Verified | None:
+        """Verify with some numbers as they were; None if that is wrong."""
+        try:
+            verified = attempt(fixed | self.idle | frozenset(numbers))
+        except VerificationError:
+            return None
+        self.idle |= frozenset(numbers)
+        return verified
 
     def _verify(
         self,
@@ -140,6 +195,7 @@ class Bench:
         selection: Selection,
         units: Sequence[Unit],
         fixed: Collection[Number],
+        *,
         locate: bool,
         reorder: bool,
     ) -> Verified:
@@ -147,33 +203,41 @@ class Bench:
         parts = part_sizes(units, selection, self.wiring)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
-            ghost = _cut(shell(self.ghost), plan)
+            ghost = _cut(self.ghost, plan)
             _run_cut(self.precise(ghost), _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
-        expected = self._masked(selection)
-        small = _cut(shell(self.dense), plan)
+        expected, decisions = self._masked(selection)
+        small = _cut(self.dense, plan)
         follower = Follower(plan, self.arrivals, parts, fixed)
         twin = self.precise(small)
-        found = _run_cut(twin, self.inputs, follower)
+        found, holding = _run_cut(twin, self.inputs, follower, lambda: Holding(decisions, self._same))
         try:
-            error = compare(expected, found, self.tolerance)
-            return Verified(Plan(plan.cuts, tuple(follower.found)), error)
+            match = compare(expected, found, self.tolerance)
+            by_decisions = certified(match, holding)
+            return Verified(Plan(plan.cuts, tuple(follower.found)), match.error, by_decisions)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
                 at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), follower.numbers(), at) from error
-        for attribute in follower.found:  # so far only in the twin
-            set_number(modules_of(small)[attribute.path], attribute)
+        _let_follow(small, follower)
         moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
-        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate=locate, reorder=False)
 
-    def _masked(self, selection: Selection) -> Any:
-        """What the masked model returns.
+    def _same(self, masked: Tensor, cut: Tensor) -> bool:
+        """Whether a decision looks at the same numbers in both models."""
+        error = difference(masked, cut)
+        return error is not None and error <= self.tolerance
+
+    def _masked(self, selection: Selection) -> tuple[Any, list[Decision]]:
+        """What the masked model returns, and what it decides on the way.
 
         Raises:
             VerificationError: It does not run.
+            ModelError: Nothing could be compared.
         """
         try:
             return self._masked_pass(selection)
+        except ModelError:
+            raise
         except Exception as error:
             if self.arrivals or not self._finds_precision():
                 raise VerificationError(
@@ -181,19 +245,22 @@ class Bench:
                 ) from error
         return self._masked(selection)
 
-    def _masked_pass(self, selection: Selection) -> Any:
+    def _masked_pass(self, selection: Selection) -> tuple[Any, list[Decision]]:
         """One pass; the first also notes the shapes that arrive at every module, which masking does not change."""
         shapes: dict[str, list[tuple[int, ...]]] = {}
 
         def arrived(path: str, _: nn.Module, found: list[tuple[int, ...]]) -> None:
             shapes.setdefault(path, []).extend(found)
 
+        recording = Recording()
         with masked(self.twin, selection, self.wiring), contextlib.ExitStack() as stack:
             if not self.arrivals:
                 stack.enter_context(_watching(self.twin, arrived))
-            output = _run(self.twin, self.inputs)
+            output = _run(self.twin, self.inputs, recording)
+        if not self.arrivals:
+            check_comparable(output, recording.decisions)
         self.arrivals = self.arrivals or shapes
-        return output
+        return output, recording.decisions
 
     def _finds_precision(self) -> bool:
         """Go on to the first precision in which the dense model runs; False if it runs in the present one."""
@@ -238,10 +305,10 @@ class Bench:
             sums[path].append(float(x.double().abs().sum()))
 
         modules = modules_of(model)
-        handles = [on_input(modules[path], partial(arrived, path)) for path in sums]
-        _run(model, self.inputs)
-        for handle in handles:
-            handle.remove()
+        with contextlib.ExitStack() as undo:
+            for path in sums:
+                undo.callback(on_input(modules[path], partial(arrived, path)).remove)
+            _run(model, self.inputs)
         return sums
 
 
@@ -258,8 +325,8 @@ _PRECISIONS: tuple[tuple[Callable[[nn.Module], nn.Module], Callable[[Tensor], Te
 )
 
 
-def _run(model: nn.Module, inputs: Any) -> Any:
-    with torch.no_grad(), preserved(model, training=False):
+def _run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any] | None = None) -> Any:
+    with torch.no_grad(), preserved(model, training=False), mode or contextlib.nullcontext():
         return call(model, inputs)
 
 
@@ -267,15 +334,17 @@ def _to_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
 
-def _cut(twin: nn.Module, plan: Plan) -> nn.Module:
+def _cut(model: nn.Module, plan: Plan) -> nn.Module:
     try:
-        return plan.apply_(twin)
+        return plan.cut_copy(model)
     except (ValueError, RuntimeError, IndexError) as error:
         raise VerificationError(f"the plan cannot be applied ({type(error).__name__}: {error})") from error
 
 
-def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
-    """The cut model's output, with all numbers that follow.
+def _run_cut(
+    small: nn.Module, inputs: Any, follower: Follower, mode: Callable[[], Any] = contextlib.nullcontext
+) -> tuple[Any, Any]:
+    """The cut model's output, with all numbers that follow, and the last mode that it ran in.
 
     They follow on the way, and what reads one before its module runs meets the old one: it runs until none is new.
 
@@ -284,9 +353,10 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
     """
     with _watching(small, follower):
         while True:
-            known = len(follower.found)
+            known, entered = len(follower.found), mode()
+            _let_follow(small, follower)  # what a pass sets is taken back with the rest
             try:
-                output = _run(small, inputs)
+                output = _run(small, inputs, entered)
             except Exception as error:
                 if len(follower.found) > known:
                     continue
@@ -296,7 +366,13 @@ def _run_cut(small: nn.Module, inputs: Any, follower: Follower) -> Any:
                     follower.current,
                 ) from error
             if len(follower.found) == known:
-                return output
+                return output, entered
+
+
+def _let_follow(model: nn.Module, follower: Follower) -> None:
+    modules = modules_of(model)
+    for attribute in follower.found:
+        set_number(modules[attribute.path], attribute)
 
 
 def _stirred(model: nn.Module) -> nn.Module:
@@ -318,47 +394,22 @@ class _watching:  # noqa: N801 - a context manager, used as a verb
     def __init__(
         self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]
     ) -> None:
-        self.handles = [
-            module.register_forward_pre_hook(self._hook(path, visit), with_kwargs=True)
-            for path, module in modules_of(model).items()
-        ]
+        self.model, self.visit = model, visit
 
-    @staticmethod
-    def _hook(path: str, visit: Callable[..., Any]) -> Callable[..., None]:
+    def _hook(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             plain = not kwargs and all(isinstance(a, Tensor) for a in args)
             leaves = args if plain else pytree.tree_leaves((args, kwargs))
-            visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
+            self.visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
 
         return hook
 
     def __enter__(self) -> None:
-        return None
+        self.handles = [
+            module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            for path, module in modules_of(self.model).items()
+        ]
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def compare(masked: Any, cut: Any, tolerance: float) -> float:
-    """Largest difference relative to the largest output.
-
-    Raises:
-        VerificationError: Shapes differ, or the difference exceeds the tolerance.
-    """
-    worst = 0.0
-    pairs = list(zip(pytree.tree_leaves(masked), pytree.tree_leaves(cut), strict=False))
-    if len(pytree.tree_leaves(masked)) != len(pytree.tree_leaves(cut)):
-        raise VerificationError("the cut model returns another number of outputs than the masked one")
-    for a, b in pairs:
-        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
-            continue
-        if a.shape != b.shape:
-            raise VerificationError(
-                f"the cut model's output has shape {tuple(b.shape)}, not {tuple(a.shape)}"
-            )
-        error = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
-        worst = worst if error <= worst else error  # unlike max(), this lets NaN through
-    if not worst <= tolerance:
-        raise VerificationError(f"the cut model differs from the masked one by {worst:.2e} (relative)")
-    return worst

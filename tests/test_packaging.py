@@ -33,8 +33,21 @@ HEAVY = (
 
 # A file may import, when it is loaded, files of its own layer and of those above it in this list.
 LAYERS = [
-    {"_atomic", "_choices", "errors", "hooks", "labels", "report_style", "stages", "walking"},
-    {"_cache", "cloning", "layers", "preprocessing", "regression"},
+    {
+        "_atomic",
+        "_choices",
+        "_objects",
+        "decisions",
+        "errors",
+        "hooks",
+        "labels",
+        "pooling_indices",
+        "report_style",
+        "stages",
+        "walking",
+    },
+    {"_cache", "_memento", "cloning", "layers", "outputs", "preprocessing", "regression"},
+    {"agreement", "running"},
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},
     {"provenance", "staying"},

@@ -1,0 +1,92 @@
+"""What objects hold: the one walk that looks into containers, instances, functions and classes."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: Values that hold nothing else.
+ATOMS = (
+    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...), enum.Enum, np.generic),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, np.ndarray, Tensor),
+)
+#: Containers of values by place.
+SEQUENCES = (list, tuple, deque)
+SETS = (set, frozenset)
+# Objects of these libraries hold the surroundings of a model (optimisers, loaders, trainers), not what it computes.
+_SURROUNDINGS = frozenset(
+    ("accelerate", "asyncio", "concurrent", "io", "lightning", "logging", "multiprocessing", "nni", "numpy")
+)
+_OTHERS = frozenset(
+    ("pytorch_lightning", "tensorboard", "threading", "torch", "torchvision", "wandb", "weakref", "_thread")
+)
+
+
+def children(thing: Any) -> Iterator[tuple[str, Any]] | None:
+    """What `thing` holds, each with how it is written behind the name of `thing`; None where that cannot be seen.
+
+    A function holds what it closes over, a method its object. Modules of Python, classes and what iterates are not
+    looked into.
+    """
+    if isinstance(thing, (*ATOMS, type, types.ModuleType, types.BuiltinFunctionType)):
+        return iter(())
+    if isinstance(thing, Mapping):
+        return ((f"[{key!r}]", value) for key, value in list(thing.items()))
+    if isinstance(thing, SEQUENCES):
+        fields = getattr(thing, "_fields", None)  # of a named tuple
+        names = fields if isinstance(fields, tuple) and len(fields) == len(thing) else None
+        return ((f".{names[i]}" if names else f"[{i}]", value) for i, value in enumerate(thing))
+    if isinstance(thing, SETS):
+        return (("{...}", value) for value in list(thing))
+    if isinstance(thing, types.FunctionType):
+        return ((f"<{name}>", value) for name, value in _closed_over(thing))
+    if isinstance(thing, types.MethodType):
+        return iter(((".__self__", thing.__self__),))
+    if isinstance(thing, functools.partial):
+        return iter(((".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)))
+    return attributes(thing)
+
+
+def attributes(thing: Any) -> Iterator[tuple[str, Any]] | None:
+    """The attributes of an instance, in its `__dict__` and in slots; None where it has neither."""
+    kind: Hashable = type(thing)
+    names = slots(kind)
+    if not hasattr(thing, "__dict__") and not names:
+        return None
+    own = list(getattr(thing, "__dict__", {}).items())
+    own += [(name, getattr(thing, name)) for name in names if hasattr(thing, name)]
+    return ((f".{name}", value) for name, value in own)
+
+
+@functools.cache
+def slots(kind: Hashable) -> tuple[str, ...]:
+    """Names of the attributes that a class keeps in slots."""
+    found: list[str] = []
+    for base in getattr(kind, "__mro__", ()):
+        own = vars(base).get("__slots__", ())
+        found += (own,) if isinstance(own, str) else own
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    yield from vars(function).items()
+
+
+def is_surrounding(thing: Any) -> bool:
+    """Whether it belongs to what is around a model: an optimiser, a loader, a trainer, a lock."""
+    return type(thing).__module__.partition(".")[0] in _SURROUNDINGS | _OTHERS and not isinstance(
+        thing, (nn.Module, torch.distributions.Distribution)
+    )

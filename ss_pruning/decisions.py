@@ -1,0 +1,190 @@
+"""Decisions: what a model makes of numbers that jumps: comparisons, top-k, suppression, rounding.
+
+A difference in the last bit may turn one, and all that comes of it. Where two models are compared, the second is
+therefore held to the decisions of the first as long as it decides on the same numbers: what is behind them can be
+compared like the rest. If a decision ends all there is to compare (a detector that finds nothing), the numbers that it
+looked at are the last that can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_COMPARES = frozenset(
+    (
+        "eq",
+        "ne",
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "isclose",
+        "isnan",
+        "isinf",
+        "isfinite",
+        "signbit",
+        "sign",
+        "heaviside",
+    )
+)
+_SELECTS = frozenset(
+    (
+        "argmax",
+        "argmin",
+        "argsort",
+        "sort",
+        "topk",
+        "kthvalue",
+        "median",
+        "nanmedian",
+        "mode",
+        "max",
+        "min",
+        "cummax",
+    )
+)
+_FINDS = frozenset(
+    ("cummin", "nonzero", "nonzero_static", "searchsorted", "bucketize", "unique_dim", "unique_consecutive")
+)
+_TELLS = frozenset(("_unique2", "_local_scalar_dense", "is_nonzero", "equal", "allclose"))
+_ROUNDS = frozenset(("ceil", "floor", "round", "trunc", "fix", "frac", "floor_divide", "remainder", "fmod"))
+_DECIDES = _COMPARES | _SELECTS | _FINDS | _TELLS | _ROUNDS
+_WHOLE = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+# Bytes of what decisions looked at that are kept; beyond it a model decides by itself.
+_MEMORY = 2**28
+#: Whether an operation decides: by its name, for a whole dtype, if it puts out whole numbers, or never.
+_Kind = Literal["always", "cast", "rounding", "foreign", "never"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One operation, the numbers that it looked at (none if there was no room), and what it made of them."""
+
+    operation: str
+    looked_at: tuple[Tensor, ...]
+    result: Any
+
+    def numbers(self) -> int:
+        """How many numbers other than 0 it looked at."""
+        return sum(map(_count, self.looked_at))
+
+
+class _Deciding(TorchDispatchMode):
+    """Sees every operation, and hands on those that decide."""
+
+    kinds: dict[Any, _Kind]
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kinds = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares importing torch's compiler, which would be told not to look at this class."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = self.kinds.get(func) or self.kinds.setdefault(func, _kind_of(func))
+        if kind == "never" or (kind == "cast" and kwargs.get("dtype") not in _WHOLE):
+            return func(*args, **kwargs)
+        if kind == "rounding" and kwargs.get("rounding_mode") is None:
+            return func(*args, **kwargs)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        looked_at = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        if func._schema.is_mutable:  # it writes over what it looks at
+            looked_at = [t.clone() for t in looked_at]
+        result = func(*args, **kwargs)
+        if not looked_at or (kind == "foreign" and not _puts_out_whole_numbers(result)):
+            return result
+        return self.decided(func._schema.name, looked_at, result)
+
+    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
+        """What to take for the result of an operation that decides."""
+        raise NotImplementedError
+
+
+class Recording(_Deciding):
+    """Notes the decisions that are made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decisions: list[Decision] = []
+        self.bytes = 0
+
+    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
+        """Note it."""
+        self.bytes += sum(t.numel() * t.element_size() for t in looked_at)
+        kept = looked_at if self.bytes <= _MEMORY else ()
+        self.decisions.append(Decision(operation, tuple(t.clone() for t in kept), _cloned(result)))
+        return result
+
+
+class Holding(_Deciding):
+    """Holds what runs while it is entered to decisions that were made before, on the same numbers.
+
+    Attributes:
+        compared: How many numbers other than 0 were the same.
+        differs: The first operation that looked at others of the same shape; empty if none did.
+    """
+
+    def __init__(self, decisions: Sequence[Decision], same: Callable[[Tensor, Tensor], bool]) -> None:
+        super().__init__()
+        self.left, self.same = list(reversed(decisions)), same
+        self.compared, self.differs = 0, ""
+
+    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
+        """What was decided before, if it was about the same numbers; else what is decided now."""
+        before = self.left.pop() if self.left else None
+        if before is None:
+            return result
+        if (
+            before.operation != operation
+        ):  # another way through the code: nothing from here on belongs together
+            self.left, self.differs = [], self.differs or operation
+            return result
+        if [t.shape for t in before.looked_at] != [t.shape for t in looked_at]:
+            return result  # on channels, of which there are fewer
+        if not all(map(self.same, before.looked_at, looked_at)):
+            self.differs = self.differs or operation
+            return result
+        self.compared += sum(map(_count, looked_at))
+        return _replaced(result, before.result)
+
+
+def _kind_of(func: Any) -> _Kind:
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace == "prim":
+        return "never"
+    if namespace != "aten":
+        return "foreign"
+    name = name.rstrip("_")
+    if name in ("_to_copy", "to"):
+        return "cast"
+    return "rounding" if name == "div" else "always" if name in _DECIDES else "never"
+
+
+def _puts_out_whole_numbers(result: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.dtype in _WHOLE for t in pytree.tree_leaves(result))
+
+
+def _cloned(result: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, result)
+
+
+def _replaced(result: Any, before: Any) -> Any:
+    """What was decided before; where an operation has written into its input, that holds it now."""
+    if isinstance(result, Tensor) and isinstance(before, Tensor) and result.shape == before.shape:
+        return result.copy_(before)
+    return _cloned(before)
+
+
+def _count(tensor: Tensor) -> int:
+    return int(tensor.count_nonzero())

@@ -1,0 +1,70 @@
+"""What a model returns, looked into: every tensor and number, by name, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._objects import ATOMS, children
+from ss_pruning.errors import ModelError
+
+#: A tensor, or a Python number that was taken from one.
+Value = Tensor | bool | int | float | complex
+
+
+def values_in(output: Any) -> dict[str, Value]:
+    """Tensors and numbers by name, such as `output.features[0]`, in the order in which they lie.
+
+    Containers, dataclasses, instances with attributes (distributions among them) and what functions close over are
+    opened; what hangs in two places is found in the first.
+
+    Raises:
+        ModelError: Something cannot be looked into; names it.
+    """
+    found: dict[str, Value] = {}
+    seen: dict[int, Any] = {}
+    todo: list[tuple[str, Any]] = [("output", output)]
+    while todo:
+        name, thing = todo.pop()
+        if isinstance(thing, Tensor):
+            found |= _dense(name, thing)
+        elif isinstance(thing, (bool, int, float, complex, np.generic, np.ndarray)):
+            found[name] = _number(name, thing)
+        elif not isinstance(thing, ATOMS) and id(thing) not in seen:
+            seen[id(thing)] = thing
+            inside = None if isinstance(thing, nn.Module) else children(thing)
+            if inside is None:
+                raise ModelError(_closed(name, thing))
+            todo += reversed([(name + place, value) for place, value in inside])
+    return found
+
+
+def tensors_in(output: Any) -> dict[str, Tensor]:
+    """The tensors alone, see `values_in`."""
+    return {name: value for name, value in values_in(output).items() if isinstance(value, Tensor)}
+
+
+def _dense(name: str, tensor: Tensor) -> dict[str, Value]:
+    if tensor.is_nested:
+        return {f"{name}[{i}]": part for i, part in enumerate(tensor.unbind())}
+    return {name: tensor if tensor.layout is torch.strided else tensor.to_dense()}
+
+
+def _number(name: str, value: Any) -> Value:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc":
+            raise ModelError(_closed(name, value))
+        return torch.from_numpy(value)
+    number: Value = value.item() if isinstance(value, np.generic) else value
+    return number
+
+
+def _closed(name: str, thing: Any) -> str:
+    return (
+        f"the model returns a {type(thing).__name__} ({name}), which cannot be looked into, so that nobody could say "
+        "whether a smaller model returns the same; let forward return tensors, or containers and plain objects that "
+        "hold them"
+    )
