@@ -27,8 +27,10 @@ _TABLES = (dict, OrderedDict)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 # Types of values that hold nothing, looked up by the thousand.
 _PLAIN = frozenset(
-    (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-    + (BuiltinFunctionType, ModuleType)
+    (
+        *(bool, int, float, complex, str, bytes, type(None), BuiltinFunctionType, ModuleType),
+        *(torch.dtype, torch.device, torch.Size),
+    )
 )
 
 # Parameters that a forward pass was seen to write into: from then on their content is kept, too.
@@ -42,8 +44,8 @@ class Memento:
 
     Looked into are attributes of any kind, containers, helper objects, closures, generators of random numbers, and the
     attributes and module-level containers that the classes of modules and helpers rely on. Of tensors that are no
-    parameters the content is kept, too; of parameters it is with `parameters`. Left alone are the tensors of the modules
-    `but`, and optimisers, loaders and trainers that hang on a model.
+    parameters the content is kept, too; of parameters it is with `parameters`. Left alone are the tensors of the
+    modules `but`, and optimisers, loaders and trainers that hang on a model.
     """
 
     def __init__(self, model: nn.Module, parameters: bool = False, but: Iterable[nn.Module] = ()) -> None:

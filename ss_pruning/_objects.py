@@ -7,7 +7,7 @@ import functools
 import types
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,22 @@ from torch import Tensor, nn
 
 #: Values that hold nothing else.
 ATOMS = (
-    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...), enum.Enum, np.generic),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, np.ndarray, Tensor),
+    *(
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        range,
+        slice,
+        type(None),
+        type(...),
+        enum.Enum,
+        np.generic,
+        np.ndarray,
+    ),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, Tensor),
 )
 #: Containers of values by place.
 SEQUENCES = (list, tuple, deque)
@@ -57,8 +71,7 @@ def children(thing: Any) -> Iterator[tuple[str, Any]] | None:
 
 def attributes(thing: Any) -> Iterator[tuple[str, Any]] | None:
     """The attributes of an instance, in its `__dict__` and in slots; None where it has neither."""
-    kind: Hashable = type(thing)
-    names = slots(kind)
+    names = slots(cast(Hashable, type(thing)))
     if not hasattr(thing, "__dict__") and not names:
         return None
     own = list(getattr(thing, "__dict__", {}).items())

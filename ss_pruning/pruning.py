@@ -221,6 +221,7 @@ def _settled(
     with clock("plan", 2), clock("verify", 3):
         bench = Bench(contest.model, contest.example_inputs, contest.wiring)
     bench.watch = lambda: clock("verify", 3)
+    known: Verified | None = None
     try:
         while True:
             ranking = contest.ranked(scope, clock)
@@ -229,11 +230,12 @@ def _settled(
                 search = Search(
                     bench, coupling, contest.costs, contest.budget, ranking.moves, ranking.cost_exponent
                 )
+                search.verified = known
                 try:
                     verified, times = _in_time(search, ranking.scores, latency, measure)
                     return _Found(verified, ranking, coupling.left_whole, times)
                 except FailedUnits:
-                    less = coupling.without(search.reasons, search.left_whole())
+                    less, known = coupling.without(search.reasons, search.left_whole()), search.verified
             contest = replace(contest, coupling=less, importance=ranking.importance)
     finally:
         bench.close()

@@ -40,6 +40,7 @@ class Settler(ABC):
         reasons: Why units were left whole, by their number.
         fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
         trial: The choice that was made last.
+        verified: What was found right last, without the units that failed.
     """
 
     bench: Bench
@@ -47,6 +48,7 @@ class Settler(ABC):
     reasons: dict[int, str] = field(default_factory=dict, init=False)
     fixed: set[Number] = field(default_factory=set, init=False)
     trial: Trial | None = field(default=None, init=False)
+    verified: Verified | None = field(default=None, init=False)
 
     @abstractmethod
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
@@ -59,7 +61,6 @@ class Settler(ABC):
             NothingToPruneError: No channel may go.
             BudgetError: The budget is out of reach.
         """
-        verified: Verified | None = None
         while True:
             alive = [u for u in range(len(scores)) if u not in self.reasons]
             units = [self.coupling.units[u] for u in alive]
@@ -69,13 +70,13 @@ class Settler(ABC):
             self.trial = trial = Trial(self, units, order, steps)
             chosen = np.flatnonzero(steps).tolist()
             # What was verified without the failed units is often what is chosen without them.
-            if verified is not None and verified.plan.cuts == trial.plan(chosen)[0].cuts:
-                return verified
+            if self.verified is not None and self.verified.plan.cuts == trial.plan(chosen)[0].cuts:
+                return self.verified
             part = SoundPart(units, trial.attempt, self.fixed)
             part.search(chosen)
-            verified = part.verified
-            if verified is not None and not part.failed:
-                return verified
+            self.verified = part.verified
+            if self.verified is not None and not part.failed:
+                return self.verified
             self.reasons.update({alive[i]: reason for i, reason in part.failed.items()})
             self.found_failing()
 
