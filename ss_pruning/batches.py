@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning.errors import InputError
-from ss_pruning.provenance import call, preserved
+from ss_pruning.running import call, preserved
 
 #: No more samples than these are taken.
 MOST = 1024

@@ -335,6 +335,7 @@ def jsonable(value: object) -> Any:
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
     "int": (int,),
     "float": (int, float),
     "str": (str,),
