@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import permutations, product
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,16 +16,20 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.coupling import Ints
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import InputError
+from ss_pruning.hooks import on_input
 from ss_pruning.layers import groups_of, is_depthwise
 from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
 from ss_pruning.redundancy import unexplained
 from ss_pruning.relevance import relevance
+from ss_pruning.running import call, preserved
 from ss_pruning.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
 from ss_pruning.walking import modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import Wiring
 
+# So many inputs at most are looked for where several are recovered.
+_MOST_INPUTS = 3
 _GIVE_INPUTS = "give the input yourself: SynapticImportance(example_inputs=x)"
 Score = Literal["share", "strength", "entropy", "relevance"]
 Reduction = Literal["sum", "mean", "max"]
@@ -49,7 +54,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         normalizer: Divide the scores of a group by their "mean", "max" or "sum"; None leaves them comparable
             across layers as they are, which is what shares are for.
         example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
-            with is recovered; that needs a model with one image input that its first convolution reads.
+            with is recovered from what its first layers have read, and the model is run on it to see whether it is.
         conditional: Count less of what the stronger channels that a reader sees tell already, see
             `ss_pruning.redundancy`: where they explain `R^2` of a channel, its score is multiplied by `1 - R^2` to
             this power, from 0 (nothing of it is made up for) to 1 (all). For cuts after which the weights that stay
@@ -138,14 +143,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         shapes = tuple(p.shape for p in parameters_of(model).values())
         if self._wiring is not None and self._wiring[0]() is model and self._wiring[1] == shapes:
             return self._wiring[2]
-        try:
-            wiring = trace(model, self._inputs(graph))
-        except ModelError as error:
-            if self.example_inputs is not None or hasattr(graph, "example_inputs"):
-                raise
-            raise InputError(
-                f"the model does not run on what reaches its first convolution ({error}); {_GIVE_INPUTS}"
-            ) from error
+        wiring = trace(model, self._inputs(graph))
         self._wiring = (weakref.ref(model), shapes, wiring)
         self._pass = _Pass()
         return wiring
@@ -154,7 +152,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         if self.example_inputs is not None:
             return self.example_inputs
         given = getattr(graph, "example_inputs", None)
-        return given if given is not None else _recover_inputs(graph)
+        return given if given is not None else _recover_inputs(graph.model, graph)
 
     def _layer_scores(self, model: nn.Module, module: nn.Module, wiring: Wiring, graph: Any) -> Tensor | None:
         """`[in_channels]` scores of a consumer's input channels."""
@@ -331,14 +329,69 @@ def _is_consumer(dep: Any, graph: Any) -> bool:
     )
 
 
-def _recover_inputs(graph: Any) -> Tensor:
-    """The example input that Torch-Pruning's graph was built with, from what autograd saved at the first layer."""
-    stems = []
+def _recover_inputs(model: nn.Module, graph: Any) -> Any:
+    """The example input that Torch-Pruning's graph was built with, from what autograd saved at the first layers.
+
+    Views remember what they are of, and a sum or a concatenation of inputs may be split again: whatever it is, the
+    model must run on it and hand the same to those layers.
+    """
+    stems: dict[nn.Module, list[Tensor]] = {}
     for node in getattr(graph, "module2node", {}).values():
-        saved = getattr(node.grad_fn, "_saved_input", None) if isinstance(node.module, _ConvNd) else None
-        if isinstance(saved, Tensor) and saved.grad_fn is None:
-            stems.append(saved)
-    distinct = {s.data_ptr(): s for s in stems}
-    if len(distinct) != 1:
-        raise InputError(f"the example input cannot be recovered from Torch-Pruning's graph; {_GIVE_INPUTS}")
-    return next(iter(distinct.values())).detach()
+        if isinstance(node.module, (_ConvNd, nn.Linear)) and (saved := _saved_inputs(node.grad_fn)):
+            stems[node.module] = saved
+    tensors = [saved for each in stems.values() for saved in each]
+    for candidate in _candidates(tensors) if tensors else ():
+        if _reproduces(model, candidate, stems):
+            return candidate
+    raise InputError(f"the example input cannot be recovered from Torch-Pruning's graph; {_GIVE_INPUTS}")
+
+
+def _saved_inputs(grad_fn: Any, depth: int = 4) -> list[Tensor]:
+    """What a layer's operation has kept that no other operation has made, and no parameter is."""
+    if grad_fn is None or not depth:
+        return []
+    names = (name for name in dir(grad_fn) if name in ("_saved_input", "_saved_mat1", "_saved_self"))
+    found = [value for name in names if isinstance(value := getattr(grad_fn, name), Tensor)]
+    fresh = [t.detach() if t._base is None else t for t in found if t.grad_fn is None and not t.requires_grad]
+    if found:
+        return fresh
+    # A linear layer on more than two axes is folded before and unfolded after.
+    return next((s for f, _ in grad_fn.next_functions if (s := _saved_inputs(f, depth - 1))), [])
+
+
+def _candidates(saved: Sequence[Tensor]) -> Iterator[Any]:
+    """What the inputs may have been: one of the tensors, what it is a view of, parts of it, or all in some order."""
+    distinct = {(t.data_ptr(), t.shape): t for t in saved}
+    whole = {
+        (b.data_ptr(), b.shape): b for t in distinct.values() for b in [t if t._base is None else t._base]
+    }
+    for tensor in (*distinct.values(), *whole.values()):
+        yield tensor.detach()
+    if 1 < len(whole) <= _MOST_INPUTS:
+        for order in permutations(whole.values()):
+            yield tuple(t.detach() for t in order)
+    for tensor in distinct.values():
+        for axis, parts in product(range(min(tensor.dim(), 2)), range(2, _MOST_INPUTS + 1)):
+            if tensor.shape[axis] % parts == 0:
+                pieces = tensor.detach().chunk(parts, axis)
+                yield pieces[0]
+                yield pieces
+
+
+def _reproduces(model: nn.Module, inputs: Any, stems: Mapping[nn.Module, Sequence[Tensor]]) -> bool:
+    """Whether the model runs on it and its first layers then read what they had read."""
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in stems}
+    handles = [on_input(module, lambda m, x: seen[m].append(x)) for module in stems]
+    try:
+        with preserved(model, training=False), torch.no_grad():
+            call(model, inputs)
+    except Exception:  # of the model's own code: it was no input
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return all(
+        any(x.numel() == saved.numel() and x.reshape(saved.shape).equal(saved) for x in seen[module])
+        for module, each in stems.items()
+        for saved in each
+    )

@@ -29,6 +29,7 @@ from ss_pruning.staying import (
     LeftWhole,
     family_reasons,
     frozen_slots,
+    left_uncalled,
     left_whole_of,
 )
 from ss_pruning.walking import modules_of
@@ -130,7 +131,7 @@ def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = 
     cells = _cells(wiring, slots, modules, family, reasons)
     units = _units(cells, modules)
     even = [_even(unit, slots.widths, modules) for unit in units]
-    whole = left_whole_of(wiring, slots, family, reasons)
+    whole = left_whole_of(wiring, slots, family, reasons) + left_uncalled(wiring, modules)
     uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
     if uneven:
         paths = dict.fromkeys(cell.root.path for unit in uneven for cell in unit.cells)

@@ -7,6 +7,7 @@ parameters of a layer are bilinear in its input and output widths.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,8 +58,8 @@ class Budget:
                 "give exactly one of macs=, params=, latency= (shares to keep) and ratio= (share to remove)"
             )
         kind, value = given[0]
-        if not 0 < value < 1:
-            raise InputError(f"{kind}={value} must lie strictly between 0 and 1; for example {kind}=0.5")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise InputError(f"{kind}={value!r} must lie strictly between 0 and 1; for example {kind}=0.5")
         return Budget(kind, float(value))  # type: ignore[arg-type]
 
 
@@ -81,6 +82,7 @@ class Costs:
         # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
+        self.left_whole = coupling.left_whole
         self._collect(modules_of(model), parameters, wiring, by_path)
 
     def _collect(
@@ -144,6 +146,23 @@ class Costs:
         for side in (1, 2):
             np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
         return slope[:-1]
+
+    def held(self, kind: Cost, most: int = 3) -> str:
+        """What layers whose outputs stay cost in the dense model, and why they do, of the dearest reasons."""
+        terms = self.mac_terms if kind == "macs" else self.param_terms
+        cost: dict[str, float] = defaultdict(float)
+        for amount, _, out in terms:
+            cost[self.keys[out][0]] += amount
+        held = sorted(
+            ((sum(cost[p] for p in left.paths), left) for left in self.left_whole), key=lambda h: -h[0]
+        )
+        parts = []
+        for amount, left in held[:most]:
+            first = sorted(left.paths, key=lambda path: -cost[path])[:2]
+            more = f" and {len(left.paths) - 2} others" if len(left.paths) > 2 else ""
+            share = amount / self.dense(kind)
+            parts.append(f"{share:.1%} in {', '.join(map(repr, first))}{more} ({left.reason})")
+        return f". Of the {kind}, layers that keep their outputs hold {'; '.join(parts)}" if parts else ""
 
     def _measured(self) -> LayerTimes:
         if self.times is None:
@@ -333,6 +352,7 @@ def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget)
         raise BudgetError(
             f"{kind}={budget.value} is below what is reachable; the smallest is {kind}={cost(high) / dense:.4f} "
             "(raise max_ratio, or ignore less; channels of infinite importance stay)"
+            f"{costs.held(kind)}"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -31,6 +31,7 @@ from ss_pruning.layers import channel_axis, kind_of, width
 from ss_pruning.outputs import tensors_in
 from ss_pruning.pooling_indices import TiedIndices
 from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
+from ss_pruning.refusing import check_bare, usable_inputs
 from ss_pruning.running import as_arguments, preserved, quiet_hooks, without_checkpoints
 from ss_pruning.walking import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import INPUT, Layer, Wiring
@@ -56,9 +57,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
 
     Raises:
         ModelError: The model does not run on the inputs, or has no layer.
-        InputError: NNI has wrapped the model.
+        InputError: Something has wrapped the model, or the inputs are none; see `ss_pruning.refusing`.
     """
     check_unwrapped(model)
+    check_bare(model)
+    example_inputs = usable_inputs(example_inputs)
     paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
     if not paths:
         raise ModelError("the model has no convolution or linear layer that could be pruned")

@@ -26,6 +26,7 @@ from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
+from ss_pruning.refusing import check_weights, usable_inputs
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.running import quiet_hooks
 from ss_pruning.settling import FailedUnits, Search
@@ -46,7 +47,7 @@ def prune_(
     ratio: float | None = None,
     latency: float | None = None,
     importance: Any = None,
-    ignore: Iterable[str | nn.Module] = (),
+    ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     round_to: int | Literal["measured"] | None = None,
     scope: Scope | None = None,
     max_ratio: float = 0.9,
@@ -75,7 +76,7 @@ def prune_(
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
             "linear" or "reconstruct" it counts less of what stronger channels tell already, without them it scores
             by "relevance" (by "share" in the local scope).
-        ignore: Modules or module paths whose output channels stay.
+        ignore: Modules or module paths whose output channels stay; one alone, or several.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
@@ -109,6 +110,8 @@ def prune_(
         NothingToPruneError: No channel may go.
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
+    example_inputs = usable_inputs(example_inputs)
+    check_weights(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent)
     check_compensation(compensation, calibration)
@@ -274,6 +277,10 @@ def _check_options(
 ) -> None:
     if scope not in (None, *COST_EXPONENT):
         raise InputError(f"scope={scope!r} is unknown; use {', '.join(map(repr, COST_EXPONENT))}")
+    numbers = {"max_ratio": max_ratio, "round_to": round_to, "cost_exponent": cost_exponent}
+    for name, value in numbers.items():
+        if isinstance(value, bool):
+            raise InputError(f"{name}={value} is no number; give one, or leave it out")
     if not 0 < max_ratio <= 1:
         raise InputError(f"max_ratio={max_ratio} must lie in (0, 1]")
     if cost_exponent is not None and not 0 <= cost_exponent <= 10:
@@ -291,8 +298,11 @@ def _rounded(round_to: Any, costs: Costs, coupling: Coupling) -> Any:
     return roundings(costs.times, coupling.units)
 
 
-def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module], wiring: Wiring) -> dict[str, str]:
+def _ignored(
+    model: nn.Module, ignore: str | nn.Module | Iterable[str | nn.Module], wiring: Wiring
+) -> dict[str, str]:
     """Layer paths to keep whole: the named modules and everything inside them."""
+    ignore = (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore
     paths = {module: path for path, module in modules_of(model).items()}
     found: dict[str, str] = {}
     for item in ignore:

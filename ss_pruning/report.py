@@ -60,13 +60,14 @@ class LayerReport:
             object.__setattr__(self, "share_cut", 1.0 - kept)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """A whole run.
 
     Attributes:
         model: what the user calls the model.
-        macs_before: multiply-accumulates of one image through the dense model.
+        macs_before: multiply-accumulates of the dense model in a pass over the example inputs: of all images in their
+            batch.
         macs_after: the same, pruned.
         params_before: parameters of the dense model.
         params_after: the same, pruned.
@@ -123,6 +124,26 @@ class Report:
     def too_noisy(self) -> bool:
         """Whether the quartiles of the latency's share lie on both sides of 1."""
         return crosses_one(self.latency_spread)
+
+    def __repr__(self) -> str:
+        """Return the headline figures as a few lines of text."""
+        rows = [("", "dense", "pruned", "kept"), *self.headline()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        whole = (
+            f"{len(self.left_whole)} reasons to leave layers whole: see left_whole" if self.left_whole else ""
+        )
+        return "\n".join(
+            [f"{printable(self.model)}, pruned", *lines, self.verification(), *filter(None, [whole])]
+        )
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""

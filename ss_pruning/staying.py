@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from ss_pruning.layers import kind_of, width
 from ss_pruning.slots import Ints, Slots
 from ss_pruning.wiring import INPUT, Wiring
 
 OUTPUT_REASON = "reaches the model's output"
 BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attention)"
+UNCALLED_REASON = "did not run on the example inputs; whatever it reads or writes must not change width"
 UNREAD_REASON = "nothing that ran reads it"
 NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
 WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"
@@ -51,10 +53,10 @@ def frozen_slots(
             frozen.append((slots.numbers(slots.out_key[path]), reason))
     for path, reason in _untouchable(modules, wiring).items():
         frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
-    return frozen + _unconnected(wiring, slots)
+    return frozen + _unconnected(wiring, slots, broadcast_reason(modules))
 
 
-def _unconnected(wiring: Wiring, slots: Slots) -> list[tuple[Ints, str]]:
+def _unconnected(wiring: Wiring, slots: Slots, mixed: str) -> list[tuple[Ints, str]]:
     """Slots that nothing shrinks, that nothing reads, or that feed several channels at once."""
     frozen: list[tuple[Ints, str]] = []
     fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
@@ -69,12 +71,33 @@ def _unconnected(wiring: Wiring, slots: Slots) -> list[tuple[Ints, str]]:
             fed[pairs[:, 1] + into] |= feed.source not in wiring.loose
             read[pairs[:, 0] + source] = True
             read[broadcast + source] = True
-            frozen.append((broadcast + source, BROADCAST_REASON))
+            frozen.append((broadcast + source, mixed))
     for path in wiring.layers:
         reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
         frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
         frozen.append((out[~read[out]], UNREAD_REASON))
     return frozen
+
+
+def broadcast_reason(modules: Mapping[str, nn.Module]) -> str:
+    """Why channels stay that feed several at once; modules of torch that mix all they read are named."""
+    mixers = [
+        f"'{path}' ({type(module).__name__})"
+        for path, module in modules.items()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention))
+    ]
+    if not mixers:
+        return BROADCAST_REASON
+    more = f" and {len(mixers) - 3} others" if len(mixers) > 3 else ""
+    named = f"{', '.join(mixers[:3])}{more}"
+    return f"feeds several channels at once (a gate, a softmax, or a module that mixes all it reads: {named})"
+
+
+def left_uncalled(wiring: Wiring, modules: Mapping[str, nn.Module]) -> tuple[LeftWhole, ...]:
+    """The layers that did not run, if any, and their channels."""
+    paths = [path for path in wiring.uncalled if kind_of(modules[path]) in ("synaptic", "depthwise")]
+    channels = sum(width(modules[path], "out") for path in paths)
+    return (LeftWhole(tuple(paths), channels, UNCALLED_REASON),) if paths else ()
 
 
 def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, str]:
@@ -87,7 +110,7 @@ def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, 
             reasons[path] = "its weight is parametrised; remove the parametrisation first"
         if hasattr(module, "weight_g") or hasattr(module, "weight_orig") or hasattr(module, "weight_u"):
             reasons[path] = (
-                "its weight is recomputed by an old-style hook (weight norm, mask); remove it first"
+                "its weight is recomputed by an old-style hook (weight norm, spectral norm, mask); remove it first"
             )
         for tensor in module.parameters():
             other = owners.setdefault(id(tensor), path)

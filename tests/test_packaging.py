@@ -46,7 +46,7 @@ LAYERS = [
         "stages",
         "walking",
     },
-    {"_cache", "_memento", "cloning", "layers", "outputs", "preprocessing", "regression"},
+    {"_cache", "_memento", "cloning", "layers", "outputs", "preprocessing", "refusing", "regression"},
     {"agreement", "running"},
     {"wiring"},
     {"_decode", "cifar", "measuring", "pulling", "slots"},

@@ -1,0 +1,87 @@
+"""Models and example inputs that cannot be used as they are, refused before any work, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning.errors import InputError
+from ss_pruning.walking import modules_of, tensors_of
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_FORMS = "a tensor [batch, channels, height, width], a tuple of positional or a dict of keyword arguments"
+
+
+def usable_inputs(example_inputs: Any) -> Any:
+    """Example inputs with any mapping as a dict.
+
+    Raises:
+        InputError: They hold no tensor, or one without values.
+    """
+    inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"example_inputs={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"
+        )
+    if not any(tensor.dim() for tensor in tensors):
+        raise InputError(
+            f"example_inputs is a single number, no batch; give what the model's forward takes: {_FORMS}"
+        )
+    for tensor in tensors:
+        if tensor.is_meta or not tensor.numel():
+            what = "lies on the meta device, without values" if tensor.is_meta else "is empty"
+            raise InputError(
+                f"an example input of shape {list(tensor.shape)} {what}; the model is run on it: give a real one, such "
+                "as torch.randn of that shape"
+            )
+    return inputs
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model in a wrapper that would run something else than its modules, or one that cannot train.
+
+    Raises:
+        InputError: Names what to give instead.
+    """
+    for path, module in modules_of(model).items():
+        inner = "model" + f".{path}" * bool(path)
+        if isinstance(module, _WRAPPERS):
+            raise InputError(
+                f"{inner} is a {type(module).__name__}: prune {inner}.module, and wrap it anew afterwards"
+            )
+        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            raise InputError(f"{inner} is compiled: prune {inner}._orig_mod, and compile it anew afterwards")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise InputError(
+                f"{inner} is compiled in place: compile after pruning (until then, {inner}._compiled_call_impl = None)"
+            )
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_inference():
+            raise InputError(
+                f"'{name}' was made under torch.inference_mode(), so that it can never be trained: make the model "
+                "outside of it, or take copy.deepcopy(model) there"
+            )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that a hook computes anew before each pass from tensors of other names.
+
+    Raises:
+        InputError: Names the first such module, and what takes the hook away.
+    """
+    for path, module in modules_of(model).items():
+        for name in (*module._parameters, *module._buffers):
+            base, _, kind = name.rpartition("_")
+            remedy = None
+            if kind == "mask" and f"{base}_orig" in module._parameters:
+                remedy = (
+                    f"is masked by torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, {base!r})"
+                )
+            elif kind == "g" and f"{base}_v" in module._parameters:
+                remedy = f"has the old weight norm: call torch.nn.utils.remove_weight_norm(module, {base!r})"
+            if remedy:
+                raise InputError(f"'{path}' {remedy} with module = model.get_submodule({path!r}) first")
