@@ -33,7 +33,7 @@ _PLAIN = frozenset(
     )
 )
 
-# Parameters that a forward pass was seen to write into: from then on their content is kept, too.
+# By parameter, whether a forward pass was seen to write into it: only then, or if none was seen, content is kept.
 _WRITTEN = WeakTensorKeyDictionary()
 
 Undo = Callable[[], None]
@@ -44,12 +44,13 @@ class Memento:
 
     Looked into are attributes of any kind, containers, helper objects, closures, generators of random numbers, and the
     attributes and module-level containers that the classes of modules and helpers rely on. Of tensors that are no
-    parameters the content is kept, too; of parameters it is with `parameters`. Left alone are the tensors of the
-    modules `but`, and optimisers, loaders and trainers that hang on a model.
+    parameters the content is kept, too, of parameters it is until a pass has left it alone. Left alone here are the
+    tensors of the modules `but`, and optimisers, loaders and trainers that hang on a model. With `replaced`, other
+    tensors stand in the place of parameters meanwhile.
     """
 
-    def __init__(self, model: nn.Module, parameters: bool = False, but: Iterable[nn.Module] = ()) -> None:
-        self.keep_parameters = parameters
+    def __init__(self, model: nn.Module, but: Iterable[nn.Module] = (), replaced: bool = False) -> None:
+        self.replaced = replaced
         tables = [table for module in but for table in (module._parameters, module._buffers)]
         self.seen: set[int] = {id(thing) for table in tables for thing in (table, *table.values())}
         self.alive: list[Any] = []  # so that no `id` is used twice
@@ -73,7 +74,7 @@ class Memento:
             if type(thing) is not kind:  # a lazy module becomes another
                 thing.__class__ = kind
         for kept in self.tensors:
-            kept.put_back()
+            kept.put_back(self.replaced)
         for undo in self.undo:
             undo()
 
@@ -148,7 +149,7 @@ class Memento:
         if isinstance(tensor, (lazy.UninitializedParameter, lazy.UninitializedBuffer)):
             self.undo.append(_lazy_back(tensor, type(tensor)))
             return
-        keep = self.keep_parameters or not isinstance(tensor, nn.Parameter) or tensor in _WRITTEN
+        keep = not isinstance(tensor, nn.Parameter) or _WRITTEN.get(tensor, True)
         grad = tensor.grad if tensor.is_leaf else None
         content = _content(tensor) if keep else None
         self.tensors.append(_Kept(tensor, tensor.detach(), content, grad, tensor.requires_grad))
@@ -278,6 +279,13 @@ def _content(tensor: Tensor) -> Tensor | None:
     return None
 
 
+def like(made: Tensor, tensor: Tensor) -> Tensor:
+    """Note of a copy of a parameter what is known of the parameter."""
+    if tensor in _WRITTEN:
+        _WRITTEN[made] = _WRITTEN[tensor]
+    return made
+
+
 class _Kept(NamedTuple):
     """A tensor: what it looked at, its content if that is kept, its gradient and its flag."""
 
@@ -287,16 +295,18 @@ class _Kept(NamedTuple):
     grad: Tensor | None
     requires_grad: bool
 
-    def put_back(self) -> None:
-        """Make it what it was."""
-        tensor, alias = self.tensor, self.alias
+    def put_back(self, replaced: bool) -> None:
+        """Make it what it was. Where another tensor may have stood in its place, nothing is learnt of a parameter."""
+        tensor, alias, content = self.tensor, self.alias, self.content
         moved = (tensor.shape, tensor.dtype, tensor.device) != (alias.shape, alias.dtype, alias.device)
         if moved or tensor.data_ptr() != alias.data_ptr():
             tensor.data = alias
-        if self.content is not None and not _equal(alias, self.content):
-            _WRITTEN[tensor] = True
+        written = content is not None and not _equal(alias, content)
+        if isinstance(tensor, nn.Parameter) and content is not None and (written or not replaced):
+            _WRITTEN[tensor] = written
+        if content is not None and written:
             with torch.no_grad(), torch.inference_mode(alias.is_inference()):
-                alias.copy_(self.content)
+                alias.copy_(content)
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
             tensor.requires_grad_(self.requires_grad)
         if tensor.is_leaf and tensor.grad is not self.grad:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._memento import like
 from ss_pruning._objects import children, is_surrounding
 from ss_pruning.errors import ModelError
 from ss_pruning.walking import modules_of, tensors_of
@@ -147,7 +148,7 @@ def copied(model: nn.Module) -> nn.Module:
 def _like(tensor: Tensor, data: Tensor) -> Tensor:
     """Data as the same kind of tensor: a parameter for a parameter."""
     if type(tensor) is nn.Parameter:
-        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+        return like(nn.Parameter(data, requires_grad=tensor.requires_grad), tensor)
     if type(tensor) is Tensor:
         return data
     raise ModelError(f"the model cannot be copied: it holds a {type(tensor).__name__}")

@@ -32,7 +32,7 @@ from ss_pruning.outputs import tensors_in
 from ss_pruning.pooling_indices import TiedIndices
 from ss_pruning.pulling import SEED, Arrival, Leaf, pull, pull_output
 from ss_pruning.refusing import check_bare, usable_inputs
-from ss_pruning.running import as_arguments, preserved, quiet_hooks, without_checkpoints
+from ss_pruning.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.walking import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning.wiring import INPUT, Layer, Wiring
 
@@ -178,8 +178,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        preserved(model, training, parameters=True),
-        without_checkpoints(),
+        preserved(model, training, replaced=True),
         TiedIndices(),
     ):
         for name, tensor in _loose_tensors(model, recorder.paths):

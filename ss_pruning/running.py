@@ -36,19 +36,19 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextlib.contextmanager
 def preserved(
-    model: nn.Module, training: bool, *, parameters: bool = False, but: Iterable[nn.Module] = ()
+    model: nn.Module, training: bool, *, but: Iterable[nn.Module] = (), replaced: bool = False
 ) -> Iterator[None]:
     """Run a block with the train flag set as asked; what the passes within have changed is taken back afterwards.
 
     Args:
         model: What runs.
         training: The train flag of all modules but dropout, which would hide who feeds whom.
-        parameters: Keep the values of parameters, too, for models whose forward pass writes into them.
         but: Modules whose tensors are set within, on purpose.
+        replaced: Other tensors will stand in the place of parameters.
     """
-    before = Memento(model, parameters, but)
+    before = Memento(model, but, replaced)
     try:
-        with same_random_numbers(model):
+        with same_random_numbers(model), without_checkpoints():
             for module in modules_of(model).values():
                 wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
                 if module.training != wanted:

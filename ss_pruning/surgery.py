@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning._memento import like
 from ss_pruning.cloning import shell
 from ss_pruning.coupling import Key, Side
 from ss_pruning.errors import PlanError
@@ -240,6 +241,7 @@ def _with_values(tensor: Tensor, values: Any) -> Any:
     if not isinstance(tensor, nn.Parameter):
         return values
     parameter = nn.Parameter(values, requires_grad=tensor.requires_grad)
+    like(parameter, tensor)
     parameter.grad = tensor.grad
     return parameter
 
@@ -413,6 +415,7 @@ def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -
     selected = select(tensor.detach())
     if isinstance(tensor, nn.Parameter):
         parameter = nn.Parameter(selected, requires_grad=tensor.requires_grad)
+        like(parameter, tensor)
         if tensor.grad is not None:
             parameter.grad = select(tensor.grad)
         setattr(module, name, parameter)
