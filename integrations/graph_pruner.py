@@ -35,6 +35,7 @@ from ss_pruning.integrations.era import Era
 from ss_pruning.layers import is_depthwise
 from ss_pruning.planning import Floats, Ints, Schedule, schedule
 from ss_pruning.provenance import trace
+from ss_pruning.running import quiet_hooks
 from ss_pruning.settling import FORWARD_REASON, Settler
 from ss_pruning.surgery import Plan
 
@@ -183,15 +184,23 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.current_step += 1
         if interactive:
             return self._prune()
+        try:
+            with torch.inference_mode(False), quiet_hooks(self.model, self.DG.example_inputs):
+                self._cut_chosen(None if plain else partial(self._cut, compensation, calibration, reestimate))
+        except BaseException:
+            self.current_step -= 1  # nothing was cut: the step is still to come
+            raise
+        return None
+
+    def _cut_chosen(self, cut: Callable[[Plan], Plan] | None) -> None:
+        """One step that cuts, with more to do than that if `cut` is given."""
         plan, parts = self._settle()
         if parts:
             era: Era = self.DG.latest
-            cut = None if plain else partial(self._cut, compensation, calibration, reestimate)
             self.DG.record(
                 ", ".join(part[0].root.path for part in parts),
                 era.apply(plan, [cell for part in parts for cell in part], cut),
             )
-        return None
 
     def _cut(self, method: Method, calibration: Any, reestimate: bool, plan: Plan) -> Plan:
         """Cut with compensation; the wiring is that of the model as earlier steps have left it."""

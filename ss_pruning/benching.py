@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ss_pruning.cloning import copied
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.files import packed
 from ss_pruning.latency import Timing, machine, measure_latency, peak_memory
@@ -160,7 +160,7 @@ def compare(
 
 
 def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
-    model = copy.deepcopy(model).eval().requires_grad_(False).to(device, DTYPES[setting.dtype])
+    model = copied(model).eval().requires_grad_(False).to(device, DTYPES[setting.dtype])
     return model.to(memory_format=LAYOUTS[setting.layout])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import os
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning._atomic import check_writable, replacing
+from ss_pruning.cloning import copied
 from ss_pruning.errors import InputError, ModelError, VerificationError
-from ss_pruning.running import call, preserved
+from ss_pruning.running import call, preserved, quiet_hooks
 
 Format = Literal["onnx", "pt2"]
 #: Largest difference between what the file and the model put out, relative to the largest output.
@@ -74,7 +74,7 @@ def export(
         if any(tensor.dtype is torch.bfloat16 for tensor in _tensors(example_inputs)):
             raise InputError("onnxruntime takes no bfloat16 inputs: export model.float(), with float inputs")
     small, large = (_with_batch(example_inputs, batch) for batch in _BATCHES)
-    with preserved(model, training=False), _quiet():
+    with quiet_hooks(model, example_inputs), preserved(model, training=False), _quiet():
         program = _followed(model, small)
         with replacing(path) as temporary:
             run = _WRITERS[chosen](program, temporary)
@@ -127,7 +127,7 @@ def _followed(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     free = pytree.tree_map_only(Tensor, lambda _: {0: batch}, inputs)
     shapes = free if isinstance(free, (dict, tuple)) and not isinstance(inputs, Tensor) else (free,)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = copied(model).eval().requires_grad_(False)
     try:
         return torch.export.export(frozen, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:

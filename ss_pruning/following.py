@@ -123,20 +123,22 @@ def _names_in(function: Any) -> Iterator[str]:
             todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
-# What timm's models and their heads call the width of what the classifier reads.
+# What timm's models and their heads call the widths that the layers of the head read, and where those layers are.
 _HEAD_WIDTHS = ("num_features", "head_hidden_size", "in_features")
+_HEADS = ("conv_head", "final_conv", "head")
 
 
 def head_numbers(model: nn.Module, plan: Plan) -> list[Attribute]:
-    """Numbers from which timm's `reset_classifier` makes a new classifier, where what the old one reads was cut."""
+    """Numbers from which timm's `reset_classifier` makes a new classifier, where what the old head reads was cut."""
     classifier = getattr(model, "get_classifier", None)
     heads = classifier() if callable(classifier) else None
-    paths = {module: path for path, module in modules_of(model).items()}
-    cuts = {cut.path: cut for cut in plan.cuts if cut.side == "in"}
     found: dict[Number, Attribute] = {}
-    for head in heads if isinstance(heads, tuple) else (heads,):
-        cut = cuts.get(paths.get(head, "")) if isinstance(head, nn.Module) else None
-        if cut is None:
+    if heads is None:
+        return []
+    names = {module: path for path, module in modules_of(model).items()}
+    paths = {names.get(head) for head in (heads if isinstance(heads, tuple) else (heads,))}
+    for cut in plan.cuts:
+        if cut.side != "in" or (cut.path not in paths and cut.path.partition(".")[0] not in _HEADS):
             continue
         for path in dict.fromkeys(("", cut.path.rpartition(".")[0])):
             own = vars(model.get_submodule(path))

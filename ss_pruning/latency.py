@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.running import call, preserved
+from ss_pruning.running import call, preserved, quiet_hooks
 
 _LEAST_SECONDS = 2e-3  # what lasts less is run several times: clocks and launches are coarse
 _WARM_UP = 3
@@ -111,6 +111,7 @@ def measure_latency(
 
     with contextlib.ExitStack() as stack:
         for model in models:
+            stack.enter_context(quiet_hooks(model, example_inputs))
             stack.enter_context(preserved(model, training=False))
         stack.enter_context(torch.inference_mode())
         try:
@@ -215,7 +216,7 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     device = device_of(example_inputs)
     storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
     own: dict[int, int] = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    with preserved(model, training=False), torch.inference_mode():
+    with quiet_hooks(model, example_inputs), preserved(model, training=False), torch.inference_mode():
         if device.type == "cuda":
             call(model, example_inputs)
             torch.cuda.synchronize(device)

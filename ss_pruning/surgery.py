@@ -110,6 +110,7 @@ class Plan:
         small = shell(model)
         with torch.inference_mode(False):  # what is made there could never be trained
             self._cut_(small)
+            _tie_(small, model)
             if values is not None:
                 _take_values_(small, values)
         return small
@@ -218,6 +219,22 @@ def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
     deque(map(dict.update, tables, updates), maxlen=0)
     del before
     return model
+
+
+def _tie_(small: nn.Module, model: nn.Module) -> None:
+    """Where a tensor that was cut stands in another place, too, let it do so in the cut model."""
+    theirs = modules_of(small)
+    places = [
+        (tensor, vars(theirs[path])[table], name)
+        for path, module in modules_of(model).items()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for table in ("_parameters", "_buffers")
+        for name, tensor in vars(module)[table].items()
+        if tensor is not None
+    ]
+    cut = {id(tensor): table[name] for tensor, table, name in places if table[name] is not tensor}
+    for tensor, table, name in places:
+        table[name] = cut.get(id(tensor), table[name])
 
 
 def _take_values_(model: nn.Module, values: nn.Module) -> None:
