@@ -34,7 +34,8 @@ REASONS = {
     "reaches the model's output": "output",
     "feeds several channels at once": "broadcast",
     "is fed by the model's input": "no producer",
-    "nothing that ran reads it": "unread",
+    "no layer that ran reads it": "unread",
+    "nothing that ran reads it": "unread",  # in earlier results
     "all channels of a layer hang together": "hang together",
     "the forward pass relies on its width": "forward",
 }

@@ -289,7 +289,7 @@ def examine(
     result: dict[str, Any] = {"pixels": x.shape[-1], "params_before": params(dense)}
     started = time.process_time()
     try:
-        with _limit(timeout):
+        with limited(timeout):
             prune = prune_ours if side == "ours" else partial(prune_tp, whole=whole)
             removed, facts = prune(model, x, stages)
     except OutOfTimeError:
@@ -340,7 +340,7 @@ def _checked(dense: nn.Module, model: nn.Module, removed: Removed, x: Tensor) ->
 
 
 @contextmanager
-def _limit(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Raise `OutOfTimeError` after so much CPU time."""
 
     def stop(*_: object) -> None:

@@ -167,7 +167,7 @@ class _MaskedBench(Bench):
         Raises:
             VerificationError: It is more than rounding.
         """
-        holding = Holding(self.decisions, self._same)
+        holding = self.holding(self.decisions)()
         match = compare(self.expected, self._output(small, holding), self.tolerance)
         certified(match, holding)
         return match.error

@@ -131,14 +131,20 @@ class Holding(_Deciding):
     """Holds what runs while it is entered to decisions that were made before, on the same numbers.
 
     Attributes:
-        compared: How many numbers other than 0 were the same.
+        compared: How many numbers other than 0 were the same, to within `tolerance`.
+        error: Largest difference in these, as `difference` measures it.
         differs: The first operation that looked at others of the same shape; empty if none did.
     """
 
-    def __init__(self, decisions: Sequence[Decision], same: Callable[[Tensor, Tensor], bool]) -> None:
+    def __init__(
+        self,
+        decisions: Sequence[Decision],
+        difference: Callable[[Tensor, Tensor], float | None],
+        tolerance: float,
+    ) -> None:
         super().__init__()
-        self.left, self.same = list(reversed(decisions)), same
-        self.compared, self.differs = 0, ""
+        self.left, self.difference, self.tolerance = list(reversed(decisions)), difference, tolerance
+        self.compared, self.error, self.differs = 0, 0.0, ""
 
     def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
         """What was decided before, if it was about the same numbers; else what is decided now."""
@@ -152,9 +158,11 @@ class Holding(_Deciding):
             return result
         if [t.shape for t in before.looked_at] != [t.shape for t in looked_at]:
             return result  # on channels, of which there are fewer
-        if not all(map(self.same, before.looked_at, looked_at)):
+        errors = [self.difference(a, b) for a, b in zip(before.looked_at, looked_at, strict=True)]
+        if not all(error is not None and error <= self.tolerance for error in errors):
             self.differs = self.differs or operation
             return result
+        self.error = max([self.error, *(error for error in errors if error is not None)])
         self.compared += sum(map(_count, looked_at))
         return _replaced(result, before.result)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,20 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
+#: Channels per label: neighbours share one ("runs", as a flatten lays them out), or those that lie equally far apart
+#: ("strides"), or each has its own.
+Sharing = tuple[Literal["runs", "strides"], int] | None
+
+
+def label_of(labels: Sharing, n: int) -> npt.NDArray[np.int64]:
+    """`[n]`: the label, from 0, of each of `n` channels."""
+    channels = np.arange(n)
+    if labels is None:
+        return channels
+    how, count = labels
+    return channels // (n // count) if how == "runs" else channels % count
+
+
 class Labels:
     """Random cotangents, channel labels and a permutation of them, cached by shape."""
 
@@ -27,16 +41,19 @@ class Labels:
         self.generator = generator
         self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Ints]] = {}
 
-    def __call__(self, like: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Ints]:
-        """The three cotangents, and the permuted labels (`[channels]`, numbered from 1)."""
-        key = (like.shape, axis, like.dtype, like.device)
+    def __call__(
+        self, like: Tensor, axis: int, sharing: Sharing = None
+    ) -> tuple[Tensor, Tensor, Tensor, Ints]:
+        """The three cotangents, and the permuted labels (`[labels]`, numbered from 1)."""
+        key = (like.shape, axis, like.dtype, like.device, sharing)
         if key not in self.cache:
             n = like.shape[axis]
+            label = torch.from_numpy(label_of(sharing, n))
             r = torch.rand(like.shape, generator=self.generator).to(like.device, like.dtype) + 0.5
             shape = [n if a == axis else 1 for a in range(like.dim())]
-            permuted = torch.randperm(n, generator=self.generator) + 1
-            first = torch.arange(1, n + 1, device=like.device, dtype=like.dtype).reshape(shape)
-            second = permuted.to(like.device, like.dtype).reshape(shape)
+            permuted = torch.randperm(int(label.max()) + 1, generator=self.generator) + 1
+            first = (label + 1).to(like.device, like.dtype).reshape(shape)
+            second = permuted[label].to(like.device, like.dtype).reshape(shape)
             self.cache[key] = (r, r * first, r * second, permuted.numpy())
         return self.cache[key]
 

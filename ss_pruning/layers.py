@@ -77,8 +77,14 @@ def _foreign_kind(module: nn.Module) -> Kind | None:
     ):
         return None
     if module not in _FOREIGN:
-        _FOREIGN[module] = _asked_kind(module, weight) if weight.dim() == 1 else None
+        _FOREIGN[module] = _asked_kind(module, weight) if long_axis(weight) is not None else None
     return _FOREIGN[module]
+
+
+def long_axis(tensor: Tensor) -> int | None:
+    """The axis of a vector, which may have been given others of size 1: `[1, channels, 1, 1]`."""
+    longest = max(range(tensor.dim()), key=lambda axis: tensor.shape[axis], default=None)
+    return longest if longest is not None and tensor.shape[longest] == tensor.numel() else None
 
 
 def _holds_tensors_inside(module: nn.Module) -> bool:
@@ -90,7 +96,7 @@ _FOREIGN: WeakKeyDictionary[nn.Module, Kind | None] = WeakKeyDictionary()
 
 
 def _asked_kind(module: nn.Module, weight: Tensor) -> Kind | None:
-    n = len(weight)
+    n = weight.numel()
     x = torch.linspace(-1.0, 2.0, 6 * n, dtype=weight.dtype, device=weight.device)
     shift = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
     for shape in ((1, n, 3, 2), (1, 3, 2, n)):
@@ -176,12 +182,13 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
         return fitting[0]
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
         return x.dim() - 1
-    weight = torch.ones(n, dtype=x.dtype, device=x.device)
+    assert isinstance(module.weight, Tensor)
+    weight = torch.ones(module.weight.shape, dtype=x.dtype, device=x.device)
     # Of both signs in every channel: an activation inside may silence one.
     probe = torch.arange(x[:1].numel(), device=x.device).sin().to(x.dtype).reshape(x[:1].shape)
     plain = ask(module, {"weight": weight}, probe)
     weight = weight.clone()
-    weight[0] = 2.0
+    weight.view(-1)[0] = 2.0
     moved = (ask(module, {"weight": weight}, probe) - plain).nonzero()
     for axis in fitting:
         if moved.numel() and not moved[:, axis].any():

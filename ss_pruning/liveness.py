@@ -255,7 +255,11 @@ def _dead_outputs(
         return None
     if layer.kind == "norm":
         weight = getattr(module, "weight", None)
-        dead = torch.zeros(layer.outputs, dtype=torch.bool) if weight is None else weight.detach().eq(0).cpu()
+        dead = (
+            torch.zeros(layer.outputs, dtype=torch.bool)
+            if weight is None
+            else weight.detach().eq(0).flatten().cpu()
+        )
         return dead if still is None or mixes_channels(module) else dead | still
     alive = kernels[path]
     if still is None:

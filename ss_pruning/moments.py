@@ -91,7 +91,7 @@ def norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
     for path, layer in wiring.layers.items():
         if layer.kind == "norm":
             weight = getattr(modules[path], "weight", None)
-            scales[path] = torch.ones(layer.outputs) if weight is None else weight.square()
+            scales[path] = torch.ones(layer.outputs) if weight is None else weight.square().flatten()
     return scales
 
 

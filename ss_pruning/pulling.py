@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss_pruning.labels import Ints, Labels, Pulled, aligned_axis, decode, rows_along
+from ss_pruning.labels import Ints, Labels, Pulled, Sharing, aligned_axis, decode, label_of, rows_along
 from ss_pruning.wiring import Feed, LooseTensor, Wiring
 
 #: Of all randomness in the probe.
@@ -66,6 +66,7 @@ def pull(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels
             if leaf.axis < 0:
                 wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
             elif len(broadcast):
+                pairs, broadcast = _pull_blocks(arrival, leaf, labels, pairs, broadcast)
                 pairs, broadcast = _pull_parts(arrival, leaf, labels, _whole(arrival), pairs, broadcast)
             assert arrival.path is not None
             wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
@@ -95,11 +96,14 @@ def _whole(arrival: Arrival) -> _Span:
 
 
 def _pull_batch(
-    batch: Sequence[tuple[Arrival, Sequence[Leaf]]], labels: Labels, span: _Span | None = None
+    batch: Sequence[tuple[Arrival, Sequence[Leaf]]],
+    labels: Labels,
+    span: _Span | None = None,
+    sharing: Sharing = None,
 ) -> list[list[_Found]]:
     """For each arrival the leaves that feed it, seen from its channels in `span`; no two arrivals see the same leaf."""
     tensors = [leaf.tensor for _, near in batch for leaf in near]
-    cotangents = [_cotangents(arrival, labels, span or _whole(arrival)) for arrival, _ in batch]
+    cotangents = [_cotangents(arrival, labels, span or _whole(arrival), sharing) for arrival, _ in batch]
     pulls = zip(
         *(
             torch.autograd.grad(
@@ -131,14 +135,35 @@ def _pull_batch(
     return found
 
 
-def _cotangents(arrival: Arrival, labels: Labels, span: _Span) -> tuple[list[Tensor], Ints]:
+def _cotangents(arrival: Arrival, labels: Labels, span: _Span, sharing: Sharing) -> tuple[list[Tensor], Ints]:
     """What to pull with, 0 outside the channels of `span`, and the permuted labels."""
-    *cotangents, permuted = labels(arrival.tensor, arrival.axis)
+    *cotangents, permuted = labels(arrival.tensor, arrival.axis, sharing)
     if span != _whole(arrival):
         inside = torch.zeros_like(cotangents[0])
         inside.narrow(arrival.axis, span[0], span[1] - span[0]).fill_(1)
         cotangents = [c * inside for c in cotangents]
     return cotangents, permuted
+
+
+def _pull_blocks(
+    arrival: Arrival, leaf: Leaf, labels: Labels, pairs: Tensor, broadcast: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tell which channels feed a block of channels of their own: pooled (to more places than there were) and flattened.
+
+    One place then feeds several channels, but none outside the block.
+    """
+    count, n = leaf.tensor.shape[leaf.axis], arrival.tensor.shape[arrival.axis]
+    if n == count or n % count:
+        return pairs, broadcast
+    resolved = [pairs]
+    for sharing in (("runs", count), ("strides", count)):
+        for *_, blocks, _rest in _pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
+            blocks = blocks[torch.isin(blocks[:, 0], broadcast)]
+            block = torch.from_numpy(label_of(sharing, n))
+            at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
+            resolved.append(torch.stack([blocks[at, 0], listeners], 1))
+            broadcast = broadcast[~torch.isin(broadcast, blocks[:, 0])]
+    return torch.cat(resolved), broadcast
 
 
 def _pull_parts(

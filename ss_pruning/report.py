@@ -93,7 +93,7 @@ class Report:
             which model is faster.
         model_sha256: checksum in the model's file that was written with this report.
         by_decisions: nothing that the model returned on the example input could be compared (a detector that found
-            nothing): `max_error` is 0, and what was compared is what the model's decisions looked at.
+            nothing): what was compared, for `max_error`, too, is what the model's decisions looked at.
     """
 
     model: str
@@ -197,7 +197,7 @@ class Report:
         if self.by_decisions:
             return (
                 "The model returned nothing on the example input that could be compared. The numbers by which it "
-                f"selects are the masked model's, to within rounding.{after}"
+                f"selects are the masked model's, to within {self.max_error:.1e}.{after}"
             )
         return (
             "Cut equals masked: the largest difference between their outputs is "

@@ -23,7 +23,7 @@ from ss_pruning._memento import like
 from ss_pruning.cloning import shell
 from ss_pruning.coupling import Key, Side
 from ss_pruning.errors import PlanError
-from ss_pruning.layers import groups_of, is_depthwise, width
+from ss_pruning.layers import groups_of, is_depthwise, long_axis, width
 from ss_pruning.walking import modules_of, tensors_of
 
 #: Name under which a pruned model carries the plan that made it.
@@ -409,8 +409,9 @@ def _gather_layer(module: nn.Module, cut: Cut) -> None:
         setattr(module, f"{cut.side}_channels", n)
     else:
         for name, tensor in list(_own_tensors(module)):
-            if tensor.dim() == 1 and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, kept)
+            axis = long_axis(tensor)
+            if axis is not None and tensor.shape[axis] == cut.width:
+                _gather(module, name, axis, kept)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             module.normalized_shape = (n,)
         elif isinstance(module, _NormBase):

@@ -56,7 +56,8 @@ class Verified:
     Attributes:
         plan: The plan, with the stored numbers that have to follow.
         max_error: Largest difference between cut and masked outputs, relative to the largest output.
-        by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was.
+        by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was: so is
+            `max_error`.
     """
 
     plan: Plan
@@ -209,11 +210,12 @@ class Bench:
         small = _cut(self.dense, plan)
         follower = Follower(plan, self.arrivals, parts, fixed)
         twin = self.precise(small)
-        found, holding = _run_cut(twin, self.inputs, follower, lambda: Holding(decisions, self._same))
+        found, holding = _run_cut(twin, self.inputs, follower, self.holding(decisions))
         try:
             match = compare(expected, found, self.tolerance)
             by_decisions = certified(match, holding)
-            return Verified(Plan(plan.cuts, tuple(follower.found)), match.error, by_decisions)
+            worst = holding.error if by_decisions else match.error
+            return Verified(Plan(plan.cuts, tuple(follower.found)), worst, by_decisions)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
                 at = self._first_difference(selection, twin) if locate else ""
@@ -222,10 +224,9 @@ class Bench:
         moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate=locate, reorder=False)
 
-    def _same(self, masked: Tensor, cut: Tensor) -> bool:
-        """Whether a decision looks at the same numbers in both models."""
-        error = difference(masked, cut)
-        return error is not None and error <= self.tolerance
+    def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
+        """Makes what holds a pass of the cut model to the decisions of the masked one."""
+        return partial(Holding, decisions, difference, self.tolerance)
 
     def _masked(self, selection: Selection) -> tuple[Any, list[Decision]]:
         """What the masked model returns, and what it decides on the way.
