@@ -43,8 +43,9 @@ def code_version(side: str) -> str:
     files = [Path(coverage_worker.__file__)]
     if side == "ours":
         core = (
-            "cloning coupling errors following labels layers macs masking moments planning provenance pruning pulling "
-            "reordering settling slots soundness staying strength surgery verification walking wiring"
+            "_memento _objects agreement cloning coupling decisions errors following labels layers macs "
+            "masking moments outputs planning provenance pruning pulling reordering running settling slots "
+            "soundness staying strength surgery verification walking wiring"
         )
         files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
         files += [ROOT / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")]

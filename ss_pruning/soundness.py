@@ -75,8 +75,8 @@ class SoundPart:
                     stack += self._split(part, error.at or "")
                     continue
                 again = self._without_numbers(part, error)
-                if again is None:
-                    self.failed[part[0]] = str(error)
+                if isinstance(again, str):
+                    self.failed[part[0]] = again
                     continue
                 verified = again
             self.verified = verified
@@ -84,7 +84,9 @@ class SoundPart:
 
     def _undecided(self, part: list[int], stack: list[list[int]]) -> list[int]:
         """What is worth a trial now. The same as what failed fails as well; alike ones come last, one of each first."""
-        known = {self.same[i]: reason for i, reason in self.failed.items()}
+        known: dict[tuple[Kind, Size], int] = {}
+        for i in self.failed:
+            known.setdefault(self.same[i], i)
         if len(part) == 1 and self.same[part[0]] not in known:
             return part
         kinds, passed = {kind for kind, _ in known}, {self.same[i] for i in self.sound}
@@ -93,7 +95,8 @@ class SoundPart:
         for i in part:
             same = self.same[i]
             if same in known:
-                self.failed[i] = known[same]
+                first = known[same]
+                self.failed[i] = f"as it does on that of '{self.units[first].name}': {self.failed[first]}"
             elif same[0] in kinds and same not in passed:
                 doubtful.setdefault(same, []).append(i)
             else:
@@ -122,15 +125,17 @@ class SoundPart:
             path = path.rpartition(".")[0]
         return []
 
-    def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | None:
+    def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | str:
         """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
+
+        What is wrong with the fewest of them is wrong with the cut itself: that reason is returned.
 
         First those of the module where it failed and of what encloses it; if there are none, those of one name after
         the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
         """
         before = self.verified.followed() if self.verified else frozenset()
         rightly = {alike(number) for number in before}
-        left = _PATIENCE
+        left, fewest, reason = _PATIENCE, len(error.followed), str(error)
 
         def suspects(latest: VerificationError) -> list[set[Number]]:
             new = latest.followed - before
@@ -140,7 +145,7 @@ class SoundPart:
             )
 
         def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
-            nonlocal left
+            nonlocal left, fewest, reason
             for numbers in suspects(latest):
                 if not left:
                     return None
@@ -149,6 +154,8 @@ class SoundPart:
                 try:
                     verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
                 except VerificationError as again:
+                    if len(again.followed) <= fewest:
+                        fewest, reason = len(again.followed), str(again)
                     if found := tried(more, again):
                         return found
                     continue
@@ -156,7 +163,7 @@ class SoundPart:
                 return verified
             return None
 
-        return tried(set(), error)
+        return tried(set(), error) or reason
 
 
 def _kind(unit: Unit) -> Kind:

@@ -6,7 +6,10 @@ from collections.abc import Collection
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from ss_pruning import prune_
 from ss_pruning.coupling import Cell, Member, Unit
 from ss_pruning.errors import VerificationError
 from ss_pruning.following import Number
@@ -118,3 +121,69 @@ def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> 
     assert not part.failed
     assert ("net.3", "index", None) in part.fixed
     assert ("net.0", "width", None) not in part.fixed
+
+
+def test_the_reason_is_what_is_wrong_with_no_number_moved_by_chance() -> None:
+    """A width that only happens to be stored elsewhere fails there first; that is not why the unit stays."""
+    chance = ("other", "limit", None)
+
+    def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        if not part:
+            return Verified(Plan(), 0.0)
+        if chance in fixed:
+            raise VerificationError("wrong in 'own'", (), "own")
+        raise VerificationError("wrong in 'other'", [chance], "other")
+
+    part = SoundPart([unit("own")], attempt, set())
+    part.search([0])
+    assert part.failed == {0: "wrong in 'own'"}
+
+
+def test_what_was_not_tried_says_what_it_is_like() -> None:
+    units = [unit(f"blocks.{i}.qkv") for i in range(3)]
+    part = searched(Bench(units, {unit.name for unit in units}))
+    tried = [i for i, reason in part.failed.items() if reason == "wrong"]
+    assert len(tried) == 1
+    said = f"as it does on that of '{units[tried[0]].name}': wrong"
+    assert sorted(part.failed.values()) == sorted(["wrong", said, said])
+
+
+class Fixed(nn.Module):
+    """Relies on one width in so many words; and crops to a number that is another's by chance."""
+
+    class Cropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.limit, self.one, self.two = 8, nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).relu())[..., : self.limit]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.words = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 10, 1)
+        self.cropped, self.end = self.Cropped(), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.words(self.cropped(self.start(x))).reshape(-1, 10, 8, 8).relu())
+
+
+def test_numbers_found_to_stay_are_not_looked_for_again_when_a_unit_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    ask = SoundPart._without_numbers
+
+    def noted(self: SoundPart, part: list[int], error: VerificationError) -> Verified | str:
+        asked.append(self.units[part[0]].name)
+        return ask(self, part, error)
+
+    monkeypatch.setattr(SoundPart, "_without_numbers", noted)
+    torch.manual_seed(0)
+    model = Fixed().eval()
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, scope="local")
+    assert (model.cropped.limit, model.cropped.one.out_channels, model.words.out_channels) == (8, 4, 10)
+    assert any(
+        "relies on its width" in left.reason and left.paths == ("words",) for left in report.left_whole
+    )
+    assert sorted(asked) == ["cropped.one", "words"]
