@@ -66,7 +66,8 @@ def pull(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels
             if leaf.axis < 0:
                 wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
             elif len(broadcast):
-                pairs, broadcast = _pull_blocks(arrival, leaf, labels, pairs, broadcast)
+                more, broadcast = _pull_blocks(arrival, leaf, labels, found[i], broadcast)
+                pairs = torch.cat([pairs, more])
                 pairs, broadcast = _pull_parts(arrival, leaf, labels, _whole(arrival), pairs, broadcast)
             assert arrival.path is not None
             wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
@@ -146,24 +147,34 @@ def _cotangents(arrival: Arrival, labels: Labels, span: _Span, sharing: Sharing)
 
 
 def _pull_blocks(
-    arrival: Arrival, leaf: Leaf, labels: Labels, pairs: Tensor, broadcast: Tensor
+    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[_Found], broadcast: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tell which channels feed a block of channels of their own: pooled (to more places than there were) and flattened.
 
-    One place then feeds several channels, but none outside the block.
+    One place then feeds several channels, but none outside the block. Where something feeds the channels of a block one
+    by one, a gate for all of them is a gate.
+
+    Returns:
+        Pairs of what is resolved so, and the channels that are not.
     """
     count, n = leaf.tensor.shape[leaf.axis], arrival.tensor.shape[arrival.axis]
-    if n == count or n % count:
-        return pairs, broadcast
-    resolved = [pairs]
-    for sharing in (("runs", count), ("strides", count)):
-        for *_, blocks, _rest in _pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
+    resolved = [broadcast.new_empty((0, 2))]
+    for sharing in (("runs", count), ("strides", count)) if n > count > 1 and n % count == 0 else ():
+        block = torch.from_numpy(label_of(sharing, n))
+        if any(_tells_apart(pairs, block) for *_, pairs, _ in found):
+            continue
+        for *_, blocks, _ in _pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
             blocks = blocks[torch.isin(blocks[:, 0], broadcast)]
-            block = torch.from_numpy(label_of(sharing, n))
             at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
             resolved.append(torch.stack([blocks[at, 0], listeners], 1))
             broadcast = broadcast[~torch.isin(broadcast, blocks[:, 0])]
     return torch.cat(resolved), broadcast
+
+
+def _tells_apart(pairs: Tensor, block: Tensor) -> bool:
+    """Whether different channels of one source feed a block."""
+    into = torch.stack([pairs[:, 0], block[pairs[:, 1]]], 1).unique(dim=0)[:, 1]
+    return len(into.unique()) < len(into)
 
 
 def _pull_parts(

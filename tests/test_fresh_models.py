@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import coverage_fresh
-from ss_pruning import prune_
+from ss_pruning import prune_, trace
 from ss_pruning.agreement import difference
 from ss_pruning.decisions import Holding, Recording
 from ss_pruning.errors import SSPruningError
@@ -119,6 +119,24 @@ def test_a_gate_before_the_flatten_keeps_its_channels() -> None:
     with pytest.raises(SSPruningError, match="feeds several channels at once"):
         prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5)
     assert model.features.out_channels == 8
+
+
+class Gated(nn.Module):
+    """Two gates, of one half of the channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.gates, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gates(x).sigmoid().repeat_interleave(4, 1)
+        return self.head(self.features(x) * gates)
+
+
+def test_gates_of_blocks_tie_no_channels() -> None:
+    feeds = {feed.source: feed for feed in trace(Gated().eval(), torch.randn(1, 3, 8, 8)).feeds["head"]}
+    assert feeds["features"].pairs.tolist() == [[i, i] for i in range(8)]
+    assert (feeds["gates"].pairs.tolist(), feeds["gates"].broadcast.tolist()) == ([], [0, 1])
 
 
 class Affine(nn.Module):
