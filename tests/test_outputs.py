@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import prune_, trace
-from ss_pruning.agreement import compare
+from ss_pruning.agreement import compare, difference
 from ss_pruning.decisions import Holding, Recording
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.outputs import tensors_in, values_in
@@ -224,12 +224,12 @@ def test_a_model_is_held_to_decisions_about_the_same_numbers_alone() -> None:
     )
     with Recording() as recording:
         first = scores.argmax()
-    holding = Holding(recording.decisions, lambda a, b: bool((a - b).abs().max() < 1e-10))
+    holding = Holding(recording.decisions, difference, 1e-10)
     with holding:
         second = nearly.argmax()
     assert (first, second, nearly.argmax()) == (2, 2, 1)
     assert holding.compared == 3
-    strict = Holding(recording.decisions, torch.equal)
+    strict = Holding(recording.decisions, difference, 0.0)
     with strict:
         assert nearly.argmax() == 1
     assert strict.differs
@@ -253,7 +253,7 @@ def test_every_jump_is_held(name: str, decide: Callable[[Tensor], Any]) -> None:
     with Recording() as recording:
         expected = decide(t.clone())
     assert recording.decisions
-    with Holding(recording.decisions, lambda a, b: True):  # whatever it looks at
+    with Holding(recording.decisions, lambda a, b: 0.0, 1.0):  # whatever it looks at
         held = decide(-t)
     assert str(held) == str(expected)
     assert str(decide(-t)) != str(expected) or name == "item"
