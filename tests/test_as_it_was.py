@@ -176,3 +176,27 @@ def test_exporting_changes_nothing(seed: int) -> None:
     before = state_of(model)
     attempt(exported, model, x, SSPruningError)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("seed", range(0, MODELS, 5))
+def test_nnis_pruner_leaves_nothing_behind(seed: int) -> None:
+    """Scores are taken by running the model; wrappers are NNI's business, and it takes them off again."""
+    nni = pytest.importorskip("ss_pruning.integrations.nni_adapter", reason="needs nni")
+    model, x = odd_model(seed)
+    habits = [(vars(m).copy(), dict(m._buffers)) for m in (model.before, model.after)]
+    random_numbers = torch.get_rng_state().tolist()
+    try:
+        pruner = nni.SynapticStrengthPruner(
+            model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], x, moments="gaussian"
+        )
+        pruner.compress()
+        pruner.unwrap_model()
+    except SSPruningError:
+        pass
+    assert torch.get_rng_state().tolist() == random_numbers
+    for module, (attributes, buffers) in zip((model.before, model.after), habits, strict=True):
+        assert {k: v for k, v in vars(module).items() if not k.startswith("_")} == {
+            k: v for k, v in attributes.items() if not k.startswith("_")
+        }
+        assert module._buffers.keys() == buffers.keys()
+        assert all(module._buffers[name] is buffer for name, buffer in buffers.items())
