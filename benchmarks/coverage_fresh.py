@@ -104,6 +104,7 @@ def _list_of_images(side: int) -> tuple[list[Tensor]]:
 def _before_selection(model: nn.Module, side: int, dtype: torch.dtype) -> list[Tensor]:
     """What a detector's heads put out, for given boxes where they look at boxes."""
     net: Any = model
+    side = (net.transform.fixed_size or (side,))[0]  # SSD's, whatever image comes
     found = net.backbone(torch.rand(1, 3, side, side).to(dtype))
     features = list(found.values())
     if not hasattr(net, "roi_heads"):

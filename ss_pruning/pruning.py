@@ -19,7 +19,6 @@ from ss_pruning.coupling import IGNORED_REASON, Coupling, LeftWhole, couple
 from ss_pruning.cutting import calibration_images, check_compensation, prepared
 from ss_pruning.defaults import COST_EXPONENT, default_reestimate
 from ss_pruning.errors import InputError
-from ss_pruning.following import Number
 from ss_pruning.hastening import Measure, settle_in_time, stopwatch
 from ss_pruning.latency import as_reported
 from ss_pruning.layer_times import layer_times, roundings
@@ -226,7 +225,6 @@ def _settled(
         bench = Bench(contest.model, contest.example_inputs, contest.wiring)
     bench.watch = lambda: clock("verify", 3)
     known: Verified | None = None
-    fixed: set[Number] = set()
     try:
         while True:
             ranking = contest.ranked(scope, clock)
@@ -235,7 +233,7 @@ def _settled(
                 search = Search(
                     bench, coupling, contest.costs, contest.budget, ranking.moves, ranking.cost_exponent
                 )
-                search.verified, search.fixed = known, fixed
+                search.verified = known
                 try:
                     verified, times = _in_time(search, ranking.scores, latency, measure)
                     return _Found(verified, ranking, coupling.left_whole, times)

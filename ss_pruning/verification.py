@@ -158,12 +158,15 @@ class Bench:
     ) -> Verified:
         """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.
 
-        Alike blocks are one; what was found for them holds for later plans, too. With `last`, if a plan fails, it is
-        tried once more with all numbers following.
+        Alike blocks are one; what was found for them holds for later plans, too. A plan that fails is tried once more
+        without the numbers that nobody knows to be needed, and with `last` with all numbers following.
         """
         try:
             verified = attempt(fixed | self.idle)
-        except VerificationError:
+        except VerificationError as error:
+            doubtful = {alike(number) for number in error.followed} - self.needed
+            if (without := self._without(attempt, fixed, doubtful) if doubtful else None) is not None:
+                return without
             if not last:
                 raise
             verified = attempt(fixed)
