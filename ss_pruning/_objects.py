@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Mapping
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ ATOMS = (
 #: Containers of values by place.
 SEQUENCES = (list, tuple, deque)
 SETS = (set, frozenset)
+_BUILT_IN = frozenset((dict, OrderedDict, *SEQUENCES, *SETS))
 # Objects of these libraries hold the surroundings of a model (optimisers, loaders, trainers), not what it computes.
 _SURROUNDINGS = frozenset(
     ("accelerate", "asyncio", "concurrent", "io", "lightning", "logging", "multiprocessing", "nni", "numpy")
@@ -47,19 +49,14 @@ _OTHERS = frozenset(
 def children(thing: Any) -> Iterator[tuple[str, Any]] | None:
     """What `thing` holds, each with how it is written behind the name of `thing`; None where that cannot be seen.
 
-    A function holds what it closes over, a method its object. Modules of Python, classes and what iterates are not
-    looked into.
+    A function holds what it closes over and its defaults, a method its object; containers of a kind of their own hold
+    their attributes, too. Sets are gone through in an order that does not depend on where things lie. Modules of
+    Python, classes and what iterates are not looked into.
     """
     if isinstance(thing, (*ATOMS, type, types.ModuleType, types.BuiltinFunctionType)):
         return iter(())
-    if isinstance(thing, Mapping):
-        return ((f"[{key!r}]", value) for key, value in list(thing.items()))
-    if isinstance(thing, SEQUENCES):
-        fields = getattr(thing, "_fields", None)  # of a named tuple
-        names = fields if isinstance(fields, tuple) and len(fields) == len(thing) else None
-        return ((f".{names[i]}" if names else f"[{i}]", value) for i, value in enumerate(thing))
-    if isinstance(thing, SETS):
-        return (("{...}", value) for value in list(thing))
+    if isinstance(thing, (Mapping, *SEQUENCES, *SETS)):
+        return chain(_items(thing), _beside_items(thing))
     if isinstance(thing, types.FunctionType):
         return ((f"<{name}>", value) for name, value in _closed_over(thing))
     if isinstance(thing, types.MethodType):
@@ -67,6 +64,34 @@ def children(thing: Any) -> Iterator[tuple[str, Any]] | None:
     if isinstance(thing, functools.partial):
         return iter(((".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)))
     return attributes(thing)
+
+
+def _items(thing: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(thing, Mapping):
+        return ((f"[{key!r}]", value) for key, value in list(thing.items()))
+    if isinstance(thing, SETS):
+        return (("{...}", value) for value in sorted(thing, key=rank))
+    fields = getattr(thing, "_fields", None)  # of a named tuple
+    names = fields if isinstance(fields, tuple) and len(fields) == len(thing) else None
+    return ((f".{names[i]}" if names else f"[{i}]", value) for i, value in enumerate(thing))
+
+
+def _beside_items(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes of a container that are none of its items."""
+    if type(thing) in _BUILT_IN:
+        return
+    items = {id(value) for _, value in _items(thing)}
+    for name, value in attributes(thing) or ():
+        if id(value) not in items:
+            yield name, value
+
+
+def rank(thing: Any) -> tuple[str, str]:
+    """By what a set is gone through."""
+    kind = type(thing).__name__
+    if isinstance(thing, Tensor):
+        return kind, str((tuple(thing.shape), thing.dtype))
+    return kind, repr(thing) if isinstance(thing, ATOMS) else ""
 
 
 def attributes(thing: Any) -> Iterator[tuple[str, Any]] | None:
@@ -85,8 +110,14 @@ def slots(kind: Hashable) -> tuple[str, ...]:
     found: list[str] = []
     for base in getattr(kind, "__mro__", ()):
         own = vars(base).get("__slots__", ())
-        found += (own,) if isinstance(own, str) else own
+        own = (own,) if isinstance(own, str) else own
+        private = f"_{base.__name__.lstrip('_')}"
+        found += [private + name if _is_private(name) else name for name in own]
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
 
 
 def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -96,6 +127,8 @@ def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         except ValueError:  # not bound yet
             continue
     yield from vars(function).items()
+    yield from ((f"default {i}", value) for i, value in enumerate(function.__defaults__ or ()))
+    yield from (function.__kwdefaults__ or {}).items()
 
 
 def is_surrounding(thing: Any) -> bool:

@@ -8,6 +8,7 @@ looked at are the last that can be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,15 +66,25 @@ _Kind = Literal["always", "cast", "rounding", "foreign", "never"]
 
 @dataclass(frozen=True)
 class Decision:
-    """One operation, the numbers that it looked at (none if there was no room), and what it made of them."""
+    """One operation, what it looked at (nothing if there was no room), and what it made of that.
+
+    Attributes:
+        operation: Its name.
+        looked_at: The tensors whose numbers it jumps at.
+        terms: All else it was given: thresholds, how many to take, along which axis, whole numbers.
+        result: What it made of them.
+        tells: Whether what it looked at depends on the layers of the model.
+    """
 
     operation: str
     looked_at: tuple[Tensor, ...]
+    terms: tuple[Any, ...]
     result: Any
+    tells: bool = True
 
     def numbers(self) -> int:
-        """How many numbers other than 0 it looked at."""
-        return sum(map(_count, self.looked_at))
+        """How many numbers other than 0 it looked at, if these tell something about the model."""
+        return sum(int(t.count_nonzero()) for t in self.looked_at) if self.tells else 0
 
 
 class _Deciding(TorchDispatchMode):
@@ -97,16 +108,17 @@ class _Deciding(TorchDispatchMode):
             return func(*args, **kwargs)
         if kind == "rounding" and kwargs.get("rounding_mode") is None:
             return func(*args, **kwargs)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        looked_at = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        given = pytree.tree_leaves((args, kwargs))
         if func._schema.is_mutable:  # it writes over what it looks at
-            looked_at = [t.clone() for t in looked_at]
+            given = _cloned(given)
         result = func(*args, **kwargs)
+        looked_at = tuple(thing for thing in given if _is_measured(thing))
         if not looked_at or (kind == "foreign" and not _puts_out_whole_numbers(result)):
             return result
-        return self.decided(func._schema.name, looked_at, result)
+        terms = tuple(thing for thing in given if not _is_measured(thing))
+        return self.decided(Decision(func._schema.name, looked_at, terms, result))
 
-    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
+    def decided(self, decision: Decision) -> Any:
         """What to take for the result of an operation that decides."""
         raise NotImplementedError
 
@@ -119,12 +131,14 @@ class Recording(_Deciding):
         self.decisions: list[Decision] = []
         self.bytes = 0
 
-    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
+    def decided(self, decision: Decision) -> Any:
         """Note it."""
-        self.bytes += sum(t.numel() * t.element_size() for t in looked_at)
-        kept = looked_at if self.bytes <= _MEMORY else ()
-        self.decisions.append(Decision(operation, tuple(t.clone() for t in kept), _cloned(result)))
-        return result
+        self.bytes += sum(t.numel() * t.element_size() for t in decision.looked_at)
+        looked_at, terms = (decision.looked_at, decision.terms) if self.bytes <= _MEMORY else ((), ())
+        self.decisions.append(
+            Decision(decision.operation, _cloned(looked_at), _cloned(terms), _cloned(decision.result))
+        )
+        return decision.result
 
 
 class Holding(_Deciding):
@@ -146,25 +160,43 @@ class Holding(_Deciding):
         self.left, self.difference, self.tolerance = list(reversed(decisions)), difference, tolerance
         self.compared, self.error, self.differs = 0, 0.0, ""
 
-    def decided(self, operation: str, looked_at: Sequence[Tensor], result: Any) -> Any:
-        """What was decided before, if it was about the same numbers; else what is decided now."""
+    def decided(self, decision: Decision) -> Any:
+        """What was decided before, if it was about the same numbers on the same terms; else what is decided now."""
         before = self.left.pop() if self.left else None
         if before is None:
-            return result
-        if (
-            before.operation != operation
-        ):  # another way through the code: nothing from here on belongs together
-            self.left, self.differs = [], self.differs or operation
-            return result
-        if [t.shape for t in before.looked_at] != [t.shape for t in looked_at]:
-            return result  # on channels, of which there are fewer
-        errors = [self.difference(a, b) for a, b in zip(before.looked_at, looked_at, strict=True)]
-        if not all(error is not None and error <= self.tolerance for error in errors):
-            self.differs = self.differs or operation
-            return result
+            return decision.result
+        if before.operation != decision.operation:
+            # Another way through the code: nothing from here on belongs together.
+            self.left, self.differs = [], self.differs or decision.operation
+            return decision.result
+        if [t.shape for t in before.looked_at] != [t.shape for t in decision.looked_at]:
+            return decision.result  # on channels, of which there are fewer
+        pairs = zip(before.looked_at, decision.looked_at, strict=True)
+        errors = [self.difference(a, b) for a, b in pairs]
+        alike = all(error is not None and error <= self.tolerance for error in errors)
+        if not alike or not _same_terms(before.terms, decision.terms, self.tolerance):
+            self.differs = self.differs or decision.operation
+            return decision.result
         self.error = max([self.error, *(error for error in errors if error is not None)])
-        self.compared += sum(map(_count, looked_at))
-        return _replaced(result, before.result)
+        self.compared += before.numbers()
+        return _replaced(decision.result, before.result)
+
+
+def _is_measured(thing: Any) -> bool:
+    return isinstance(thing, Tensor) and (thing.is_floating_point() or thing.is_complex())
+
+
+def _same_terms(before: Sequence[Any], now: Sequence[Any], tolerance: float) -> bool:
+    """Whether two operations of one kind do the same: a number that is a width is another one in a cut model."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        if type(a) is float and type(b) is float:
+            return math.isclose(a, b, rel_tol=tolerance) or (math.isnan(a) and math.isnan(b))
+        return bool(a == b)
+
+    return len(before) == len(now) and all(map(same, before, now))
 
 
 def _kind_of(func: Any) -> _Kind:
@@ -192,7 +224,3 @@ def _replaced(result: Any, before: Any) -> Any:
     if isinstance(result, Tensor) and isinstance(before, Tensor) and result.shape == before.shape:
         return result.copy_(before)
     return _cloned(before)
-
-
-def _count(tensor: Tensor) -> int:
-    return int(tensor.count_nonzero())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ss_pruning._objects import ATOMS, children
+from ss_pruning._objects import ATOMS, SETS, children, rank
 from ss_pruning.errors import ModelError
 
-#: A tensor, or a Python number that was taken from one.
-Value = Tensor | bool | int | float | complex
+#: A tensor, a Python number that was taken from one, or what else a width may have got into.
+Value = Tensor | bool | int | float | complex | str | bytes | range | slice | enum.Enum | torch.dtype
+_SAYING = (str, bytes, range, slice, enum.Enum, torch.dtype)
 
 
 def values_in(output: Any) -> dict[str, Value]:
@@ -29,13 +31,20 @@ def values_in(output: Any) -> dict[str, Value]:
     todo: list[tuple[str, Any]] = [("output", output)]
     while todo:
         name, thing = todo.pop()
+        while name in found:  # keys that look alike
+            name += "'"
         if isinstance(thing, Tensor):
             found |= _dense(name, thing)
+            if (own := getattr(thing, "__dict__", None)) and id(thing) not in seen:
+                seen[id(thing)] = thing
+                todo += [(f"{name}.{key}", value) for key, value in own.items()]
         elif isinstance(thing, (bool, int, float, complex, np.generic, np.ndarray)):
             found[name] = _number(name, thing)
+        elif isinstance(thing, _SAYING):
+            found[name] = thing
         elif not isinstance(thing, ATOMS) and id(thing) not in seen:
             seen[id(thing)] = thing
-            inside = None if isinstance(thing, nn.Module) else children(thing)
+            inside = None if isinstance(thing, nn.Module) or _has_no_order(thing) else children(thing)
             if inside is None:
                 raise ModelError(_closed(name, thing))
             todo += reversed([(name + place, value) for place, value in inside])
@@ -45,6 +54,14 @@ def values_in(output: Any) -> dict[str, Value]:
 def tensors_in(output: Any) -> dict[str, Tensor]:
     """The tensors alone, see `values_in`."""
     return {name: value for name, value in values_in(output).items() if isinstance(value, Tensor)}
+
+
+def _has_no_order(thing: Any) -> bool:
+    """Whether it is a set of things that nobody could tell apart in two models."""
+    if not isinstance(thing, SETS):
+        return False
+    keys = list(map(rank, thing))
+    return len(set(keys)) < len(keys)
 
 
 def _dense(name: str, tensor: Tensor) -> dict[str, Value]:
