@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ _MANY = 4096
 _NO_CONTENT: tuple[Any, ...] = ()
 _OURS = __name__.partition(".")[0]
 _TABLES = (dict, OrderedDict)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, functools.partial)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 # Types of values that hold nothing, looked up by the thousand.
 _PLAIN = frozenset(
     (
@@ -89,15 +90,16 @@ class Memento:
             self._note_instance(thing, todo)
         elif (undo := _undoing(thing)) is not None:
             self.undo.append(undo)
-            if isinstance(thing, (list, deque, set)):
-                self._follow(thing, todo)
+            self._follow(_held(thing), todo)
         elif isinstance(thing, (*ATOMS, ModuleType)) or is_surrounding(thing) or _is_ours(thing):
             return
         elif isinstance(thing, MutableMapping):
             self._note_mapping(thing, todo)
+            self._follow(_own(thing), todo)
         elif isinstance(thing, type):
             self._note_class(thing, todo)
         elif isinstance(thing, (*_FUNCTIONS, tuple, frozenset)):
+            self.undo += _cells_back(thing)
             self._follow([value for _, value in children(thing) or ()], todo)
         else:
             self._note_instance(thing, todo)
@@ -159,7 +161,7 @@ class Memento:
 
 def _is_ours(thing: Any) -> bool:
     """Hooks of this package, and what they note down."""
-    function = thing.func if isinstance(thing, functools.partial) else thing
+    function = thing.func if isinstance(thing, partial) else thing
     named = function if isinstance(function, (FunctionType, MethodType)) else type(function)
     return str(named.__module__).partition(".")[0] == _OURS
 
@@ -168,36 +170,71 @@ def _undoing(thing: Any) -> Undo | None:
     """What brings a mutable value other than a mapping, an instance or a tensor back; None for other values."""
     if isinstance(thing, list):
         items = list(thing)
-        return lambda: None if _same(thing, items) else thing.__setitem__(slice(None), items)
+        return lambda: None if _same(thing, items) else list.__setitem__(thing, slice(None), items)
     if isinstance(thing, deque):
         entries = list(thing)
-        return lambda: None if _same(thing, entries) else _refill(thing, entries)
+        return lambda: None if _same(thing, entries) else _refill(thing, deque, entries)
     if isinstance(thing, set):
         members = set(thing)
-        return lambda: None if thing == members else _refill(thing, members)
+        return lambda: None if set(thing) == members else _refill(thing, set, members)
     if isinstance(thing, bytearray):
         content = bytes(thing)
         return lambda: thing.__setitem__(slice(None), content)
+    if isinstance(thing, array):
+        numbers = thing[:]
+        return lambda: thing.__setitem__(slice(None), numbers)
     if isinstance(thing, np.ndarray):
-        array = thing.copy()
+        values = thing.copy()
         return lambda: (
-            np.copyto(thing, array) if thing.shape == array.shape and thing.flags.writeable else None
+            np.copyto(thing, values) if thing.shape == values.shape and thing.flags.writeable else None
         )
+    return _drawing(thing)
+
+
+def _drawing(thing: Any) -> Undo | None:
+    """What brings back the state of what draws random numbers; None for other values."""
     if isinstance(thing, torch.Generator):
         drawn = thing.get_state()
         return lambda: _ignored(thing.set_state(drawn))
     if isinstance(thing, random.Random):
         state = thing.getstate()
         return lambda: thing.setstate(state)
-    if isinstance(thing, np.random.Generator):
-        numbers = thing.bit_generator.state
-        return lambda: setattr(thing.bit_generator, "state", numbers)
+    if isinstance(thing, np.random.RandomState):
+        legacy = thing.get_state()
+        return lambda: thing.set_state(legacy)
+    if isinstance(thing, (np.random.Generator, np.random.BitGenerator)):
+        bits: Any = getattr(thing, "bit_generator", thing)
+        numbers = bits.state
+        return lambda: setattr(bits, "state", numbers)
     return None
 
 
-def _refill(thing: Any, values: Iterable[Any]) -> None:
-    thing.clear()
-    (thing.update if isinstance(thing, set) else thing.extend)(values)
+def _held(thing: Any) -> list[Any]:
+    """What a mutable value of this kind holds."""
+    if isinstance(thing, np.ndarray):
+        return list(thing.flat) if thing.dtype == object else []
+    return [*thing, *_own(thing)] if isinstance(thing, (list, deque, set)) else []
+
+
+def _own(thing: Any) -> list[Any]:
+    """The attributes of a container of a kind of its own."""
+    own = getattr(thing, "__dict__", None)
+    return [own] if own is not None and type(thing) not in _TABLES else []
+
+
+def _cells_back(function: Any) -> list[Undo]:
+    """What a function counts in variables of the one around it."""
+    found: list[Undo] = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not bound yet
+            found.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+    return found
+
+
+def _refill(thing: Any, kind: Any, values: Iterable[Any]) -> None:
+    """By the built-in methods: those of a subclass may refuse, or do more."""
+    kind.clear(thing)
+    (kind.update if kind is set else kind.extend)(thing, values)
 
 
 def _ignored(_: object) -> None:
@@ -214,11 +251,14 @@ def _restore_mapping(table: Any, keys: tuple[Any, ...], values: tuple[Any, ...])
         pairs = zip(table.items(), keys, values, strict=True)
         if all(k is key and v is value for (k, v), key, value in pairs):
             return
-    if type(table) in (dict, OrderedDict):
-        table.clear()
-        table.update(zip(keys, values, strict=True))
-        return
-    for key in [key for key in table if key not in keys]:
+    for kind in (OrderedDict, dict):
+        if isinstance(table, kind):  # by its own methods: those of a subclass may refuse, or do more
+            kind.clear(table)
+            for key, value in zip(keys, values, strict=True):
+                kind.__setitem__(table, key, value)
+            return
+    known = set(map(id, keys))
+    for key in [key for key in table if id(key) not in known]:
         del table[key]
     for key, value in zip(keys, values, strict=True):
         table[key] = value
@@ -239,7 +279,7 @@ def _class_attributes_back(kind: type, own: Mapping[str, Any]) -> None:
 
 def _is_code(value: Any) -> bool:
     """Functions, properties and other descriptors: no pass changes them."""
-    return callable(value) or hasattr(type(value), "__get__")
+    return isinstance(value, (type, BuiltinFunctionType)) or hasattr(type(value), "__get__")
 
 
 _USED: WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = WeakKeyDictionary()

@@ -165,10 +165,17 @@ def _probe(
     wiring.layers |= new
     wiring.feeds |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
-    pull([arrival for arrival in recorder.arrivals if arrival.path in new], leaves, labels, wiring)
-    for tensor in tensors_in(output).values():
-        if tensor.requires_grad:
-            pull_output(torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, wiring)
+    arrivals = [arrival for arrival in recorder.arrivals if arrival.path in new]
+    try:
+        pull(arrivals, leaves, labels, wiring)
+        for tensor in tensors_in(output).values():
+            if tensor.requires_grad:
+                pull_output(torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, wiring)
+    except RuntimeError as error:
+        raise ModelError(
+            f"no gradient goes back through the model, along which channels could be told apart ({error}); it cannot "
+            "be trained either: let forward make new tensors where it writes into those that are needed later"
+        ) from error
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:

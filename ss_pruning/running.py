@@ -55,7 +55,11 @@ def preserved(
                     module.training = wanted
             yield
     finally:
-        before.restore()
+        try:
+            before.restore()
+        except BaseException:  # an interrupt has come in between: all of it is done again
+            before.restore()
+            raise
 
 
 @contextlib.contextmanager
