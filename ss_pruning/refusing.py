@@ -74,7 +74,7 @@ def check_weights(model: nn.Module) -> None:
         InputError: Names the first such module, and what takes the hook away.
     """
     for path, module in modules_of(model).items():
-        for name in (*module._parameters, *module._buffers):
+        for name in (*module._parameters.keys(), *module._buffers.keys()):  # scripted ones have no other way
             base, _, kind = name.rpartition("_")
             remedy = None
             if kind == "mask" and f"{base}_orig" in module._parameters:

@@ -451,6 +451,9 @@ class _watching:  # noqa: N801 - a context manager, used as a verb
         self.handles = [
             module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
             for path, module in modules_of(self.model).items()
+            if not isinstance(
+                module, torch.jit.ScriptModule
+            )  # takes no such hooks, and stores no number that follows
         ]
 
     def __exit__(self, *_: object) -> None:

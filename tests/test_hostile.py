@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import random
+import warnings
 from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -188,6 +189,28 @@ def test_writing_into_what_gradients_need_is_named() -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="no gradient goes back"):
         trace(Writes(lambda *_: None).eval(), X)
+
+
+def test_scripted_parts_are_run_around() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 1)]
+    with warnings.catch_warnings(action="ignore"):  # that scripting will be gone one day
+        parts[1], parts[3] = torch.jit.script(parts[1]), torch.jit.script(parts[3])
+    model = nn.Sequential(*parts).eval()
+    report = prune_(model, X, ratio=0.4, scope="local")
+    assert report.max_error < 1e-10
+    assert model[0].out_channels < 8
+    assert model[2].out_channels == 12
+
+
+def test_models_without_values_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"a\.weight.* meta device"):
+        prune_(net(lambda x, y, f: y).to("meta"), X, ratio=0.4)
+    model = net(lambda x, y, f: y)
+    with warnings.catch_warnings(action="ignore"):  # that lazy modules are new
+        model.a = nn.LazyConv2d(8, 3)
+    with pytest.raises(ModelError, match=r"a\.weight.* no shape yet"):
+        prune_(model, X, ratio=0.4)
 
 
 class Habit(Net):
