@@ -20,6 +20,7 @@ from ss_pruning.integrations.era import Era
 from ss_pruning.layers import is_depthwise, kind_of, width
 from ss_pruning.planning import Ints
 from ss_pruning.provenance import trace
+from ss_pruning.refusing import check_bare, check_weights
 from ss_pruning.surgery import Plan
 from ss_pruning.wiring import Wiring
 
@@ -119,6 +120,8 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
                 "forward_fn and customized_pruners are not supported here; wrap the model in a module whose forward "
                 "takes the example inputs"
             )
+        check_bare(model)
+        check_weights(model)
         inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
         self.model, self.example_inputs, self.verbose = model, inputs, verbose
         self._module2name = {module: name for name, module in model.named_modules()}

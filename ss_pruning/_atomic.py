@@ -107,6 +107,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise InputError(_explain(path, error)) from error
 
 
+def check_apart(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: `path` is one of the sources, by whatever name.
+    """
+    for source in sources:
+        if source is None:
+            continue
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise InputError(
+                f"{str(path)!r} is read from, and would be written over; choose another name to write to."
+            )
+
+
 def make_writable_folder(path: str | os.PathLike[str]) -> Path:
     """Make the folder `path` where it is missing, and prove that a file can be written there.
 

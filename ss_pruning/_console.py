@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn, TextIO
@@ -25,7 +27,7 @@ from ss_pruning.report import printable
 
 ProgressCallback = Callable[[str, int, int], None]
 
-FAILED, INTERRUPTED = 2, 130
+FAILED = 2
 
 
 def note(text: str) -> None:
@@ -42,7 +44,7 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def guarded() -> Iterator[TextIO]:
-    """Turn our errors into a panel and exit code 2, Ctrl-C into exit code 130; bugs keep their traceback.
+    """Turn our errors into a panel and exit code 2, Ctrl-C into exit code 130 (SIGTERM: 143); bugs stay as they are.
 
     What libraries or the user's own model file print meanwhile goes to stderr: stdout is for results.
 
@@ -52,14 +54,50 @@ def guarded() -> Iterator[TextIO]:
     from ss_pruning.errors import SSPruningError
 
     results = sys.stdout
+    with _interrupts() as interrupted:
+        try:
+            with redirect_stdout(sys.stderr):
+                yield results
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupted:
+                note("Interrupted; nothing was left half-written.")
+                raise typer.Exit(128 + (interrupted or [signal.SIGINT])[-1]) from None
+            if isinstance(error, SSPruningError):
+                fail(str(error))
+            raise
+
+
+_interrupted: list[int] = []
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM, and remember it.
+
+    Torch imports its compiler while models run, and whoever catches all errors there swallows an interrupt, or turns it
+    into another error: what was remembered is raised again at the next step (`not_interrupted`).
+    """
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        _interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield _interrupted
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with redirect_stdout(sys.stderr):
-            yield results
-    except SSPruningError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        note("Interrupted; nothing was left half-written.")
-        raise typer.Exit(INTERRUPTED) from None
+        yield _interrupted
+    finally:
+        _interrupted.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def not_interrupted() -> None:
+    """Raise the interrupt that somebody has swallowed."""
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -82,6 +120,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
     tasks: dict[str, TaskID] = {}
 
     def update(what: str, done: int, total: int) -> None:
+        not_interrupted()
         job = what.partition(":")[0]
         if job not in tasks:
             tasks[job] = bars.add_task("", total=total)

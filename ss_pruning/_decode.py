@@ -152,11 +152,27 @@ def open_rgb(file: str | io.BytesIO, name: str | None = None) -> Image.Image:
     """
     from PIL import Image
 
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+        raise InputError(
+            f"cannot decode the image {file!r}: it is no regular file."
+        )  # a FIFO would wait forever
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode the image {name or str(file)!r}: {error}.") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Images of 16 bits scaled down: Pillow itself would clip them, to white."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its numbers ({image.mode}) have no known range; store 8 or 16 bits")
+    return image
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.latency import as_reported, machine, measure_latency
 from ss_pruning.measuring import batches
 from ss_pruning.models import build_model, input_of
+from ss_pruning.preprocessing import random_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,7 +69,7 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
             seed=request.seed,
             progress=progress,
         )
-    example = torch.randn(1, *preprocess.size, generator=torch.Generator().manual_seed(request.seed))
+    example = random_inputs(1, preprocess.size, request.seed)
     return Job(request.model, model, example.to(device), preprocess, data, device)
 
 
@@ -97,7 +99,7 @@ def _preprocess(default: Preprocess, request: Request) -> Preprocess:
             changes |= {"mean": (0.0,) * size[0], "std": (1.0,) * size[0]}
     for name, text in (("mean", request.mean), ("std", request.std)):
         if text is not None:
-            changes[name] = _numbers(name, text)
+            changes[name] = _numbers(name, text, changes.get("size", default.size)[0])
     return dataclasses.replace(default, **changes)
 
 
@@ -112,11 +114,17 @@ def size_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _numbers(name: str, text: str) -> tuple[float, ...]:
+def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
+    wanted = f"--{name} is one number per channel ({channels}), as in 0.5,0.5,0.5, not {text!r}."
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise InputError(f"--{name} is one number per channel, as in 0.5,0.5,0.5, not {text!r}.") from error
+        raise InputError(wanted) from error
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+        raise InputError(wanted)
+    if name == "std" and min(numbers) <= 0:
+        raise InputError(f"--std divides the images: its numbers are positive, not {text!r}.")
+    return numbers
 
 
 def device_of(name: str | None) -> torch.device:
@@ -260,8 +268,7 @@ def _batches(pictures: Any) -> list[Tensor]:
 
 def _timed_on(job: Job, batch: int) -> Tensor:
     """Random images, so many at a time, to time the model on."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *job.preprocess.size, generator=generator).to(job.device)
+    return random_inputs(batch, job.preprocess.size).to(job.device)
 
 
 def run(

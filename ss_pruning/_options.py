@@ -102,7 +102,9 @@ MomentsOption = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, _option(_OUTPUT, help="Seed of everything random.", metavar="N")]
+Seed = Annotated[
+    int, _option(_OUTPUT, help="Seed of everything random.", metavar="N", min=-(2**63), max=2**63 - 1)
+]
 Device = Annotated[
     str | None,
     _option(_OUTPUT, help="Compute there: cpu, cuda:0.", show_default="a GPU if any"),
@@ -380,5 +382,5 @@ Exit code 2 where a package that is needed is missing.
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug (with its traceback), 2 refused (the message says what to do), "
-    "130 interrupted."
+    "130 interrupted, 143 ended by SIGTERM."
 )

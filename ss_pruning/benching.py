@@ -14,6 +14,7 @@ from ss_pruning.cloning import copied
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.files import packed
 from ss_pruning.latency import Timing, machine, measure_latency, peak_memory
+from ss_pruning.preprocessing import random_inputs
 from ss_pruning.report import TOO_NOISY, count, crosses_one, percent
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def compare(
         InputError: The layout is one of images, and the inputs are none.
         ModelError: A model does not run in this setting.
     """
-    x = torch.randn(setting.batch, *size, generator=torch.Generator().manual_seed(0))
+    x = random_inputs(setting.batch, size)
     if setting.layout == "channels_last" and x.dim() != 4:
         raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")
     x = x.to(device, DTYPES[setting.dtype], memory_format=LAYOUTS[setting.layout])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -13,7 +14,7 @@ import typer
 
 from ss_pruning import _options as option
 from ss_pruning._choices import Compensation, Importance, Moments, Request, Score
-from ss_pruning._console import FAILED, guarded, progress_bars
+from ss_pruning._console import FAILED, guarded, not_interrupted, progress_bars
 
 if TYPE_CHECKING:
     from ss_pruning.report import Report
@@ -80,7 +81,7 @@ def prune(
             **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
             **({} if reestimate is None else {"reestimate": reestimate}),
         }
-        with _output_folder(out):
+        with _output_folder(out, weights):
             with progress_bars() as progress:
                 from ss_pruning import _job
 
@@ -118,9 +119,11 @@ def score(
     """Summarise the strengths of a model, and write them."""
     with guarded() as results:
         from ss_pruning import _job, scores
+        from ss_pruning._atomic import check_apart
 
         if out is not None:
             scores.check_target(out)
+            check_apart(out, weights)
         request = Request.of(context.params)
         with progress_bars() as progress:
             job = _job.prepare(request, progress)
@@ -142,16 +145,17 @@ def export(
 ) -> None:
     """Write a pruned model for another runtime, and say how far the file is from the model."""
     with guarded():
-        import torch
-
         from ss_pruning import _delivery, exporting
+        from ss_pruning._atomic import check_apart
         from ss_pruning.errors import InputError
+        from ss_pruning.preprocessing import random_inputs
 
         if out is None and format not in ("onnx", "pt2"):
             raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
-        opened = _delivery.open_file(file, model, input_size)
-        example = torch.randn(1, *opened.size, generator=torch.Generator().manual_seed(0))
         target = out or file.with_suffix(f".{format}")
+        check_apart(target, file)
+        opened = _delivery.open_file(file, model, input_size)
+        example = random_inputs(1, opened.size)
         written = exporting.export(opened.pruned, target, example, format)  # type: ignore[arg-type]
     typer.echo(
         f"written: {written.path} ({written.bytes / 1e6:.1f} MB); its outputs differ from the model's by at most "
@@ -212,10 +216,11 @@ def compare(
     """Put two reports side by side."""
     with guarded() as results:
         from ss_pruning import comparison, comparison_html
-        from ss_pruning._atomic import check_writable, write_text
+        from ss_pruning._atomic import check_apart, check_writable, write_text
 
         if html is not None:
             check_writable(html)
+            check_apart(html, *map(comparison.report_file, (a, b)))
         first, second = comparison.open_report(a), comparison.open_report(b)
         found = comparison.compare(first, second, str(a), str(b))
         with _written_after(
@@ -295,6 +300,7 @@ def _needs_images(compensation: Compensation) -> str | None:
 @contextlib.contextmanager
 def _written_after(out: Path | None, write: Callable[[Path], None]) -> Iterator[None]:
     """Print in the block, and write then: a full disk does not cost what is shown, nor a closed pipe the files."""
+    not_interrupted()
     try:
         yield
     finally:
@@ -303,19 +309,20 @@ def _written_after(out: Path | None, write: Callable[[Path], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _output_folder(out: Path | None) -> Iterator[None]:
+def _output_folder(out: Path | None, weights: str | None) -> Iterator[None]:
     """Prove before the work that `out` can be written; leave no empty folder behind when the work fails."""
-    from ss_pruning._atomic import check_writable, make_writable_folder
+    from ss_pruning._atomic import check_apart, check_writable, make_writable_folder
 
     if out is None:
         yield
         return
     from ss_pruning._job import WRITTEN
 
-    is_new = not out.exists()
+    is_new = not os.path.exists(out)
     make_writable_folder(out)
     for name in WRITTEN:
         check_writable(out / name)
+        check_apart(out / name, weights)
     try:
         yield
     except BaseException:

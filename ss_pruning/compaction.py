@@ -33,6 +33,7 @@ from ss_pruning.masks import check_unmasked
 from ss_pruning.outputs import tensors_in
 from ss_pruning.planning import Floats, Ints, Schedule, Selection, schedule
 from ss_pruning.provenance import trace
+from ss_pruning.refusing import check_bare
 from ss_pruning.report import LayerReport
 from ss_pruning.running import call, preserved, quiet_hooks
 from ss_pruning.settling import Settler
@@ -73,6 +74,7 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
         >>> compact_(net, torch.randn(4, 3)).after.params, net[0]
         (20, Linear(in_features=3, out_features=3, bias=True))
     """
+    check_bare(model)
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         return _compacted(model, example_inputs)
 

@@ -89,13 +89,18 @@ class Comparison:
         return json.dumps({"format": "ss-pruning comparison 1", **jsonable(asdict(self))}, indent=2) + "\n"
 
 
+def report_file(place: Path) -> Path:
+    """The report in a folder, or the file itself."""
+    return place / "report.json" if place.is_dir() else place
+
+
 def open_report(place: Path) -> Report:
     """Read a report, from its file or from the folder that `ss-prune prune --out` has written.
 
     Raises:
         FileFormatError: the file is missing or no report, or tells of another model than the one that lies beside it.
     """
-    path = place / "report.json" if place.is_dir() else place
+    path = report_file(place)
     report = Report.load_json(path)
     model = path.with_name("model.safetensors")
     if report.model_sha256 is not None and model.is_file():

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning._atomic import check_writable, replacing
 from ss_pruning.cloning import copied
 from ss_pruning.errors import InputError, ModelError, VerificationError
+from ss_pruning.refusing import check_module
 from ss_pruning.running import call, preserved, quiet_hooks
 
 Format = Literal["onnx", "pt2"]
@@ -67,6 +68,7 @@ def export(
         ModelError: `torch.export` cannot follow the model.
         VerificationError: The file puts out something else than the model; it was not kept.
     """
+    check_module(model, "export")
     chosen = _format(path, format)
     check_writable(path)
     if chosen == "onnx":

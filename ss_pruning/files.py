@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ss_pruning._atomic import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
+from ss_pruning.refusing import check_module
 from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan
 
 _KEY = "ss_pruning"
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
             or "demo:digits"; None if `load` will be given a callable.
 
     Raises:
-        InputError: The folder is missing or read-only.
+        InputError: The folder is missing or read-only, or the model is wrapped or holds more than tensors.
     """
     check_writable(path)
     write_bytes(path, packed(model, architecture)[0])
@@ -64,9 +65,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
 
 def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, str]:
     """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
+    check_module(model, "save")
     plan = getattr(model, PLAN_ATTRIBUTE, Plan())
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{name!r} is a {type(value).__name__}, and safetensors hold nothing but tensors: save the model "
+                "before it is quantised or its layers get a state of their own"
+            )
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     content = _Content(architecture, plan.to_json(), tensors)
     checksum = content.checksum()
     note = {

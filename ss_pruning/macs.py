@@ -12,13 +12,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ss_pruning.errors import ModelError
 from ss_pruning.layers import kind_of
 from ss_pruning.running import call, preserved
 from ss_pruning.walking import modules_of
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2)."""
+    """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2).
+
+    Raises:
+        ModelError: The model does not run on the inputs, which may be of another number type.
+    """
     counter = _MacCounter()
     layers = [(path, module) for path, module in modules_of(model).items() if kind_of(module) is not None]
     with contextlib.ExitStack() as undo:
@@ -26,8 +31,19 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, in
             undo.callback(module.register_forward_pre_hook(counter.entering(path)).remove)
             undo.callback(module.register_forward_hook(counter.entering("")).remove)
         with preserved(model, training=False), torch.inference_mode(False), torch.no_grad(), counter:
-            call(model, example_inputs)
+            _run(model, example_inputs)
     return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
+
+
+def _run(model: nn.Module, example_inputs: Any) -> None:
+    """Run it on the inputs as they are given: tracing brings models and inputs to one number type."""
+    try:
+        call(model, example_inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, dtype "
+            "and device: call model(*example_inputs) yourself first"
+        ) from error
 
 
 class _MacCounter(TorchDispatchMode):

@@ -10,10 +10,11 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,25 @@ def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
     path = Path(place)
     if not path.is_file():
         raise InputError(f"no file {place!r} to take the model from. {_nearby(path)}".rstrip())
-    module = _import_file(path)
-    function = getattr(module, factory, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}")
-    return _call(name, lambda: function(**options))
+    with _same_folder():
+        module = _import_file(path)
+        function = getattr(module, factory, None)
+        if not callable(function):
+            names = [
+                key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+            ]
+            raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}")
+        return _call(name, lambda: function(**options))
+
+
+@contextlib.contextmanager
+def _same_folder() -> Iterator[None]:
+    """Whatever a file does to the working folder: paths that a user gives mean what they mean where they were typed."""
+    here = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _build_demo(name: str, options: dict[str, Any]) -> nn.Module:
@@ -287,7 +301,9 @@ def _nearby(path: Path) -> str:
     """Suggest a file of a similar name in the same folder."""
     if not path.parent.is_dir():
         return f"There is no folder {str(path.parent)!r} either."
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    close = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir() if entry.is_file()], n=1
+    )
     return f"Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 

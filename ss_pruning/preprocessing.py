@@ -38,6 +38,20 @@ class Preprocess:
     interpolation: str = "bilinear"
 
 
+def random_inputs(batch: int, size: Sequence[int], seed: int = 0) -> Tensor:
+    """So many random inputs, `[batch, *size]`, the same for the same seed.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
+    try:
+        return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
+    except RuntimeError as error:
+        raise InputError(
+            f"{batch} inputs of size {times(size)} do not fit into memory; take fewer or smaller ones."
+        ) from error
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale uint8 images to [0, 1], then to zero mean and unit deviation per channel.
 

@@ -59,8 +59,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
         ModelError: The model does not run on the inputs, or has no layer.
         InputError: Something has wrapped the model, or the inputs are none; see `ss_pruning.refusing`.
     """
-    check_unwrapped(model)
     check_bare(model)
+    check_unwrapped(model)
     example_inputs = usable_inputs(example_inputs)
     paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
     if not paths:

@@ -26,7 +26,7 @@ from ss_pruning.layers import check_finite
 from ss_pruning.macs import count_macs
 from ss_pruning.planning import Budget, Costs, Floats, Scope
 from ss_pruning.provenance import trace
-from ss_pruning.refusing import check_weights, usable_inputs
+from ss_pruning.refusing import check_bare, check_weights, usable_inputs
 from ss_pruning.report import QUANTILES, LayerReport, Report
 from ss_pruning.running import quiet_hooks
 from ss_pruning.settling import FailedUnits, Search
@@ -111,6 +111,7 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     example_inputs = usable_inputs(example_inputs)
+    check_bare(model)
     check_weights(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -41,20 +42,51 @@ def usable_inputs(example_inputs: Any) -> Any:
     return inputs
 
 
-def check_bare(model: nn.Module) -> None:
-    """Refuse a model in a wrapper that would run something else than its modules, or one that cannot train.
+def check_module(model: Any, verb: str = "prune") -> None:
+    """Refuse what is no module of Python's with its weights in it, and what hides one in a wrapper.
+
+    Args:
+        model: What a user gave.
+        verb: What is done to the model, for messages.
 
     Raises:
         InputError: Names what to give instead.
     """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {kind}; give a torch.nn.Module")
     for path, module in modules_of(model).items():
-        inner = "model" + f".{path}" * bool(path)
+        inner = _place(path)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{inner} is a TorchScript module, whose code is fixed: {verb} the module that it was made from"
+            )
         if isinstance(module, _WRAPPERS):
             raise InputError(
-                f"{inner} is a {type(module).__name__}: prune {inner}.module, and wrap it anew afterwards"
+                f"{inner} is a {type(module).__name__}: {verb} {inner}.module, and wrap it anew afterwards"
             )
         if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
-            raise InputError(f"{inner} is compiled: prune {inner}._orig_mod, and compile it anew afterwards")
+            raise InputError(f"{inner} is compiled: {verb} {inner}._orig_mod, and compile it anew afterwards")
+    for name, tensor in tensors_of(model).items():
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"'{name}' has no shape yet (a lazy module): run the model once, on real inputs")
+        if tensor.is_meta:
+            raise InputError(f"'{name}' lies on the meta device, without values: load the weights first")
+
+
+def _place(path: str) -> str:
+    return "model" + f".{path}" * bool(path)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that would run something else than its modules, or one that cannot train.
+
+    Raises:
+        InputError: Names what to give instead.
+    """
+    check_module(model)
+    for path, module in modules_of(model).items():
+        inner = _place(path)
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise InputError(
                 f"{inner} is compiled in place: compile after pruning (until then, {inner}._compiled_call_impl = None)"

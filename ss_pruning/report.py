@@ -254,6 +254,10 @@ class Report:
         Raises:
             FileFormatError: the file is missing, truncated or no report.
         """
+        if os.path.exists(path) and not os.path.isfile(
+            path
+        ):  # a FIFO would wait forever, /dev/zero fill the memory
+            raise FileFormatError(f"cannot read the report {str(path)!r}: it is no regular file.")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

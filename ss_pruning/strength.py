@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ss_pruning.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.moments import Moments, MomentSource, measure
 from ss_pruning.provenance import trace
+from ss_pruning.refusing import check_bare
 from ss_pruning.running import quiet_hooks
 from ss_pruning.walking import modules_of
 from ss_pruning.wiring import INPUT, Wiring
@@ -92,6 +93,7 @@ def synaptic_strength(
         >>> strengths.unscaled["0"].all().item()  # the image has no norm behind it
         True
     """
+    check_bare(model)
     check_finite(model)
     with quiet_hooks(model, example_inputs):
         return strengths_along(wiring or trace(model, example_inputs), model, example_inputs, moments)
