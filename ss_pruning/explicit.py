@@ -24,6 +24,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.layers import by_kernel, check_finite, kernel_powers, width
 from ss_pruning.moments import from_norms, norm_scales
 from ss_pruning.provenance import trace
+from ss_pruning.refusing import check_bare
 from ss_pruning.running import call, preserved
 from ss_pruning.strength import at_synapses, inner_paths
 from ss_pruning.wiring import Wiring
@@ -107,6 +108,7 @@ class ExplicitStrengths:
             ModelError: A scale cannot be moved: it is not positive, or the activation behind it is not positively
                 homogeneous; or a weight has a parametrisation already.
         """
+        check_bare(model)
         check_finite(model)
         wiring = trace(model, example_inputs)
         unknown = sorted((set(ignore) | set(keep)) - set(wiring.layers))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 
 from ss_pruning.errors import ModelError
 from ss_pruning.walking import tensors_of
@@ -198,16 +197,12 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or Inf weights, or without values.
+    """Refuse a model with NaN or Inf weights.
 
     Raises:
         ModelError: Names the first such tensor.
     """
     for name, tensor in tensors_of(model).items():
-        if is_lazy(tensor):
-            raise ModelError(f"'{name}' has no shape yet: run the model once on its inputs first")
-        if tensor.is_meta:
-            raise ModelError(f"'{name}' lies on the meta device, without values; load weights first")
         # A sum is finite if all is, unless it overflows: a quick first look.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")

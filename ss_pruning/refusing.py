@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.walking import modules_of, tensors_of
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -51,16 +51,17 @@ def check_module(model: Any, verb: str = "prune") -> None:
 
     Raises:
         InputError: Names what to give instead.
+        ModelError: Names the first tensor without values.
     """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InputError(f"the model is {kind}; give a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):  # parts may be; they are run around
+        raise InputError(
+            f"the model is a TorchScript module, whose code is fixed: {verb} the module that it was made from"
+        )
     for path, module in modules_of(model).items():
         inner = _place(path)
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
-                f"{inner} is a TorchScript module, whose code is fixed: {verb} the module that it was made from"
-            )
         if isinstance(module, _WRAPPERS):
             raise InputError(
                 f"{inner} is a {type(module).__name__}: {verb} {inner}.module, and wrap it anew afterwards"
@@ -69,9 +70,9 @@ def check_module(model: Any, verb: str = "prune") -> None:
             raise InputError(f"{inner} is compiled: {verb} {inner}._orig_mod, and compile it anew afterwards")
     for name, tensor in tensors_of(model).items():
         if nn.parameter.is_lazy(tensor):
-            raise InputError(f"'{name}' has no shape yet (a lazy module): run the model once, on real inputs")
+            raise ModelError(f"'{name}' has no shape yet: run the model once on its inputs first")
         if tensor.is_meta:
-            raise InputError(f"'{name}' lies on the meta device, without values: load the weights first")
+            raise ModelError(f"'{name}' lies on the meta device, without values; load weights first")
 
 
 def _place(path: str) -> str:
@@ -83,6 +84,7 @@ def check_bare(model: nn.Module) -> None:
 
     Raises:
         InputError: Names what to give instead.
+        ModelError: Names the first tensor without values.
     """
     check_module(model)
     for path, module in modules_of(model).items():

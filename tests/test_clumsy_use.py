@@ -20,7 +20,7 @@ from ss_pruning import _console
 from ss_pruning._decode import open_rgb
 from ss_pruning.cli import app
 from ss_pruning.comparison import open_report
-from ss_pruning.errors import FileFormatError, InputError, ModelError
+from ss_pruning.errors import FileFormatError, InputError, ModelError, SSPruningError
 from ss_pruning.sparsity import StrengthPenalty
 
 X = torch.randn(2, 3, 8, 8)
@@ -67,7 +67,7 @@ NO_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "function": (lambda: net, "a function"),
     "script": (lambda: torch.jit.trace(net(), X), "TorchScript"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 4, 3)), "run the model once"),
-    "meta": (lambda: net().to("meta"), "load the weights first"),
+    "meta": (lambda: net().to("meta"), "load weights first"),
 }
 CALLS: dict[str, Callable[[Any, Path], object]] = {
     "trace": lambda model, _: ss_pruning.trace(model, X),
@@ -85,7 +85,7 @@ CALLS: dict[str, Callable[[Any, Path], object]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_no_model_with_weights_is_refused(kind: str, call: str, tmp_path: Path) -> None:
     make, said = NO_MODELS[kind]
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(SSPruningError, match=said):
         CALLS[call](make(), tmp_path)
     assert not list(tmp_path.iterdir())
 
