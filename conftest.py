@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_NEEDED = {"nni": "nni_*.py", "pytorch_lightning": "lightning_*.py"}
+_NEEDED = {"nni": "nni/*.py", "pytorch_lightning": "lightning/*.py"}
 collect_ignore_glob = [f"**/integrations/{files}" for name, files in _NEEDED.items() if not find_spec(name)]

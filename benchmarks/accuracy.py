@@ -65,18 +65,18 @@ from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import SynapticImportance, prune_
-from ss_pruning.compensation import METHODS, SOLVED
-from ss_pruning.defaults import (
+from ss_pruning.compensation.synthetic_data import distilled
+from ss_pruning.config import METHODS, SOLVED
+from ss_pruning.errors import BudgetError, InputError
+from ss_pruning.planning.allocation import Scope
+from ss_pruning.planning.defaults import (
     COST_EXPONENT,
     default_cost_exponent,
     default_reestimate,
     default_scope,
     default_score,
 )
-from ss_pruning.distillation import distilled
-from ss_pruning.errors import BudgetError, InputError
-from ss_pruning.latency import machine
-from ss_pruning.planning import Scope
+from ss_pruning.profiling.latency import machine
 
 LINES = RESULTS / "accuracy.jsonl"
 LABELLED = 512
@@ -84,20 +84,28 @@ FINETUNE_BATCH, FINETUNE_RATE = 128, 0.003
 _CORE = Path(str(ss_pruning.__file__)).parent
 #: The code that results depend on, by what is used; comments and docstrings do not count.
 _SOURCES = {
-    "all": [_CORE / f"{name}.py" for name in ("planning", "settling")],
+    "all": [_CORE / "planning" / f"{name}.py" for name in ("allocation", "search")],
     "ours": [
         _CORE / "pruning.py",
-        _CORE / "defaults.py",
-        _CORE / "strength.py",
-        _CORE / "moments.py",
-        _CORE / "redundancy.py",
-        _CORE / "relevance.py",
-        *(_CORE / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")),
+        _CORE / "planning" / "defaults.py",
+        *(
+            _CORE / "importance" / f"{name}.py"
+            for name in ("strength", "activation_stats", "conditional_variance", "relevance")
+        ),
+        *(_CORE / "integrations" / "torch_pruning" / f"{name}.py" for name in ("groups", "importance")),
     ],
-    "compensation": [_CORE / f"{name}.py" for name in ("compensation", "reconstruction", "summing")],
-    "measured": [_CORE / f"{name}.py" for name in ("contest", "damage", "side_by_side", "prefix")],
-    "distilled": [_CORE / "distillation.py"],
-    "reestimate": [_CORE / "reestimation.py"],
+    "compensation": [
+        _CORE / "compensation" / f"{name}.py" for name in ("folding", "reconstruction", "residual_sums")
+    ],
+    "measured": [
+        _CORE / "planning" / "ranking.py",
+        *(
+            _CORE / "importance" / f"{name}.py"
+            for name in ("sensitivity", "batched_ablation", "shared_prefix")
+        ),
+    ],
+    "distilled": [_CORE / "compensation" / "synthetic_data.py"],
+    "reestimate": [_CORE / "compensation" / "batchnorm.py"],
 }
 
 

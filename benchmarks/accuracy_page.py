@@ -13,7 +13,7 @@ from benchmarks.accuracy_criteria import BY_CHANCE, CALIBRATION, CRITERIA, OURS,
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
 from ss_pruning import SynapticImportance
-from ss_pruning.defaults import (
+from ss_pruning.planning.defaults import (
     RELEVANCE_EXPONENT,
     default_cost_exponent,
     default_reestimate,

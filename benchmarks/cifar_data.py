@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ss_pruning.data import cifar10, normalise
 from ss_pruning.errors import InputError
+from ss_pruning.sources.data import cifar10, normalise
 
 #: Images are scaled to [0, 1], then normalised with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -42,13 +42,10 @@ def code_version(side: str) -> str:
     """A fingerprint of the code that a side's results depend on."""
     files = [Path(coverage_worker.__file__)]
     if side == "ours":
-        core = (
-            "_memento _objects agreement cloning coupling decisions errors following labels layers macs "
-            "masking moments outputs planning provenance pruning pulling reordering running settling slots "
-            "soundness staying strength surgery verification walking wiring"
-        )
-        files += [ROOT / "ss_pruning" / f"{name}.py" for name in core.split()]
-        files += [ROOT / "integrations" / f"{name}.py" for name in ("cells", "torch_pruning_adapter")]
+        for package in ("_utils", "graph", "importance", "planning", "surgery"):
+            files += sorted((ROOT / "ss_pruning" / package).glob("*.py"))
+        files += [ROOT / "ss_pruning" / "pruning.py", ROOT / "ss_pruning" / "profiling" / "macs.py"]
+        files += [ROOT / "integrations" / "torch_pruning" / f"{name}.py" for name in ("groups", "importance")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return f"{digest.hexdigest()[:12]} torch {torch.__version__} torch-pruning {version('torch-pruning')}"
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from benchmarks import coverage, coverage_fresh, coverage_worker
 from benchmarks.common import HERE, RESULTS, versions, write
-from ss_pruning.coupling import couple
-from ss_pruning.provenance import trace
-from ss_pruning.staying import OUTPUT_REASON
+from ss_pruning.graph.exclusions import OUTPUT_REASON
+from ss_pruning.graph.groups import couple
+from ss_pruning.graph.tracing import trace
 
 NAME = "coverage_elsewhere"
 PAGE = HERE.parent / "docs" / "coverage_elsewhere.md"

@@ -34,7 +34,7 @@ from benchmarks.coverage_worker import (
     trains,
 )
 from ss_pruning import load, prune_, save
-from ss_pruning.running import call
+from ss_pruning._utils.running import call
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {"macs": 0.7},

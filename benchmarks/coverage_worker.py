@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
-from ss_pruning.integrations import torch_pruning_adapter as _imported_before_the_fork  # noqa: F401
+from ss_pruning.integrations.torch_pruning import importance as _imported_before_the_fork  # noqa: F401
 
 RATIO, MAX_RATIO, CLASSES = 0.5, 0.9, 1000
 SIZES = (64, 96, 128)

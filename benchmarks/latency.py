@@ -32,10 +32,11 @@ from benchmarks.accuracy import add_line, read_lines
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.latency_page import what_of, write_page
 from ss_pruning import prune_
-from ss_pruning.benching import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
-from ss_pruning.latency import machine
-from ss_pruning.planning import Costs, Floats
-from ss_pruning.report import Report
+from ss_pruning._utils.arrays import Floats
+from ss_pruning.cli.bench import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
+from ss_pruning.planning.allocation import Costs
+from ss_pruning.profiling.latency import machine
+from ss_pruning.report.records import Report
 
 LINES = RESULTS / "latency.jsonl"
 PARTS = ("budget", "settings", "compiled", "targets", "trained")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import HERE, made_on
-from ss_pruning.benching import Setting
+from ss_pruning.cli.bench import Setting
 
 PAGE = HERE.parent / "docs" / "latency.md"
 #: How much of the dense time ResNet-50 may take at half its MACs on a CPU, how near a latency target has to be met, and

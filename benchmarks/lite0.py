@@ -37,9 +37,9 @@ from benchmarks.cifar_data import draw, load
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.photos import crops, crops_of, few, labelled, scenes, things
 from ss_pruning import prune_
-from ss_pruning.distillation import distilled
-from ss_pruning.latency import machine
-from ss_pruning.models import build_model
+from ss_pruning.compensation.synthetic_data import distilled
+from ss_pruning.profiling.latency import machine
+from ss_pruning.sources.models import build_model
 
 LINES = RESULTS / "lite0.jsonl"
 CRITERIA: dict[str, Callable[[], Any]] = {

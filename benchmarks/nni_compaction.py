@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, write
 from ss_pruning.errors import SSPruningError
-from ss_pruning.integrations.nni_adapter import SynapticStrengthPruner, bake, compact, speedup, symbolic_graph
-from ss_pruning.provenance import trace
+from ss_pruning.graph.tracing import trace
+from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner, bake, compact, speedup, symbolic_graph
 
 TORCHVISION = ("resnet18", "mobilenet_v2", "densenet121", "resnet50", "vgg16_bn")
 TIMM = (

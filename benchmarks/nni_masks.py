@@ -19,7 +19,7 @@ import sys
 import torch
 
 from benchmarks.nni_compaction import MASKS, SIZE, TIMM, TORCHVISION, build
-from ss_pruning.integrations.nni_adapter import SynapticStrengthPruner
+from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner
 
 GRAIN = {
     "kernel": lambda w: w[0, 0].numel(),

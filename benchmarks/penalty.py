@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.cifar_models import cifar_resnet
 from benchmarks.common import write
-from ss_pruning.sparsity import StrengthPenalty
+from ss_pruning.sparsity.penalty import StrengthPenalty
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import HERE, RESULTS, write
-from ss_pruning._atomic import write_text
+from ss_pruning._utils.files import write_text
 
 MODELS = (
     "resnet18", "resnet50", "convnext_tiny", "efficientnet_b5", "resnet152", "dm_nfnet_f0", "convnext_base",
@@ -77,7 +77,7 @@ def resident(what: str) -> int:
 def measure(name: str, size: int) -> dict[str, Any]:
     """Prune one model, in this process."""
     from ss_pruning import prune_
-    from ss_pruning.models import build_model
+    from ss_pruning.sources.models import build_model
 
     torch.manual_seed(0)
     for small in WARM:

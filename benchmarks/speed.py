@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.common import write
 from ss_pruning import SynapticImportance, trace
-from ss_pruning.integrations.graph_pruner import ChannelGraph, GraphPruner
+from ss_pruning.integrations.torch_pruning.pruner import ChannelGraph, GraphPruner
 
 
 def seconds(work: Callable[[], object]) -> float:

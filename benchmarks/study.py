@@ -28,8 +28,8 @@ from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe
 from examples.paper_cifar import CRITERIA, LABELLED, Training, compacted, scores, trained, tuned
 from ss_pruning.errors import InputError
-from ss_pruning.masks import Scope, mask_, synapse_masks
-from ss_pruning.strength import entropy
+from ss_pruning.importance.strength import entropy
+from ss_pruning.sparsity.masks import Scope, mask_, synapse_masks
 
 LINES = RESULTS / "study.jsonl"
 HELD_OUT = 5_000
@@ -44,7 +44,7 @@ class Point:
         criterion: Which synapses go, see `examples.paper_cifar.CRITERIA`.
         sparsity: Which share of them goes.
         epochs: Of fine-tuning; 0 for none.
-        scope: Whether all layers are ranked together, see `ss_pruning.masks.synapse_masks`.
+        scope: Whether all layers are ranked together, see `ss_pruning.sparsity.masks.synapse_masks`.
     """
 
     criterion: str

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import HERE, RESULTS
 from examples.sweep import Row, kept, plot
-from ss_pruning._atomic import write_text
+from ss_pruning._utils.files import write_text
 
 PAGE = HERE.parent / "docs" / "sweeps.md"
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"

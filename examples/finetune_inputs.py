@@ -18,8 +18,8 @@ from torchvision.transforms import InterpolationMode
 import ss_pruning
 from examples.finetune_options import Options
 from ss_pruning.errors import InputError
-from ss_pruning.models import build_model, input_of
-from ss_pruning.preprocessing import Preprocess, transform
+from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.preprocessing import Preprocess, transform
 
 
 class Draws(Sampler[int]):

@@ -39,14 +39,14 @@ from torch.utils.data import DataLoader
 import ss_pruning
 from examples.finetune_inputs import dense_model, loaders, preprocess_of, spec_of, starting_model
 from examples.finetune_options import Options, arguments, recipe
-from ss_pruning._atomic import make_writable_folder, replacing, write_text
-from ss_pruning.cloning import copied
-from ss_pruning.distributed import broadcast_plan, check_agreement, fingerprint
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.files import make_writable_folder, replacing, write_text
 from ss_pruning.errors import InputError, ModelError, SSPruningError
-from ss_pruning.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
-from ss_pruning.models import build_model
+from ss_pruning.io.distributed import broadcast_plan, check_agreement, fingerprint
 from ss_pruning.pruning import planned
-from ss_pruning.sparsity import StrengthPenalty, warm_up
+from ss_pruning.sources.models import build_model
+from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
+from ss_pruning.sparsity.penalty import StrengthPenalty, warm_up
 
 TEMPERATURE = 2.0
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ss_pruning
-from ss_pruning.demo import digits_data, digits_resnet, digits_weights
-from ss_pruning.integrations.nni_adapter import SynapticStrengthPruner, compact
+from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner, compact
+from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
 
 
 @torch.no_grad()

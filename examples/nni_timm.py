@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from timm.data import resolve_model_data_config
 
-from ss_pruning.integrations.nni_adapter import SynapticStrengthPruner, bake, compact
-from ss_pruning.models import build_model
+from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner, bake, compact
+from ss_pruning.sources.models import build_model
 
 
 def main() -> None:

@@ -34,12 +34,12 @@ from benchmarks.cifar_data import Images, as_input, draw, load_dataset, top1
 from benchmarks.common import DATA, versions
 from benchmarks.training import Recipe, train
 from ss_pruning import compact_, errors, synaptic_strength
-from ss_pruning._atomic import write_text
-from ss_pruning.accounting import Compaction
-from ss_pruning.latency import measure_latency
-from ss_pruning.layers import kernel_powers
-from ss_pruning.masks import mask_, merge_masks_, synapse_masks
-from ss_pruning.sparsity import Form, StrengthPenalty, warm_up
+from ss_pruning._utils.files import write_text
+from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.profiling.latency import measure_latency
+from ss_pruning.sparsity.masks import mask_, merge_masks_, synapse_masks
+from ss_pruning.sparsity.penalty import Form, StrengthPenalty, warm_up
+from ss_pruning.sparsity.size import Compaction
 
 Say = Callable[[str], None]
 NETS = {

@@ -36,7 +36,7 @@ from benchmarks.cifar_data import Images, draw, load_dataset
 from benchmarks.common import DATA, versions
 from benchmarks.training import Recipe
 from examples.paper_cifar import CRITERIA, NETS, Pruning, Training, prune_and_tune, report, trained
-from ss_pruning._atomic import make_writable_folder, write_text
+from ss_pruning._utils.files import make_writable_folder, write_text
 from ss_pruning.errors import InputError, SSPruningError
 
 ROOT = Path(__file__).resolve().parent.parent

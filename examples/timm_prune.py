@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning.models import build_model
+from ss_pruning.sources.models import build_model
 
 LITE0 = "tf_efficientnet_lite0"
 

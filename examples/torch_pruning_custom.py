@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning.demo import digits_data, digits_resnet, digits_weights
-from ss_pruning.strength import by_input_channel
+from ss_pruning.importance.strength import by_input_channel
+from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
 
 READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ss_pruning.demo import digits_data, digits_resnet
+from ss_pruning.sources.demo import digits_data, digits_resnet
 
 BATCH = 64
 

@@ -33,25 +33,29 @@ RESULTS = ROOT / "benchmarks" / "results" / "mutation.json"
 
 # The tests of each module, quickest to fail first.
 TESTS = {
-    "strength": [
-        "ss_pruning/strength.py",
-        "tests/test_sparsity.py",
-        "tests/test_strength.py",
-        "tests/test_torch_pruning.py",
+    "importance/strength": [
+        "ss_pruning/importance/strength.py",
+        "tests/sparsity/test_penalty.py",
+        "tests/importance/test_strength.py",
+        "tests/integrations/test_torch_pruning.py",
     ],
-    "provenance": [
-        "tests/test_provenance.py",
-        "tests/test_zoo.py",
-        "tests/test_coupling.py",
-        "tests/test_cut_equals_masked.py",
+    "graph/tracing": [
+        "tests/graph/test_tracing.py",
+        "tests/graph/test_zoo.py",
+        "tests/graph/test_groups.py",
+        "tests/surgery/test_cut_equals_masked.py",
     ],
-    "planning": [
-        "tests/test_planning.py",
-        "tests/test_graph_pruner.py",
-        "tests/test_soundness.py",
-        "tests/test_cut_equals_masked.py",
+    "planning/allocation": [
+        "tests/planning/test_allocation.py",
+        "tests/integrations/test_graph_pruner.py",
+        "tests/planning/test_group_bisection.py",
+        "tests/surgery/test_cut_equals_masked.py",
     ],
-    "compensation": ["tests/test_compensation.py", "tests/test_summing.py", "tests/test_refusals.py"],
+    "compensation/folding": [
+        "tests/compensation/test_folding.py",
+        "tests/compensation/test_residual_sums.py",
+        "tests/surgery/test_refusals.py",
+    ],
 }
 
 COMPARISONS = {

@@ -95,7 +95,7 @@ import ss_pruning
 path = Path(ss_pruning.__file__).resolve()
 sys.exit(0 if Path(sys.argv[1]).resolve() in path.parents else f"{path} is not the wheel's")
 PYTHON
-    "$own" -m ss_pruning.cli doctor
+    "$own" -m ss_pruning.cli.app doctor
     "$own" -m pytest -q -p no:cacheprovider --collect-only tests >"$work/collected.log" ||
         { cat "$work/collected.log"; exit 1; }
     "$own" -m pytest -q -rs -p no:cacheprovider ${TESTS:-$(tests_of "$extra")}

@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning import errors
-from ss_pruning.coupling import couple
-from ss_pruning.provenance import trace
-from ss_pruning.strength import Strengths, synaptic_strength
-from ss_pruning.surgery import Plan
+from ss_pruning.graph.groups import couple
+from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.strength import Strengths, synaptic_strength
+from ss_pruning.surgery.plan import Plan
 
 if TYPE_CHECKING:
-    from ss_pruning.compaction import compact_
-    from ss_pruning.exporting import export
-    from ss_pruning.files import load, save
-    from ss_pruning.integrations.torch_pruning_adapter import SynapticImportance
-    from ss_pruning.latency import measure_latency
+    from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
+    from ss_pruning.io.checkpoint import load, save
+    from ss_pruning.io.export import export
+    from ss_pruning.profiling.latency import measure_latency
     from ss_pruning.pruning import prune_
-    from ss_pruning.report import Report
+    from ss_pruning.report.records import Report
+    from ss_pruning.sparsity.compaction import compact_
 
 __version__ = "0.1.0"
 
@@ -41,14 +41,14 @@ __all__ = [
 
 # Loaded on first use, so that `import ss_pruning` stays light.
 _LAZY = {
-    "Report": "ss_pruning.report",
-    "SynapticImportance": "ss_pruning.integrations.torch_pruning_adapter",
-    "compact_": "ss_pruning.compaction",
-    "export": "ss_pruning.exporting",
-    "load": "ss_pruning.files",
-    "measure_latency": "ss_pruning.latency",
+    "Report": "ss_pruning.report.records",
+    "SynapticImportance": "ss_pruning.integrations.torch_pruning.importance",
+    "compact_": "ss_pruning.sparsity.compaction",
+    "export": "ss_pruning.io.export",
+    "load": "ss_pruning.io.checkpoint",
+    "measure_latency": "ss_pruning.profiling.latency",
     "prune_": "ss_pruning.pruning",
-    "save": "ss_pruning.files",
+    "save": "ss_pruning.io.checkpoint",
 }
 
 

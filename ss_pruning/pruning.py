@@ -12,30 +12,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from ss_pruning.cloning import copied
-from ss_pruning.compensation import Method, Outcome
-from ss_pruning.contest import Contest, Ranking
-from ss_pruning.coupling import IGNORED_REASON, Coupling, LeftWhole, couple
-from ss_pruning.cutting import calibration_images, check_compensation, prepared
-from ss_pruning.defaults import COST_EXPONENT, default_reestimate
+from ss_pruning._utils.arrays import Floats
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.modules import modules_of, parameters_of
+from ss_pruning._utils.progress import Clock, Progress
+from ss_pruning._utils.running import quiet_hooks
+from ss_pruning.compensation.apply import calibration_images, check_compensation, prepared
+from ss_pruning.compensation.folding import Outcome
+from ss_pruning.config import Method
 from ss_pruning.errors import InputError
-from ss_pruning.hastening import Measure, settle_in_time, stopwatch
-from ss_pruning.latency import as_reported
-from ss_pruning.layer_times import layer_times, roundings
-from ss_pruning.layers import check_finite
-from ss_pruning.macs import count_macs
-from ss_pruning.planning import Budget, Costs, Floats, Scope
-from ss_pruning.provenance import trace
-from ss_pruning.refusing import check_bare, check_weights, usable_inputs
-from ss_pruning.report import QUANTILES, LayerReport, Report
-from ss_pruning.running import quiet_hooks
-from ss_pruning.settling import FailedUnits, Search
-from ss_pruning.stages import Clock, Progress
-from ss_pruning.strength import powers_along
-from ss_pruning.surgery import PLAN_ATTRIBUTE, Plan, adopt_
-from ss_pruning.verification import Bench, Verified
-from ss_pruning.walking import modules_of, parameters_of
-from ss_pruning.wiring import Wiring
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import IGNORED_REASON, Coupling, LeftWhole, couple
+from ss_pruning.graph.layers import check_finite
+from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
+from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.strength import powers_along
+from ss_pruning.planning.allocation import Budget, Costs, Scope
+from ss_pruning.planning.defaults import COST_EXPONENT, default_reestimate
+from ss_pruning.planning.latency_target import Measure, settle_in_time, stopwatch
+from ss_pruning.planning.ranking import Contest, Ranking
+from ss_pruning.planning.search import FailedUnits, Search
+from ss_pruning.profiling.latency import as_reported
+from ss_pruning.profiling.layer_latency import layer_times, roundings
+from ss_pruning.profiling.macs import count_macs
+from ss_pruning.report.records import QUANTILES, LayerReport, Report
+from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
+from ss_pruning.surgery.verification import Bench, Verified
 
 
 def prune_(
@@ -71,7 +73,8 @@ def prune_(
         params: Share of the parameters to keep; likewise.
         ratio: Share of the prunable channels to remove.
         latency: Share of the time of a forward pass to keep, as measured on this machine; met to within 5 %. Channels
-            then compete by importance per second, see `ss_pruning.layer_times`. Give exactly one of the four.
+            then compete by importance per second, see `ss_pruning.profiling.layer_latency`. Give exactly one of the
+            four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
             arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
             "linear" or "reconstruct" it counts less of what stronger channels tell already, without them it scores
@@ -81,9 +84,10 @@ def prune_(
             this machine ask for.
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
             share, "measured" ranks all channels by the damage to the output that their removal was seen to do on the
-            calibration inputs, in the order of the scores within a layer, see `ss_pruning.damage`; without any it is
-            measured on noise, on which relevance has a say, too. By default "measured" with 8 calibration inputs or
-            more, or with "mean" and none where batch norms tell what noise should come to; else "global".
+            calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`;
+            without any it is measured on noise, on which relevance has a say, too. By default "measured" with 8
+            calibration inputs or more, or with "mean" and none where batch norms tell what noise should come to; else
+            "global".
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
@@ -91,18 +95,19 @@ def prune_(
             0.75 where relevance counts, in the global scope and on noise; 0.5 for other scores. Means nothing to
             `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
-            "reconstruct", see `ss_pruning.compensation`. With "none" the pruned model equals the masked one.
+            "reconstruct", see `ss_pruning.compensation.folding`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs, to measure damage on and to compensate by: a tensor, or an iterable of batches
             (a data loader). A few hundred. Or "distilled": images made from the model's batch norms, see
-            `ss_pruning.distillation`.
+            `ss_pruning.compensation.synthetic_data`.
         reestimate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has
-            moved, on the calibration inputs or, without any, on noise, see `ss_pruning.reestimation`. By default with
-            "mean" and "linear". With "none" the pruned model then no longer equals the masked one, and works better.
+            moved, on the calibration inputs or, without any, on noise, see `ss_pruning.compensation.batchnorm`. By
+            default with "mean" and "linear". With "none" the pruned model then no longer equals the masked one, and
+            works better.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
         progress: Called with (stage, done, total), "distil" and "measure" in steps of their own.
 
     Returns:
-        What was done, see `ss_pruning.report.Report`.
+        What was done, see `ss_pruning.report.records.Report`.
 
     Raises:
         InputError: An argument is wrong.
@@ -259,7 +264,7 @@ def planned(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan
     """What `prune_` would do, found on a copy; the model is left as it is.
 
     The plan comes on top of the cuts that the model has had: apply it to the model, or to its likes in other processes
-    (`ss_pruning.distributed`). Compensation is not part of a plan.
+    (`ss_pruning.io.distributed`). Compensation is not part of a plan.
 
     Args:
         model: As for `prune_`.

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 import ss_pruning
 from ss_pruning import prune_
-from ss_pruning.cli import app
-from ss_pruning.compensation import METHODS
-from ss_pruning.distillation import distill
+from ss_pruning.cli.app import app
+from ss_pruning.compensation.synthetic_data import distill
+from ss_pruning.config import METHODS
 from ss_pruning.errors import BudgetError, NothingToPruneError
-from tests import oracle
-from tests.snapshot import snapshot
-from tests.test_torch_pruning import pruner_of
-from tests.zoo import BY_NAME, ZOO, Net
+from tests.integrations.test_torch_pruning import pruner_of
+from tests.support import oracle
+from tests.support.snapshot import snapshot
+from tests.support.zoo import BY_NAME, ZOO, Net
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -25,60 +23,11 @@ HEAVY = (
     "ray",
     "rich",
     "sklearn",
-    "ss_pruning.demo",
+    "ss_pruning.sources.demo",
     "timm",
     "torch_pruning",
     "typer",
 )
-
-# A file may import, when it is loaded, files of its own layer and of those above it in this list.
-LAYERS = [
-    {
-        "_atomic",
-        "_choices",
-        "_objects",
-        "decisions",
-        "errors",
-        "hooks",
-        "labels",
-        "pooling_indices",
-        "report_style",
-        "stages",
-        "walking",
-    },
-    {"_memento"},
-    {"_cache", "cloning", "layers", "outputs", "preprocessing", "refusing", "regression"},
-    {"agreement", "running"},
-    {"wiring"},
-    {"_decode", "cifar", "measuring", "pulling", "slots"},
-    {"provenance", "staying"},
-    {"batches"},
-    {"data", "moments", "coupling", "redundancy"},
-    {"latency", "liveness", "macs", "prefix", "strength", "surgery"},
-    {"layer_times", "relevance"},
-    {"planning"},
-    {"distributed", "explicit", "following", "masking", "masks", "reordering"},
-    {"sparsity", "verification"},
-    {"soundness"},
-    {"settling"},
-    {"hastening"},
-    {"compensation", "summing"},
-    {"distillation", "folding", "reconstruction", "reestimation", "side_by_side"},
-    {"damage"},
-    {"cutting", "defaults"},
-    {"exporting", "histories", "report"},
-    {"_console", "_options", "accounting", "comparison", "report_certainty", "report_parts", "scores"},
-    {"comparison_html", "doctor", "report_strength"},
-    {"report_html"},
-    {"files"},
-    {"models"},
-    {"named"},
-    {"contest"},
-    {"_job", "benching", "compaction", "pruning"},
-    {"_delivery"},
-    {"cli"},
-]
-DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer} | {"demo": 1}
 
 
 def loaded_by(code: str, names: tuple[str, ...] = HEAVY) -> list[str]:
@@ -88,65 +37,14 @@ def loaded_by(code: str, names: tuple[str, ...] = HEAVY) -> list[str]:
     return done.stdout.split()
 
 
-def imports_on_load(source: str, package: str = "ss_pruning") -> set[str]:
-    """Return the full names that `source`, a file of `package`, imports when it is loaded.
-
-    Imports in functions run later and those under `if TYPE_CHECKING` never: neither counts. `from a import b`
-    gives both `a` and `a.b`, since `b` may be a module.
-    """
-    found: set[str] = set()
-    todo: list[ast.AST] = [ast.parse(source)]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            todo.extend(node.orelse)
-            continue
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(([package] if node.level else []) + ([node.module] if node.module else []))
-            found.add(base)
-            found.update(f"{base}.{alias.name}" for alias in node.names)
-        todo.extend(ast.iter_child_nodes(node))
-    return found
-
-
-def core_imports(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Return, for each core file, the parts of `ss_pruning` that it imports when it is loaded."""
-    prefix = "ss_pruning."
-    return {
-        name: {
-            found.removeprefix(prefix).split(".")[0] for found in imports_on_load(source) if prefix in found
-        }
-        & (sources.keys() | {"integrations"})
-        for name, source in sources.items()
-    }
-
-
-def wrong_imports(sources: dict[str, str]) -> list[str]:
-    """Return what breaks the one-way order among the core files `sources` (name to text)."""
-    graph = core_imports(sources)
-    wrong = [f"{name} has no place in LAYERS" for name in sources if name not in DEPTH]
-    for name, imported in graph.items():
-        for other in imported:
-            if other == "integrations":
-                wrong.append(f"{name} imports integrations outside a function")
-            elif DEPTH.get(other, 0) > DEPTH.get(name, 0):
-                wrong.append(f"{name} imports {other}")
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        wrong.append(f"cycle: {' <- '.join(error.args[1])}")
-    return sorted(wrong)
-
-
-def core_sources() -> dict[str, str]:
-    """Return name and text of every core file but `__init__`; a subpackage goes by its own name."""
-    files = {path.stem: path for path in CORE.glob("*.py") if path.stem != "__init__"}
-    files["demo"] = CORE / "demo" / "__init__.py"
-    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+def linted(config: Path) -> subprocess.CompletedProcess[str]:
+    """What import-linter says by a configuration."""
+    code = (
+        f"from importlinter.cli import lint_imports; sys.exit(lint_imports(config_filename={str(config)!r}))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
 
 
 def test_import_is_lean() -> None:
@@ -158,54 +56,28 @@ def test_lean_import_test_can_fail(name: str) -> None:
     assert name in loaded_by(f"import ss_pruning\nimport {name}")
 
 
-def test_core_imports_go_one_way() -> None:
-    assert wrong_imports(core_sources()) == []
+def test_imports_go_one_way_and_the_core_knows_no_framework() -> None:
+    pytest.importorskip("importlinter", reason="needs import-linter")
+    done = linted(ROOT / "pyproject.toml")
+    assert done.returncode == 0, done.stdout
 
 
-def test_core_loads_no_framework_with_its_modules() -> None:
-    frameworks = {
-        "accelerate",
-        "lightning",
-        "matplotlib",
-        "nni",
-        "pytorch_lightning",
-        "ray",
-        "sklearn",
-        "timm",
-        "torch_pruning",
-    }
-    for name, source in core_sources().items():
-        roots = {found.split(".")[0] for found in imports_on_load(source)}
-        assert not roots & frameworks, name
+def test_the_linter_can_fail(tmp_path: Path) -> None:
+    pytest.importorskip("importlinter", reason="needs import-linter")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wrong = tmp_path / "pyproject.toml"
+    wrong.write_text(
+        text.replace('    "surgery",\n    "graph",\n', '    "graph",\n    "surgery",\n'), encoding="utf-8"
+    )
+    assert wrong.read_text(encoding="utf-8") != text
+    assert "BROKEN" in linted(wrong).stdout
 
 
-@pytest.mark.parametrize(
-    ("sources", "message"),
-    [
-        ({"errors": "from ss_pruning.layers import x", "layers": "import ss_pruning.errors"}, "cycle"),
-        ({"moments": "from ss_pruning import strength", "strength": ""}, "moments imports strength"),
-        ({"moments": "from .strength import Strengths", "strength": ""}, "moments imports strength"),
-        ({"moments": "from . import strength", "strength": ""}, "moments imports strength"),
-        ({"moments": "try:\n    import ss_pruning.cli\nexcept E: pass", "cli": ""}, "moments imports cli"),
-        ({"moments": "class A:\n    from ss_pruning.cli import app", "cli": ""}, "moments imports cli"),
-        ({"pruning": "from ss_pruning.integrations import x"}, "pruning imports integrations outside"),
-        ({"novel": ""}, "novel has no place"),
-    ],
-)
-def test_one_way_test_can_fail(sources: dict[str, str], message: str) -> None:
-    assert any(wrong.startswith(message) for wrong in wrong_imports(sources))
-
-
-def test_one_way_test_lets_right_imports_pass() -> None:
-    late = "def f():\n    from ss_pruning.integrations import x"
-    typing_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ss_pruning.cli import app"
-    sources = {
-        "layers": "from ss_pruning.errors import E",
-        "errors": "",
-        "pruning": late,
-        "moments": typing_only,
-    }
-    assert wrong_imports(sources | {"cli": "from ss_pruning import layers"}) == []
+def test_no_folder_is_crowded_and_each_says_what_it_is_for() -> None:
+    for folder in {path.parent for top in (CORE, ROOT / "integrations") for path in top.rglob("*.py")}:
+        files = list(folder.glob("*.py"))
+        assert len(files) <= 12, folder
+        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder
 
 
 def test_integrations_load_by_their_full_name() -> None:
@@ -214,11 +86,13 @@ def test_integrations_load_by_their_full_name() -> None:
 
 def test_masks_are_compacted_without_nni() -> None:
     """Its masks are plain tensors; only its pruners and its speedup need it."""
-    assert loaded_by("import ss_pruning.integrations.nni_masks", ("nni", "timm", "torch_pruning")) == []
+    assert loaded_by("import ss_pruning.integrations.nni.masks", ("nni", "timm", "torch_pruning")) == []
     blocked = "import sys\nsys.modules['nni'] = None\n"
-    assert loaded_by(f"{blocked}import ss_pruning.integrations.nni_masks", ("ss_pruning.compaction",))
+    assert loaded_by(
+        f"{blocked}import ss_pruning.integrations.nni.masks", ("ss_pruning.sparsity.compaction",)
+    )
     with pytest.raises(subprocess.CalledProcessError) as failure:
-        loaded_by(f"{blocked}import ss_pruning.integrations.nni_adapter")
+        loaded_by(f"{blocked}import ss_pruning.integrations.nni.pruner")
     assert "pip install 'ss-pruning[nni]'" in failure.value.stderr
 
 

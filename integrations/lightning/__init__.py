@@ -1,0 +1,1 @@
+"""PyTorch Lightning: a callback that trains sparse and prunes."""

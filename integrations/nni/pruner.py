@@ -1,0 +1,311 @@
+"""NNI 3.0: synaptic strength as a pruner, and from any NNI pruner's masks to a model that is really smaller.
+
+`SynapticStrengthPruner` takes the same config list as NNI's own pruners and hands out the same masks. `compact` takes
+masks of any NNI pruner, bakes them in and cuts what is dead; its result equals the masked model. `speedup` makes NNI's
+own `ModelSpeedup` run on today's PyTorch. Needs the extra `nni`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+try:
+    import nni  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "this needs NNI 3.0: pip install 'ss-pruning[nni]' (ss_pruning.integrations.nni.masks works without)",
+        name="nni",
+    ) from error
+from nni.compression.base.compressor import Compressor
+from nni.compression.base.config import select_modules_by_config
+from nni.compression.base.setting import PruningSetting
+from nni.compression.pruning import L1NormPruner
+from nni.compression.utils import Evaluator
+from schema import SchemaError
+from torch import Tensor, nn
+
+from ss_pruning.errors import InputError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers
+from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.activation_stats import MomentSource, measure
+from ss_pruning.importance.strength import by_input_channel, share, synaptic_paths, synaptic_power
+from ss_pruning.integrations.nni.masks import bake, compact, speedup, symbolic_graph
+from ss_pruning.integrations.nni.ranking import generate_masks
+from ss_pruning.sparsity.penalty import strength_penalty
+
+__all__ = ["SynapticStrengthPruner", "bake", "compact", "speedup", "symbolic_graph"]
+
+Score = Literal["share", "strength"]
+Config = dict[str, Any]
+_KEYS = (
+    "op_types, op_names, op_names_re, exclude_op_types, exclude_op_names, exclude_op_names_re, target_names, "
+    "target_settings, sparse_ratio, sparse_threshold (floats), max_sparse_ratio, min_sparse_ratio, global_group_id, "
+    "dependency_group_id, internal_metric_block, granularity, apply_method, align"
+)
+
+
+class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
+    """A pruner for NNI's `compress()`, schedules and config lists that ranks by synaptic strength.
+
+    All config keys mean what they mean in NNI, but for three things. `granularity="default"` is the synapse,
+    `[1, 1, -1, -1]`: one mask value a 2-D kernel. A named op type selects its subclasses too (timm's `Conv2dSame`,
+    `BatchNormAct2d`). And `global_group_id` ranks by one exact order of all scores: the asked ratio to within one
+    kernel and never more, `max_sparse_ratio` and `min_sparse_ratio` honoured for every layer, the same masks in
+    every process, and no layer emptied unless its ratio is 1.
+
+    Scores are "share", `s^2 / sum_c s^2` (comparable across layers), or "strength", `s = sqrt(v_c) ||W||`. Blocks add
+    them up (strengths as their squares). The shares of all synapses of an output add up to 1, so a block of whole
+    outputs is scored by the shares it has in what reads it. Norms that are pruned are scored by their scales.
+
+    Args:
+        model: The model to mask; NNI wraps it in place.
+        config_list: As for any NNI pruner.
+        example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+        evaluator: With one, `compress(max_steps, max_epochs)` trains with the strength penalty, then masks; `AGPPruner`
+            and `LinearPruner` need one.
+        moments: Where variances come from: "batchnorm", "gaussian" or batches, see `ss_pruning.synaptic_strength`.
+        score: "share" or "strength".
+        penalty: What the sum of the configured layers' strengths is multiplied with in the loss.
+        existed_wrappers: For `from_compressor`.
+
+    Raises:
+        InputError: The config has an unknown key or value, selects nothing, or names a layer that NNI cannot mask; or
+            the model is wrapped already.
+        ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[Config],
+        example_inputs: Any = None,
+        evaluator: Evaluator | None = None,
+        *,
+        moments: MomentSource = "batchnorm",
+        score: Score = "share",
+        penalty: float = 1e-4,
+        existed_wrappers: Mapping[str, Any] | None = None,
+    ) -> None:
+        if example_inputs is None:
+            raise InputError(
+                "give example_inputs=, what the model's forward takes: who feeds whom is found by running it"
+            )
+        if score not in ("share", "strength"):
+            raise InputError(f"score={score!r} is unknown; use 'share' or 'strength'")
+        check_finite(model)
+        self.wiring = trace(model, example_inputs)
+        self.example_inputs, self.moments, self.score, self.penalty = example_inputs, moments, score, penalty
+        config_list = _with_subclasses(model, config_list)
+        super().__init__(model, config_list, evaluator, existed_wrappers)
+        order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        for table in (self._module_wrappers, self._target_spaces):  # NNI's order changes with the hash seed
+            ordered = sorted(table.items(), key=lambda item: order.get(item[0], len(order)))
+            table.clear()
+            table.update(ordered)
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        new_config_list: list[Config],
+        *args: Any,
+        evaluator: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Go on from another compressor's wrappers; further arguments as for the class."""
+        make = Compressor.from_compressor.__func__
+        return make(cls, compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
+
+    def _validate_config(self) -> None:
+        """NNI's check of keys and values, and that every entry selects something.
+
+        Raises:
+            InputError: It does not pass.
+        """
+        try:
+            super()._validate_config()
+        except SchemaError as error:
+            raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
+        for config in self.config_list:
+            try:
+                modules, _, _ = select_modules_by_config(self.bound_model, config)
+            except KeyError as error:
+                raise InputError(f"the config names {error}, which is no module of the model") from error
+            if not modules:
+                raise InputError(f"the config {config} selects no module; see dict(model.named_modules())")
+            unknown = {type(m).__name__ for m in modules.values()} - set(PruningSetting.registry)
+            if unknown:
+                raise InputError(
+                    f"NNI knows no layer of type {', '.join(sorted(unknown))} to mask; leave it out, or describe it "
+                    "with nni.compression.base.setting.PruningSetting.register"
+                )
+
+    def _set_default_sparse_granularity(self, target_space: Any) -> list[int] | str | None:
+        shape = target_space.shape
+        if target_space._target_name != "weight" or shape is None or len(shape) < 2:
+            granularity: str | None = super()._set_default_sparse_granularity(target_space)
+            return granularity
+        return [1, 1, *(-1 for _ in shape[2:])]
+
+    def _calculate_metrics(self, data: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        weights = {path: targets["weight"].detach() for path, targets in data.items() if "weight" in targets}
+        with torch.no_grad():
+            scores = Scores(self.bound_model, self.wiring, weights, self._variances(), self.score)
+            return {
+                path: {
+                    name: scores.of(path, target.detach(), self._target_spaces[path][name]._scaler)
+                    for name, target in targets.items()
+                }
+                for path, targets in data.items()
+            }
+
+    def _variances(self) -> dict[str, Tensor]:
+        """By layer, `[in_channels]`: the variance of what arrives."""
+        model, wiring, paths = self.bound_model, self.wiring, synaptic_paths(self.wiring)
+        moments = measure(model, wiring, self.moments, self.example_inputs, paths)
+        return {path: found.variance for path, found in moments.items()}
+
+    def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        return generate_masks(metrics, self._target_spaces)
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is None and max_epochs is None:
+            self.update_masks(self.generate_masks())
+        elif self.evaluator is None:
+            raise InputError(
+                "to train with the penalty give the pruner an evaluator=; without one, call compress()"
+            )
+        else:
+            self._fusion_compress(max_steps, max_epochs)
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        super()._fuse_preprocess(evaluator)
+        if self.penalty:
+            paths = [path for path in synaptic_paths(self.wiring) if path in self._target_spaces]
+            evaluator.patch_loss(
+                lambda loss, batch: (
+                    loss + self.penalty * strength_penalty(self.bound_model, self.wiring, paths).to(loss)
+                )
+            )
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        super()._fuse_postprocess(evaluator)
+        if self.interval_steps < 0:  # no schedule has made masks on the way
+            self.update_masks(self.generate_masks())
+
+
+class Scores:
+    """Scores of blocks of weights, from the strengths of the synapses they belong to."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wiring: Wiring,
+        weights: Mapping[str, Tensor],
+        variances: Mapping[str, Tensor],
+        score: Score,
+    ) -> None:
+        """Compute strengths.
+
+        Args:
+            model: The (wrapped) model; only read.
+            wiring: Its wiring.
+            weights: By layer, the unmasked weight; other layers are read as they are.
+            variances: By layer, `[in_channels]`, the variance of what arrives.
+            score: "share" or "strength".
+        """
+        self.model, self.wiring, self.score = model, wiring, score
+        self.powers = {
+            path: synaptic_power(model.get_submodule(path), variance, weights.get(path))
+            for path, variance in variances.items()
+        }
+        self._delivered: dict[str, Tensor] | None = None
+
+    def of(self, path: str, weight: Tensor, scaler: Any) -> Tensor:
+        """Scores of the blocks of one weight, in the shape that NNI's scaler gives them."""
+
+        def blocks(values: Tensor) -> Tensor:
+            shrunk: Tensor = (
+                values if scaler is None else scaler.shrink(values, lambda v: v.sum(-1), keepdim=True)
+            )
+            return shrunk
+
+        if path not in self.powers or weight.dim() < 2:
+            return blocks(weight.abs())
+        module = self.model.get_submodule(path)
+        power = self.powers[path]
+        if self.score == "strength":
+            return blocks(_spread(module, weight, power)).sqrt()
+        summed = blocks(_spread(module, weight, share(power)))
+        axis = 1 if getattr(module, "transposed", False) else 0
+        if summed.numel() == summed.shape[axis] == len(power):  # whole outputs: their own shares sum to 1
+            return self.delivered[path].to(summed).reshape(summed.shape)
+        return summed
+
+    @property
+    def delivered(self) -> dict[str, Tensor]:
+        """By layer, `[out]`: the shares that the layer's outputs have in what reads them, summed.
+
+        Norms and depthwise layers pass on; what nothing reads (the model's output) is scored by its own strength,
+        relative to the layer's largest.
+        """
+        if self._delivered is None:
+            layers = self.wiring.layers
+            device = next(self.model.parameters()).device
+            out = {path: torch.zeros(layer.outputs, device=device) for path, layer in layers.items()}
+            read = {
+                path: torch.zeros(layer.outputs, dtype=torch.bool, device=device)
+                for path, layer in layers.items()
+            }
+            for path in reversed(list(layers)):
+                reaches = self._at_inputs(path, out[path])
+                for feed in self.wiring.feeds[path]:
+                    if feed.source in out:
+                        pairs = feed.pairs.to(device)
+                        out[feed.source].index_add_(0, pairs[:, 0], reaches.to(out[feed.source])[pairs[:, 1]])
+                        read[feed.source][pairs[:, 0]] = True
+                if path in self.powers and not bool(read[path].all()):
+                    own = self.powers[path].sum(1).sqrt().to(out[path])
+                    out[path] = torch.where(read[path], out[path], own / own.max().clamp_min(1e-30))
+            self._delivered = out
+        return self._delivered
+
+    def _at_inputs(self, path: str, out: Tensor) -> Tensor:
+        layer = self.wiring.layers[path]
+        if layer.kind == "synaptic" and path in self.powers:
+            return by_input_channel(self.model.get_submodule(path), share(self.powers[path])).sum(1)
+        if layer.kind == "depthwise":
+            return out.reshape(layer.inputs, -1).sum(1)
+        return out
+
+
+def _spread(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+    """Values of synapses `[out, in // groups]`, spread over the weights of each kernel by their squares."""
+    part = weight.square() / by_kernel(module, weight, kernel_powers(module, weight)).clamp_min(1e-38)
+    return part * by_kernel(module, weight, values)
+
+
+def _with_subclasses(model: nn.Module, config_list: list[Config]) -> list[Config]:
+    """The config with the subclasses of its op types named too; NNI is told how to mask them, as their base."""
+    bases: dict[str, set[str]] = {}
+    for module in model.modules():
+        names = [base.__name__ for base in type(module).__mro__]
+        bases[names[0]] = set(names)
+        known = next((name for name in names if name in PruningSetting.registry), None)
+        if known is not None and names[0] != known:
+            PruningSetting.register(names[0], PruningSetting.registry[known])
+    config_list = copy.deepcopy(config_list)
+    for config in config_list:
+        for key in ("op_types", "exclude_op_types"):
+            if isinstance(config, dict) and isinstance(config.get(key), list):
+                asked = config[key]
+                more = sorted(
+                    name for name, names in bases.items() if name not in asked and names & set(asked)
+                )
+                config[key] = asked + more
+    return config_list

@@ -1,0 +1,1 @@
+"""Torch-Pruning: an importance for its pruners, and its pruner on our dependency groups."""

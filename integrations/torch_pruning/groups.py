@@ -1,0 +1,154 @@
+"""Channel-graph cells dressed as Torch-Pruning groups, so that any of its importances can score them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning._utils.modules import modules_of
+from ss_pruning.errors import InputError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Cell, Member
+from ss_pruning.graph.layers import is_depthwise
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A layer as Torch-Pruning's dependencies present it."""
+
+    module: Any
+    name: str
+    pruning_dim: int = 1
+
+    @property
+    def type(self) -> Any:
+        return tp.ops.module2type(self.module)
+
+
+@dataclass
+class CellGraph:
+    """Stands for Torch-Pruning's `DependencyGraph` in groups made from cells."""
+
+    model: nn.Module
+    example_inputs: Any
+    wiring: Wiring
+    round: object = None
+
+    def __post_init__(self) -> None:
+        self.modules = modules_of(self.model)
+
+    def is_in_channel_pruning_fn(self, handler: Any) -> bool:
+        """As in Torch-Pruning: norms and depthwise layers count on both sides."""
+        return handler not in (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+
+    def is_out_channel_pruning_fn(self, handler: Any) -> bool:
+        """As in Torch-Pruning: norms and depthwise layers count on both sides."""
+        return handler not in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+
+
+def as_group(cell: Cell, graph: CellGraph) -> Any:
+    """A cell as a Torch-Pruning group, for any importance; `root_idxs` number the cell's families from 0."""
+    group = tp.dependency.Group()
+    group._DG = graph
+    modules = graph.modules
+    members = sorted(cell.members, key=lambda m: not (m.side == "out" and m.index.shape[1] == 1))
+    for member in members:
+        handler = _handler(modules.get(member.path), member)
+        if handler is None:
+            continue
+        node = _Node(modules[member.path], member.path)
+        group.add_dep(
+            tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist()
+        )
+        width = member.index.shape[1]
+        group[-1].root_idxs = np.repeat(np.arange(cell.size), width).tolist()
+    return group
+
+
+def _reads_in_groups(dep: Any) -> bool:
+    return dep.handler == tp.prune_conv_in_channels and bool(dep.layer.groups > 1)
+
+
+def _handler(module: nn.Module | None, member: Member) -> Any:
+    """The Torch-Pruning function that importances know this layer side by; None where they know none."""
+    if module is None:
+        return None
+    if isinstance(module, _ConvNd):
+        if member.side == "through":  # slides along the channels: holds no weight of any one of them
+            return None
+        if is_depthwise(module):
+            return tp.prune_depthwise_conv_out_channels if member.side == "out" else None
+        if (
+            module.transposed and module.groups > 1 and member.side == "out"
+        ):  # they index one group as if it were all
+            return None
+        return tp.prune_conv_in_channels if member.side == "in" else tp.prune_conv_out_channels
+    if isinstance(module, nn.Linear):
+        return tp.prune_linear_in_channels if member.side == "in" else tp.prune_linear_out_channels
+    if isinstance(module, _BatchNorm):
+        return tp.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return tp.prune_layernorm_out_channels
+    if isinstance(module, nn.GroupNorm):
+        return tp.prune_groupnorm_out_channels
+    return None
+
+
+def cell_scores(importance: Any, cells: Sequence[Cell], graph: CellGraph) -> list[Tensor]:
+    """Score every cell with a Torch-Pruning importance; one value a family.
+
+    Cells that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
+    one group, so that an importance that normalises within a group sees the whole layer, as in Torch-Pruning.
+
+    Raises:
+        InputError: The importance returns scores of the wrong length, NaN, or minus infinity. Infinity keeps a channel.
+    """
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        alike[tuple((m.path, m.side, m.index.shape[1]) for m in cell.members)].append(i)
+    scores: dict[int, Tensor] = {}
+    graph.round = object()
+    for numbers in alike.values():
+        whole = _joined([cells[i] for i in numbers])
+        parts = _score_one(importance, whole, graph).split([cells[i].size for i in numbers])
+        scores.update(zip(numbers, parts, strict=True))
+    return [scores[i] for i in range(len(cells))]
+
+
+def _joined(cells: Sequence[Cell]) -> Cell:
+    """Cells of the same layers as one."""
+    columns = zip(*(cell.members for cell in cells), strict=True)
+    return Cell(tuple(Member(c[0].path, c[0].side, np.concatenate([m.index for m in c])) for c in columns))
+
+
+def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
+    group = as_group(cell, graph)
+    try:
+        values = importance(group)
+    except (IndexError, RuntimeError):  # some of Torch-Pruning's own fail on what a grouped convolution reads
+        items = [item for item in group if not _reads_in_groups(item.dep)]
+        if not 0 < len(items) < len(group):
+            raise
+        group._group = items
+        values = importance(group)
+    if values is None:  # Torch-Pruning's sign for "knows nothing here"
+        values = torch.full((cell.size,), float("inf"))
+    values = torch.as_tensor(values).detach().double().cpu().flatten()
+    if cell.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
+        values = values.nan_to_num(nan=float("inf"))
+    wrong = int((values.isnan() | values.isneginf()).sum())
+    if len(values) < cell.size or wrong:
+        raise InputError(
+            f"{type(importance).__name__} gave {len(values)} scores ({wrong} of them NaN or -inf) for the "
+            f"{cell.size} channels of '{cell.root.path}'; give each a number, or inf to keep it"
+        )
+    return values[: cell.size]

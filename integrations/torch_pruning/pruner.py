@@ -1,0 +1,388 @@
+"""Torch-Pruning's pruners on the channel graph: any model, any importance, verified before anything is cut."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.running import quiet_hooks
+from ss_pruning.compensation.apply import calibration_images, check_compensation, cut_
+from ss_pruning.config import Method
+from ss_pruning.errors import InputError
+from ss_pruning.graph.groups import Cell, LeftWhole, Unit
+from ss_pruning.graph.layers import is_depthwise
+from ss_pruning.graph.tracing import trace
+from ss_pruning.integrations.torch_pruning.dependency_graph import (
+    ROOT_TYPES,
+    ChannelGraph,
+    ChannelGroup,
+    producers,
+    rows_of,
+)
+from ss_pruning.integrations.torch_pruning.groups import cell_scores
+from ss_pruning.integrations.torch_pruning.session import Era
+from ss_pruning.planning.allocation import Schedule, schedule
+from ss_pruning.planning.defaults import default_reestimate
+from ss_pruning.planning.search import FORWARD_REASON, Settler
+from ss_pruning.surgery.plan import Plan
+
+__all__ = [
+    "BNScalePruner",
+    "ChannelGraph",
+    "ChannelGroup",
+    "GraphPruner",
+    "GroupNormPruner",
+    "GrowingRegPruner",
+]
+
+_HEADS = ("prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict")
+
+
+class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+    """A drop-in for `tp.pruner.BasePruner` on the channel graph; any model, verified before it is cut.
+
+    What cannot be cut right is left whole (`left_whole` says what and why). Two options hold more strictly than in
+    Torch-Pruning: no layer ever loses more than `max_pruning_ratio` of its first width, nor its last channel; and
+    `round_to` rounds kept widths up, so never more goes than the ratio says. To give another pruner of
+    Torch-Pruning's this graph, inherit from both: `class Mine(TheirPruner, GraphPruner)`.
+
+    Args:
+        model: Any CNN.
+        example_inputs: What `forward` takes: a tensor, a sequence of positional or a dict of keyword arguments.
+        importance: Any Torch-Pruning importance.
+        global_pruning: Rank the channels of all layers together.
+        pruning_ratio: Share of the channels to remove.
+        pruning_ratio_dict: Ratios of its own for modules (all layers inside), or tuples of modules.
+        max_pruning_ratio: Largest share that any layer loses.
+        iterative_steps: Number of `step()` calls in which the ratio is reached.
+        iterative_pruning_ratio_scheduler: From ratio and number of steps to the ratio after each step.
+        ignored_layers: Modules (all layers inside) and parameters whose channels stay.
+        round_to: Remaining widths are multiples of this.
+        isomorphic: Rank layers together whose surroundings are alike.
+        root_module_types: Only what a layer of these types writes is pruned.
+        forward_fn: Not supported.
+        output_transform: Not needed.
+        ch_sparsity: The older name of `pruning_ratio`.
+        ch_sparsity_dict: The older name of `pruning_ratio_dict`.
+        **found_by_the_graph: Torch-Pruning's options for what the graph finds by itself (groups, loose parameters),
+            or leaves whole (attention heads); accepted, without effect.
+
+    Raises:
+        InputError: An option is out of range or not supported.
+        ModelError: The model does not run on the inputs.
+        TypeError: Torch-Pruning has no such option.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: Callable[[Any], Tensor | None],
+        global_pruning: bool = False,
+        pruning_ratio: float = 0.5,
+        pruning_ratio_dict: Mapping[Any, float] | None = None,
+        max_pruning_ratio: float = 1.0,
+        iterative_steps: int = 1,
+        iterative_pruning_ratio_scheduler: Callable[[float, int], list[float]] = linear_scheduler,
+        ignored_layers: Iterable[nn.Module | nn.Parameter] | None = None,
+        round_to: int | None = None,
+        isomorphic: bool = False,
+        *,
+        root_module_types: Sequence[Any] = ROOT_TYPES,
+        forward_fn: Any = None,
+        output_transform: Any = None,
+        ch_sparsity: float | None = None,
+        ch_sparsity_dict: Mapping[Any, float] | None = None,
+        **found_by_the_graph: Any,
+    ) -> None:
+        _check_options(found_by_the_graph)
+        self.model, self.importance = model, importance
+        self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
+        self.root_module_types = root_module_types
+        self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")
+        self.pruning_ratio = _checked(pruning_ratio if ch_sparsity is None else ch_sparsity, "pruning_ratio")
+        self.iterative_steps, self.current_step = iterative_steps, 0
+        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
+        self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
+        self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
+        self._build(example_inputs, forward_fn, list(ignored_layers or ()))
+
+    def _build(self, example_inputs: Any, forward_fn: Any, ignored: list[nn.Module | nn.Parameter]) -> None:
+        """The graph, and what Torch-Pruning's own methods read besides."""
+        self.ignored_layers = [m for item in ignored if isinstance(item, nn.Module) for m in item.modules()]
+        self.ignored_params = [item for item in ignored if isinstance(item, nn.Parameter)]
+        self.in_channel_groups: dict[Any, int] = {}
+        self.out_channel_groups: dict[Any, int] = {}
+        self.num_heads: dict[Any, int] = {}
+        self.DG = ChannelGraph().build_dependency(
+            self.model,
+            example_inputs,
+            forward_fn=forward_fn,
+            ignored_layers=self.ignored_layers,
+            ignored_params=self.ignored_params,
+        )
+        self._first_widths = {path: layer.outputs for path, layer in self.DG.wiring.layers.items()}
+        self.removed: Counter[Hashable] = Counter()
+        self._failed: dict[str, LeftWhole] = {}
+
+    def _set_ratios(self, ratios: Mapping[Any, float] | None) -> None:
+        """Ratios after each step, and the scope, of the layers that have one of their own."""
+        self.pruning_ratio_dict: dict[nn.Module, list[float]] = {}
+        self._own_scope: dict[nn.Module, int] = {}
+        for number, (modules, ratio) in enumerate((ratios or {}).items()):
+            if not 0 <= ratio <= 1:
+                raise InputError(f"pruning_ratio_dict holds {ratio}, which does not lie in [0, 1]")
+            for module in modules if isinstance(modules, tuple) else (modules,):
+                for layer in module.modules():
+                    self.pruning_ratio_dict[layer] = self.iterative_pruning_ratio_scheduler(
+                        ratio, self.iterative_steps
+                    )
+                    self._own_scope[layer] = number
+
+    @property
+    def left_whole(self) -> list[LeftWhole]:
+        """Layers of which channels stay whatever the ratio, with the reason."""
+        return [*self.DG.era.coupling.left_whole, *self._failed.values()]
+
+    def step(
+        self,
+        interactive: bool = False,
+        *,
+        compensation: Method = "none",
+        calibration: Any = None,
+        reestimate: bool | None = None,
+    ) -> Iterator[ChannelGroup] | None:
+        """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
+
+        Args:
+            interactive: Hand out groups instead of cutting.
+            compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation.folding`.
+            calibration: Unlabelled inputs for it: a tensor, batches, or "distilled".
+            reestimate: Move the statistics of the batch norms behind the cut; by default with "mean" and "linear".
+
+        Raises:
+            InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
+        """
+        check_compensation(compensation, calibration)
+        reestimate = default_reestimate(compensation) if reestimate is None else reestimate
+        plain = compensation == "none" and not reestimate
+        if interactive and not plain:
+            raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")
+        self.current_step += 1
+        if interactive:
+            return self._prune()
+        try:
+            with torch.inference_mode(False), quiet_hooks(self.model, self.DG.example_inputs):
+                self._cut_chosen(None if plain else partial(self._cut, compensation, calibration, reestimate))
+        except BaseException:
+            self.current_step -= 1  # nothing was cut: the step is still to come
+            raise
+        return None
+
+    def _cut_chosen(self, cut: Callable[[Plan], Plan] | None) -> None:
+        """One step that cuts, with more to do than that if `cut` is given."""
+        plan, parts = self._settle()
+        if parts:
+            era: Era = self.DG.latest
+            self.DG.record(
+                ", ".join(part[0].root.path for part in parts),
+                era.apply(plan, [cell for part in parts for cell in part], cut),
+            )
+
+    def _cut(self, method: Method, calibration: Any, reestimate: bool, plan: Plan) -> Plan:
+        """Cut with compensation; the wiring is that of the model as earlier steps have left it."""
+        inputs = self.DG.example_inputs
+        images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
+        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, reestimate)[0]
+
+    def _prune(self) -> Iterator[ChannelGroup]:
+        for part in self._settle()[1]:
+            yield self.DG.group_of(part) or ChannelGroup(self.DG, part)
+
+    def _settle(self) -> tuple[Plan, list[list[Cell]]]:
+        """What goes in this step: the verified plan, and unit by unit the families."""
+        if self.current_step > self.iterative_steps:
+            warnings.warn("all iterative steps are done, so nothing more is pruned", stacklevel=4)
+            return Plan(), []
+        era: Era = self.DG.era
+        settler = _Scoped(era.bench, era.coupling, self, era)
+        for number, (label, unit) in enumerate(era.units.items()):
+            if label in self._failed or not self.DG.is_root(unit, self.root_module_types):
+                settler.reasons[number] = ""
+        with torch.no_grad():
+            scores = iter(
+                cell_scores(self.importance, [c for unit in era.coupling.units for c in unit.cells], self.DG)
+            )
+        verified = settler.settle([[next(scores).numpy() for _ in unit.cells] for unit in era.coupling.units])
+        for number, (label, unit) in enumerate(era.units.items()):
+            if reason := settler.reasons.get(number):
+                size = sum(cell.size for cell in unit.cells)
+                self._failed[label] = LeftWhole((unit.name,), size, f"{FORWARD_REASON}: {reason}")
+        self.removed += settler.taken
+        return verified.plan, settler.parts()
+
+    def scope_of(self, label: str, unit: Unit, modules: Mapping[str, nn.Module]) -> tuple[Hashable, float]:
+        """With what a unit is ranked, and the share that is to be gone there after this step."""
+        own = next((modules[p] for p in producers(unit) if modules[p] in self.pruning_ratio_dict), None)
+        ratios = self.per_step_pruning_ratio if own is None else self.pruning_ratio_dict[own]
+        scope: Hashable = label
+        if own is not None and self.global_pruning:
+            scope = self._own_scope[own]
+        elif own is None and self.isomorphic:
+            scope = tuple((type(modules.get(m.path)), m.side) for cell in unit.cells for m in cell.members)
+        elif own is None and self.global_pruning:
+            scope = None
+        return scope, min(ratios[self.current_step], self.max_pruning_ratio)
+
+    def allowed(self, unit: Unit, era: Era) -> float:
+        """Share of its channels that a unit may still lose."""
+        keep = 1 - self.max_pruning_ratio
+        shares = [1 - keep * self._first_widths[p] / era.wiring.layers[p].outputs for p in producers(unit)]
+        return max(0.0, min(shares))
+
+    def estimate_importance(self, group: ChannelGroup) -> Tensor:
+        """Scores of the group's channels; NaN, which regularisers skip, where the importance knows nothing."""
+        scores = torch.cat(cell_scores(self.importance, group.cells, self.DG))[group.order]
+        return torch.where(scores.isinf(), float("nan"), scores).to(next(self.model.parameters()))
+
+    @property
+    def _groups(self) -> list[ChannelGroup]:
+        """What Torch-Pruning's regularisers work on."""
+        return self._regularised
+
+    @_groups.setter
+    def _groups(self, groups: Iterable[ChannelGroup]) -> None:
+        """Without the items that they would index wrongly."""
+        self._regularised = [g for g in (group.only(_regularisable) for group in groups) if g is not None]
+
+
+def _regularisable(dep: Any) -> bool:
+    """False for the inputs of grouped convolutions, and for transposed ones: their axes differ."""
+    module = dep.target.module
+    if not isinstance(module, _ConvNd) or is_depthwise(module):
+        return True
+    return not module.transposed and (module.groups == 1 or dep.handler != tp.prune_conv_in_channels)
+
+
+def _checked(ratio: float, name: str) -> float:
+    if not 0 <= ratio <= 1:
+        raise InputError(f"{name}={ratio} must lie in [0, 1]")
+    return ratio
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = inspect.signature(tp.pruner.BasePruner.__init__).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"Torch-Pruning's pruners have no option {name!r}")
+    if options.get("customized_pruners"):
+        raise InputError(
+            "customized_pruners is not supported here: all layers are cut as the channel graph says"
+        )
+    if any(options.get(name) for name in _HEADS):
+        warnings.warn("attention heads are left whole: the options for them have no effect", stacklevel=4)
+
+
+@dataclass
+class _Scoped(Settler):
+    """Shrinks every scope to its ratio."""
+
+    pruner: GraphPruner
+    era: Era
+    taken: Counter[Hashable] = field(default_factory=Counter, init=False)
+
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """The largest number of moves in each scope that removes no more than its ratio."""
+        labels = {id(unit): label for label, unit in self.era.units.items()}
+        scopes: dict[tuple[Hashable, float], list[int]] = defaultdict(list)
+        for i, unit in enumerate(units):
+            scopes[self.pruner.scope_of(labels[id(unit)], unit, self.era.modules)].append(i)
+        steps = np.zeros(len(units), dtype=np.int64)
+        ranked: list[list[Ints]] = [[] for _ in units]
+        self.taken = Counter()
+        for (scope, ratio), members in scopes.items():
+            inside = [units[i] for i in members]
+            order = schedule(
+                inside,
+                [scores[i] for i in members],
+                scope="global" if len(inside) > 1 else "local",
+                max_ratio=[self.pruner.allowed(unit, self.era) for unit in inside],
+                round_to=self.pruner.round_to,
+            )
+            moves = self._affordable(order, inside, scope, ratio)
+            steps[members] = order.taken(moves)
+            self.taken[scope] = int(order.families[:moves].sum())
+            for i, ranks in zip(members, order.ranked, strict=True):
+                ranked[i] = ranks
+        none = np.zeros(0, dtype=np.int64)
+        return Schedule(none, none, none, ranked), steps
+
+    def _affordable(self, order: Schedule, units: Sequence[Unit], scope: Hashable, ratio: float) -> int:
+        """How many moves of a scope its ratio pays for; rounded as Torch-Pruning does, a part of a channel goes."""
+        now = sum(cell.size for unit in units for cell in unit.cells)
+        stay = int((now + self.pruner.removed[scope]) * (1 - ratio) + 1e-9)
+        return int(np.searchsorted(order.families.cumsum(), now - stay, side="right"))
+
+    def parts(self) -> list[list[Cell]]:
+        """Unit by unit, the families that go."""
+        assert self.trial is not None
+        parts = []
+        for unit, ranks, steps in zip(
+            self.trial.units, self.trial.order.ranked, self.trial.steps, strict=True
+        ):
+            if steps:
+                pairs = zip(unit.cells, ranks, strict=True)
+                parts.append(
+                    [rows_of(c, np.sort(rank[: steps * (c.size // unit.steps)])) for c, rank in pairs]
+                )
+        return parts
+
+
+class GroupNormPruner(tp.pruner.GroupNormPruner, GraphPruner):  # type: ignore[misc]
+    """Torch-Pruning's pruner of that name (a growing group norm in training) on the channel graph."""
+
+
+class GrowingRegPruner(tp.pruner.GrowingRegPruner, GraphPruner):  # type: ignore[misc]
+    """Torch-Pruning's pruner of that name (a growing penalty in training) on the channel graph."""
+
+
+class BNScalePruner(tp.pruner.BNScalePruner, GraphPruner):  # type: ignore[misc]
+    """Torch-Pruning's pruner of that name (network slimming) on the channel graph."""
+
+    @torch.no_grad()
+    def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
+        """Add the penalty to the gradients; a group lasso also where a group holds only some of a norm's channels."""
+        if not self.group_lasso:
+            super().regularize(model, reg, bias)
+            return
+        reg = self.reg if reg is None else reg
+        for group in self._groups:
+            norms = [i for i in group if isinstance(i.dep.layer, _BatchNorm) and i.dep.layer.affine]
+            squares = [self._squares(item, len(group.order)) for item in norms]
+            for item in norms:
+                power = torch.stack(squares).mean(0) + 1e-9
+                weight, roots = item.dep.layer.weight, torch.tensor(item.root_idxs)
+                if weight.grad is not None:
+                    at = torch.tensor(item.idxs, device=weight.device)
+                    weight.grad.index_add_(0, at, reg * weight[at] / power[roots.to(weight.device)].sqrt())
+
+    @staticmethod
+    def _squares(item: Any, size: int) -> Tensor:
+        """The norm's squared weights at their places in the group."""
+        weight: Tensor = item.dep.layer.weight
+        roots = torch.tensor(item.root_idxs, device=weight.device)
+        return weight.new_zeros(size).index_add_(0, roots, weight[item.idxs].square())

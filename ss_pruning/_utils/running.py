@@ -1,0 +1,180 @@
+"""Running a model so that nothing of it stays: its flags, its state, its users' hooks and the random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.memento import Memento
+from ss_pruning._utils.modules import modules_of
+from ss_pruning.errors import ModelError
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run `model` on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    args, kwargs = as_arguments(example_inputs)
+    return model(*args, **kwargs)
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments of `forward`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    return (example_inputs,), {}
+
+
+@contextlib.contextmanager
+def preserved(
+    model: nn.Module, training: bool, *, but: Iterable[nn.Module] = (), replaced: bool = False
+) -> Iterator[None]:
+    """Run a block with the train flag set as asked; what the passes within have changed is taken back afterwards.
+
+    Args:
+        model: What runs.
+        training: The train flag of all modules but dropout, which would hide who feeds whom.
+        but: Modules whose tensors are set within, on purpose.
+        replaced: Other tensors will stand in the place of parameters.
+    """
+    before = Memento(model, but, replaced)
+    try:
+        with same_random_numbers(model), without_checkpoints():
+            for module in modules_of(model).values():
+                wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+                if module.training != wanted:
+                    module.training = wanted
+            yield
+    finally:
+        try:
+            before.restore()
+        except BaseException:  # an interrupt has come in between: all of it is done again
+            before.restore()
+            raise
+
+
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Whatever is drawn within, random numbers go on afterwards as if nothing had been."""
+    cuda = torch.cuda.is_initialized()
+    devices = sorted(
+        {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
+    )
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models draw from
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
+
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"  # how it begins in every version
+
+
+@contextlib.contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let activation checkpointing run what it is given at once: a pull has no use for a second pass, without labels.
+
+    Both of torch's ways are looked up by name when they are called.
+    """
+
+    class AtOnce:
+        @staticmethod
+        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def generator(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    names = vars(checkpointing)
+    ours: dict[str, Any] = {name: generator for name in names if name.startswith(_GENERATOR)}
+    ours["CheckpointFunction"] = AtOnce
+    theirs = {name: names[name] for name in ours}
+    names.update(ours)
+    try:
+        yield
+    finally:
+        names.update(theirs)
+
+
+_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+_BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+
+
+@contextlib.contextmanager
+def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """Within, of the hooks on `model` only those run that take part in what it computes; later all are back.
+
+    Which do shows in one pass on the example inputs: they return something, write into a tensor that they are given or
+    change their module. The others have run once then, as they would for a pass of the user's own.
+
+    Raises:
+        ModelError: The model does not run on the example inputs.
+    """
+    tables = [vars(m)[kind] for m in modules_of(model).values() for kind in _FORWARD if vars(m).get(kind)]
+    backward = [vars(m)[kind] for m in modules_of(model).values() for kind in _BACKWARD if vars(m).get(kind)]
+    if not tables and not backward:
+        yield
+        return
+    before = [(table, dict(table)) for table in (*tables, *backward)]
+    try:
+        for table in backward:
+            table.clear()
+        if tables:
+            idle = _idle_hooks(model, example_inputs, tables)
+            for table in tables:
+                for number in [n for n in table if (id(table), n) in idle]:
+                    del table[number]
+        yield
+    finally:
+        for table, hooks in before:
+            table.clear()
+            table.update(hooks)
+
+
+def _idle_hooks(model: nn.Module, example_inputs: Any, tables: list[Any]) -> set[tuple[int, int]]:
+    """Hooks, by table and number, that ran and did nothing to what is computed."""
+    ran: dict[tuple[int, int], bool] = {}
+    with preserved(model, training=False), torch.no_grad():
+        for table in tables:
+            for number, hook in table.items():
+                table[number] = partial(_listened, hook, ran, (id(table), number))
+        try:
+            call(model, example_inputs)
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, "
+                "dtype and device: call model(*example_inputs) yourself first"
+            ) from error
+    return {key for key, takes_part in ran.items() if not takes_part}
+
+
+def _listened(
+    hook: Callable[..., Any],
+    ran: dict[tuple[int, int], bool],
+    key: tuple[int, int],
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a hook, and note whether it did something."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+
+    def state() -> list[Any]:
+        own = [v for table in (vars(module), module._parameters, module._buffers) for v in table.values()]
+        return [*map(id, own), *(t._version for t in tensors if not t.is_inference())]
+
+    before = state()
+    answer = hook(module, *args, **kwargs)
+    ran[key] = ran.get(key, False) or answer is not None or state() != before
+    return answer

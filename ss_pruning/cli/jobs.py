@@ -1,0 +1,388 @@
+"""What a command does between its options and its output: build, open, prune or score, write."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.files import write_together
+from ss_pruning.cli.choices import DATA, DISTILLED, Importance, Moments, Request, Score
+from ss_pruning.cli.console import ProgressCallback, note
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.profiling.latency import as_reported, machine, measure_latency
+from ss_pruning.sources.accuracy import batches
+from ss_pruning.sources.data import accuracy, open_data, open_photos
+from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.preprocessing import random_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ss_pruning.importance.strength import Strengths
+    from ss_pruning.report.records import Report
+    from ss_pruning.sources.data import Data, Preprocess
+
+WRITTEN = ("model.safetensors", "report.json", "report.html")
+"""What `ss-prune prune --out` writes into its folder."""
+_CALIBRATION_IMAGES = 512
+
+
+class Job(NamedTuple):
+    """What a request comes to: the model with its weights, an input for it, and the data if any."""
+
+    spec: str
+    model: nn.Module
+    example: Tensor
+    preprocess: Preprocess
+    data: Data | None
+    device: torch.device
+
+
+def prepare(request: Request, progress: ProgressCallback) -> Job:
+    """Build the model, load the weights and open the data."""
+    if request.moments is Moments.data and request.data is None and not _folder_of_photos(request):
+        raise InputError("--moments data reads images: say where they are with --data.")
+    if (photos := _folder_of_photos(request)) and not photos.is_dir():
+        raise InputError(
+            f"--calibration is data, distilled, or a folder of images; there is no folder {str(photos)!r}."
+        )
+    device = device_of(request.device)
+    torch.manual_seed(request.seed)
+    model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
+    if request.weights is None and not request.model.startswith("demo:"):
+        note("No --weights: the model has random weights, so only sizes mean anything.")
+    preprocess = _preprocess(input_of(request.model, model), request)
+    data = None
+    if request.data is not None:
+        data = open_data(
+            request.data,
+            preprocess,
+            calibration_size=_taken_of_data(request),
+            evaluation_size=request.images,
+            seed=request.seed,
+            progress=progress,
+        )
+    example = random_inputs(1, preprocess.size, request.seed)
+    return Job(request.model, model, example.to(device), preprocess, data, device)
+
+
+@contextlib.contextmanager
+def input_size_named(request: Request) -> Iterator[None]:
+    """Where a model does not run and nobody has said how large its inputs are, say how to."""
+    try:
+        yield
+    except ModelError as error:
+        if request.input_size is not None or "does not run" not in str(error):
+            raise
+        raise ModelError(
+            f"{error}. If its inputs are of another size, say so: --input-size 3x224x224 (channels x height x width), "
+            "1x64 (channels x length)"
+        ) from error
+
+
+def _preprocess(default: Preprocess, request: Request) -> Preprocess:
+    """Apply --input-size, --mean and --std."""
+    changes: dict[str, Any] = {}
+    if request.input_size is not None:
+        size = size_of(request.input_size)
+        changes["size"] = size
+        if size[1:] != default.size[1:]:
+            changes["crop"] = 1.0  # a size that the model's own crop was not made for: use the whole image
+        if size[0] != len(default.mean):
+            changes |= {"mean": (0.0,) * size[0], "std": (1.0,) * size[0]}
+    for name, text in (("mean", request.mean), ("std", request.std)):
+        if text is not None:
+            changes[name] = _numbers(name, text, changes.get("size", default.size)[0])
+    return dataclasses.replace(default, **changes)
+
+
+def size_of(text: str) -> tuple[int, ...]:
+    """Read `CxHxW`, or `CxL`, or `CxDxHxW`."""
+    parts = text.lower().replace(",", "x").split("x")
+    if not 2 <= len(parts) <= 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(
+            f"--input-size is channels x height x width, as in 3x224x224 (or channels x length, as in 1x64; or "
+            f"channels x depth x height x width), not {text!r}."
+        )
+    return tuple(map(int, parts))
+
+
+def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
+    wanted = f"--{name} is one number per channel ({channels}), as in 0.5,0.5,0.5, not {text!r}."
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(wanted) from error
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+        raise InputError(wanted)
+    if name == "std" and min(numbers) <= 0:
+        raise InputError(f"--std divides the images: its numbers are positive, not {text!r}.")
+    return numbers
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; a GPU, if there is one, by default."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).split("\n")[0]
+        raise InputError(f"no device {name!r} here ({first}). Use --device cpu.") from error
+    return device
+
+
+def make_importance(
+    importance: Importance,
+    score: Score | None,
+    options: dict[str, Any],
+    request: Request,
+    job: Job,
+    pictures: Any,
+) -> Any:
+    """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
+    if importance is Importance.synaptic:
+        from ss_pruning import SynapticImportance
+        from ss_pruning.compensation.batchnorm import hears_noise
+        from ss_pruning.planning.defaults import default_conditional, default_scope, default_score
+
+        compensation = options["compensation"]
+        moments = _moments(request, job, pictures)
+        images = 0 if isinstance(moments, str) else sum(map(len, moments))
+        by_default = default_scope(images, compensation, hears_noise(job.model, job.example))
+        scope = options.get("scope") or by_default
+        chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
+        if images:
+            chosen["conditional"] = default_conditional(compensation, scope)
+        return SynapticImportance(moments=moments, **chosen)
+    import torch_pruning as tp
+
+    makers = {
+        Importance.magnitude: lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        Importance.magnitude_l1: lambda: tp.importance.GroupMagnitudeImportance(p=1),
+        Importance.bn_scale: tp.importance.BNScaleImportance,
+        Importance.lamp: tp.importance.LAMPImportance,
+        Importance.fpgm: tp.importance.FPGMImportance,
+        Importance.random: tp.importance.RandomImportance,
+    }
+    return makers[importance]()
+
+
+def _folder_of_photos(request: Request) -> Path | None:
+    return None if request.calibration in (None, DATA, DISTILLED) else Path(str(request.calibration))
+
+
+def _taken_of_data(request: Request) -> int:
+    """How many images of the data are calibrated on: none where all come from elsewhere, so that none are held out."""
+    if request.calibration in (None, DATA) or request.moments is Moments.data:
+        return request.calibration_images or _CALIBRATION_IMAGES
+    return 0
+
+
+def calibration_images(
+    request: Request, needed_by: str | None, job: Job, progress: ProgressCallback
+) -> tuple[list[Tensor] | Tensor | None, dict[str, str]]:
+    """Unlabelled images, if there are any or an option needs some, and what to say of them in the report."""
+    said = {} if request.calibration is None else {"calibration": request.calibration}
+    if request.calibration == DISTILLED:
+        from ss_pruning.compensation.synthetic_data import distilled
+
+        what, count = "distilling calibration images", request.calibration_images
+        return distilled(
+            job.model,
+            job.example,
+            images=count,
+            seed=request.seed,
+            progress=lambda *steps: progress(what, *steps),
+        ), said
+    if photos := _folder_of_photos(request):
+        images, which = _photos_of(photos, request, job)
+        return images, {**said, "calibration images": which}
+    if needed_by is None and request.calibration is None and job.data is None:
+        return None, said
+    if job.data is None:
+        needed_by = needed_by or "--calibration data"
+        without = "; --compensation mean does without" if needed_by.startswith("--compensation") else ""
+        raise InputError(
+            f"{needed_by} calibrates on images: say where they are with --data, or --calibration DIR, or make some "
+            f"with --calibration distilled{without}."
+        )
+    return _pictures(job.data, job), {**said, "calibration images": _which(job.data)}
+
+
+def _photos_of(folder: Path, request: Request, job: Job) -> tuple[list[Tensor], str]:
+    """The images of a folder without labels, and which of them they are."""
+    evaluated = frozenset() if job.data is None else job.data.evaluated_files()
+    size = request.calibration_images or _CALIBRATION_IMAGES
+    found = open_photos(folder, job.preprocess, size=size, seed=request.seed, evaluated=evaluated)
+    which = f"{found.used:,} of {found.found:,} images below {folder}"
+    if found.evaluated:
+        which += f"; {found.evaluated:,} more are evaluated on, and not calibrated on"
+        note(f"Calibration images: {which}.")
+    return [images.to(job.device) for images in batches(found.images)], which
+
+
+def _which(data: Data) -> str:
+    """Which images of the data are calibrated on; said aloud where they are taken from those to be evaluated on."""
+    count = len(data.calibration.dataset)  # type: ignore[arg-type]
+    if not data.held_out:
+        return f"{count:,} training images of {data.name}"
+    which = f"{count:,} images of {data.name}, held out: it has no split into train/ and val/, and accuracy is measured"
+    which += " on the others"
+    note(f"Calibration images: {which}.")
+    return which
+
+
+def strengths_of(request: Request, job: Job) -> Strengths:
+    """Return the strength of every synapse of the model."""
+    from ss_pruning import synaptic_strength
+
+    strengths: Strengths = synaptic_strength(job.model, job.example, moments=_moments(request, job, None))
+    return strengths
+
+
+def _moments(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
+    """What was asked for; else the calibration images if there are any, else noise."""
+    if request.moments is None:
+        return Moments.gaussian.value if pictures is None else _batches(pictures)
+    if request.moments is not Moments.data:
+        return str(request.moments.value)
+    return _batches(pictures) if job.data is None else _pictures(job.data, job)
+
+
+def _pictures(data: Data, job: Job) -> list[Tensor]:
+    return [images.to(job.device) for images in data.calibration_images()]
+
+
+def _batches(pictures: Any) -> list[Tensor]:
+    return [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
+
+
+def _timed_on(job: Job, batch: int) -> Tensor:
+    """Random images, so many at a time, to time the model on."""
+    return random_inputs(batch, job.preprocess.size).to(job.device)
+
+
+def run(
+    job: Job, importance: Any, options: dict[str, Any], pictures: Any, batch: int, progress: ProgressCallback
+) -> Report:
+    """Measure, prune in place, measure again.
+
+    Args:
+        job: What to prune.
+        importance: What decides which channels go.
+        options: Of `prune_`; they become settings of the report.
+        pictures: Calibration images, or None.
+        batch: Times are measured on so many images at once.
+        progress: Told of the stages.
+    """
+    from ss_pruning import prune_
+
+    size, dense = _tensor_bytes(job.model), copied(job.model)
+    before, images = _measure("accuracy, dense", job, progress)
+
+    def stage(name: str, done: int, total: int) -> None:
+        # What takes longest has a bar, and an estimate, of its own.
+        progress("measuring the damage" if name == "measure" else f"pruning: {name}", done, total)
+
+    timed_on = _timed_on(job, batch)
+    inputs = {"calibration": pictures, "latency_inputs": timed_on}
+    report: Report = prune_(
+        job.model, job.example, importance=importance, progress=stage, **inputs, **options
+    )
+    report.settings.update({**options, "batch": batch, "timed on": _place(job.device)})
+    times = {} if report.latency_before is not None else _times(dense, job.model, timed_on, progress)
+    after, _ = _measure("accuracy, pruned", job, progress)
+    return dataclasses.replace(
+        report,
+        model=job.spec,
+        accuracy_before=before,
+        accuracy_after=after,
+        images=images,
+        bytes_before=size,
+        bytes_after=_tensor_bytes(job.model),
+        **times,
+    )
+
+
+def _times(dense: nn.Module, pruned: nn.Module, inputs: Tensor, progress: ProgressCallback) -> dict[str, Any]:
+    """Fewer multiply-accumulates need not mean less time: whoever prunes sees both."""
+    progress("time, dense and pruned", 0, 1)
+    timings = measure_latency([dense, pruned], inputs, precision=0.01, rounds=(5, 25), seconds=5)
+    progress("time, dense and pruned", 1, 1)
+    return as_reported(*timings)
+
+
+def _place(device: torch.device) -> str:
+    found = machine(device)
+    threads = "" if found["threads"] == "-" else f", threads: {found['threads']}"
+    return f"{found['name']}{threads}"
+
+
+def _measure(name: str, job: Job, progress: ProgressCallback) -> tuple[float | None, int | None]:
+    """Return the accuracy and the number of images; neither without data."""
+    if job.data is None:
+        return None, None
+    loader = job.data.evaluation
+    right = accuracy(job.model, loader, lambda _, done, total: progress(name, done, total))
+    if name.endswith("dense"):
+        _note_classes(job)
+    return right, len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _note_classes(job: Job) -> None:
+    """Warn where the accuracy may mean nothing: a label is only an index into the model's outputs."""
+    with torch.inference_mode():
+        outputs = job.model(job.example).shape[1]
+    if job.data is not None and outputs > job.data.classes:
+        note(
+            f"The model has {outputs} outputs, the data {job.data.classes} classes: accuracy only means "
+            "something if these are the model's first classes, in this order."
+        )
+
+
+def _tensor_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
+    """Return what the command adds to the settings that the pruning itself records."""
+    moments = getattr(chosen, "moments", None)
+    given = moments if isinstance(moments, str) else Moments.data.value
+    synaptic = {"moments": given, "score": getattr(chosen, "score", None)}
+    if getattr(chosen, "conditional", 0):
+        synaptic["conditional"] = chosen.conditional
+    return {
+        "model": request.model,
+        "weights": request.weights,
+        "data": request.data,
+        "importance": importance.value,
+        **(synaptic if importance is Importance.synaptic else {}),
+        "input size": "x".join(map(str, job.preprocess.size)),
+        "seed": request.seed,
+        "device": str(job.device),
+    }
+
+
+def packed(job: Job, report: Report) -> bytes:
+    """The pruned model's file; the report notes its checksum."""
+    from ss_pruning.io import checkpoint as files
+
+    # A file of the user's is not named: loading must not run code that the reader did not ask for.
+    named = job.spec.startswith(("timm:", "torchvision:", "demo:"))
+    content, report.model_sha256 = files.packed(job.model, job.spec if named else None)
+    return content
+
+
+def write(content: bytes, report: Report, out: Path) -> None:
+    """Write the pruned model and the report in its two forms, together."""
+    contents = content, report.to_json().encode(), report.to_html().encode()
+    write_together({out / name: each for name, each in zip(WRITTEN, contents, strict=True)})

@@ -1,0 +1,386 @@
+"""The options of all commands, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ss_pruning.cli.choices import Compensation, Importance, Moments, Scope, Score
+
+_MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
+_SETTING = "Setting"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="timm:NAME, torchvision:NAME, demo:digits, or path/to/file.py:function. [bold]The last one "
+        "executes that file.[/bold] Arguments follow after commas: timm:resnet18,num_classes=10",
+    ),
+]
+
+
+def _option(panel: str, *names: str, **what: Any) -> Any:
+    """An option in a panel of the help; it takes a name unless another metavar is given."""
+    return typer.Option(*names, rich_help_panel=panel, **{"metavar": "NAME", **what})
+
+
+def _fraction(help_text: str) -> Any:
+    return typer.Option(
+        metavar="0..1", help=help_text, show_default=False, rich_help_panel="Budget (exactly one)"
+    )
+
+
+Weights = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        help="Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run "
+        "from it.",
+        metavar="FILE",
+        show_default="random",
+    ),
+]
+ByOrder = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        "--weights-by-order",
+        help="Match the weights by order and shape instead of by name.",
+        metavar="",
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    _option(
+        _IMAGES,
+        help="Size of one input, channels first: CxHxW for images, CxL for one dimension, CxDxHxW for three.",
+        metavar="CxHxW",
+        show_default="the model's own, else 3x224x224",
+    ),
+]
+DataPlace = Annotated[
+    str | None,
+    _option(
+        _IMAGES,
+        help="digits, cifar10:PATH, a folder with one folder per class (or with train/ and val/ of these), "
+        "or a .tar of that layout.",
+        metavar="PLACE",
+        show_default=False,
+    ),
+]
+Images = Annotated[
+    int | None,
+    _option(
+        _IMAGES,
+        help="Measure accuracy on so many of the images, drawn at random.",
+        metavar="N",
+        show_default="all",
+        min=1,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    _option(
+        _IMAGES, help="Mean per channel of images in 0..1.", metavar="M,M,M", show_default="the model's own"
+    ),
+]
+Std = Annotated[
+    str | None,
+    _option(_IMAGES, help="Deviation per channel.", metavar="S,S,S", show_default="the model's own"),
+]
+MomentsOption = Annotated[
+    Moments | None,
+    _option(
+        _CRITERION,
+        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
+        "run on its own noise) or data (the images). To prune, the calibration images if there are any, "
+        "else gaussian; to score, batchnorm.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[
+    int, _option(_OUTPUT, help="Seed of everything random.", metavar="N", min=-(2**63), max=2**63 - 1)
+]
+Device = Annotated[
+    str | None,
+    _option(_OUTPUT, help="Compute there: cpu, cuda:0.", show_default="a GPU if any"),
+]
+Json = Annotated[
+    bool,
+    _option(_OUTPUT, "--json", help="Print JSON on stdout and nothing else.", metavar=""),
+]
+
+
+Criterion = Annotated[
+    Importance,
+    _option(
+        _CRITERION,
+        help="What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, "
+        "bn-scale, lamp, fpgm or random.",
+    ),
+]
+ScoreOption = Annotated[
+    Score | None,
+    _option(
+        _CRITERION,
+        help="What synaptic importance is made of: share, strength, entropy or relevance (shares handed back from the "
+        "output).",
+        show_default="share with linear, reconstruct or in the local scope, else relevance",
+    ),
+]
+ScopeOption = Annotated[
+    Scope | None,
+    _option(
+        _CRITERION,
+        help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
+        "damage to the output that was measured on the calibration images, or without any on noise (measured).",
+        show_default="measured with calibration images or mean, else global",
+    ),
+]
+CompensationOption = Annotated[
+    Compensation,
+    _option(
+        _CRITERION,
+        help="Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct "
+        "(both calibrate on images, without labels).",
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    _option(
+        _CRITERION,
+        help="What damage is measured on and compensation calibrates on: data (training images of --data; where there "
+        "are none, some are held out), a folder with images anywhere below it, without labels, or distilled (images "
+        "made from the model's batch norms; kept for the next time).",
+        metavar="data|distilled|DIR",
+        show_default="data, if there is any",
+    ),
+]
+CalibrationImages = Annotated[
+    int | None,
+    _option(
+        _CRITERION,
+        help="Calibrate on so many images at most, drawn at random; distilled: make so many.",
+        metavar="N",
+        show_default="512; distilled: up to 256",
+        min=1,
+    ),
+]
+Reestimate = Annotated[
+    bool | None,
+    _option(
+        _CRITERION,
+        "--reestimate/--no-reestimate",
+        help="At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has "
+        "moved, on the calibration images if there are any, else on noise.",
+        show_default="with mean and linear",
+        metavar="",
+    ),
+]
+MaxRatio = Annotated[
+    float,
+    _option(_CRITERION, help="Never remove more than this fraction of a layer's channels.", metavar="0..1"),
+]
+CostExponent = Annotated[
+    float | None,
+    _option(
+        _CRITERION,
+        help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost. By "
+        "default 1 where damage is measured on images, 0.75 for relevance, 0.5 elsewhere.",
+        metavar="P",
+        show_default=False,
+    ),
+]
+RoundTo = Annotated[
+    str | None,
+    _option(
+        _CRITERION,
+        help="Keep widths multiples of this; with measured, each of what its layers' times on this machine ask for.",
+        metavar="N|measured",
+        show_default=False,
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    _option(
+        _CRITERION, help="Leave this module whole; may be given again.", metavar="PATH", show_default=False
+    ),
+]
+OutFolder = Annotated[
+    Path | None,
+    _option(
+        _OUTPUT,
+        help="Write model.safetensors, report.json and report.html there, over older ones.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+Weakest = Annotated[
+    int,
+    _option(_OUTPUT, help="How many of the weakest synapses to list.", metavar="N", min=0),
+]
+OutFile = Annotated[
+    Path | None,
+    _option(
+        _OUTPUT,
+        help="Write all strengths (.safetensors) or the summary (.json).",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+FirstReport = Annotated[
+    Path,
+    typer.Argument(metavar="A", show_default=False, help="A report.json, or the folder that holds it."),
+]
+SecondReport = Annotated[
+    Path, typer.Argument(metavar="B", show_default=False, help="The one to compare with it.")
+]
+HtmlFile = Annotated[
+    Path | None,
+    _option(_OUTPUT, help="Write one self-contained page there.", metavar="FILE", show_default=False),
+]
+Macs = Annotated[float | None, _fraction("Keep this fraction of the multiply-accumulates.")]
+Params = Annotated[float | None, _fraction("Keep this fraction of the parameters.")]
+Ratio = Annotated[float | None, _fraction("Remove this fraction of the channels.")]
+Latency = Annotated[
+    float | None, _fraction("Keep this fraction of the time of a forward pass, as measured here.")
+]
+Batch = Annotated[int, _option(_IMAGES, help="Measure times on so many images at once.", metavar="N", min=1)]
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", show_default=False, help="A model.safetensors of ss-prune prune.")
+]
+Architecture = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        "--model",
+        help="What was pruned, where the file does not name it; as for ss-prune prune. [bold]A .py file is executed."
+        "[/bold]",
+        metavar="MODEL",
+        show_default="what the file names",
+    ),
+]
+ExportFormat = Annotated[
+    str | None,
+    _option(
+        _OUTPUT, help="onnx, or pt2 (torch.export).", metavar="onnx|pt2", show_default="by the name of --out"
+    ),
+]
+ExportOut = Annotated[
+    Path | None,
+    _option(_OUTPUT, help="File to write.", metavar="FILE", show_default="beside the model"),
+]
+Batches = Annotated[str, _option(_IMAGES, help="Images at a time, one or several.", metavar="N,N,N")]
+Dtypes = Annotated[str, _option(_SETTING, help="Number types: float32, bf16, float16.", metavar="NAME,NAME")]
+Layouts = Annotated[
+    str, _option(_SETTING, help="Memory layouts: contiguous, channels_last.", metavar="NAME,NAME")
+]
+Compiled = Annotated[bool, _option(_SETTING, "--compiled", help="Also by torch.compile.", metavar="")]
+Threads = Annotated[
+    int | None,
+    _option(_OUTPUT, help="Threads of the CPU.", metavar="N", show_default="torch's own", min=1),
+]
+
+PRUNE_HELP = """Prune a model to a budget.
+
+Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what \
+the dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
+"""
+
+PRUNE_EXAMPLES = """
+[bold]Examples[/bold]
+
+Half the multiply-accumulates of the built-in demo, with accuracy before and after:
+
+    ss-prune prune demo:digits --macs 0.5 --data digits --out runs/digits
+
+Your own weights, and a report:
+
+    ss-prune prune timm:resnet50 --weights resnet50.safetensors --macs 0.8 --out runs/r50
+
+A model of your own, four fifths of its parameters, one layer left alone:
+
+    ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
+
+A net that keeps working, without any image:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
+
+The same on photos of your own, without labels:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration photos
+
+Six tenths of the time, as measured on this machine eight images at a time:
+
+    ss-prune prune timm:resnet50 --weights resnet50.safetensors --latency 0.6 --batch 8 --out runs/r50
+
+Another criterion for comparison:
+
+    ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
+"""
+
+SCORE_HELP = """Show the synaptic strengths of a model, layer by layer; nothing is changed.
+
+The strength of a synapse, the connection from one input channel to one output channel, is the norm of its \
+weights times the deviation of what it reads. Its share is its part of the variance of that output.
+"""
+
+SCORE_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune score torchvision:resnet18 --weights resnet18.pth
+
+    ss-prune score demo:digits --out strengths.safetensors
+"""
+
+EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
+
+The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.
+"""
+
+EXPORT_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune export runs/digits/model.safetensors --format onnx
+
+    ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
+"""
+
+BENCH_HELP = """Measure what pruning gained: dense against pruned, in turns, in one process.
+
+Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and layout.
+"""
+
+BENCH_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune bench runs/digits/model.safetensors --batch 1,64
+
+    ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
+"""
+
+COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
+
+A and B are folders that `ss-prune prune --out` has written, or their report.json.
+"""
+
+COMPARE_EXAMPLES = """
+[bold]Example[/bold]
+
+    ss-prune compare runs/synaptic runs/magnitude --html runs/compare.html
+"""
+
+DOCTOR_HELP = """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
+
+Exit code 2 where a package that is needed is missing.
+"""
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug (with its traceback), 2 refused (the message says what to do), "
+    "130 interrupted, 143 ended by SIGTERM."
+)

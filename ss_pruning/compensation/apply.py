@@ -1,0 +1,157 @@
+"""Cutting a model to a plan, and moving what the removed channels carried onto what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ss_pruning._utils.copying import copied
+from ss_pruning.compensation.batchnorm import reestimate_
+from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
+from ss_pruning.compensation.reconstruction import reconstruct_
+from ss_pruning.compensation.synthetic_data import DISTILLED, distilled
+from ss_pruning.config import METHODS, SOLVED, Method
+from ss_pruning.errors import InputError, ModelError, SSPruningError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.surgery.plan import Plan, adopt_
+
+#: Moments are measured on so many calibration images at a time.
+BATCH = 64
+
+
+def calibration_images(
+    calibration: Any, model: nn.Module, example_inputs: Any, progress: Callable[[int, int], None]
+) -> Batch | None:
+    """The calibration inputs as one batch; None without.
+
+    Args:
+        calibration: A tensor, an iterable of batches, "distilled", or None.
+        model: What to distil from.
+        example_inputs: What `forward` takes.
+        progress: Called with (steps done, steps in all) of the distillation.
+
+    Raises:
+        InputError: They are not what the model takes, see `ss_pruning.importance.calibration`, or fewer than it runs
+            on.
+    """
+    if calibration is None:
+        return None
+    if isinstance(calibration, str):
+        calibration = distilled(model, example_inputs, progress=progress)
+    batch = gather(calibration, example_inputs)
+    fitting = batch.limited(*sizes_that_run(model, example_inputs))
+    if not len(fitting):
+        raise InputError(
+            f"the model runs on batches of {fitting.unit}, as the example inputs are, and there are {len(batch)} "
+            "calibration inputs; give more"
+        )
+    return fitting
+
+
+def check_compensation(compensation: str, calibration: Any) -> None:
+    """Refuse what cannot be done, before any work.
+
+    Raises:
+        InputError: An unknown method, or one that lacks calibration inputs.
+    """
+    if compensation not in METHODS:
+        raise InputError(
+            f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
+        )
+    if isinstance(calibration, str) and calibration != DISTILLED:
+        raise InputError(
+            f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
+        )
+    if compensation in SOLVED and calibration is None:
+        raise InputError(
+            f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
+            f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
+        )
+
+
+def cut_(
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Batch | None,
+    example_inputs: Any,
+    reestimate: bool = False,
+) -> tuple[Plan, Outcome]:
+    """Cut the model, all or nothing; see `prepared`.
+
+    Returns:
+        The plan with the biases that layers got, and what the compensation did.
+    """
+    ready, plan, outcome = prepared(model, plan, wiring, method, images, example_inputs, reestimate)
+    adopt_(model, ready)
+    return plan, outcome
+
+
+def prepared(
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Any,
+    example_inputs: Any,
+    reestimate: bool = False,
+) -> tuple[nn.Module, Plan, Outcome]:
+    """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
+
+    Args:
+        model: The dense model; not changed.
+        plan: What to cut.
+        wiring: The wiring of `model`.
+        method: How to compensate.
+        images: One batch of calibration inputs, or None; see `calibration_images`.
+        example_inputs: What `forward` takes.
+        reestimate: Move the statistics of the batch norms behind the cut, at the end.
+
+    Returns:
+        The copy, the plan with the biases that layers got, and what the compensation did.
+
+    Raises:
+        ModelError: The compensation or the re-estimation failed.
+    """
+    if method == "none" and not reestimate:
+        return plan.cut_copy(model), plan, Outcome()
+    small = plan.cut_copy(copied(model))
+    try:
+        outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
+        if reestimate:
+            means = method == "none" or images is not None
+            reestimate_(small, model, plan, wiring, images, example_inputs, means)
+    except SSPruningError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"compensation={method!r} with reestimate={reestimate} failed, the model is as it was "
+            f"({type(error).__name__}: {error}); check that the calibration inputs are what the model takes"
+        ) from error
+    plan = replace(plan, biases=tuple(outcome.biases))
+    return plan.cut_copy(model, small), plan, outcome
+
+
+def _compensate(
+    small: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    method: Method,
+    images: Batch | None,
+    inputs: Any,
+) -> Outcome:
+    if method == "none":
+        return Outcome()
+    if method == "mean":
+        source = "gaussian" if images is None else images.split(BATCH)
+        return fold_means_(small, model, plan, wiring, source, inputs)
+    assert images is not None
+    if method == "linear":
+        return fold_linear_(small, model, plan, wiring, images.split(BATCH))
+    return reconstruct_(small, model, plan, wiring, images)

@@ -1,0 +1,245 @@
+"""Re-estimation: the statistics of batch norms behind a cut move as far as what reaches them has moved.
+
+A cut takes mean and variance away from what reaches the norms behind it, whose statistics are still the dense model's.
+Both nets run on the same inputs, and what differs between them is what the statistics are moved by: means by their
+difference, variances by their quotient. What both have in common, such as a sample that is not the training set,
+cancels; a net that lost nothing keeps its statistics as they are.
+
+Without inputs both nets run on noise whose spectrum is that of photos (amplitude 1/f), and what reaches a norm is
+brought to its statistics on the way, channel by channel: every layer then reads what it reads in the dense net, as far
+as means and variances go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.layers import has_statistics
+from ss_pruning.importance.calibration import Batch, sizes_that_run
+from ss_pruning.surgery.plan import Plan
+
+#: Count, mean and (biased) variance by channel.
+_Sample = tuple[int, Tensor, Tensor]
+# Noise: at least so many images, at most so many, and else as many as have this number of positions.
+_LEAST, _MOST, _POSITIONS = 16, 256, 2**18
+# Inputs run at once, since each norm is set before what comes behind it: no more of them than have so many positions.
+_AT_ONCE = 2**23
+
+
+def reestimate_(
+    small: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    wiring: Wiring,
+    images: Any,
+    inputs: Any,
+    means: bool = True,
+) -> list[str]:
+    """Move the running statistics of the batch norms behind the first cut, in place and in one pass.
+
+    Each norm is set before it runs, so those behind it see what it will put out from now on. Over the calls of
+    a norm that runs several times, statistics are those of all that it saw. With `m`, `v` and `M`, `V` what
+    reaches the dense norm and its statistics, and `m'`, `v'` what reaches the norm now, what it puts out has
+    the mean and variance of what the dense one puts out by `V' = V v' / v` and `M' = m' + (M - m) sqrt(v' /
+    v)`; on noise `m` and `v` stand for `M` and `V`, and `M' = M + (m' - m) sqrt(V / v)`. To all variances the
+    norm's `eps` is added.
+
+    Args:
+        small: `dense` with `plan` applied; in evaluation mode for the pass, whatever its mode is.
+        dense: The dense model; not changed.
+        plan: What was cut.
+        wiring: The wiring of the dense model.
+        images: Inputs, of which those run that fit into memory side by side, but 16 at least; None for noise.
+        inputs: What `forward` takes; the noise has its shape.
+        means: Move the means, too; on noise they are known less well than those of `fold_means_`.
+
+    Returns:
+        Paths of the norms that were set.
+    """
+    norms, first = _norms(dense, wiring), _first_cut(plan, wiring)
+    behind = [path for number, path in norms.items() if number >= first]
+    if not behind:
+        return []
+    on_noise = images is None
+    # Noise has to be brought to the statistics of the first norms, too.
+    paths = list(norms.values()) if on_noise else behind
+    batch = noise_like(inputs, *sizes_that_run(dense, inputs)) if on_noise else _fitting(Batch.of(images))
+    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
+    wanted = _watched(dense, paths, batch, on_noise)
+    seen: dict[str, list[_Sample]] = defaultdict(list)
+
+    def listen(path: str, norm: Any, x: Tensor) -> Tensor | None:
+        number = min(len(seen[path]), len(wanted[path]) - 1)
+        now = _added(seen[path], x)
+        if path not in behind:
+            return _brought(norm, x, now)
+        centre = norm.running_mean.clone()
+        _set(norm, dense.get_submodule(path), kept.get(path), wanted[path][number], now, on_noise)
+        if not means:
+            norm.running_mean.copy_(centre)
+        return _brought(norm, x, now) if on_noise else None
+
+    _run(small, {path: partial(listen, path) for path in paths if path in wanted}, batch)
+    return [path for path in behind if path in seen]
+
+
+def hears_noise(model: nn.Module, inputs: Any) -> bool:
+    """Whether noise can stand for inputs: it takes a tensor alone, and norms tell what shall reach them."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    alone = len(tensors) == 1 and tensors[0].is_floating_point()
+    return alone and any(map(has_statistics, model.modules()))
+
+
+def on_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Batch]:
+    """A copy of the model that takes noise for what it was trained on, and the noise.
+
+    Its norms have the statistics of what reaches them, so that each puts out what `model` leads to expect.
+    """
+    twin, noise = copied(model), noise_like(inputs, *sizes_that_run(model, inputs))
+    seen: dict[str, list[_Sample]] = defaultdict(list)
+
+    def listen(path: str, norm: Any, x: Tensor) -> None:
+        _, mean, variance = _added(seen[path], x)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    norms = (path for path, module in modules_of(twin).items() if has_statistics(module))
+    _run(twin, {path: partial(listen, path) for path in norms}, noise)
+    return twin, noise
+
+
+def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool) -> dict[str, list[_Sample]]:
+    """By norm and call, what has reached it up to then."""
+    seen: dict[str, list[_Sample]] = defaultdict(list)
+
+    def listen(path: str, norm: Any, x: Tensor) -> Tensor | None:
+        now = _added(seen[path], x)
+        return _brought(norm, x, now) if on_noise else None
+
+    _run(net, {path: partial(listen, path) for path in paths}, images)
+    return dict(seen)
+
+
+def _run(net: nn.Module, hooks: Mapping[str, Any], images: Batch) -> None:
+    norms = {path: net.get_submodule(path) for path in hooks}
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        undo.enter_context(preserved(net, training=False, but=norms.values()))
+        for path, hook in hooks.items():
+            undo.callback(on_input(norms[path], hook).remove)
+        call(net, images.inputs)
+
+
+def _set(norm: Any, dense: Any, kept: Tensor | None, then: _Sample, now: _Sample, on_noise: bool) -> None:
+    """Move the statistics of a norm from those of the dense one."""
+    (_, m, v), (_, mean, variance) = then, now
+    parts = [part.double() for part in (m, v, dense.running_mean, dense.running_var)]
+    m, v, centre, spread = parts if kept is None else [part[kept.to(part.device)] for part in parts]
+    v, spread, variance = (part + norm.eps for part in (v, spread, variance))
+    if on_noise:
+        norm.running_mean.copy_(centre + (mean - m) * (spread / v).sqrt())
+    else:
+        norm.running_mean.copy_(mean + (centre - m) * (variance / v).sqrt())
+    norm.running_var.copy_((spread * variance / v - norm.eps).clamp_min(0))
+
+
+def _brought(norm: Any, x: Tensor, sample: _Sample) -> Tensor:
+    """What reaches a norm, with its channels brought to the norm's statistics."""
+    _, mean, variance = sample
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    scale = ((norm.running_var + norm.eps) / (variance + norm.eps)).sqrt()
+    shift = norm.running_mean - scale * mean
+    brought: Tensor = x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+    return brought
+
+
+def noise_like(inputs: Any, unit: int = 1, most: int | None = None) -> Batch:
+    """Noise for each tensor of floating point numbers, as many images as it needs and the model runs on.
+
+    Args:
+        inputs: What `forward` takes.
+        unit: Only multiples of so many images run.
+        most: No more run at once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    example = Batch.of(inputs)
+
+    def made(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or leaf.dim() < 2:
+            return leaf
+        x = torch.randn(leaf.shape, generator=generator)
+        return (_coloured(x) if x.dim() == 4 else x).to(leaf)
+
+    count = min(max(_POSITIONS // _positions(inputs), _LEAST), _MOST)
+    return example.resized(most or -(-count // unit) * unit).mapped(made).limited(unit, most)
+
+
+def _positions(inputs: Any) -> int:
+    """Of one channel of one image."""
+    shapes = (leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return max(next((shape[2:].numel() for shape in shapes if len(shape) > 1), 1), 1)
+
+
+def _fitting(images: Batch) -> Batch:
+    """As many as may run at once."""
+    return images.at_most(max(_AT_ONCE // _positions(images.inputs), _LEAST))
+
+
+def _coloured(x: Tensor) -> Tensor:
+    """White maps with the spectrum of photos, of variance 1 again."""
+    height, width = x.shape[2:]
+    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    maps: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) / frequency, s=(height, width))
+    return maps / maps.std()
+
+
+def _norms(model: nn.Module, wiring: Wiring) -> dict[int, str]:
+    """Batch norms with running statistics, by their place in the order in which layers run."""
+    return {
+        number: path for number, path in enumerate(wiring.layers) if has_statistics(model.get_submodule(path))
+    }
+
+
+def _first_cut(plan: Plan, wiring: Wiring) -> int:
+    """The place of the first layer that was cut."""
+    cut = {cut.path for cut in plan.cuts}
+    return min(
+        (number for number, path in enumerate(wiring.layers) if path in cut), default=len(wiring.layers)
+    )
+
+
+def _added(seen: list[_Sample], x: Tensor) -> _Sample:
+    """Take note of what reaches a norm; returns all that has reached it."""
+    now = _sample(x)
+    seen.append(_pooled(seen[-1], now) if seen else now)
+    return seen[-1]
+
+
+def _sample(x: Tensor) -> _Sample:
+    x = x if x.dtype == torch.float64 else x.float()
+    over = [axis for axis in range(x.dim()) if axis != 1]
+    mean = x.mean(over, keepdim=True)
+    centred = x - mean  # `torch.var_mean` takes six times as long
+    variance = centred.mul_(centred).mean(over)
+    return x.numel() // x.shape[1], mean.flatten().double(), variance.double()
+
+
+def _pooled(a: _Sample, b: _Sample) -> _Sample:
+    """Two samples taken together."""
+    count = a[0] + b[0]
+    share = b[0] / count
+    shift = b[1] - a[1]
+    return count, a[1] + share * shift, a[2].lerp(b[2], share) + share * (1 - share) * shift.square()

@@ -1,0 +1,207 @@
+"""Compensated surgery: what removed channels carried is moved onto what stays, in closed form and without labels.
+
+Three methods, each for any importance:
+
+* **mean**: what a removed channel carries on average becomes part of the consumer's bias. No data needed.
+* **linear**: removed channels are regressed on the kept ones over calibration pixels, `x_r ~ A x_k + b`, and folded:
+  `W[:, k] += W[:, r] A`. Exact if the removed channels are linear in the kept ones.
+* **reconstruct**: see `ss_pruning.compensation.reconstruction`.
+
+After `mean` and `linear` batch norms follow what is left, see `ss_pruning.compensation.batchnorm`.
+
+A constant folded through a zero-padded convolution is exact inside and wrong at the border, where part of the kernel
+sees padding: `mean` and `linear` are exact for 1x1 kernels, padding 0, linear layers, or constants of 0, and
+`Outcome.inexact` names the other layers. `reconstruct` fits with the padding as it is.
+
+A bias that a layer does not have goes into the running mean of the norm behind it; where there is none, the layer gets
+a bias, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.layers import groups_of, is_depthwise
+from ss_pruning.importance.activation_stats import measure
+from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
+from ss_pruning.surgery.plan import Cut, Plan, give_bias
+
+#: Why a layer was skipped that only runs in training, such as an auxiliary head.
+IDLE = "it does not run on the calibration inputs"
+
+
+@dataclass
+class Outcome:
+    """What a compensation did.
+
+    Attributes:
+        layers: Paths of the layers that were changed.
+        inexact: Layers where a constant went through a zero-padded kernel, and is wrong at the border.
+        skipped: Layers that could not be compensated, with the reason.
+        biases: Layers that got a bias.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    inexact: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+
+
+def fold_means_(
+    pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, source: Any, inputs: Any
+) -> Outcome:
+    """Add what the removed channels carry on average to the biases of their consumers, in place.
+
+    Args:
+        pruned: `dense` with `plan` applied; changed in place.
+        dense: The dense model; not changed.
+        plan: What was cut.
+        wiring: The wiring of `dense`.
+        source: Where means come from: "gaussian" or batches, see `ss_pruning.importance.activation_stats.measure`.
+        inputs: Example inputs, for "gaussian".
+    """
+    outcome, norms = Outcome(), norms_behind(wiring)
+    consumers = _consumers(dense, plan)
+    moments = measure(dense, wiring, source, inputs, list(consumers))
+    for path, cut in consumers.items():
+        mean = moments[path].mean
+        if mean is None:
+            outcome.skipped[path] = IDLE
+            continue
+        constant = torch.zeros_like(mean)
+        constant[cut.removed] = mean[cut.removed]
+        _fold(pruned, dense, path, constant, plan, norms, outcome)
+    return outcome
+
+
+def fold_linear_(
+    pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, batches: Iterable[Any]
+) -> Outcome:
+    """Fold the best linear prediction of the removed channels from the kept ones into the consumers, in place.
+
+    Means and covariances are the dense model's, `[C, C]` for each consumer that lost inputs. A removed channel is
+    predicted from those of its group, since a grouped convolution has no weight for the others. Layers too wide for a
+    covariance get the mean alone (see `ss_pruning.importance.activation_stats.measure`).
+
+    Args:
+        pruned: `dense` with `plan` applied; changed in place.
+        dense: The dense model; not changed.
+        plan: What was cut.
+        wiring: The wiring of `dense`.
+        batches: Calibration inputs.
+    """
+    outcome, norms = Outcome(), norms_behind(wiring)
+    consumers = _consumers(dense, plan)
+    moments = measure(dense, wiring, batches, None, list(consumers), covariance=True)
+    for path, cut in consumers.items():
+        module, seen = dense.get_submodule(path), moments[path]
+        if seen.mean is None:
+            outcome.skipped[path] = IDLE
+            continue
+        inverse = seen.covariance if cut.removed else None
+        if inverse is not None:
+            inverse = precision(inverse, groups_of(module), seen.rows)
+        kept, removed = (torch.tensor(side, dtype=torch.long) for side in (cut.kept, cut.removed))
+        predicted = Predicted.of(seen.mean, inverse, kept, removed)
+        if predicted.slope is not None:
+            _add_inputs(pruned.get_submodule(path), module, predicted, _kept_outputs(plan, path))
+        _fold(pruned, dense, path, predicted.constants(), plan, norms, outcome)
+    return outcome
+
+
+def _consumers(dense: nn.Module, plan: Plan) -> dict[str, Cut]:
+    """The layers that mix channels and lost inputs."""
+    cuts = (cut for cut in plan.cuts if cut.side == "in")
+    return {cut.path: cut for cut in cuts if not is_depthwise(dense.get_submodule(cut.path))}
+
+
+def _kept_outputs(plan: Plan, path: str) -> Tensor | None:
+    kept = next((cut.kept for cut in plan.cuts if cut.path == path and cut.side == "out"), None)
+    return None if kept is None else torch.tensor(kept)
+
+
+def _add_inputs(small: nn.Module, module: nn.Module, predicted: Predicted, kept_out: Tensor | None) -> None:
+    """`W[:, kept] += W[:, removed] slope`, group by group and tap by tap; groups lose inputs in equal numbers."""
+    assert predicted.slope is not None
+    weight, groups = weights_by_group(module), groups_of(module)
+    lost = weight.transpose(1, 2).flatten(0, 1)[predicted.removed].unflatten(0, (groups, -1)).transpose(1, 2)
+    if kept_out is not None:
+        lost = lost.flatten(0, 1)[kept_out.to(lost.device)].unflatten(0, (groups, -1))
+    slope = predicted.slope.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+    own = torch.arange(groups, device=slope.device)
+    added = torch.einsum("gor...,gkr->gok...", lost.to(slope), slope[own, :, own])
+    weights_by_group(small).add_(added.to(weight))
+
+
+def _fold(
+    pruned: nn.Module,
+    dense: nn.Module,
+    path: str,
+    constant: Tensor,
+    plan: Plan,
+    norms: Mapping[str, str],
+    outcome: Outcome,
+) -> None:
+    """Add to the bias of a layer what constant inputs put out (as if no border were padded)."""
+    module = dense.get_submodule(path)
+    bias = constant_output(module, constant)
+    kept_out = _kept_outputs(plan, path)
+    add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
+    outcome.layers.append(path)
+    if _is_padded(module) and bool(constant.ne(0).any()):
+        outcome.inexact.append(path)
+
+
+def _is_padded(module: nn.Module) -> bool:
+    """True where part of the kernel may see a padded border, or an output only sees part of the kernel."""
+    if not isinstance(module, _ConvNd):
+        return False
+    if module.transposed:  # which taps an output sees depends on where it is
+        return any(n != 1 for n in (*module.kernel_size, *module.stride))
+    if all(k == 1 for k in module.kernel_size):
+        return False
+    plain = type(module).__module__.startswith("torch.nn.")
+    return (
+        not plain or module.padding == "same" or (not isinstance(module.padding, str) and any(module.padding))
+    )
+
+
+def norms_behind(wiring: Wiring) -> dict[str, str]:
+    """By layer: the norm that reads its output channel by channel, if nothing else does and it reads nothing else."""
+    readers: dict[str, set[str]] = {}
+    for path, feeds in wiring.feeds.items():
+        for feed in feeds:
+            readers.setdefault(feed.source, set()).add(path)
+    behind = {}
+    for path, layer in wiring.layers.items():
+        feeds = wiring.feeds[path]
+        if layer.kind != "norm" or len(feeds) != 1:
+            continue
+        pairs, source = feeds[0].pairs, feeds[0].source
+        same = len(pairs) == layer.inputs and bool((pairs[:, 0] == pairs[:, 1]).all())
+        if same and readers[source] == {path} and source not in wiring.reaches_output:
+            behind[source] = path
+    return behind
+
+
+def add_bias(model: nn.Module, path: str, bias: Tensor, norms: Mapping[str, str], outcome: Outcome) -> None:
+    """Add to a layer's bias, or to what stands for one."""
+    module = model.get_submodule(path)
+    if isinstance(module.bias, Tensor):
+        module.bias.data.add_(bias.to(module.bias))
+        return
+    norm = model.get_submodule(norms[path]) if path in norms else None
+    mean = getattr(norm, "running_mean", None)
+    if isinstance(mean, Tensor):
+        mean.sub_(bias.to(mean))
+        return
+    parameter = give_bias(module)
+    outcome.biases.append(path)
+    parameter.data.add_(bias.to(parameter))

@@ -1,0 +1,210 @@
+"""Which layers' outputs are added to what: there, reconstruction can aim at the sum.
+
+A residual sum puts a layer's output on top of a tensor that the pruned net has already got slightly wrong. If that
+tensor is known when the layer is solved, the layer can make up for the error instead of adding its own on top. Found by
+watching one forward pass: no table of architectures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.graph.layers import ask
+
+_ADDS = frozenset(
+    {
+        torch.add,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.__add__,
+        Tensor.__iadd__,
+        Tensor.__radd__,
+        torch.Tensor.__radd__,
+    }
+)
+# A norm channel of a slope below this share of the largest hardly reaches the sum: it is not asked to repair it.
+_LEAST_SLOPE = 1e-2
+_TEST_POINTS = (-8.0, 0.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a layer's output is added to.
+
+    Attributes:
+        norm: Path of the norm between the layer and the sum, if there is one.
+        module: Path of a module that takes or gives the other summand before the layer runs.
+        side: Whether it is the first thing that the module takes ("in"), or what it gives ("out").
+    """
+
+    norm: str | None
+    module: str
+    side: Literal["in", "out"]
+
+
+def find_sums(model: nn.Module, example_inputs: Any, norms: Mapping[str, str]) -> dict[str, Sum]:
+    """Layers that end in a sum whose other side is there before they run; by path.
+
+    Args:
+        model: The dense model; not changed.
+        example_inputs: What `forward` takes.
+        norms: By layer, the norm that alone reads its output, see `ss_pruning.compensation.folding.norms_behind`.
+    """
+    watch = _Watch(model, norms)
+    with torch.no_grad(), preserved(model, training=False), contextlib.ExitStack() as undo, watch:
+        watch.listen(undo)
+        call(model, example_inputs)
+    return {path: found for path, found in watch.sums() if found.norm is None or watch.affine(found.norm)}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which tensors modules take and give, and which are added. Keeps them, so that no `id` is used twice."""
+
+    def __init__(self, model: nn.Module, norms: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model, self.norms = model, norms
+        self.kept: list[Tensor] = []
+        self.calls: Counter[str] = Counter()
+        self.began: dict[str, int] = {}
+        self.places: dict[int, list[tuple[int, str, Literal["in", "out"]]]] = {}
+        self.ends: dict[int, tuple[str, str | None]] = {}
+        self.added: dict[str, tuple[str | None, int]] = {}
+        self.dimensions: dict[str, int] = {}
+        self.layers = {norm: path for path, norm in norms.items()}
+
+    def listen(self, undo: contextlib.ExitStack) -> None:
+        """Notice what modules take and give, until the stack is closed."""
+        for path, module in modules_of(self.model).items():
+            undo.callback(on_input(module, self._taking(path)).remove)
+            undo.callback(module.register_forward_hook(self._giving(path)).remove)
+
+    def _taking(self, path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, x: Any) -> None:
+            self.calls[path] += 1
+            self.began[path] = len(self.kept)
+            if isinstance(x, Tensor):
+                self._note(x, path, "in")
+
+        return hook
+
+    def _giving(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            self._note(output, path, "out")
+            if path in self.layers:
+                self.dimensions[path] = output.dim()
+                self.ends[id(output)] = (self.layers[path], path)
+            elif isinstance(getattr(module, "weight", None), Tensor):
+                self.ends[id(output)] = (path, None)
+
+        return hook
+
+    def _note(self, tensor: Tensor, path: str, side: Literal["in", "out"]) -> None:
+        self.places.setdefault(id(tensor), []).append((len(self.kept), path, side))
+        self.kept.append(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ADDS and not kwargs and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+            a, b = args
+            self.kept += (a, b)
+            if a.shape == b.shape and a is not b:
+                self._adding(a, b)
+                self._adding(b, a)
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):  # changed in place, it is no layer's output any more
+            self.ends.pop(id(result), None)
+            self.kept.append(result)
+        return result
+
+    def _adding(self, end: Tensor, other: Tensor) -> None:
+        if id(end) in self.ends:
+            path, norm = self.ends[id(end)]
+            self.added[path] = (norm, id(other))
+
+    def sums(self) -> list[tuple[str, Sum]]:
+        """By layer that ran once, a place where the other summand passed before it ran, at a module that ran once."""
+        found = []
+        for path, (norm, other) in self.added.items():
+            for when, module, side in self.places.get(other, []):
+                before = when < self.began[path] and self.calls[module] == self.calls[path] == 1
+                if before and path != module:
+                    found.append((path, Sum(norm, module, side)))
+                    break
+        return found
+
+    def affine(self, norm: str) -> bool:
+        """True if the norm does no more than scale and shift (some have an activation inside)."""
+        low, middle, high = _at_points(self.model.get_submodule(norm), self.dimensions[norm])
+        return torch.allclose(high - middle, middle - low, rtol=1e-3, atol=1e-5)
+
+
+def slope(norm: nn.Module | None, like: Tensor) -> Tensor:
+    """By how much the norm scales each channel of `like` (`[N, C, ...]`), ready to divide by; infinite where hardly."""
+    if norm is None:
+        return torch.ones((), dtype=like.dtype, device=like.device)
+    low, _, high = _at_points(norm, like.dim())
+    _, deviation = _statistics(norm)
+    s = (high - low) / ((_TEST_POINTS[2] - _TEST_POINTS[0]) * deviation)
+    s = torch.where(s.abs() > _LEAST_SLOPE * s.abs().max(), s, torch.full_like(s, float("inf")))
+    return s.to(like.dtype).reshape(-1, *[1] * (like.dim() - 2))
+
+
+def _at_points(norm: nn.Module, dimensions: int) -> Tensor:
+    """`[points, C]`: what the norm makes of inputs so many standard deviations from the mean."""
+    mean, deviation = _statistics(norm)
+    points = torch.tensor(_TEST_POINTS, dtype=mean.dtype, device=mean.device)[:, None]
+    x = (mean + points * deviation).reshape(len(points), -1, *[1] * (dimensions - 2))
+    return ask(norm, {}, x).flatten(1)
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(mean, Tensor)
+    assert isinstance(variance, Tensor)
+    return mean, (variance + float(getattr(norm, "eps", 0.0))).sqrt()
+
+
+class Others:
+    """While a model runs, holds the other summands that went by, each until it is taken. A context manager."""
+
+    def __init__(self, model: nn.Module, sums: Mapping[str, Sum]) -> None:
+        self.model, self.sums = model, sums
+        self.held: dict[str, Tensor] = {}
+        self.undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Others:
+        with contextlib.ExitStack() as undo:  # whatever fails on the way
+            for path, s in self.sums.items():
+                module = self.model.get_submodule(s.module)
+                if s.side == "in":
+                    undo.callback(on_input(module, self._keep_input(path)).remove)
+                else:
+                    undo.callback(module.register_forward_hook(self._keep_output(path)).remove)
+            self.undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo.close()
+
+    def _keep_input(self, path: str) -> Callable[..., None]:
+        return lambda module, x: self.held.__setitem__(path, x)
+
+    def _keep_output(self, path: str) -> Callable[..., None]:
+        return lambda module, args, output: self.held.__setitem__(path, output)
+
+    def take(self, path: str) -> Tensor:
+        """The other summand of a layer, in units of the layer's output (before the norm that scales it)."""
+        other, norm = self.held.pop(path), self.sums[path].norm
+        return other / slope(None if norm is None else self.model.get_submodule(norm), other)

@@ -1,0 +1,162 @@
+"""Which channels must stay, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from ss_pruning._utils.arrays import Ints
+from ss_pruning.graph.channel_index import Slots
+from ss_pruning.graph.connectivity import INPUT, Wiring
+from ss_pruning.graph.layers import kind_of, width
+
+OUTPUT_REASON = "reaches the model's output"
+BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attention)"
+UNCALLED_REASON = "did not run on the example inputs; whatever it reads or writes must not change width"
+UNREAD_REASON = "no layer that ran reads it (at most a decision does: top-k, suppression, a comparison)"
+NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
+WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"
+UNEVEN_REASON = (
+    "some groups of a grouped layer have channels that must stay, so the groups could not stay equal"
+)
+IGNORED_REASON = "ignored on request"
+
+
+@dataclass(frozen=True)
+class LeftWhole:
+    """Layers some of whose channels stay, and why.
+
+    Attributes:
+        paths: The layers whose outputs stay.
+        channels: How many output channels of them.
+        reason: Why.
+    """
+
+    paths: tuple[str, ...]
+    channels: int
+    reason: str
+
+
+def frozen_slots(
+    wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
+) -> list[tuple[Ints, str]]:
+    """Slots that must stay, each with the reason; the first reason that reaches a family is the one reported."""
+    frozen: list[tuple[Ints, str]] = []
+    for origin, channels in wiring.reaches_output.items():
+        if origin in slots.out_key:
+            frozen.append((channels.numpy() + slots.start[slots.out_key[origin]], OUTPUT_REASON))
+    for path, reason in ignore.items():
+        if path in slots.out_key:
+            frozen.append((slots.numbers(slots.out_key[path]), reason))
+    for path, reason in _untouchable(modules, wiring).items():
+        frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
+    return frozen + _unconnected(wiring, slots, broadcast_reason(modules))
+
+
+def _unconnected(wiring: Wiring, slots: Slots, mixed: str) -> list[tuple[Ints, str]]:
+    """Slots that nothing shrinks, that nothing reads, or that feed several channels at once."""
+    frozen: list[tuple[Ints, str]] = []
+    fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
+    for path, feeds in wiring.feeds.items():
+        into = slots.start[slots.in_key(path)]
+        for feed in feeds:
+            pairs, broadcast = feed.pairs.numpy(), feed.broadcast.numpy()
+            if feed.source == INPUT:
+                frozen.append((pairs[:, 1] + into, NO_PRODUCER_REASON))
+                continue
+            source = slots.start[slots.out_key[feed.source]]
+            fed[pairs[:, 1] + into] |= feed.source not in wiring.loose
+            read[pairs[:, 0] + source] = True
+            read[broadcast + source] = True
+            frozen.append((broadcast + source, mixed))
+    for path in wiring.layers:
+        reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
+        frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
+        frozen.append((out[~read[out]], UNREAD_REASON))
+    return frozen
+
+
+def broadcast_reason(modules: Mapping[str, nn.Module]) -> str:
+    """Why channels stay that feed several at once; modules of torch that mix all they read are named."""
+    mixers = [
+        f"'{path}' ({type(module).__name__})"
+        for path, module in modules.items()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention))
+    ]
+    if not mixers:
+        return BROADCAST_REASON
+    more = f" and {len(mixers) - 3} others" if len(mixers) > 3 else ""
+    named = f"{', '.join(mixers[:3])}{more}"
+    return f"feeds several channels at once (a gate, a softmax, or a module that mixes all it reads: {named})"
+
+
+def left_uncalled(wiring: Wiring, modules: Mapping[str, nn.Module]) -> tuple[LeftWhole, ...]:
+    """The layers that did not run, if any, and their channels."""
+    paths = [path for path in wiring.uncalled if kind_of(modules[path]) in ("synaptic", "depthwise")]
+    channels = sum(width(modules[path], "out") for path in paths)
+    return (LeftWhole(tuple(paths), channels, UNCALLED_REASON),) if paths else ()
+
+
+def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, str]:
+    """Layers whose tensors cannot be replaced: parametrised ones, and ones that share a tensor with another layer."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for path in wiring.layers:
+        module = modules[path]
+        if hasattr(module, "parametrizations"):
+            reasons[path] = "its weight is parametrised; remove the parametrisation first"
+        if hasattr(module, "weight_g") or hasattr(module, "weight_orig") or hasattr(module, "weight_u"):
+            reasons[path] = (
+                "its weight is recomputed by an old-style hook (weight norm, spectral norm, mask); remove it first"
+            )
+        for tensor in module.parameters():
+            other = owners.setdefault(id(tensor), path)
+            if other != path:
+                reasons[path] = reasons[other] = f"shares a weight tensor ('{other}' and '{path}')"
+    return reasons
+
+
+def family_reasons(slots: Slots, family: Ints, frozen: list[tuple[Ints, str]]) -> Ints:
+    """`[total]`, by family label: 0 for a family that may go, else the number of its reason."""
+    reason = np.zeros(slots.total, dtype=np.int64)
+    for numbers, text in reversed(frozen):
+        reason[family[numbers]] = _REASONS.number(text)
+    pairs, count = np.unique(family * len(slots.keys) + slots.side_of, return_counts=True)
+    widths = np.array([slots.widths[key] for key in slots.keys])
+    whole = (pairs // len(slots.keys))[count >= widths[pairs % len(slots.keys)]]
+    reason[whole[reason[whole] == 0]] = _REASONS.number(WHOLE_REASON)
+    return reason
+
+
+class _Reasons:
+    """Numbers for reason texts, from 1."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = [""]
+
+    def number(self, text: str) -> int:
+        if text not in self.texts:
+            self.texts.append(text)
+        return self.texts.index(text)
+
+
+_REASONS = _Reasons()
+
+
+def left_whole_of(wiring: Wiring, slots: Slots, family: Ints, reasons: Ints) -> tuple[LeftWhole, ...]:
+    """One entry a reason: the synaptic layers of whose outputs some stay for it."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    channels: dict[int, int] = defaultdict(int)
+    for path, layer in wiring.layers.items():
+        if layer.kind != "synaptic":
+            continue
+        numbers, counts = np.unique(reasons[family[slots.numbers((path, "out"))]], return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if number:
+                paths[number].append(path)
+                channels[number] += count
+    return tuple(LeftWhole(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))

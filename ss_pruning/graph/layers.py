@@ -1,0 +1,235 @@
+"""What counts as a synaptic layer and as a norm, on which axis its channels lie, and its kernel norms."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from typing import Any, Literal, TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning._utils.modules import tensors_of
+from ss_pruning.errors import ModelError
+
+#: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
+#: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
+#: convolution slides along an axis of positions that may itself hold channels, as efficient channel attention does.
+Kind = Literal["synaptic", "depthwise", "norm", "response", "positional"]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The role of a module in the channel graph; None for everything that is not a layer of its own."""
+    if isinstance(module, nn.Linear):
+        return "synaptic"
+    if not isinstance(module, _ConvNd):
+        return "norm" if is_norm(module) else _foreign_kind(module)
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return None
+    if _slides_along_channels(module):
+        return "positional"
+    return "depthwise" if is_depthwise(module) else "synaptic"
+
+
+def _slides_along_channels(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for (batch, instance, group, layer, RMS) norms, frozen batch norms (only buffers) and ones like EvoNorm."""
+    if isinstance(module, (_NormBase, nn.GroupNorm)):
+        return True
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1 and module.weight is not None
+    if not module._parameters and not module._buffers:
+        return False
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = [getattr(module, name, None) for name in names]
+    if not list(module.children()) and all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors):
+        return True
+    return is_foreign_norm(module)
+
+
+def has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a batch norm that keeps the mean and variance of what it was trained on."""
+    return isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+
+
+def is_foreign_norm(module: nn.Module) -> bool:
+    """True for a norm that torch does not have: scale (and shift) by channel, of something other than its input."""
+    return _foreign_kind(module) == "norm"
+
+
+def _foreign_kind(module: nn.Module) -> Kind | None:
+    """What a module that is not torch's does with one weight a channel, found by asking it."""
+    if not module._parameters:
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or _holds_tensors_inside(module):
+        return None
+    tensors = [*module.parameters(), *module.buffers()]
+    if type(module).__module__.startswith("torch.nn.") or any(
+        t.shape != weight.shape for t in tensors if t.dim()
+    ):
+        return None
+    if module not in _FOREIGN:
+        _FOREIGN[module] = _asked_kind(module, weight) if long_axis(weight) is not None else None
+    return _FOREIGN[module]
+
+
+def long_axis(tensor: Tensor) -> int | None:
+    """The axis of a vector, which may have been given others of size 1: `[1, channels, 1, 1]`."""
+    longest = max(range(tensor.dim()), key=lambda axis: tensor.shape[axis], default=None)
+    return longest if longest is not None and tensor.shape[longest] == tensor.numel() else None
+
+
+def _holds_tensors_inside(module: nn.Module) -> bool:
+    """True if a child holds a tensor; an activation does not."""
+    return any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
+
+
+_FOREIGN: WeakKeyDictionary[nn.Module, Kind | None] = WeakKeyDictionary()
+
+
+def _asked_kind(module: nn.Module, weight: Tensor) -> Kind | None:
+    n = weight.numel()
+    x = torch.linspace(-1.0, 2.0, 6 * n, dtype=weight.dtype, device=weight.device)
+    shift = {"bias": torch.zeros_like(weight)} if isinstance(getattr(module, "bias", None), Tensor) else {}
+    for shape in ((1, n, 3, 2), (1, 3, 2, n)):
+        image = x.reshape(shape)
+        with contextlib.suppress(Exception):
+            gone = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
+            plain = ask(module, {"weight": torch.ones_like(weight), **shift}, image)
+            if gone.shape == plain.shape == shape and not plain.equal(image):
+                if not gone.any():
+                    return "norm"
+                if gone.equal(image):
+                    return "response"
+    return None
+
+
+def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see."""
+    bare = copy.copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    with torch.no_grad():
+        answer: Tensor = torch.func.functional_call(bare, tensors, (x,))
+    return answer
+
+
+def mixes_channels(module: nn.Module) -> bool:
+    """True for norms whose statistics span channels (or may): absent channels are not the same to them as zeros."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or _foreign_kind(module) is not None
+
+
+def blocks_of(module: nn.Module | None, side: str) -> int:
+    """In how many blocks of equal count the channels on a side of a layer must stay."""
+    if isinstance(module, _ConvNd) and 1 < groups_of(module) < module.in_channels:
+        return groups_of(module)
+    if side != "through" or module is None:
+        return 1
+    if isinstance(module, nn.GroupNorm):
+        return int(module.num_groups)
+    groups = getattr(module, "groups", None)
+    return groups if isinstance(groups, int) and is_foreign_norm(module) else 1
+
+
+def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
+    """True if every input channel of the convolution has outputs of its own."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def groups_of(module: nn.Module) -> int:
+    """Number of groups of a convolution; 1 for a linear layer."""
+    return int(getattr(module, "groups", 1))
+
+
+def width(module: nn.Module, side: Literal["in", "out"]) -> int:
+    """Number of input or output channels of a layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, _ConvNd):
+        return module.in_channels if side == "in" else module.out_channels
+    for name in ("num_features", "num_channels", "normalized_shape"):
+        if hasattr(module, name):
+            value: Any = getattr(module, name)
+            return int(value[0]) if isinstance(value, (tuple, list)) else int(value)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.numel())
+
+
+def channel_axis(module: nn.Module, x: Tensor) -> int:
+    """The (non-negative) axis of `x`, an input or output of `module`, on which the module's channels lie."""
+    if isinstance(module, nn.Linear) or _slides_along_channels(module):
+        return x.dim() - 1
+    if isinstance(module, _ConvNd):
+        return x.dim() - len(module.kernel_size) - 1
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _foreign_kind(module) is not None:
+        return _norm_axis(module, x)
+    return 1 if x.dim() > 1 else 0
+
+
+def _norm_axis(module: nn.Module, x: Tensor) -> int:
+    """Some normalise channels-first maps too; where sizes leave it open, see on which axis the weight acts."""
+    n = width(module, "in")
+    fitting = [axis for axis, size in enumerate(x.shape) if size == n and axis > 0]
+    if len(fitting) == 1:
+        return fitting[0]
+    if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
+        return x.dim() - 1
+    assert isinstance(module.weight, Tensor)
+    weight = torch.ones(module.weight.shape, dtype=x.dtype, device=x.device)
+    # Of both signs in every channel: an activation inside may silence one.
+    probe = torch.arange(x[:1].numel(), device=x.device).sin().to(x.dtype).reshape(x[:1].shape)
+    plain = ask(module, {"weight": weight}, probe)
+    weight = weight.clone()
+    weight.view(-1)[0] = 2.0
+    moved = (ask(module, {"weight": weight}, probe) - plain).nonzero()
+    for axis in fitting:
+        if moved.numel() and not moved[:, axis].any():
+            return axis
+    return x.dim() - 1
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf weights.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for name, tensor in tensors_of(model).items():
+        # A sum is finite if all is, unless it overflows: a quick first look.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
+
+
+def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
+
+    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
+    one is given.
+    """
+    if weight is None:
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight
+    if isinstance(module, nn.Linear):
+        return weight.square()
+    elements = weight.flatten(2)
+    powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)
+    if isinstance(module, _ConvNd) and module.transposed:
+        g = module.groups
+        return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)
+    return powers
+
+
+def by_kernel(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+    """Values of synapses, `[out, in // groups]`, laid out as `weight` is, with taps of size 1."""
+    if getattr(module, "transposed", False):
+        groups = groups_of(module)
+        values = values.reshape(groups, -1, values.shape[1]).transpose(1, 2)
+    return values.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))

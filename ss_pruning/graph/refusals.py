@@ -1,0 +1,121 @@
+"""Models and example inputs that cannot be used as they are, refused before any work, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.modules import modules_of, tensors_of
+from ss_pruning.errors import InputError, ModelError
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_FORMS = "a tensor [batch, channels, height, width], a tuple of positional or a dict of keyword arguments"
+
+
+def usable_inputs(example_inputs: Any) -> Any:
+    """Example inputs with any mapping as a dict.
+
+    Raises:
+        InputError: They hold no tensor, or one without values.
+    """
+    inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"example_inputs={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"
+        )
+    if not any(tensor.dim() for tensor in tensors):
+        raise InputError(
+            f"example_inputs is a single number, no batch; give what the model's forward takes: {_FORMS}"
+        )
+    for tensor in tensors:
+        if tensor.is_meta or not tensor.numel():
+            what = "lies on the meta device, without values" if tensor.is_meta else "is empty"
+            raise InputError(
+                f"an example input of shape {list(tensor.shape)} {what}; the model is run on it: give a real one, such "
+                "as torch.randn of that shape"
+            )
+    return inputs
+
+
+def check_module(model: Any, verb: str = "prune") -> None:
+    """Refuse what is no module of Python's with its weights in it, and what hides one in a wrapper.
+
+    Args:
+        model: What a user gave.
+        verb: What is done to the model, for messages.
+
+    Raises:
+        InputError: Names what to give instead.
+        ModelError: Names the first tensor without values.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {kind}; give a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):  # parts may be; they are run around
+        raise InputError(
+            f"the model is a TorchScript module, whose code is fixed: {verb} the module that it was made from"
+        )
+    for path, module in modules_of(model).items():
+        inner = _place(path)
+        if isinstance(module, _WRAPPERS):
+            raise InputError(
+                f"{inner} is a {type(module).__name__}: {verb} {inner}.module, and wrap it anew afterwards"
+            )
+        if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            raise InputError(f"{inner} is compiled: {verb} {inner}._orig_mod, and compile it anew afterwards")
+    for name, tensor in tensors_of(model).items():
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(f"'{name}' has no shape yet: run the model once on its inputs first")
+        if tensor.is_meta:
+            raise ModelError(f"'{name}' lies on the meta device, without values; load weights first")
+
+
+def _place(path: str) -> str:
+    return "model" + f".{path}" * bool(path)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that would run something else than its modules, or one that cannot train.
+
+    Raises:
+        InputError: Names what to give instead.
+        ModelError: Names the first tensor without values.
+    """
+    check_module(model)
+    for path, module in modules_of(model).items():
+        inner = _place(path)
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise InputError(
+                f"{inner} is compiled in place: compile after pruning (until then, {inner}._compiled_call_impl = None)"
+            )
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_inference():
+            raise InputError(
+                f"'{name}' was made under torch.inference_mode(), so that it can never be trained: make the model "
+                "outside of it, or take copy.deepcopy(model) there"
+            )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that a hook computes anew before each pass from tensors of other names.
+
+    Raises:
+        InputError: Names the first such module, and what takes the hook away.
+    """
+    for path, module in modules_of(model).items():
+        for name in (*module._parameters.keys(), *module._buffers.keys()):  # scripted ones have no other way
+            base, _, kind = name.rpartition("_")
+            remedy = None
+            if kind == "mask" and f"{base}_orig" in module._parameters:
+                remedy = (
+                    f"is masked by torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, {base!r})"
+                )
+            elif kind == "g" and f"{base}_v" in module._parameters:
+                remedy = f"has the old weight norm: call torch.nn.utils.remove_weight_norm(module, {base!r})"
+            if remedy:
+                raise InputError(f"'{path}' {remedy} with module = model.get_submodule({path!r}) first")

@@ -1,0 +1,246 @@
+"""The label probe: which channels of which layers feed each channel of each layer, for any architecture.
+
+The model is run once with the output of every layer (convolution, linear, norm) cut loose: replaced by a fresh
+leaf tensor near a constant operating point. What lies between two layers (adds, concatenations, splits, shuffles,
+pools, gates, any functional code) is then a small differentiable function from the leaves to a layer's input.
+Pulling labels back through it says which leaf channel feeds which input channel: with a random cotangent `r` the
+gradient at a leaf element is `sum r J`, with `r * channel` it is `channel * sum r J` if just one input channel
+listens, so the ratio of the two *is* that channel; a third pull with permuted labels confirms it. Elements whose
+ratio is no channel number feed several channels at once (a broadcast gate, a softmax, attention).
+
+The layers themselves run in their own precision, what lies between them in float64: sums that nearly cancel (a
+softmax over two alike branches) would else blur the ratios. No table of operators, no trace: the cost is one forward
+pass and three local backward passes for each set of layers of which no two have a source in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.hooks import given, on_output
+from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, tensors_of
+from ss_pruning._utils.outputs import tensors_in
+from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.channel_labels import Labels
+from ss_pruning.graph.connectivity import INPUT, Layer, Wiring
+from ss_pruning.graph.layers import channel_axis, kind_of, width
+from ss_pruning.graph.pooling_indices import TiedIndices
+from ss_pruning.graph.refusals import check_bare, usable_inputs
+from ss_pruning.graph.vjp_probe import SEED, Arrival, Leaf, pull, pull_output
+
+# Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
+# stay below the knees of ReLU6 and of hard gates; different from channel to channel, so that what compares channels
+# (a softmax over branches) has a slope that does not vanish in the sum over positions.
+_LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Wiring:
+    """Find which channels feed which, by running `model` on labels.
+
+    The model is left as it was: no hook, flag, gradient, buffer or random state changes. It is run in eval mode;
+    layers that only run in training (auxiliary heads) are found by a second pass in train mode.
+
+    Args:
+        model: Any module.
+        example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        The wiring between layers.
+
+    Raises:
+        ModelError: The model does not run on the inputs, or has no layer.
+        InputError: Something has wrapped the model, or the inputs are none; see `ss_pruning.graph.refusals`.
+    """
+    check_bare(model)
+    check_unwrapped(model)
+    example_inputs = usable_inputs(example_inputs)
+    paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
+    if not paths:
+        raise ModelError("the model has no convolution or linear layer that could be pruned")
+    wiring = Wiring()
+    with quiet_hooks(model, example_inputs):
+        _probe(model, example_inputs, paths, wiring, training=False)
+        if set(paths.values()) - set(wiring.layers):
+            # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
+            with contextlib.suppress(ModelError):
+                _probe(model, example_inputs, paths, wiring, training=True)
+    wiring.uncalled = tuple(sorted(set(paths.values()) - set(wiring.layers)))
+    return wiring
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model whose weights NNI holds in wrappers: a cut would not reach them.
+
+    Raises:
+        InputError: Names the first wrapped module.
+    """
+    for path, module in modules_of(model).items():
+        if "_nni_wrapper" in module._modules:
+            raise InputError(
+                f"'{path}' is wrapped by NNI: call unwrap_model() of the pruner first. That gives back the unmasked "
+                "weights; ss_pruning.integrations.nni.pruner.compact bakes the masks in and cuts what is dead"
+            )
+
+
+class _Recorder:
+    """Forward hooks that cut every layer loose and remember what arrived at it."""
+
+    def __init__(self, paths: Mapping[nn.Module, str], double: bool) -> None:
+        self.paths, self.double = paths, double
+        self.layers: dict[str, Layer] = {}
+        self.leaves: list[Leaf] = []
+        self.arrivals: list[Arrival] = []
+        self.calls: Counter[str] = Counter()
+        self.current: str | None = None
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
+        """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
+        shape = [n if a == axis else 1 for a, n in enumerate(like.shape)]
+        centre = torch.empty(shape).uniform_(_LOW, _HIGH, generator=self.generator)
+        jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
+        tensor = (centre + jitter).to(like.device, self.precision(like)).requires_grad_()
+        self.leaves.append(Leaf(source, tensor, axis))
+        return tensor.clone()
+
+    def precision(self, like: Tensor) -> torch.dtype:
+        return torch.float64 if self.double else like.dtype
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        path = self.current = self.paths[module]
+        x = given(module, args, kwargs)
+        if not isinstance(x, Tensor):
+            raise ModelError(f"layer '{path}' was called without a tensor")
+        kind = kind_of(module)
+        assert kind is not None
+        axis = channel_axis(module, x)
+        if path not in self.layers:
+            positional = kind == "positional"
+            inputs, outputs = (
+                (x.shape[axis],) * 2 if positional else (width(module, "in"), width(module, "out"))
+            )
+            self.layers[path] = Layer(path, kind, inputs, outputs, axis)
+        # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
+        if x.is_floating_point():
+            self.arrivals.append(Arrival(path, x.clone(), axis, self.calls[path]))
+        self.calls[path] += 1
+        own = (*module._parameters.values(), *module._buffers.values())
+        dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
+        cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
+        )
+        return cast
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        return self.leaf(self.paths[module], output, channel_axis(module, output))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _probe(
+    model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], wiring: Wiring, *, training: bool
+) -> None:
+    """One labelled pass; adds what it finds to `wiring`."""
+    recorder = _Recorder(paths, double=True)
+    try:
+        output = _run(model, example_inputs, recorder, training)
+    except ModelError:  # some code between layers insists on the precision it was written for
+        recorder = _Recorder(paths, double=False)
+        output = _run(model, example_inputs, recorder, training)
+    new = {path: layer for path, layer in recorder.layers.items() if path not in wiring.layers}
+    wiring.layers |= new
+    wiring.feeds |= {path: [] for path in new}
+    labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
+    arrivals = [arrival for arrival in recorder.arrivals if arrival.path in new]
+    try:
+        pull(arrivals, leaves, labels, wiring)
+        for tensor in tensors_in(output).values():
+            if tensor.requires_grad:
+                pull_output(torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, wiring)
+    except RuntimeError as error:
+        raise ModelError(
+            f"no gradient goes back through the model, along which channels could be told apart ({error}); it cannot "
+            "be trained either: let forward make new tensors where it writes into those that are needed later"
+        ) from error
+
+
+def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
+    """The forward pass with hooks, and with loose tensors replaced by leaves; everything is undone afterwards."""
+    handles = []
+    replaced: dict[str, Tensor] = {}
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        preserved(model, training, replaced=True),
+        TiedIndices(),
+    ):
+        for name, tensor in _loose_tensors(model, recorder.paths):
+            replaced[name] = recorder.leaf(name, tensor, -1)
+        if training:  # the pass must not update running statistics, and batch norms refuse a single value
+            replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
+            example_inputs = pytree.tree_map_only(Tensor, _at_least_two, example_inputs)
+        inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
+        args, kwargs = as_arguments(inputs)
+        try:
+            for module in recorder.paths:
+                handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
+                handles.append(module.register_forward_hook(recorder.after))
+            slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
+            handles += [on_output(module, _sloped) for module in slopes]
+            return torch.func.functional_call(model, replaced, args, kwargs)
+        except ModelError:
+            raise
+        except Exception as error:
+            where = f"; the last layer reached was '{recorder.current}'" if recorder.current else ""
+            raise ModelError(
+                f"the model does not run on the example inputs{where} ({type(error).__name__}: {error}); "
+                "check their shape, dtype and device: call model(*example_inputs) yourself first"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _sloped(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
+    assert isinstance(module.weight, Tensor)
+    return -nn.functional.prelu(-x.abs(), module.weight)
+
+
+def _at_least_two(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor
+
+
+def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    leaf = tensor.detach().to(recorder.precision(tensor), copy=True).requires_grad_()
+    single = len(at) > 0 and tensor.dim() == 3  # a list of images, as detectors take, has no batch axis
+    recorder.leaves.append(Leaf(INPUT, leaf, 0 if single else min(1, tensor.dim() - 1)))
+    return leaf.clone()
+
+
+def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point parameters and (non-scalar) buffers outside the layers."""
+    owned = {id(t) for m in paths for t in (*m._parameters.values(), *m._buffers.values())}
+    owned |= {id(t) for m in paths if m._modules for t in tensors_of(m).values()}
+    for name, parameter in parameters_of(model).items():
+        if id(parameter) not in owned and parameter.is_floating_point():
+            yield name, parameter
+    for name, buffer in buffers_of(model).items():
+        if id(buffer) not in owned and buffer.is_floating_point() and buffer.numel() > 1:
+            yield name, buffer

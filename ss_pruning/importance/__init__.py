@@ -1,0 +1,1 @@
+"""How much a channel matters: synaptic strength, activation statistics, relevance, and layer sensitivity."""

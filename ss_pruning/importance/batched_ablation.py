@@ -1,0 +1,281 @@
+"""Copies of a net that miss channels, run side by side in one batch: what of the output is lost with each.
+
+What the readers find in place of a channel that is gone, and what is fitted behind it, stands in
+`ss_pruning.importance.sensitivity`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import call
+from ss_pruning.config import FOLDED, Method
+from ss_pruning.errors import ModelError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.layers import channel_axis, groups_of, has_statistics
+from ss_pruning.importance.activation_stats import Moments
+from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.regression import Predicted, constant_output, precision
+from ss_pruning.importance.shared_prefix import Prefix, length
+
+OTHERWISE = "take scope='global'"
+# A copy that lost nothing may differ from the dense net by this share of the output's variance.
+_SAME = 1e-3
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
+@dataclass
+class Lab:
+    """Runs copies of the dense net that miss channels, all in one batch; with `follow` batch norms follow the cut.
+
+    Raises:
+        ModelError: The model does not run on several copies, or images see each other.
+    """
+
+    model: nn.Module
+    wiring: Wiring
+    images: Any
+    moments: Mapping[str, Moments]
+    method: Method = "reconstruct"
+    follow: bool = False
+
+    def __post_init__(self) -> None:
+        self.modules = modules_of(self.model)
+        self.fitted = [
+            p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
+        ]
+        #: Those that follow; what reaches one that runs several times is not told apart.
+        self.norms = {
+            p: m for p in self.wiring.layers if self.follow and has_statistics(m := self.modules[p])
+        }
+        self.reached: dict[str, _Reached] = {}
+        self.batch = Batch.of(self.images)
+        self.prefix = Prefix(self.modules)
+        self.precisions: dict[str, Tensor] = {}
+        #: By output, whether it goes by images.
+        self.grow: list[bool] = []
+        #: By path, the last channels that were missed and what stands in for them: a context comes again and again.
+        self.last: dict[str, tuple[bytes, _StandIn]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Find the layers that see copies side by side, and raise if images see each other."""
+        with self.prefix.sized():
+            alone = pytree.tree_leaves(self._outputs(1))
+        with self.prefix.watched():
+            outputs = pytree.tree_leaves(self._outputs(2))
+        self.fitted = [path for path in self.fitted if self.prefix.goes_by_images(path)]
+        self.norms = {path: norm for path, norm in self.norms.items() if self.prefix.runs_once(path)}
+        pairs = zip(map(length, alone), map(length, outputs), strict=False)
+        self.grow = [two == 2 * one > 0 for one, two in pairs]
+        if _lost(self._heard(outputs), 2)[0] > _SAME:
+            raise ModelError(
+                "the output for an image depends on the others in its batch, so that channels cannot be measured side "
+                f"by side; {OTHERWISE}"
+            )
+
+    def _heard(self, outputs: Any) -> list[Tensor]:
+        """Those of the outputs that tell of damage: numbers that go by images."""
+        leaves = pytree.tree_leaves(outputs)
+        if len(leaves) != len(self.grow):
+            raise ModelError(f"how many outputs there are depends on the number of images; {OTHERWISE}")
+        heard = [leaf for leaf, grows in zip(leaves, self.grow, strict=True) if grows]
+        numbers = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in heard]
+        return [leaf for leaf in numbers if leaf.is_floating_point()]
+
+    def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
+        """`[cuts]`: the share of the output's variance that is lost with each."""
+        paths = dict.fromkeys(path for cut in cuts for path in cut)
+        readers = [path for path in paths if self.moments[path].mean is not None]  # the others do not run
+        strange = [path for path in readers if path not in self.fitted]
+        if strange:
+            raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
+        if self.method == "reconstruct":
+            return _lost(self._run(readers, [{}, *cuts]), len(cuts) + 1)
+        dense = self.dense  # first: copies follow what reaches its norms
+        joined = map(torch.cat, zip(dense, self._run(readers, cuts), strict=True))
+        return _lost(list(joined), len(cuts) + 1)
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """The outputs of the dense net; what reaches its norms is noted on the way."""
+
+        def note(path: str, norm: nn.Module, x: Tensor) -> None:
+            self.reached[path] = _Reached(len(x), *_moments(x))
+
+        with contextlib.ExitStack() as undo:
+            for path, norm in self.norms.items():
+                undo.callback(on_input(norm, partial(note, path)).remove)
+            return self._heard(self._outputs(1))
+
+    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> list[Tensor]:
+        """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
+        copies = len(cuts)
+        gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
+        differ = [path for path, each in gone.items() if len({g.tobytes() for g in each}) > 1]
+        begin = min((self.prefix.begin(path) for path in differ), default=0)
+        with contextlib.ExitStack() as undo:
+            self.prefix.run_once(begin, copies, undo)
+            for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
+                stand_ins = [self._stand_in(path, g) if len(g) else None for g in gone[path]]
+                undo.callback(on_input(self.modules[path], _replace(stand_ins)).remove)
+                undo.callback(self.modules[path].register_forward_hook(_shift(stand_ins)).remove)
+            for path in self.fitted if self.method == "reconstruct" else ():
+                if self.prefix.begin(path) >= begin:
+                    undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
+            for path, reached in self.reached.items():
+                hook = _follow(reached, self.norms[path].eps)
+                undo.callback(on_input(self.norms[path], hook).remove)
+            return self._heard(self._outputs(copies))
+
+    def _outputs(self, copies: int) -> Any:
+        try:
+            with torch.no_grad():
+                return call(self.model, self.batch.repeated(copies).inputs)
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on {copies} copies of {len(self.batch)} calibration inputs side by side "
+                f"({type(error).__name__}: {error}); {OTHERWISE}"
+            ) from error
+
+    def _stand_in(self, path: str, gone: Ints) -> _StandIn:
+        key = gone.tobytes()
+        if path not in self.last or self.last[path][0] != key:
+            predicted, shift = self._predict(path, gone), None
+            if self.method in FOLDED:
+                shift = constant_output(self.modules[path], predicted.constants())
+            self.last[path] = key, _StandIn(predicted, shift)
+        return self.last[path][1]
+
+    def _predict(self, path: str, gone: Ints) -> Predicted:
+        moments = self.moments[path]
+        mean, covariance = moments.mean, moments.covariance
+        assert mean is not None
+        if self.method == "none":
+            mean = torch.zeros_like(mean)
+        if covariance is not None and path not in self.precisions:
+            self.precisions[path] = precision(covariance, groups_of(self.modules[path]), moments.rows)
+        kept = np.setdiff1d(np.arange(len(mean)), gone)
+        return Predicted.of(mean, self.precisions.get(path), torch.from_numpy(kept), torch.from_numpy(gone))
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """What stands in for channels that a layer misses: in what it reads, or what is constant of it in its bias.
+
+    As the compensation has it: a bias knows of no padded border, weights that are solved anew do.
+
+    Attributes:
+        predicted: What is read in their place.
+        shift: `[out_channels]`, what its constant adds to the output; None where the layer reads the constant itself.
+    """
+
+    predicted: Predicted
+    shift: Tensor | None
+
+
+def _replace(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A hook that takes channels from each of the copies, or leaves it alone."""
+
+    def hook(module: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone()
+        for one, copy in zip(stand_ins, x.tensor_split(len(stand_ins)), strict=True):
+            if one is not None:
+                one.predicted.fill_(copy.movedim(channel_axis(module, x), -1), constant=one.shift is None)
+        return x
+
+    return hook
+
+
+def _shift(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook that adds to what a layer puts out of each copy, in place."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        for one, copy in zip(stand_ins, output.tensor_split(len(stand_ins)), strict=True):
+            if one is not None and one.shift is not None:
+                copy.movedim(channel_axis(module, output), -1).add_(one.shift.to(output))
+
+    return hook
+
+
+def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that scales and shifts each channel of all copies towards the first one, by least squares."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        over = [axis for axis in range(output.dim()) if axis != channel_axis(module, output)]
+        dense, *others = output.chunk(copies)
+        mean = dense.float().mean(over, keepdim=True)
+        centred = dense.float() - mean
+        for copy in others:
+            _fit_(copy, mean, centred, over)
+        return output
+
+    return hook
+
+
+def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
+    """Scale and shift each channel of `copy`, in place, to come closest to `mean + centred`."""
+    x = copy.float()  # `copy` itself, if that is single precision
+    x -= x.mean(over, keepdim=True)
+    power = x.square().mean(over, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    slope = (x * centred).mean(over, keepdim=True) / power
+    copy.copy_(x.mul_(slope).add_(mean))
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """What reaches a norm in the dense net: so many rows, of this mean and variance."""
+
+    rows: int
+    mean: Tensor
+    variance: Tensor
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the channels of `[N, C, ...]`, in its dimensions."""
+    over = [axis for axis in range(x.dim()) if axis != 1]
+    mean = x.float().mean(over, keepdim=True)
+    return mean, (x - mean).square().mean(over, keepdim=True)
+
+
+def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A hook that brings each channel of all copies to the mean and variance that it has in the dense net."""
+
+    def hook(module: nn.Module, x: Tensor) -> Tensor:
+        found = torch.empty_like(x)  # once: large tensors cost more than what fills them
+        for copy, brought in zip(x.split(dense.rows), found.split(dense.rows), strict=True):
+            mean, variance = _moments(copy)
+            scale = ((dense.variance + eps) / (variance + eps)).sqrt()
+            torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
+        return found
+
+    return hook
+
+
+def _lost(outputs: Sequence[Tensor], copies: int) -> Floats:
+    """`[copies - 1]`: mean squared difference from the first copy over its variance, mean over the outputs."""
+    found = []
+    for output in outputs:
+        parts = output.unflatten(0, (copies, -1)).double()
+        variance = (parts[0] - parts[0].mean(0)).square().mean()
+        if bool(variance > 0):
+            found.append((parts[1:] - parts[0]).flatten(1).square().mean(1) / variance)
+    if not found:
+        raise ModelError(f"no output of the model varies from image to image; {OTHERWISE}")
+    lost = torch.stack(found).mean(0)
+    if not bool(lost.isfinite().all()):
+        raise ModelError("the model's output is not finite on the calibration inputs; check them")
+    shares: Floats = lost.cpu().numpy()
+    return shares

@@ -1,0 +1,238 @@
+"""How much of the output goes when a unit shrinks, measured: what makes channels of different layers comparable.
+
+Scores order the channels of a unit well and compare units badly: no score of one layer knows what the layers behind it
+make of its loss, nor what they can make up for. So every unit is shrunk by itself, to a few widths, on a few images,
+and its readers find in place of what is gone what the compensation will leave them:
+
+* "none": nothing; "mean": its mean;
+* "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
+* "reconstruct": every layer behind is fitted to what it puts out in the dense net, scale and shift a channel, in place
+  of the solve that will come: what that takes back is no damage;
+* where batch norms will follow the cut (`ss_pruning.compensation.batchnorm`), they do so here;
+* the damage is the share of the output's variance that is lost.
+
+All widths of a unit run in one batch, and what comes before it once. The lower convex hull of damage over width gives
+each channel the damage that its removal adds, in the order of the scores. What no layer behind takes back adds up from
+one to the next, and damage beside whole layers says too little: without "reconstruct" it is measured again in a net
+whose other units are cut as the first measurement would have it. Of both and their sum that is taken whose whole cut
+loses least.
+
+The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
+ConvNets", section 3.2; they did not repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.running import preserved
+from ss_pruning.config import SOLVED, Method
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Coupling, Unit, gone_of, ranks_of, step_scores
+from ss_pruning.importance.activation_stats import measure
+from ss_pruning.importance.batched_ablation import OTHERWISE, Lab
+from ss_pruning.importance.calibration import Batch
+
+#: Fewer images than this say too little.
+LEAST_IMAGES = 8
+# Widths are measured on so many of the images.
+_IMAGES = 32
+# Widths, as shares of the most that may go.
+_WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)
+# This share of the scores' mean is added to each: dead channels need a place in the order, too.
+_EVEN, _NUDGE = 1e-3, 1e-15
+
+
+def by_damage(
+    model: nn.Module,
+    wiring: Wiring,
+    coupling: Coupling,
+    scores: Sequence[Sequence[Floats]],
+    images: Any,
+    batch: int,
+    max_ratio: float,
+    method: Method = "reconstruct",
+    taken: Callable[[list[list[Floats]]], Ints] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    follow: bool = False,
+) -> list[list[Floats]]:
+    """Scores in the same order within each unit, that tell how much damage each family's removal adds.
+
+    Takes at most a pass over 6 x 32 images a unit, and one more with `taken`.
+
+    Args:
+        model: The dense model; not changed.
+        wiring: Its wiring.
+        coupling: Its units.
+        scores: By unit and cell, one score a family; those with an infinite one stay.
+        images: Calibration inputs.
+        batch: Moments are taken on so many of them at a time.
+        max_ratio: No unit will lose a larger share of its channels.
+        method: How the cut will be compensated.
+        taken: Says by such scores how many steps each unit would take, `[units]`. If it is given, damage is measured
+            again: what is added to that of the other units, cut so.
+        progress: Called with (units done, units in all), of all measurements.
+        follow: Batch norms will follow the cut.
+
+    Returns:
+        By unit and cell, the damage of each family as a share of the output's variance.
+
+    Raises:
+        InputError: Too few images.
+        ModelError: The model's outputs do not tell images apart, or are not finite.
+    """
+    images = Batch.of(images)
+    if images.most:
+        raise ModelError(
+            f"the model runs on no more than {images.most} inputs at once, so that channels cannot be measured side by "
+            f"side; {OTHERWISE}"
+        )
+    if len(images) < LEAST_IMAGES:
+        raise InputError(
+            f"scope='measured' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give more, "
+            f"or {OTHERWISE}"
+        )
+    readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, wiring))
+    held, others = _held_out(images)
+    with preserved(model, training=False), torch.no_grad():
+        moments = measure(
+            model, wiring, others.split(batch), None, list(readers), covariance=method in SOLVED
+        )
+        lab = Lab(model, wiring, held, moments, method, follow)
+        if taken is None or not scores:
+            return _measured(lab, coupling, scores, max_ratio, {}, progress)
+        half, whole = len(scores), 2 * len(scores)
+        alone = _measured(lab, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))
+        context = _context(coupling, wiring, alone, taken(alone))
+        joint = _measured(lab, coupling, scores, max_ratio, context, lambda n, _: progress(half + n, whole))
+        choices = [alone, joint, _sum(alone, joint)]
+        lost = lab.damage([_context(coupling, wiring, choice, taken(choice)) for choice in choices])
+    return choices[int(lost.argmin())]
+
+
+def _held_out(images: Any) -> tuple[Batch, Batch]:
+    """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
+    batch = Batch.of(images)
+    rows = torch.arange(len(batch)).reshape(-1, batch.unit)
+    chosen = torch.linspace(0, len(rows) - 1, min(max(_IMAGES // batch.unit, 1), len(rows) // 2)).long()
+    stays = torch.ones(len(rows), dtype=torch.bool)
+    stays[chosen] = False
+    return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
+
+
+def _readers(unit: Unit, wiring: Wiring) -> list[str]:
+    """The layers that mix channels of the unit."""
+    members = (m for cell in unit.cells for m in cell.members if m.side == "in")
+    return list(dict.fromkeys(m.path for m in members if wiring.layers[m.path].kind == "synaptic"))
+
+
+def _measured(
+    lab: Lab,
+    coupling: Coupling,
+    scores: Sequence[Sequence[Floats]],
+    max_ratio: float,
+    context: Mapping[str, Ints],
+    progress: Callable[[int, int], None],
+) -> list[list[Floats]]:
+    """By unit and cell, the damage of each family, where the other units are cut as the context says."""
+    found = []
+    for number, (unit, cells) in enumerate(zip(coupling.units, scores, strict=True)):
+        progress(number, len(scores))
+        found.append(_scored(lab, unit, cells, max_ratio, context))
+    progress(len(scores), len(scores))
+    return found
+
+
+def _sum(first: Sequence[Sequence[Floats]], second: Sequence[Sequence[Floats]]) -> list[list[Floats]]:
+    pairs = zip(first, second, strict=True)
+    return [[a + b for a, b in zip(*cells, strict=True)] for cells in pairs]
+
+
+def _context(
+    coupling: Coupling, wiring: Wiring, scores: Sequence[Sequence[Floats]], taken: Ints
+) -> dict[str, Ints]:
+    """By reader, the input channels that go when each unit takes so many steps."""
+    gone: dict[str, list[Ints]] = {}
+    for unit, cells, steps in zip(coupling.units, scores, taken.tolist(), strict=True):
+        for path, channels in _removed(unit, ranks_of(cells), steps, _readers(unit, wiring)).items():
+            gone.setdefault(path, []).append(channels)
+    return {path: np.concatenate(parts) for path, parts in gone.items()}
+
+
+def _scored(
+    lab: Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float, context: Mapping[str, Ints]
+) -> list[Floats]:
+    readers, ranks = _readers(unit, lab.wiring), ranks_of(cells)
+    summed = step_scores(unit, cells, ranks)
+    free = int(np.isfinite(summed).sum())  # they are ascending: what is kept comes last
+    most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1, free)
+    if most < 1 or not readers:  # nothing is measured where nothing can go, or nobody hears of it
+        return [np.full(len(cell), np.inf) for cell in cells]
+    stops = np.unique(np.ceil(np.array(_WIDTHS) * most).astype(np.int64))
+    cuts = [_removed(unit, ranks, int(stop), readers) for stop in stops]
+    own = _removed(unit, ranks, unit.steps, readers)
+    others = {path: np.setdiff1d(gone, own.get(path, ())) for path, gone in context.items()}
+    uncut: list[dict[str, Ints]] = [{}] if others else []
+    lost = lab.damage([_joined(others, cut) for cut in (*uncut, *cuts)])
+    damage = (lost[1:] - lost[0]).clip(0) if others else lost
+    added = added_by(stops, damage, summed)
+    per_step = sum(cell.size for cell in unit.cells) / unit.steps
+    found = []
+    for rank in ranks:
+        values = np.empty(len(rank))
+        values[rank] = np.repeat(added / per_step, len(rank) // unit.steps)
+        found.append(values)
+    return found
+
+
+def _removed(unit: Unit, ranks: Sequence[Ints], steps: int, readers: Sequence[str]) -> dict[str, Ints]:
+    """By reader, the input channels that go with the first `steps` of the unit."""
+    gone = gone_of(unit, ranks, steps)
+    return {path: gone[path, "in"] for path in readers if (path, "in") in gone}
+
+
+def _joined(first: Mapping[str, Ints], second: Mapping[str, Ints]) -> dict[str, Ints]:
+    return {
+        path: np.concatenate([part[path] for part in (first, second) if path in part])
+        for path in (*first, *second)
+    }
+
+
+def added_by(stops: Ints, damage: Floats, scores: Floats) -> Floats:
+    """`[steps]`: the damage that each step adds, growing from step to step.
+
+    Args:
+        stops: Numbers of steps after which the damage was measured, ascending.
+        damage: What it was; between the corners of its lower convex hull it is spread as the scores are.
+        scores: `[steps]`, ascending; what is infinite stays so.
+    """
+    corners = _hull(np.array([0, *stops]), np.maximum.accumulate([0.0, *damage]))
+    ends = np.array([stop for stop, _ in corners])
+    most = ends[-1]
+    weights = scores[:most] + max(float(scores[:most].mean()), 1e-300) * _EVEN
+    piece = np.diff([at for _, at in corners]) / np.add.reduceat(weights, ends[:-1])
+    added = np.sort(weights * np.repeat(piece, np.diff(ends)))
+    beyond = np.where(np.isfinite(scores[most:]), added[-1], np.inf)
+    # Where nothing is lost the order of the scores must not be, either.
+    ordered: Floats = np.concatenate([added, beyond]) + _NUDGE * np.arange(len(scores))
+    return ordered
+
+
+def _hull(x: Ints, y: Floats) -> list[tuple[int, float]]:
+    """The corners of the lower convex hull of points that ascend in x."""
+    corners: list[tuple[int, float]] = []
+    for c in zip(x.tolist(), y.tolist(), strict=True):
+        while len(corners) > 1:
+            a, b = corners[-2:]
+            if (c[1] - b[1]) * (b[0] - a[0]) > (b[1] - a[1]) * (c[0] - b[0]):
+                break
+            corners.pop()
+        corners.append(c)
+    return corners

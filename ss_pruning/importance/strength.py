@@ -1,0 +1,182 @@
+"""Synaptic strength: what a connection transports.
+
+The strength of the synapse from input channel `c` to output channel `k` (Lin, Zhong, Wu and Yan, NeurIPS 2018) is
+
+    s[k, c] = sqrt(v_c) * ||W[k, c]||_F
+
+where `v_c` is the variance of what arrives at channel `c`. The paper is the case `v_c = gamma_c^2`, with `gamma_c` the
+scale of the normalisation that feeds the channel. After BatchNorm a channel is `gamma_c z + beta_c` with `z` standard,
+and `s^2` is the variance that the synapse hands to its output if channels are independent.
+
+What the number means where the derivation does not hold:
+
+* **gamma < 0.** Only `|gamma|` enters. Behind a ReLU the synapse then sees the other half of the distribution: the
+  strength is still the scale of what arrives, but gamma cannot be moved out of the activation.
+* **SiLU, GELU, sigmoid and other activations that are not positively homogeneous.** Scaling by gamma does not commute
+  with them: the strength is an approximation. `moments="gaussian"` or batches measure the variance behind them instead.
+* **Several norms feed one channel** (a residual sum): their variances add, as if independent.
+* **No norm behind a channel** (the image, a layer without a norm): `v_c = 1`, and `Strengths.unscaled` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import quiet_hooks
+from ss_pruning.graph.connectivity import INPUT, Wiring
+from ss_pruning.graph.layers import check_finite, groups_of, kernel_powers
+from ss_pruning.graph.refusals import check_bare
+from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.activation_stats import Moments, MomentSource, measure
+
+
+class Strengths(dict[str, Tensor]):
+    """Strength of every synapse, by module path, each `[out_channels, in_channels // groups]`.
+
+    Attributes:
+        unscaled: By module path, `[in_channels]`: True where no norm stands behind the channel.
+    """
+
+    def __init__(self, strengths: Mapping[str, Tensor], unscaled: Mapping[str, Tensor]) -> None:
+        super().__init__(strengths)
+        self.unscaled = dict(unscaled)
+
+    def shares(self) -> dict[str, Tensor]:
+        """Share of each synapse in the variance of its output, `s^2 / sum_c s^2`; 0 for an output without any."""
+        return {path: share(s.square()) for path, s in self.items()}
+
+    def entropy(self) -> dict[str, Tensor]:
+        """Entropy in nats of a Gaussian of the variance that each synapse delivers, `0.5 ln(2 pi e s^2)`.
+
+        Minus infinity for a synapse of strength 0.
+        """
+        return {path: entropy(s.square()) for path, s in self.items()}
+
+
+def synaptic_strength(
+    model: nn.Module,
+    example_inputs: Any,
+    moments: MomentSource = "batchnorm",
+    *,
+    wiring: Wiring | None = None,
+) -> Strengths:
+    """Strength of every synapse of every convolution and linear layer that runs.
+
+    Args:
+        model: Any module; not changed.
+        example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+        moments: Where variances come from: "batchnorm" (the paper: squared scales of the norms), "gaussian" (no data:
+            the net is run on its own noise, every norm putting out `gamma z + beta`), or an iterable of batches.
+        wiring: What `trace` found, if it is at hand.
+
+    Returns:
+        By module path, `[out_channels, in_channels // groups]`, on the device and in the dtype of the weights.
+
+    Raises:
+        InputError: Unknown moments, or no batch.
+        ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
+
+    Examples:
+        >>> import torch
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3)
+        ... )
+        >>> strengths = synaptic_strength(net, torch.zeros(1, 3, 8, 8))
+        >>> strengths["3"].shape
+        torch.Size([2, 4])
+        >>> strengths.unscaled["0"].all().item()  # the image has no norm behind it
+        True
+    """
+    check_bare(model)
+    check_finite(model)
+    with quiet_hooks(model, example_inputs):
+        return strengths_along(wiring or trace(model, example_inputs), model, example_inputs, moments)
+
+
+def strengths_along(
+    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+) -> Strengths:
+    """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
+    found = list(powers_along(wiring, model, example_inputs, moments))
+    strengths = {path: power.sqrt() for path, power, _ in found}
+    return Strengths(strengths, {path: m.unscaled for path, _, m in found})
+
+
+@torch.no_grad()
+def powers_along(
+    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+) -> Iterator[tuple[str, Tensor, Moments]]:
+    """Layer by layer the squared strengths, and the moments that they come from.
+
+    All of a net of 1x1 kernels together would take as much memory as the net.
+    """
+    modules = modules_of(model)
+    for path, m in measure(model, wiring, moments, example_inputs, synaptic_paths(wiring)).items():
+        yield path, synaptic_power(modules[path], m.variance), m
+
+
+def synaptic_paths(wiring: Wiring) -> list[str]:
+    """The convolutions (depthwise ones included) and linear layers that ran, in the order in which they did."""
+    return [path for path, layer in wiring.layers.items() if layer.kind in ("synaptic", "depthwise")]
+
+
+def inner_paths(wiring: Wiring) -> list[str]:
+    """Those without first layers (that read the model's input) and classifiers (whose output is the model's)."""
+    return [
+        path
+        for path in synaptic_paths(wiring)
+        if all(feed.source != INPUT for feed in wiring.feeds[path])
+        and not len(wiring.reaches_output.get(path, ()))
+    ]
+
+
+def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Squared strength `v_c ||W[k, c]||^2`, `[out_channels, in_channels // groups]`; differentiable.
+
+    Args:
+        module: A convolution or linear layer.
+        variance: `[in_channels]`, variance of what arrives.
+        weight: Taken in place of the layer's own.
+    """
+    powers = kernel_powers(module, weight)
+    return powers * at_synapses(module, variance.to(powers), len(powers))
+
+
+def at_synapses(module: nn.Module, channels: Tensor, outputs: int) -> Tensor:
+    """What belongs to input channels, `[in_channels]`, at each synapse that starts there: `[outputs, in // groups]`."""
+    groups = groups_of(module)
+    by_group = channels.reshape(groups, 1, -1).expand(-1, outputs // groups, -1)
+    return by_group.reshape(outputs, -1)
+
+
+def share(power: Tensor) -> Tensor:
+    """Each synapse's share in the variance of its output: `[out, in]` in, rows that sum to 1 (or are all 0) out."""
+    total = power.sum(1, keepdim=True)
+    return power / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def entropy(power: Tensor) -> Tensor:
+    """`0.5 ln(2 pi e s^2)` in nats: entropy of a Gaussian of the variance that the synapse delivers."""
+    return 0.5 * (math.log(2 * math.pi * math.e) + power.log())
+
+
+def by_input_channel(module: nn.Module, scores: Tensor) -> Tensor:
+    """Scores of synapses, regrouped by the input channel they start from.
+
+    Args:
+        module: The layer.
+        scores: `[out_channels, in_channels // groups]`.
+
+    Returns:
+        `[in_channels, out_channels // groups]`.
+    """
+    groups = groups_of(module)
+    return (
+        scores.reshape(groups, len(scores) // groups, -1).transpose(1, 2).reshape(-1, len(scores) // groups)
+    )

@@ -1,0 +1,174 @@
+"""Finding the largest part of a cut that is sound, in few trials.
+
+All units are tried together. When that fails, those that touch the module where it failed are suspects, and with them
+their likes elsewhere: the same layers in other blocks. Once a unit is found to fail by itself, another of the same
+layers and widths is not tried any more, and one of other widths is tried apart from the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ss_pruning.errors import VerificationError
+from ss_pruning.graph.connectivity import pattern
+from ss_pruning.graph.groups import Unit
+from ss_pruning.surgery.size_attributes import Number, alike
+from ss_pruning.surgery.verification import Verified
+
+# How often a unit is tried with numbers fixed.
+_PATIENCE = 10
+
+#: What units have in common that are alike: the layers they touch; and, to be the same, the sizes of their cells.
+Kind = tuple[tuple[str, str], ...]
+Size = tuple[int, ...]
+
+
+class Attempt(Protocol):
+    """Verifies the cut of some units."""
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        """Raise `VerificationError` if it is wrong; with `locate`, the error says where it goes wrong."""
+        ...
+
+
+@dataclass
+class SoundPart:
+    """The search.
+
+    Attributes:
+        units: What may be cut, by number.
+        attempt: Verifies some of them.
+        fixed: Stored numbers known not to follow a cut; what is found is added.
+        sound: Units that were verified together.
+        verified: What was verified last.
+        failed: By unit that fails, the reason.
+    """
+
+    units: Sequence[Unit]
+    attempt: Attempt
+    fixed: set[Number]
+    sound: set[int] = field(default_factory=set)
+    verified: Verified | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.same: list[tuple[Kind, Size]] = [
+            (_kind(unit), tuple(c.size for c in unit.cells)) for unit in self.units
+        ]
+
+    def search(self, items: list[int]) -> None:
+        """Sort the units `items` into sound ones and failed ones."""
+        stack = [items]
+        while stack:
+            popped = stack.pop()
+            part = self._undecided(popped, stack)
+            if popped and not part:
+                continue
+            try:
+                verified = self.attempt({*self.sound, *part}, self.fixed, locate=len(part) > 1)
+            except VerificationError as error:
+                if not part:  # not even the model itself is the same twice
+                    raise
+                if len(part) > 1:
+                    stack += self._split(part, error.at or "")
+                    continue
+                again = self._without_numbers(part, error)
+                if isinstance(again, str):
+                    self.failed[part[0]] = again
+                    continue
+                verified = again
+            self.verified = verified
+            self.sound.update(part)
+
+    def _undecided(self, part: list[int], stack: list[list[int]]) -> list[int]:
+        """What is worth a trial now. The same as what failed fails as well; alike ones come last, one of each first."""
+        known: dict[tuple[Kind, Size], int] = {}
+        for i in self.failed:
+            known.setdefault(self.same[i], i)
+        if len(part) == 1 and self.same[part[0]] not in known:
+            return part
+        kinds, passed = {kind for kind, _ in known}, {self.same[i] for i in self.sound}
+        fresh: list[int] = []
+        doubtful: dict[tuple[Kind, Size], list[int]] = {}
+        for i in part:
+            same = self.same[i]
+            if same in known:
+                first = known[same]
+                self.failed[i] = f"as it does on that of '{self.units[first].name}': {self.failed[first]}"
+            elif same[0] in kinds and same not in passed:
+                doubtful.setdefault(same, []).append(i)
+            else:
+                fresh.append(i)
+        for first, *others in doubtful.values():
+            stack[:0] = [others, [first]] if others else [[first]]
+        return fresh
+
+    def _split(self, part: list[int], at: str) -> list[list[int]]:
+        """Two parts, the one to try first last."""
+        touching = self._touching(part, at)
+        kinds = {self.same[i][0] for i in touching}
+        alike = [i for i in part if self.same[i][0] in kinds]
+        for guilty, first in ((alike, False), (touching, True)):
+            if 0 < len(guilty) < len(part):
+                rest = [i for i in part if i not in set(guilty)]
+                return [rest, guilty] if first else [guilty, rest]
+        return [part[len(part) // 2 :], part[: len(part) // 2]]
+
+    def _touching(self, part: list[int], path: str) -> list[int]:
+        """The units that touch a layer inside the module `path`, or else inside what encloses it."""
+        while path:
+            found = [i for i in part if any(_inside(p, path) for p in self.units[i].paths())]
+            if found:
+                return found
+            path = path.rpartition(".")[0]
+        return []
+
+    def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | str:
+        """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
+
+        What is wrong with the fewest of them is wrong with the cut itself: that reason is returned.
+
+        First those of the module where it failed and of what encloses it; if there are none, those of one name after
+        the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
+        """
+        before = self.verified.followed() if self.verified else frozenset()
+        rightly = {alike(number) for number in before}
+        left, fewest, reason = _PATIENCE, len(error.followed), str(error)
+
+        def suspects(latest: VerificationError) -> list[set[Number]]:
+            new = latest.followed - before
+            near = {n for n in new if _inside(latest.at or "", n[0])}
+            return (
+                [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
+            )
+
+        def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
+            nonlocal left, fewest, reason
+            for numbers in suspects(latest):
+                if not left:
+                    return None
+                left -= 1
+                more = fixed | numbers | {alike(number) for number in numbers} - rightly
+                try:
+                    verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
+                except VerificationError as again:
+                    if len(again.followed) <= fewest:
+                        fewest, reason = len(again.followed), str(again)
+                    if found := tried(more, again):
+                        return found
+                    continue
+                self.fixed |= more
+                return verified
+            return None
+
+        return tried(set(), error) or reason
+
+
+def _kind(unit: Unit) -> Kind:
+    return tuple(sorted({(pattern(m.path), m.side) for cell in unit.cells for m in cell.members}))
+
+
+def _inside(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(f"{module}.")

@@ -1,0 +1,102 @@
+"""A latency target: the table of layer times says where to cut, the measured time of the cut model says how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ss_pruning._utils.arrays import Floats
+from ss_pruning.errors import BudgetError
+from ss_pruning.planning.allocation import Budget
+from ss_pruning.planning.search import Search
+from ss_pruning.profiling.latency import Timing, measure_latency
+from ss_pruning.surgery.plan import Plan
+from ss_pruning.surgery.verification import Verified
+
+#: How far, of the target, the measured latency may be from it; and where the search is content.
+TOLERANCE, _CLOSE = 0.05, 0.02
+_TRIALS = 10
+
+Measure = Callable[[Plan], tuple[Timing, Timing]]
+
+
+@dataclass(frozen=True)
+class Hastened:
+    """A plan that meets a latency target.
+
+    Attributes:
+        verified: The plan.
+        dense: The dense model's time.
+        pruned: The cut model's, measured in turns with the dense one's.
+        trials: How many plans were made, cut and measured.
+    """
+
+    verified: Verified
+    dense: Timing
+    pruned: Timing
+    trials: int
+
+    @property
+    def ratio(self) -> float:
+        """The cut model's time as a share of the dense model's."""
+        return self.pruned.over(self.dense)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles of that share over the turns."""
+        return self.pruned.spread_over(self.dense)
+
+
+def stopwatch(model: nn.Module, inputs: Any) -> Measure:
+    """A function that cuts a copy of `model` to a plan and times it, in turns with `model` itself."""
+
+    def measure(plan: Plan) -> tuple[Timing, Timing]:
+        small = plan.cut_copy(model)
+        dense, pruned = measure_latency([model, small], inputs, precision=_CLOSE / 2, rounds=(7, 25))
+        return dense, pruned
+
+    return measure
+
+
+def settle_in_time(search: Search, scores: list[list[Floats]], target: float, measure: Measure) -> Hastened:
+    """Find a verified plan whose measured latency is `target`, as a share of the dense model's.
+
+    The search's budget is one of the table's seconds. It is moved by what the measurement says, and halved towards the
+    other side where it would leave what is known to be too slow or too fast.
+
+    Raises:
+        NothingToPruneError: No channel may go.
+        BudgetError: The target is out of reach.
+    """
+    low, high, goal = 0.0, 1.0, target
+    tried: list[Hastened] = []
+    for _ in range(_TRIALS):
+        search.budget = Budget("latency", goal)
+        verified = search.settle(scores)
+        known = next((other for other in tried if other.verified.plan == verified.plan), None)
+        found = known or Hastened(verified, *measure(verified.plan), len(tried) + 1)
+        if known is None:
+            tried.append(found)
+        if abs(found.ratio / target - 1) <= _CLOSE:
+            break
+        low, high = (low, goal) if found.ratio > target else (goal, high)
+        goal *= target / found.ratio
+        # Steps are coarse where a plan comes back: what it says of the table was used already.
+        goal = goal if known is None and low < goal < high else (low + high) / 2
+    return _closest(tried, target)
+
+
+def _closest(tried: list[Hastened], target: float) -> Hastened:
+    """The trial nearest to the target, of those that are not slower."""
+    fast = [found for found in tried if found.ratio <= target * (1 + TOLERANCE)]
+    if not fast:
+        fastest = min(found.ratio for found in tried)
+        raise BudgetError(
+            f"latency={target} is out of reach; the smallest that was measured is latency={fastest:.3f} (raise "
+            "max_ratio, ignore less, or measure on a larger batch: on small ones little of the time is in the layers)"
+        )
+    best = min(fast, key=lambda found: abs(found.ratio - target))
+    return replace(best, trials=len(tried))

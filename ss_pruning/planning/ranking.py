@@ -1,0 +1,172 @@
+"""How channels of different layers compete: by their scores, or by the damage that was seen to be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.progress import Clock
+from ss_pruning.compensation.apply import BATCH
+from ss_pruning.compensation.batchnorm import hears_noise, on_noise
+from ss_pruning.config import Method
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Coupling
+from ss_pruning.importance.sensitivity import by_damage
+from ss_pruning.planning.allocation import Budget, Costs, Scope, allot
+from ss_pruning.planning.defaults import (
+    ON_NOISE,
+    default_conditional,
+    default_cost_exponent,
+    default_scope,
+    default_score,
+    is_relevance,
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Of all families of a model.
+
+    Attributes:
+        importance: What scored them.
+        scores: By unit and cell, one a family.
+        moves: How units may be cut, as `ss_pruning.planning.allocation.allot` takes it.
+        cost_exponent: Before they are compared, scores are divided by costs to this power.
+        on_noise: Whether scores are damage that was measured on noise.
+        not_measured: Why no damage was measured, where it would have been by default.
+    """
+
+    importance: Any
+    scores: list[list[Floats]]
+    moves: dict[str, Any]
+    cost_exponent: float
+    on_noise: bool = False
+    not_measured: str = ""
+
+    @property
+    def scope(self) -> Scope:
+        """How layers compete."""
+        scope: Scope = self.moves["scope"]
+        return scope
+
+
+@dataclass
+class Contest:
+    """What rankings of a model's channels are made from; all as `prune_` takes it or has found it.
+
+    Attributes:
+        options: What `allot` takes beside the scope.
+        images: One batch of calibration inputs, or None.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    wiring: Wiring
+    coupling: Coupling
+    costs: Costs
+    budget: Budget
+    options: dict[str, Any]
+    importance: Any
+    images: Any
+    compensation: Method
+    reestimate: bool
+    cost_exponent: float | None
+
+    def ranked(self, scope: Scope | None, clock: Clock) -> Ranking:
+        """Rank channels as asked, or by default.
+
+        Raises:
+            InputError: Damage cannot be measured without calibration inputs.
+            ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
+        """
+        hears = hears_noise(self.model, self.example_inputs)
+        if scope is not None:
+            if scope == "measured" and self.images is None and not hears:
+                raise InputError(
+                    "scope='measured' needs calibration=, some unlabelled inputs to measure on; without any it is "
+                    "measured on noise, but this model takes more than a tensor or has no batch norms to tell what "
+                    "should reach them. scope='global' does without"
+                )
+            return self._ranked(scope, clock)
+        count = 0 if self.images is None else len(self.images)
+        scope = default_scope(count, self.compensation, hears)
+        if scope != "measured":
+            return self._ranked(scope, clock)
+        try:
+            return self._ranked(scope, clock)
+        except ModelError as error:
+            return replace(self._ranked("global", clock), not_measured=str(error))
+
+    def _ranked(self, scope: Scope, clock: Clock) -> Ranking:
+        importance = self.importance or self._default_importance(scope)
+        exponent = self.cost_exponent
+        if exponent is None:
+            exponent = default_cost_exponent(importance, scope, on_noise=self.images is None)
+        with clock("score", 1):
+            scores = self._scores(importance)
+        moves = {**self.options, "scope": scope}
+        if scope == "measured":
+            scores = self._measured(importance, scores, moves, exponent, clock)
+        return Ranking(importance, scores, moves, exponent, scope == "measured" and self.images is None)
+
+    def _default_importance(self, scope: Scope) -> Any:
+        from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
+
+        score = default_score(self.compensation, scope)
+        if self.images is None:
+            return SynapticImportance(score=score)
+        conditional = default_conditional(self.compensation, scope)
+        return SynapticImportance(moments=self.images.split(BATCH), score=score, conditional=conditional)
+
+    def _scores(self, importance: Any) -> list[list[Floats]]:
+        """By unit and cell, one score a family."""
+        from ss_pruning.integrations.torch_pruning.groups import CellGraph, cell_scores
+
+        graph = CellGraph(self.model, self.example_inputs, self.wiring)
+        cells = [cell for unit in self.coupling.units for cell in unit.cells]
+        scored = iter(cell_scores(importance, cells, graph))
+        return [[next(scored).numpy() for _ in unit.cells] for unit in self.coupling.units]
+
+    def _measured(
+        self,
+        importance: Any,
+        scores: list[list[Floats]],
+        moves: dict[str, Any],
+        exponent: float,
+        clock: Clock,
+    ) -> list[list[Floats]]:
+        """Damage in the order of the scores, on the calibration inputs; on noise relevance has a say, too."""
+
+        def taken(scores: list[list[Floats]]) -> Ints:
+            return allot(self.coupling.units, scores, self.costs, self.budget, exponent, **moves)[1]
+
+        model, images = self.model, self.images
+        if images is None:
+            model, images = on_noise(model, self.example_inputs)
+        damage = by_damage(
+            model,
+            self.wiring,
+            self.coupling,
+            scores,
+            images,
+            BATCH,
+            moves["max_ratio"],
+            self.compensation,
+            None if self.compensation == "reconstruct" else taken,
+            clock.steps("measure"),
+            self.reestimate,
+        )
+        if self.images is not None or not is_relevance(importance):
+            return damage
+        return [
+            [
+                np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
+                for lost, score in zip(*cells, strict=True)
+            ]
+            for cells in zip(damage, scores, strict=True)
+        ]

@@ -1,0 +1,136 @@
+"""From scores and a budget to a verified plan: choose, verify on a copy, leave whole what fails, choose again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning.errors import NothingToPruneError
+from ss_pruning.graph.groups import Coupling, LeftWhole, Selection, Unit
+from ss_pruning.planning.allocation import Budget, Costs, Schedule, allot, select, to_plan
+from ss_pruning.planning.group_bisection import SoundPart
+from ss_pruning.surgery.plan import Plan
+from ss_pruning.surgery.size_attributes import Number
+from ss_pruning.surgery.verification import Bench, Verified
+
+FORWARD_REASON = "the forward pass relies on its width"
+
+
+@dataclass
+class Settler(ABC):
+    """Finds a plan that survives verification.
+
+    Attributes:
+        bench: Where plans are tried.
+        coupling: What may be cut.
+        reasons: Why units were left whole, by their number.
+        fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
+        trial: The choice that was made last.
+        verified: What was found right last, without the units that failed.
+    """
+
+    bench: Bench
+    coupling: Coupling
+    reasons: dict[int, str] = field(default_factory=dict, init=False)
+    fixed: set[Number] = field(default_factory=set, init=False)
+    trial: Trial | None = field(default=None, init=False)
+    verified: Verified | None = field(default=None, init=False)
+
+    @abstractmethod
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """Order the moves of the units, and say how many steps each unit takes."""
+
+    def settle(self, scores: list[list[Floats]]) -> Verified:
+        """Plan and verify; leave whole what fails, and plan again until all that is cut is right.
+
+        Raises:
+            NothingToPruneError: No channel may go.
+            BudgetError: The budget is out of reach.
+        """
+        while True:
+            alive = [u for u in range(len(scores)) if u not in self.reasons]
+            units = [self.coupling.units[u] for u in alive]
+            if not units:
+                raise NothingToPruneError(f"the model has no channel that may go. Left whole: {self._why()}")
+            order, steps = self.shrink(units, [scores[u] for u in alive])
+            self.trial = trial = Trial(self, units, order, steps)
+            chosen = np.flatnonzero(steps).tolist()
+            # What was verified without the failed units is often what is chosen without them.
+            if self.verified is not None and self.verified.plan.cuts == trial.plan(chosen)[0].cuts:
+                return self.verified
+            part = SoundPart(units, trial.attempt, self.fixed)
+            part.search(chosen)
+            self.verified = part.verified
+            if self.verified is not None and not part.failed:
+                return self.verified
+            self.reasons.update({alive[i]: reason for i, reason in part.failed.items()})
+            self.found_failing()
+
+    def found_failing(self) -> None:
+        """Called when units were found to fail, before what stays is planned anew by the same scores."""
+        return
+
+    def _why(self) -> str:
+        whole = [*self.coupling.left_whole, *self.left_whole()]
+        return "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in whole[:5])
+
+    def left_whole(self) -> list[LeftWhole]:
+        """The units that failed verification."""
+        units = [(self.coupling.units[u], reason) for u, reason in self.reasons.items()]
+        return [
+            LeftWhole((unit.name,), sum(cell.size for cell in unit.cells), f"{FORWARD_REASON}: {reason}")
+            for unit, reason in units
+        ]
+
+
+class FailedUnits(Exception):  # noqa: N818 - a way out of a search, not an error
+    """Units cannot be cut: what the others are worth may depend on them."""
+
+
+@dataclass
+class Search(Settler):
+    """Finds the plan that meets the budget and survives verification; ends with `FailedUnits` where units do not.
+
+    Attributes:
+        options: What `schedule` takes beside units and scores.
+        cost_exponent: Scores are divided by what a channel costs, to this power, before they are compared.
+    """
+
+    costs: Costs
+    budget: Budget
+    options: dict[str, Any]
+    cost_exponent: float = 0.0
+
+    def found_failing(self) -> None:
+        """Leave it to the caller to rank the other units anew."""
+        raise FailedUnits
+
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """The shortest prefix of moves that meets the budget."""
+        return allot(units, scores, self.costs, self.budget, self.cost_exponent, **self.options)
+
+
+@dataclass
+class Trial:
+    """One choice of steps, to be verified in parts."""
+
+    settler: Settler
+    units: Sequence[Unit]
+    order: Schedule
+    steps: Ints
+
+    def plan(self, part: Collection[int]) -> tuple[Plan, Selection]:
+        """The cut of some of the units alone."""
+        taken = np.where(np.isin(np.arange(len(self.steps)), list(part)), self.steps, 0)
+        selection = select(self.order, self.units, taken, self.settler.coupling)
+        return to_plan(selection, self.settler.coupling, self.settler.bench.wiring), selection
+
+    def attempt(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        """Verify the cut of some of the units alone."""
+        plan, selection = self.plan(part)
+        return self.settler.bench.verify(plan, selection, self.units, fixed=fixed, locate=locate)

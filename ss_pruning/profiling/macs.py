@@ -1,0 +1,90 @@
+"""Multiply-accumulates of a model, counted while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.errors import ModelError
+from ss_pruning.graph.layers import kind_of
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2).
+
+    Raises:
+        ModelError: The model does not run on the inputs, which may be of another number type.
+    """
+    counter = _MacCounter()
+    layers = [(path, module) for path, module in modules_of(model).items() if kind_of(module) is not None]
+    with contextlib.ExitStack() as undo:
+        for path, module in layers:
+            undo.callback(module.register_forward_pre_hook(counter.entering(path)).remove)
+            undo.callback(module.register_forward_hook(counter.entering("")).remove)
+        with preserved(model, training=False), torch.inference_mode(False), torch.no_grad(), counter:
+            _run(model, example_inputs)
+    return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
+
+
+def _run(model: nn.Module, example_inputs: Any) -> None:
+    """Run it on the inputs as they are given: tracing brings models and inputs to one number type."""
+    try:
+        call(model, example_inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, dtype "
+            "and device: call model(*example_inputs) yourself first"
+        ) from error
+
+
+class _MacCounter(TorchDispatchMode):
+    """Adds up the operations that torch has a formula for, by the layer that they run in.
+
+    Does what `torch.utils.flop_counter.FlopCounterMode` does with less overhead: operations are only once asked whether
+    they decompose into others, and modules that are not layers are not followed.
+    """
+
+    atomic: ClassVar[set[Any]] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares importing torch's compiler, which would be told not to look at this class."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: Counter[str] = Counter()
+        self.path = ""
+
+    def entering(self, path: str) -> Callable[..., None]:
+        """A hook that notes which layer runs."""
+
+        def hook(*_: Any) -> None:
+            self.path = path
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return NotImplemented
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func not in self.atomic:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self.atomic.add(func)
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops[self.path] += formula(*args, **kwargs, out_val=result)
+        return result

@@ -1,0 +1,114 @@
+"""How each number of a report was come by, and how far it can be trusted: as rows of (number, what is known)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ss_pruning.report.records import percent
+
+if TYPE_CHECKING:
+    from ss_pruning.report.records import Report
+
+_VARIANCES = {
+    "batchnorm": "from the scales of the norms alone, as in the paper",
+    "gaussian": "from the network run on its own noise, without data",
+    "data": "measured on images",
+}
+
+
+def certainty(report: Report) -> list[tuple[str, str]]:
+    """Return (number, how it was come by and how certain it is)."""
+    timed = [("latency", _latency(report))] if report.latency_ratio is not None else []
+    return [
+        ("top-1", _accuracy(report)),
+        ("multiply-accumulates", "Counted while the model ran on one input: exact for inputs of that size."),
+        ("parameters", "Counted: exact."),
+        *timed,
+        ("cut equals masked", _cut(report)),
+        ("compensation", _compensation(report)),
+        ("strengths", _strengths(report)),
+    ]
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Standard error of an accuracy measured on so many images drawn at random, `sqrt(p (1 - p) / n)`.
+
+    >>> round(standard_error(0.9, 100), 6)
+    0.03
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def _accuracy(report: Report) -> str:
+    before, after, images = report.accuracy_before, report.accuracy_after, report.images
+    if before is None or after is None:
+        return "Not measured: no labelled images were given."
+    if not images:
+        return "Measured, on a number of images that was not recorded."
+    errors = [f"{100 * standard_error(value, images):.2f}" for value in (before, after)]
+    return (
+        f"Measured on {images:,} images, the same for both. As a statement on other images of the kind, the standard "
+        f"error is {errors[0]} points (dense) and {errors[1]} points (pruned)."
+    )
+
+
+def _latency(report: Report) -> str:
+    batch = report.settings.get("batch")
+    on = "the inputs that were given" if batch is None else f"a batch of {batch}"
+    spread = report.latency_spread
+    middle = (
+        ""
+        if spread is None
+        else f" In half of the turns it was between {percent(spread[0])} and {percent(spread[1])}."
+    )
+    noisy = " That is on both sides of 100 %: too noisy to tell which is faster." if report.too_noisy else ""
+    share = percent(report.latency_ratio or 0.0)
+    return (
+        f"Measured on {on}, dense and pruned in turns. The dense time is the median, the share ({share}) the median "
+        f"over the turns, and the pruned time that share of the dense one.{middle}{noisy} It holds for this machine, "
+        "number of threads and batch."
+    )
+
+
+def _cut(report: Report) -> str:
+    if not math.isfinite(report.max_error):
+        return "Not verified."
+    if report.by_decisions:
+        return (
+            "Nothing that the model returned on the example input could be compared. Verified on a copy, in double "
+            f"precision, is that it selects by the same numbers as the masked model, to within {report.max_error:.1e}."
+        )
+    return (
+        "Verified on a copy in double precision before the model was touched: the outputs of the cut and of the masked "
+        f"model differ by {report.max_error:.1e} of the largest output at most, on the example input."
+    )
+
+
+def _compensation(report: Report) -> str:
+    method = report.settings.get("compensation", "none")
+    norms = " Batch norms behind the cut follow what is left." if report.settings.get("reestimate") else ""
+    if method == "none":
+        return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
+    inexact = report.settings.get("inexact at padded borders")
+    border = f" At zero-padded borders it is inexact in {inexact}." if inexact else ""
+    skipped = report.settings.get("not compensated")
+    without = f" Not compensated: {skipped}." if skipped else ""
+    seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
+    return f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}"
+
+
+def _strengths(report: Report) -> str:
+    if not any(layer.strength for layer in report.layers):
+        return "Not recorded."
+    scored = _VARIANCES.get(str(report.settings.get("moments")))
+    told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
+    chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
+    if report.settings.get("scope") == "measured":
+        on = report.settings.get("damage measured on", "calibration inputs")
+        chosen += f" How much each layer gave was decided by the damage that shrinking it did to the output on {on}."
+    share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
+    return (
+        f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "
+        f"activations such as SiLU and where branches of a sum are correlated.{chosen}"
+    )

@@ -1,0 +1,409 @@
+"""What a pruning run did: plain records, as a table for the terminal, as JSON, and as one HTML page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ss_pruning._utils.files import write_text
+from ss_pruning.errors import FileFormatError
+from ss_pruning.graph.groups import LeftWhole
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
+"""The quantiles in `LayerReport.strength`."""
+
+TOO_NOISY = "too noisy to tell"
+"""What is said in place of a share of time that may be more or less than all of it."""
+
+_FORMAT = "ss-pruning report 1"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution or linear layer, before and after.
+
+    Attributes:
+        path: module path in the model.
+        kind: class of the layer, such as `"Conv2d"`.
+        inputs_before: input channels of the dense layer.
+        inputs_after: input channels that stay.
+        outputs_before: output channels of the dense layer.
+        outputs_after: output channels that stay.
+        synapses_before: connections of the dense layer, `outputs * inputs / groups`.
+        synapses_after: connections that live on.
+        strength: quantiles (`QUANTILES`) of the dense layer's synaptic strengths; empty where unknown.
+        share_cut: fraction of the synapses that was cut; computed from the two counts where not given.
+    """
+
+    path: str
+    kind: str
+    inputs_before: int
+    inputs_after: int
+    outputs_before: int
+    outputs_after: int
+    synapses_before: int
+    synapses_after: int
+    strength: tuple[float, ...] = ()
+    share_cut: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.share_cut):
+            kept = self.synapses_after / self.synapses_before if self.synapses_before else 1.0
+            object.__setattr__(self, "share_cut", 1.0 - kept)
+
+
+@dataclass(repr=False)
+class Report:
+    """A whole run.
+
+    Attributes:
+        model: what the user calls the model.
+        macs_before: multiply-accumulates of the dense model in a pass over the example inputs: of all images in their
+            batch.
+        macs_after: the same, pruned.
+        params_before: parameters of the dense model.
+        params_after: the same, pruned.
+        layers: in the order in which they run.
+        left_whole: what was not pruned, and why.
+        max_error: largest difference between the cut and the masked model's outputs, relative to the largest
+            output.
+        settings: the options of the run.
+        seconds: time by stage.
+        versions: package name to version.
+        accuracy_before: fraction (0 to 1) of the images that the dense model gets right.
+        accuracy_after: the same, pruned, with no training in between.
+        images: how many images the accuracies were measured on.
+        command: the command line that made the report.
+        bytes_before: size of the dense model's tensors.
+        bytes_after: the same, pruned.
+        latency_before: seconds of a forward pass of the dense model, the median.
+        latency_after: the same, pruned: `latency_ratio` of `latency_before`. Not the median of its own times, which
+            were taken while the machine was as it was in other turns.
+        latency_ratio: the median, over the turns, of the pruned model's time as a share of the dense model's in the
+            same turn.
+        latency_spread: the quartiles of that share over the turns; where they lie on both sides of 1, nobody can tell
+            which model is faster.
+        model_sha256: checksum in the model's file that was written with this report.
+        by_decisions: nothing that the model returned on the example input could be compared (a detector that found
+            nothing): what was compared, for `max_error`, too, is what the model's decisions looked at.
+    """
+
+    model: str
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    layers: list[LayerReport]
+    left_whole: list[LeftWhole]
+    max_error: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    images: int | None = None
+    command: str | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    latency_ratio: float | None = None
+    latency_spread: tuple[float, float] | None = None
+    model_sha256: str | None = None
+    by_decisions: bool = False
+
+    @property
+    def too_noisy(self) -> bool:
+        """Whether the quartiles of the latency's share lie on both sides of 1."""
+        return crosses_one(self.latency_spread)
+
+    def __repr__(self) -> str:
+        """Return the headline figures as a few lines of text."""
+        rows = [("", "dense", "pruned", "kept"), *self.headline()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        whole = (
+            f"{len(self.left_whole)} reasons to leave layers whole: see left_whole" if self.left_whole else ""
+        )
+        return "\n".join(
+            [f"{printable(self.model)}, pruned", *lines, self.verification(), *filter(None, [whole])]
+        )
+
+    def table(self) -> Table:
+        """Return the headline figures as a `rich` table."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{plain(self.model)}, pruned",
+            title_justify="left",
+            caption=self.verification(),
+            caption_justify="left",
+        )
+        table.add_column("")
+        for column in ("dense", "pruned", "kept"):
+            table.add_column(column, justify="right")
+        for row in self.headline():
+            table.add_row(*row)
+        return table
+
+    def headline(self) -> list[tuple[str, str, str, str]]:
+        """Return the rows (name, dense, pruned, kept) of the headline table; unknown figures are left out."""
+        rows = []
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            change = 100 * (self.accuracy_after - self.accuracy_before)
+            name = f"top-1 ({self.images:,} images)" if self.images is not None else "top-1"
+            before, after = (percent(value, 2) for value in (self.accuracy_before, self.accuracy_after))
+            rows.append((name, before, after, f"{change:+.2f} points"))
+        for name, before_count, after_count, unit in (
+            ("multiply-accumulates", self.macs_before, self.macs_after, ""),
+            ("parameters", self.params_before, self.params_after, ""),
+            ("weights", self.bytes_before, self.bytes_after, "B"),
+        ):
+            if before_count is not None and after_count is not None:
+                kept = percent(after_count / before_count) if before_count else "-"
+                rows.append((name, count(before_count, unit), count(after_count, unit), kept))
+        times = self.latency_before, self.latency_after
+        if self.latency_ratio is not None:
+            before, after = (milliseconds(seconds) for seconds in times)
+            batch = f" (batch {self.settings['batch']})" if "batch" in self.settings else ""
+            kept = TOO_NOISY if self.too_noisy else percent(self.latency_ratio)
+            rows.append((f"latency{batch}", before, after, kept))
+        return rows
+
+    def verification(self) -> str:
+        """Return one sentence on whether the cut model computes what the masked dense model computes."""
+        if not math.isfinite(self.max_error):
+            return "The cut model was not compared with the masked one."
+        method = self.settings.get("compensation", "none")
+        after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
+        if self.settings.get("reestimate"):
+            after += " Batch norms behind the cut follow what is left."
+        if self.by_decisions:
+            return (
+                "The model returned nothing on the example input that could be compared. The numbers by which it "
+                f"selects are the masked model's, to within {self.max_error:.1e}.{after}"
+            )
+        return (
+            "Cut equals masked: the largest difference between their outputs is "
+            f"{self.max_error:.1e} of the largest output.{after}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values; `from_dict` reads it back."""
+        return {"format": _FORMAT, **{item.name: jsonable(getattr(self, item.name)) for item in fields(self)}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            FileFormatError: a field is missing, unknown or of the wrong type.
+        """
+        if values.get("format") != _FORMAT:
+            raise FileFormatError(
+                f"not a report of this version: the format reads {values.get('format')!r}, not {_FORMAT!r}."
+            )
+        known = {key: value for key, value in values.items() if key != "format"}
+        try:
+            layers = [_layer(entry) for entry in known.pop("layers")]
+            left_whole = [_left_whole(entry) for entry in known.pop("left_whole")]
+            known["max_error"] = float(known["max_error"])
+            if (spread := known.get("latency_spread")) is not None:
+                low, high = spread
+                known["latency_spread"] = (float(low), float(high))
+            report: Report = _checked(cls(layers=layers, left_whole=left_whole, **known))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FileFormatError(f"the report is damaged: {error}.") from error
+        for accuracy in (report.accuracy_before, report.accuracy_after):
+            if accuracy is not None and not 0 <= accuracy <= 1:
+                raise FileFormatError(f"the report is damaged: an accuracy is {accuracy!r}.")
+        return report
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, whole or not at all.
+
+        Raises:
+            InputError: the folder is missing or cannot be written to.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report that `save_json` wrote.
+
+        Raises:
+            FileFormatError: the file is missing, truncated or no report.
+        """
+        if os.path.exists(path) and not os.path.isfile(
+            path
+        ):  # a FIFO would wait forever, /dev/zero fill the memory
+            raise FileFormatError(f"cannot read the report {str(path)!r}: it is no regular file.")
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"cannot read the report {str(path)!r}: {error}.") from error
+        if not isinstance(values, dict):
+            raise FileFormatError(f"{str(path)!r} holds no report but a {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    def to_html(self) -> str:
+        """Return the report as one self-contained HTML page: no script, no network, figures as inline SVG."""
+        from ss_pruning.report.html import render
+
+        return render(self)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the HTML page, whole or not at all.
+
+        Raises:
+            InputError: the folder is missing or cannot be written to.
+        """
+        write_text(path, self.to_html())
+
+
+def crosses_one(spread: tuple[float, float] | None) -> bool:
+    """Whether quartiles of a share lie on both sides of 1: neither side can be called the smaller.
+
+    >>> crosses_one((0.9, 1.2)), crosses_one((0.7, 0.9)), crosses_one((1.0, 1.0)), crosses_one(None)
+    (True, False, False, False)
+    """
+    return spread is not None and spread[0] < 1 < spread[1]
+
+
+def count(number: float, unit: str = "") -> str:
+    """Write a count with a prefix, three digits long.
+
+    >>> count(4_089_184_256), count(25_557_032), count(940), count(940, "B"), count(999_999)
+    ('4.09 G', '25.6 M', '940', '940 B', '1.00 M')
+    """
+    value, prefix = float(number), ""
+    for step in ("k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            break
+        value, prefix = value / 1000, step
+    whole = prefix == "" and value == int(value)
+    digits = 0 if whole or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Write a fraction as a percentage.
+
+    >>> percent(0.7), percent(0.93391, 2)
+    ('70.0 %', '93.39 %')
+    """
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Write a time.
+
+    >>> milliseconds(0.0123456), milliseconds(None)
+    ('12.3 ms', '-')
+    """
+    return "-" if seconds is None else f"{1000 * seconds:.3g} ms"
+
+
+def plain(text: object) -> str:
+    """Return text without rich markup, control characters and lone surrogates, safe to print anywhere."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+def printable(text: object) -> str:
+    r"""Replace control characters and lone surrogates, which no file name or page should carry along.
+
+    >>> printable("layer\x1b[31m.conv")
+    'layer�[31m.conv'
+    """
+    drawn = (c if c.isprintable() or c in " \n\t" else "\ufffd" for c in str(text))
+    return "".join(drawn).encode("utf-8", "replace").decode("utf-8")
+
+
+def jsonable(value: object) -> Any:
+    """Turn a value into what JSON can hold: records to objects, the rest to its text.
+
+    JSON has no infinity and no NaN: they become text, which `float()` reads back.
+    """
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, LayerReport | LeftWhole):
+        return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(entry) for entry in value]
+    return str(value)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "tuple": (tuple,),
+    "list": (list,),
+    "dict": (dict,),
+    "None": (type(None),),
+    "Any": (object,),
+}
+
+
+def _checked(record: Any) -> Any:
+    """The record itself, once every field is of its type and no number negative: files may say anything.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: a number is negative.
+    """
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if not any(_fits(value, kind) for kind in str(item.type).split(" | ")):
+            raise TypeError(f"{item.name} is {value!r:.60}, not {item.type}")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{item.name} is {value!r}")
+    return record
+
+
+def _fits(value: object, kind: str) -> bool:
+    name, _, inner = kind.rstrip("]").partition("[")
+    if not isinstance(value, _KINDS[name]):
+        return False
+    return not isinstance(value, dict) or all(
+        isinstance(key, str) and isinstance(entry, _KINDS[inner.rpartition(", ")[2]])
+        for key, entry in value.items()
+    )
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerReport:
+    strength = tuple(float(value) for value in entry.get("strength", ()))
+    return _checked(  # type: ignore[no-any-return]
+        LayerReport(**{**entry, "strength": strength, "share_cut": float(entry.get("share_cut", math.nan))})
+    )
+
+
+def _left_whole(entry: Mapping[str, Any]) -> LeftWhole:
+    return _checked(LeftWhole(**{**entry, "paths": tuple(entry["paths"])}))  # type: ignore[no-any-return]

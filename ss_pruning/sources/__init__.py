@@ -1,0 +1,1 @@
+"""Where models and images come from: timm, torchvision, files, folders, and the demo."""

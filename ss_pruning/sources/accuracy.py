@@ -1,0 +1,76 @@
+"""Accuracy of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.sources.image_files import Progress
+
+if TYPE_CHECKING:
+    Loader = DataLoader[Any]
+
+
+def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None) -> float:
+    """Return the fraction of images whose largest output is their label (top-1).
+
+    Args:
+        model: classifier with outputs `[n, classes]`; run in eval mode on the device of its parameters, and
+            left in the mode it was in.
+        loader: batches of (images, labels).
+        progress: called after each batch.
+
+    Raises:
+        InputError: the outputs are no class scores, or a label has no output.
+        ModelError: the model does not run on these images.
+    """
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    right, seen, total = 0, 0, len(loader.dataset)  # type: ignore[arg-type]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for images, labels in batches(loader):
+                right += _right(model, images.to(device), labels.to(device))
+                seen += len(labels)
+                if progress is not None:
+                    progress("accuracy", seen, total)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise InputError("no images to measure accuracy on.")
+    return right / seen
+
+
+def batches(loader: Loader) -> Iterator[Any]:
+    """The batches of a loader; what a worker process refuses is said without its traceback."""
+    try:
+        yield from loader
+    except InputError as error:
+        # A worker process sends its whole traceback as the message; the last part is what was said.
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+
+
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    try:
+        outputs = model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"the model does not run on images of shape {list(images.shape)}: {error}. "
+            "Check the input size (--input-size)."
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        what = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"accuracy needs a classifier with outputs [n, classes]; this model returns {what}.")
+    if len(labels) and int(labels.max()) >= outputs.shape[1]:
+        raise InputError(
+            f"the images have labels up to {int(labels.max())}, but the model has {outputs.shape[1]} "
+            "outputs: these images are not of the classes that it was trained on."
+        )
+    return int((outputs.argmax(1) == labels).sum())

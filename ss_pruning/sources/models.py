@@ -1,0 +1,421 @@
+"""From a word on the command line to a model: timm, torchvision, a file of the user's, or the demo.
+
+timm, torchvision and safetensors are imported when called.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning.errors import InputError, SSPruningError
+from ss_pruning.sources.data import Preprocess
+
+SPEC_HELP = "timm:NAME, torchvision:NAME, path/to/file.py:factory or demo:digits"
+
+_NESTS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+)  # averaged weights first: they are the better ones
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+_TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
+
+
+def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool = False) -> nn.Module:
+    """Build a model from its name and load its weights.
+
+    Args:
+        spec: `timm:NAME`, `torchvision:NAME`, `path/to/file.py:factory` (this **executes** the file) or
+            `demo:digits`. Arguments may follow, as in `timm:resnet18,num_classes=10`.
+        weights: a `.safetensors` file, or a `.pth`, `.pt`, `.th`, `.bin` file that holds tensors only.
+            Without it the weights are random, except for the demo.
+        by_order: match weights to the model by their order and shape, not by their names.
+
+    Returns:
+        The model in eval mode, on the CPU.
+
+    Raises:
+        InputError: the model or the file is unknown, or they do not fit; the message names the fix.
+    """
+    kind, name, options = _parse(spec)
+    model = BUILDERS[kind](name, options)
+    if kind == "demo" and weights is None:
+        from ss_pruning.sources.demo import digits_weights
+
+        weights = digits_weights()
+    if weights is not None:
+        load_weights(model, weights, by_order=by_order)
+    return model.eval()
+
+
+def input_of(spec: str, model: nn.Module) -> Preprocess:
+    """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's.
+
+    Args:
+        spec: what `build_model` took.
+        model: what it returned.
+    """
+    kind, name, _ = _parse(spec)
+    if kind == "demo":
+        return Preprocess(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop=1.0)  # its images come normalised
+    noted = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(noted, Mapping) and "input_size" in noted:
+        wanted = {"size": "input_size", "mean": "mean", "std": "std", "crop": "crop_pct"}
+        given = {ours: noted[theirs] for ours, theirs in wanted.items() if noted.get(theirs)}
+        bicubic = noted.get("interpolation") == "bicubic"
+        return Preprocess(**given, interpolation="bicubic" if bicubic else "bilinear")
+    return _torchvision_input(name) if kind == "torchvision" else Preprocess()
+
+
+def _torchvision_input(name: str) -> Preprocess:
+    """Read what torchvision's own weights for this model ask for; nothing is downloaded."""
+    from torchvision import models
+
+    # Detection and video weights come without a crop: then ImageNet's input is as good a guess as any.
+    with contextlib.suppress(AttributeError, IndexError, StopIteration, TypeError, ValueError):
+        asked = next(iter(models.get_model_weights(name))).transforms()
+        side, resized = asked.crop_size[0], asked.resize_size[0]
+        return Preprocess(
+            size=(3, side, side),
+            mean=tuple(asked.mean),
+            std=tuple(asked.std),
+            crop=side / resized,
+            interpolation=asked.interpolation.value,
+        )
+    return Preprocess()
+
+
+def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) -> None:
+    """Load a file of weights into `model`; everything must fit, or nothing is changed.
+
+    Args:
+        model: changed in place.
+        path: see `read_weights`.
+        by_order: match by order and shape, not by name: for files of the same architecture with other names.
+
+    Raises:
+        InputError: keys or shapes differ; the first few are named.
+    """
+    found = read_weights(path)
+    wanted = model.state_dict()
+    if by_order:
+        found = _renamed_by_order(found, wanted, path)
+    elif not set(found) & set(wanted):
+        found = _without_prefixes(found)
+    _check_fit(found, wanted, path)
+    model.load_state_dict(found, strict=False)  # strict but for the counters that _check_fit allows to lack
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors by name, running no code from the file.
+
+    Nested checkpoints (`state_dict`, `model`, `state_dict_ema`) are opened; averaged weights are preferred.
+
+    Args:
+        path: `.safetensors`, or `.pth`, `.pt`, `.th`, `.bin` as `torch.save` writes them.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no weights file at {str(path)!r}. {_nearby(path)}".rstrip())
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in _TORCH_SUFFIXES:
+        return _tensors_in(_read_torch(path), path)
+    raise InputError(
+        f"{str(path)!r} has no suffix of a weights file; understood are .safetensors and "
+        f"{', '.join(_TORCH_SUFFIXES)}."
+    )
+
+
+# ---------------------------------------------------------------- specs
+
+
+def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """Split `kind:name,key=value` into its parts; a file's kind is "file" and its name `path:factory`."""
+    match = re.fullmatch(r"(?P<base>.*?)(?P<options>(,\s*\w+=[^,]*)*)", spec, re.DOTALL)
+    base, given = (match["base"], match["options"]) if match else (spec, "")
+    options = {}
+    for item in filter(None, given.split(",")):
+        key, _, value = item.partition("=")
+        options[key.strip()] = _literal(value.strip())
+    kind, _, name = base.partition(":")
+    if kind in ("timm", "torchvision", "demo") and name:
+        return kind, name, options
+    if re.search(r"\.py(:|$)", base):
+        return "file", base, options
+    hint = f" Did you mean torchvision:{base} or timm:{base}?" if re.fullmatch(r"\w+", base) else ""
+    raise InputError(f"unknown model {spec!r}: write {SPEC_HELP}.{hint}")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two where it is nested deeply
+        return text
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(
+            f"timm:{name} needs timm, which is not installed: pip install ss-pruning[timm]"
+        ) from error
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(_unknown("timm", name, timm.list_models()))
+    return _call(f"timm:{name}", lambda: timm.create_model(name, **{"pretrained": False, **options}))
+
+
+def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models()
+    if name not in names:
+        raise InputError(_unknown("torchvision", name, names))
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    defaults: dict[str, Any] = {
+        "weights": None,
+        "weights_backbone": None,
+    }  # detectors fetch a backbone by default
+    if name in ("googlenet", "inception_v3") and options.get("weights") is None:
+        defaults["init_weights"] = True  # what they do anyway, after a warning
+    given = {**defaults, **options}
+    if "weights_backbone" not in takes:
+        del given["weights_backbone"]
+    return _call(f"torchvision:{name}", lambda: models.get_model(name, **given))
+
+
+def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
+    place, _, factory = name.rpartition(":")
+    if not place or not factory or factory.endswith(".py"):
+        raise InputError(f"name the function that builds the model, as in {name}:build")
+    path = Path(place)
+    if not path.is_file():
+        raise InputError(f"no file {place!r} to take the model from. {_nearby(path)}".rstrip())
+    with _same_folder():
+        module = _import_file(path)
+        function = getattr(module, factory, None)
+        if not callable(function):
+            names = [
+                key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+            ]
+            raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}")
+        return _call(name, lambda: function(**options))
+
+
+@contextlib.contextmanager
+def _same_folder() -> Iterator[None]:
+    """Whatever a file does to the working folder: paths that a user gives mean what they mean where they were typed."""
+    here = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def _build_demo(name: str, options: dict[str, Any]) -> nn.Module:
+    if name != "digits" or options:
+        raise InputError(f"unknown demo {name!r}: the only one is demo:digits, without arguments.")
+    from ss_pruning.sources.demo import digits_resnet
+
+    return digits_resnet()
+
+
+#: By kind of name; called with the name and its options.
+BUILDERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
+    "timm": _build_timm,
+    "torchvision": _build_torchvision,
+    "file": _build_file,
+    "demo": _build_demo,
+}
+
+
+def _import_file(path: Path) -> Any:
+    """Execute a Python file as a module; what it imports from its own folder is found."""
+    name = f"ss_pruning_user_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise InputError(f"{str(path)!r} is not a Python file.")
+    module = importlib.util.module_from_spec(found)
+    folder = str(path.resolve().parent)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    sys.path.insert(0, folder)
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(f"{str(path)!r} cannot be imported: {_said(error)}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _call(spec: str, build: Callable[[], object]) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # advice for the model's author; the user of a name cannot act on it
+            model = build()
+    except SSPruningError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{spec} could not be built: {_said(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _unknown(library: str, name: str, names: Iterable[str]) -> str:
+    return f"{library} has no model {name!r}.{_closest(name, names)}"
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
+    return f" The closest names are {', '.join(close)}." if close else ""
+
+
+def _nearby(path: Path) -> str:
+    """Suggest a file of a similar name in the same folder."""
+    if not path.parent.is_dir():
+        return f"There is no folder {str(path.parent)!r} either."
+    close = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir() if entry.is_file()], n=1
+    )
+    return f"Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
+
+
+def _read_torch(path: Path) -> object:
+    import pickle
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{str(path)!r} holds more than tensors, or is damaged. Loading the rest would run code from the "
+            "file, which is refused. If you trust its source, save the tensors alone: "
+            "torch.save(model.state_dict(), 'weights.pth')."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{str(path)!r} is damaged or was not written by torch.save: {first}") from error
+
+
+def _tensors_in(value: object, path: Path, depth: int = 0) -> dict[str, Tensor]:
+    """Open nests until there is a dict from names to tensors."""
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise InputError(f"{str(path)!r} holds a {kind}, not tensors by name. Save model.state_dict().")
+    for key in _NESTS:
+        if depth < 3 and isinstance(value.get(key), Mapping):
+            return _tensors_in(value[key], path, depth + 1)
+    tensors = {str(key): entry for key, entry in value.items() if isinstance(entry, Tensor)}
+    if not tensors:
+        listed = ", ".join(repr(key) for key in list(value)[:6]) or "nothing"
+        raise InputError(f"no tensors by name in {str(path)!r}; it holds {listed}. Save model.state_dict().")
+    return tensors
+
+
+def _without_prefixes(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES * 2:  # they nest either way around
+        if found and all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
+def _renamed_by_order(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """Give the file's tensors the model's names, one after the other; counters of batches do not count."""
+    values = [value for key, value in found.items() if not _is_counter(key)]
+    names = [key for key in wanted if not _is_counter(key)]
+    if len(values) != len(names):
+        raise InputError(
+            f"{str(path)!r} holds {len(values)} tensors, the model {len(names)}: "
+            "they cannot be matched by order."
+        )
+    return dict(zip(names, values, strict=True))
+
+
+def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise unless names and shapes agree; counters of batches, which old files lack, may be missing."""
+    missing = [key for key in wanted if key not in found and not _is_counter(key)]
+    extra = [key for key in found if key not in wanted]
+    shapes = [
+        f"{key} is {list(found[key].shape)} in the file, {list(value.shape)} in the model"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    if not (missing or extra or shapes):
+        return
+    parts = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
+        if names
+    ]
+    raise InputError(
+        f"{str(path)!r} does not fit the model.\n{chr(10).join(parts)}\n{_advice(found, wanted)}"
+    )
+
+
+def _advice(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    def shapes(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
+        return [value.shape for key, value in tensors.items() if not _is_counter(key)]
+
+    if shapes(found) == shapes(wanted):
+        return (
+            "The shapes agree in order, only the names differ: if it is the same architecture, "
+            "match by order (--weights-by-order)."
+        )
+    for key, value in wanted.items():
+        if key in found and value.ndim == found[key].ndim == 2 and len(value) != len(found[key]):
+            classes = len(found[key])
+            return (
+                f"{key} has {classes} outputs in the file: give the model as many, as in "
+                f"timm:NAME,num_classes={classes}."
+            )
+    return "Name the model that these weights were trained with."
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + rest

@@ -1,0 +1,1 @@
+"""Synapse masks, sparse training, and the compaction of what is dead."""

@@ -1,0 +1,310 @@
+"""From a masked model to a small one: channels that are dead are cut, and the output stays what it is.
+
+A mask leaves zeros: the model is as large as before. `compact_` finds, through the channel graph, the channels that
+nothing reads any more and those that hold a constant, moves the constants onto what stays
+(`ss_pruning.sparsity.constant_folding`), and cuts both physically. The masked model is the truth: the compacted one
+puts out the same, in eval mode, in float64.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.copying import copied, retyped
+from ss_pruning._utils.outputs import tensors_in
+from ss_pruning._utils.running import call, preserved, quiet_hooks
+from ss_pruning.compensation.folding import Outcome
+from ss_pruning.errors import ModelError, NothingToPruneError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Coupling, LeftWhole, Selection, Unit, couple
+from ss_pruning.graph.layers import check_finite, width
+from ss_pruning.graph.refusals import check_bare
+from ss_pruning.graph.tracing import trace
+from ss_pruning.planning.allocation import Schedule, schedule
+from ss_pruning.planning.search import Settler
+from ss_pruning.report.records import LayerReport
+from ss_pruning.sparsity.constant_folding import Dead, Folding
+from ss_pruning.sparsity.dead_channels import living_kernels, measure_liveness
+from ss_pruning.sparsity.masks import check_unmasked
+from ss_pruning.sparsity.size import Compaction, size_of
+from ss_pruning.surgery.agreement import certified, compare
+from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.plan import Plan, adopt_
+from ss_pruning.surgery.size_attributes import Number
+from ss_pruning.surgery.verification import TOLERANCE, Bench, Verified
+
+LAST_REASON = "dead, but one channel stays so that no layer is empty"
+SHARE_REASON = (
+    "dead, but the parts of its layer must lose equal shares, and another part has fewer dead channels"
+)
+
+
+def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
+    """Cut the dead channels of a masked model in place; its output in eval mode does not change.
+
+    Dead is a channel that no living kernel reads on the way to the output, or that holds a constant because no living
+    kernel writes it. Constants are measured and moved exactly, borders of padded convolutions included; dead channels
+    that have to stay are named in the report. In train mode the two models differ where a batch norm reads a constant:
+    there, statistics of a batch replace those that the constant was computed with.
+
+    On any error the model is as it was. Build optimisers afterwards: the parameters are new.
+
+    Args:
+        model: A model whose masks are baked in: dead kernels, rows or columns are zeros. Changed in place.
+        example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
+        InputError: The model holds masks that are not merged, or is wrapped by another framework.
+        VerificationError: The compacted model would differ from the masked one.
+
+    Examples:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[:5].zero_()  # five units no longer see the input: constants
+        >>> compact_(net, torch.randn(4, 3)).after.params, net[0]
+        (20, Linear(in_features=3, out_features=3, bias=True))
+    """
+    check_bare(model)
+    with torch.inference_mode(False), quiet_hooks(model, example_inputs):
+        return _compacted(model, example_inputs)
+
+
+def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
+    begin = time.perf_counter()
+    check_finite(model)
+    check_unmasked(model)
+    wiring = trace(model, example_inputs)
+    before = size_of(model, example_inputs, wiring)
+    first = this = _Round(model, example_inputs, wiring)
+    plan, stays = this.plan, this.stays
+    while this.plan.cuts:  # what was cut may have been all that kept something else alive
+        this = _Round(this.small, first.bench.inputs)
+        plan, stays = plan.then(this.plan), _later(stays, this.stays)
+    error = first.bench.difference(this.small)
+    layers = _layer_reports(model, this.small, wiring)
+    ready = plan.cut_copy(model, this.small) if plan.cuts else model
+    compaction = Compaction(
+        model=type(model).__name__,
+        before=before,
+        after=size_of(ready, example_inputs, wiring),
+        layers=layers,
+        left_whole=stays,
+        max_error=error,
+        precision="float64" if first.bench.tolerance == TOLERANCE else "the model's own",
+        seconds=time.perf_counter() - begin,
+    )
+    if plan.cuts:
+        adopt_(model, ready)
+    return compaction
+
+
+class _Round:
+    """One search for dead channels: a plan, and a copy that it was applied to."""
+
+    def __init__(self, model: nn.Module, inputs: Any, wiring: Wiring | None = None) -> None:
+        wiring = wiring or trace(model, inputs)
+        coupling = couple(wiring, model)
+        self.bench = _MaskedBench(model, inputs, wiring, coupling)
+        compactor = Compactor(self.bench, coupling)
+        verified = compactor.settle(compactor.scores())
+        self.stays = compactor.stays() + _dead_but_fixed(model, coupling)
+        self.small, outcome = self.bench.compacted(verified.plan)
+        self.plan = replace(verified.plan, biases=tuple(outcome.biases))
+
+
+class _MaskedBench(Bench):
+    """Where plans are tried twice: for their structure as ever, and for the values of the masked model itself."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
+        super().__init__(model, example_inputs, wiring)
+        self.run()
+        self.dense = _revived(self.dense)
+        self.twin = self.precise(self.dense)
+        self.masked = copied(model)
+        if self.tolerance == TOLERANCE:
+            self.masked.double()
+        generator = torch.Generator().manual_seed(0)
+        self.noise = pytree.tree_map_only(
+            Tensor,
+            lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t,
+            self.inputs,
+        )
+        liveness = measure_liveness(self.masked, wiring, self.inputs)
+        self.folding = Folding(self.masked, wiring, coupling, liveness, self.arrivals)
+        recording = Recording()
+        self.expected = self._output(self.masked, recording)
+        self.decisions = recording.decisions
+        finite = (t.isfinite().all() for t in tensors_in(self.expected).values())
+        if not all(bool(ok) for ok in finite):
+            raise ModelError(
+                "the masked model puts out NaN or Inf, so a smaller one cannot be compared with it"
+            )
+
+    def verify(
+        self,
+        plan: Plan,
+        selection: Selection,
+        units: Sequence[Unit] = (),
+        *,
+        fixed: Collection[Number] = (),
+        locate: bool = True,
+    ) -> Verified:
+        """As ever; then the compacted model's output must be the masked one's."""
+        plan = super().verify(plan, selection, units, fixed=fixed, locate=locate).plan
+        return Verified(plan, self.difference(self.compacted(plan)[0]))
+
+    def difference(self, small: nn.Module) -> float:
+        """Largest difference to the masked model's output, relative to the largest output.
+
+        Raises:
+            VerificationError: It is more than rounding.
+        """
+        holding = self.holding(self.decisions)()
+        match = compare(self.expected, self._output(small, holding), self.tolerance)
+        certified(match, holding)
+        return match.error
+
+    def compacted(self, plan: Plan) -> tuple[nn.Module, Outcome]:
+        """A copy with the constants moved and the plan applied, and which layers got a bias."""
+        small = copied(self.masked)
+        outcome = self.folding.move_(small, plan)
+        return plan.apply_(small), outcome
+
+    def _output(self, model: nn.Module, mode: Recording | Holding) -> Any:
+        with torch.no_grad(), preserved(model, training=False), mode:
+            return call(model, self.noise)
+
+
+@dataclass
+class Compactor(Settler):
+    """Takes as many dead families of every unit as its cells can lose in equal shares."""
+
+    bench: _MaskedBench
+    found: list[list[Dead]] = field(default_factory=list, init=False)
+
+    def scores(self) -> list[list[Floats]]:
+        """By unit and cell: 0 for a family that may go, 1 for one that stays."""
+        self.found = [[self.bench.folding.dead(cell) for cell in unit.cells] for unit in self.coupling.units]
+        return [[1.0 - dead.goes.numpy().astype(np.float64) for dead in unit] for unit in self.found]
+
+    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+        """All dead families that can go."""
+        steps = [_steps(unit, cells) for unit, cells in zip(units, scores, strict=True)]
+        return schedule(units, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
+
+    def settle(self, scores: list[list[Floats]]) -> Verified:
+        """As ever, but that nothing may go is no error."""
+        if all(bool((cell == 1).all()) for unit in scores for cell in unit):
+            return Verified(Plan(), 0.0)
+        try:
+            return super().settle(scores)
+        except NothingToPruneError:
+            return Verified(Plan(), 0.0)
+
+    def stays(self) -> list[LeftWhole]:
+        """The dead families that stay, and why."""
+        stays = _Stays()
+        for u, (unit, found) in enumerate(zip(self.coupling.units, self.found, strict=True)):
+            for cell, dead in zip(unit.cells, found, strict=True):
+                for reason, families in dead.stays.items():
+                    stays.add(reason, cell.root.path, families)
+            if u not in self.reasons:
+                size, going = (
+                    sum(cell.size for cell in unit.cells),
+                    sum(int(dead.goes.sum()) for dead in found),
+                )
+                steps = _steps(unit, [1.0 - dead.goes.numpy() for dead in found])
+                reason = LAST_REASON if going == size else SHARE_REASON
+                stays.add(reason, unit.name, going - steps * (size // unit.steps))
+        return stays.as_list() + self.left_whole()
+
+
+def _revived(model: nn.Module) -> nn.Module:
+    """Noise in the place of zeros: a wrong cut of channels that are dead anyway would not show in the structure."""
+    generator = torch.Generator().manual_seed(0)
+
+    def revive(tensor: Tensor) -> Tensor:
+        dead = tensor.eq(0)
+        if not tensor.is_floating_point() or not dead.any() or dead.all():
+            return tensor
+        scale = tensor[~dead].square().mean().sqrt()
+        return torch.where(dead, scale * torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
+
+    return retyped(model, revive, ("_parameters",))
+
+
+class _Stays:
+    """Counts of channels by reason and layer."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+
+    def add(self, reason: str, path: str, channels: int) -> None:
+        if channels:
+            self.counts[reason][path] += channels
+
+    def as_list(self) -> list[LeftWhole]:
+        """One entry a reason; one a layer for last channels, of which later rounds may find some again."""
+        whole = []
+        for reason, by in self.counts.items():
+            if reason == LAST_REASON:
+                whole += [LeftWhole((path,), channels, reason) for path, channels in by.items()]
+            else:
+                whole.append(LeftWhole(tuple(by), sum(by.values()), reason))
+        return whole
+
+
+def _steps(unit: Unit, scores: Sequence[Floats]) -> int:
+    """How many steps the cells can take together; one always stays."""
+    shares = (
+        int((s == 0).sum()) * unit.steps // cell.size for cell, s in zip(unit.cells, scores, strict=True)
+    )
+    return min(unit.steps - 1, *shares) if unit.steps > 1 else 0
+
+
+def _later(before: list[LeftWhole], now: list[LeftWhole]) -> list[LeftWhole]:
+    """What stays after a further round: a last channel, which no later round sees, is carried along."""
+    named = {path for left in now for path in left.paths}
+    return now + [left for left in before if left.reason == LAST_REASON and not named & set(left.paths)]
+
+
+def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[LeftWhole]:
+    """Output channels without a living kernel that the channel graph does not allow to go at all."""
+    free: dict[str, list[int]] = defaultdict(list)
+    for member in (m for unit in coupling.units for cell in unit.cells for m in cell.members):
+        if member.side == "out":
+            free[member.path] += member.index.reshape(-1).tolist()
+    stays, seen = _Stays(), set[str]()
+    for whole in coupling.left_whole:
+        for path in whole.paths:
+            dead = ~living_kernels(model.get_submodule(path)).any(1)
+            dead[free[path]] = False
+            if path not in seen:
+                stays.add(f"dead, but {whole.reason}", path, int(dead.sum()))
+            seen.add(path)
+    return stays.as_list()
+
+
+def _layer_reports(before: nn.Module, after: nn.Module, wiring: Wiring) -> list[LayerReport]:
+    reports = []
+    for path, layer in wiring.layers.items():
+        if layer.kind in ("synaptic", "depthwise"):
+            old, new = before.get_submodule(path), after.get_submodule(path)
+            widths = (layer.inputs, width(new, "in"), layer.outputs, width(new, "out"))
+            synapses = living_kernels(old).numel()
+            reports.append(
+                LayerReport(path, type(old).__name__, *widths, synapses, int(living_kernels(new).sum()))
+            )
+    return reports

@@ -1,0 +1,213 @@
+"""Dead channels, and where the constants that they hold can go.
+
+A channel may go if every consumer either does not read it or receives a constant. A constant of 0 needs nothing. Any
+other is folded into the consumer's bias, which is exact where the consumer sees no zero-padded border (1x1 kernels, no
+padding, linear layers). Where it sees one, one dead channel stays as the *carrier* of all others: their kernels are
+added to its kernel in proportion of the constants, which is exact at the border too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
+from ss_pruning.graph.connectivity import Layer, Wiring
+from ss_pruning.graph.groups import Cell, Coupling, Member
+from ss_pruning.graph.layers import channel_axis, mixes_channels
+from ss_pruning.sparsity.dead_channels import (
+    Liveness,
+    by_input,
+    has_no_border,
+    is_consumer,
+    living_outputs,
+    reading,
+    response,
+)
+from ss_pruning.surgery.plan import Plan
+
+CARRIER_REASON = "dead, but stays to carry the constant of others into a zero-padded layer"
+PATTERN_REASON = (
+    "does not depend on the image, but is not one constant (an earlier zero-padded border, or several calls)"
+)
+MIXED_REASON = (
+    "dead, but a layer that looks at several channels together (a norm, a standardised weight) reads it"
+)
+
+
+@dataclass
+class Dead:
+    """The dead families of one cell.
+
+    Attributes:
+        goes: `[families]`: True for what may be cut.
+        stays: By reason, how many families are dead and stay.
+    """
+
+    goes: Tensor
+    stays: dict[str, int] = field(default_factory=dict)
+
+
+class Folding:
+    """Decides which families are dead, and moves constants before they are cut."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wiring: Wiring,
+        coupling: Coupling,
+        liveness: Liveness,
+        shapes: Mapping[str, list[tuple[int, ...]]],
+    ) -> None:
+        """Look at the layers of a masked model; the model is only read.
+
+        Args:
+            model: The masked model.
+            wiring: Its wiring.
+            coupling: Its coupling.
+            liveness: What is alive in it.
+            shapes: By layer, the shapes that arrive.
+        """
+        self.wiring, self.liveness, self.norms = wiring, liveness, norms_behind(wiring)
+        self.mixing = {
+            p for p, layer in wiring.layers.items() if layer.kind == "positional"
+        } | liveness.opaque
+        self.mixing |= {p for p in wiring.layers if mixes_channels(model.get_submodule(p))}
+        cells = [cell for unit in coupling.units for cell in unit.cells]
+        outputs = living_outputs(wiring, model, liveness.kernels, cells, self.mixing)
+        self.wanted = {
+            path: by_input(model.get_submodule(path), rows, outputs[path])
+            for path, rows in liveness.kernels.items()
+        }
+        self.shapes = {path: _arriving(shapes.get(path, []), layer) for path, layer in wiring.layers.items()}
+        self.modules = {path: model.get_submodule(path) for path in wiring.layers}
+        self._borderless: dict[str, bool] = {}
+        self.carriers: dict[str, dict[int, int]] = {}
+
+    def dead(self, cell: Cell) -> Dead:
+        """The families of a cell that may go, and those that are dead and have to stay."""
+        consumers = [m for m in cell.members if is_consumer(m.path, m.side, self.wiring)]
+        slots = [self._slots(m) for m in consumers]
+        still = _all([~s.wanted | s.still for s in slots], cell.size)
+        constant = _all([~s.wanted | s.constant for s in slots], cell.size)
+        if any(member.path in self.mixing for member in cell.members):
+            return _stay(cell, {MIXED_REASON: int(constant.sum())})
+        easy = _all([~s.wanted | (s.constant & ~s.carried) for s in slots], cell.size)
+        stays = {PATTERN_REASON: int((still & ~constant).sum())}
+        goes, bound = easy, constant & ~easy
+        carrier = self._carrier(slots, bound)
+        if carrier is None:
+            stays[CARRIER_REASON] = int(bound.sum())
+        else:
+            stays[CARRIER_REASON] = 1
+            goes = constant.clone()
+            goes[carrier] = False
+            self._carry(consumers, bound.nonzero().flatten().tolist(), carrier)
+        return Dead(goes, {reason: n for reason, n in stays.items() if n})
+
+    def move_(self, twin: nn.Module, plan: Plan) -> Outcome:
+        """Take the constants of the channels that `plan` removes out of their consumers' inputs, in a dense copy.
+
+        Afterwards no kernel of `twin` reads a removed channel, and its output is what it was.
+        """
+        outcome = Outcome()
+        for cut in plan.cuts:
+            if cut.side != "in" or not is_consumer(cut.path, cut.side, self.wiring) or not cut.removed:
+                continue
+            module, removed = twin.get_submodule(cut.path), torch.tensor(cut.removed)
+            values = torch.zeros(cut.width, dtype=torch.float64)
+            counts = self.wanted[cut.path][removed] & self.liveness.constant[cut.path][removed]
+            values[removed[counts]] = self.liveness.value[cut.path].double()[removed[counts]]
+            self._carry_over(module, cut.path, values)
+            if bool(values.any()):
+                self._to_bias(twin, cut.path, values, outcome)
+            for channel in cut.removed:
+                reading(module, channel).zero_()
+        return outcome
+
+    def _carry_over(self, module: nn.Module, path: str, values: Tensor) -> None:
+        """Add kernels to those of their carriers; their constants are then dealt with."""
+        for channel, carrier in self.carriers.get(path, {}).items():
+            if values[channel]:
+                ratio = float(values[channel] / self.liveness.value[path][carrier])
+                reading(module, carrier).add_(ratio * reading(module, channel))
+                values[channel] = 0
+
+    def _to_bias(self, twin: nn.Module, path: str, values: Tensor, outcome: Outcome) -> None:
+        module, axis = twin.get_submodule(path), self.wiring.layers[path].in_axis
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        y = response(module, self.shapes[path][0], axis, values.to(weight))
+        bias = y.movedim(channel_axis(module, y), 0).flatten(1)[:, 0]
+        add_bias(twin, path, bias, self.norms, outcome)
+        outcome.layers.append(path)
+
+    def _slots(self, member: Member) -> _Slots:
+        path, index = member.path, torch.from_numpy(member.index)
+        live = self.liveness
+        value = live.value[path][index]
+        return _Slots(
+            self.wanted[path][index],
+            live.still[path][index],
+            live.constant[path][index],
+            value,
+            value.ne(0) & (not self._sees_no_border(path)),
+        )
+
+    def _sees_no_border(self, path: str) -> bool:
+        if path not in self._borderless:
+            shapes, axis = self.shapes[path], self.wiring.layers[path].in_axis
+            self._borderless[path] = bool(shapes) and has_no_border(self.modules[path], shapes, axis)
+        return self._borderless[path]
+
+    @staticmethod
+    def _carrier(slots: list[_Slots], bound: Tensor) -> int | None:
+        """The family with the largest constants wherever one of the `bound` families needs a carrier."""
+        strength = torch.where(bound, torch.inf, 0.0).double()
+        for s in slots:
+            needed = (s.wanted & s.carried & bound[:, None]).any(0)
+            held = torch.where(s.constant, s.value.abs(), torch.zeros_like(s.value))[:, needed]
+            if held.shape[1]:
+                strength = torch.minimum(strength, held.amin(1).double())
+        best = int(strength.argmax())
+        return best if 0 < strength[best] < torch.inf else None
+
+    def _carry(self, consumers: Iterable[Member], families: list[int], carrier: int) -> None:
+        for member in consumers:
+            if not self._sees_no_border(member.path):
+                to = self.carriers.setdefault(member.path, {})
+                for family in families:
+                    if family != carrier:
+                        to.update(
+                            zip(member.index[family].tolist(), member.index[carrier].tolist(), strict=True)
+                        )
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """By family and slot of one consumer: is it read, what arrives, and would that need a carrier."""
+
+    wanted: Tensor
+    still: Tensor
+    constant: Tensor
+    value: Tensor
+    carried: Tensor
+
+
+def _all(slots: list[Tensor], families: int) -> Tensor:
+    """`[families]`: True where all slots of all consumers agree."""
+    agree = torch.ones(families, dtype=torch.bool)
+    for s in slots:
+        agree &= s.all(1)
+    return agree
+
+
+def _stay(cell: Cell, reasons: dict[str, int]) -> Dead:
+    return Dead(torch.zeros(cell.size, dtype=torch.bool), {r: n for r, n in reasons.items() if n})
+
+
+def _arriving(shapes: list[tuple[int, ...]], layer: Layer) -> list[tuple[int, ...]]:
+    return [s for s in shapes if len(s) > layer.in_axis and s[layer.in_axis] == layer.inputs]

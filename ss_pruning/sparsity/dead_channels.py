@@ -1,0 +1,334 @@
+"""What is alive in a masked network: kernels, inputs that never change, channels that nothing reads.
+
+Whether a channel is constant is measured, not derived: the network is run on noise, with the output of every layer
+that has something alive behind it replaced by fresh noise, so that no rectifier is shut by accident. What then arrives
+unchanged does not depend on the image; what is also the same at every position and for every sample is a constant.
+Zero kernels, norms without scale, residual sums, gates and borders are all seen for what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Cell
+from ss_pruning.graph.layers import channel_axis, groups_of, mixes_channels
+
+# Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
+_AMPLITUDES = (1.0, 1000.0, -1000.0)
+# Largest spread, relative to the largest value, that is rounding.
+_ROUNDING = {torch.float64: 1e-12}
+_COARSE_ROUNDING = 1e-5
+
+
+def living_kernels(module: nn.Module) -> Tensor:
+    """True for every 2-D kernel (or single weight) with an entry other than 0, `[out, in // groups]`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    alive = weight.detach().ne(0)
+    alive = alive.flatten(2).any(2) if alive.dim() > 2 else alive
+    if isinstance(module, _ConvNd) and module.transposed:
+        g = module.groups
+        alive = alive.reshape(g, len(alive) // g, -1).transpose(1, 2).reshape(-1, len(alive) // g)
+    return alive
+
+
+def by_input(module: nn.Module, alive: Tensor, outputs: Tensor | None = None) -> Tensor:
+    """`[in]`: the input channels that some living kernel reads, for outputs that count.
+
+    Args:
+        module: The layer.
+        alive: `[out, in // groups]`.
+        outputs: `[out]`, True for outputs that count; all by default.
+    """
+    if outputs is not None:
+        alive = alive & outputs[:, None]
+    return alive.reshape(groups_of(module), -1, alive.shape[1]).any(1).reshape(-1)
+
+
+def reading(module: nn.Module, channel: int) -> Tensor:
+    """The kernels that read one input channel, as a view of the weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, _ConvNd) and module.transposed:
+        return weight.data[channel]
+    group, position = divmod(channel, weight.shape[1])
+    rows = len(weight) // groups_of(module)
+    return weight.data[group * rows : (group + 1) * rows, position]
+
+
+@dataclass
+class Liveness:
+    """What is alive in one model.
+
+    Attributes:
+        kernels: By layer, `[out, in // groups]`: kernels with an entry other than 0.
+        still: By layer, `[in]`: channels at which the same arrives whatever the image.
+        constant: By layer, `[in]`: of these, the ones at which it is one number at every position.
+        value: By layer, `[in]`: that number.
+        opaque: Layers that compute their weights, so that a kernel of zeros says nothing about what it does.
+    """
+
+    kernels: dict[str, Tensor] = field(default_factory=dict)
+    still: dict[str, Tensor] = field(default_factory=dict)
+    constant: dict[str, Tensor] = field(default_factory=dict)
+    value: dict[str, Tensor] = field(default_factory=dict)
+    opaque: set[str] = field(default_factory=set)
+
+
+def measure_liveness(model: nn.Module, wiring: Wiring, example_inputs: Any) -> Liveness:
+    """Look at the kernels, and run the network on noise until no further constant is found.
+
+    Args:
+        model: The masked model, in the precision to work in; left as it was.
+        wiring: Its wiring.
+        example_inputs: Of these only the shapes count.
+    """
+    kernels, opaque = {}, set()
+    for path, layer in wiring.layers.items():
+        if layer.kind in ("synaptic", "depthwise"):
+            module = model.get_submodule(path)
+            kernels[path] = living_kernels(module).cpu()
+            if not _uses_weight_as_is(module):
+                opaque.add(path)
+                kernels[path] = torch.ones_like(kernels[path])
+    fed = {path: _fed(wiring, path) for path in wiring.layers}
+    still: dict[str, Tensor] = {}
+    while True:
+        seen = {path: _Arrivals(layer.inputs) for path, layer in wiring.layers.items()}
+        dead = {path: _dead_outputs(model, wiring, path, kernels, still.get(path)) for path in wiring.layers}
+        for amplitude in _AMPLITUDES:
+            _run_on_noise(model, wiring, example_inputs, seen, dead, amplitude)
+        before = still
+        # What was found stays found: unions make this end.
+        still = {
+            path: a.still() & fed[path] | before.get(path, torch.tensor(False)) for path, a in seen.items()
+        }
+        if all(path in before and before[path].equal(still[path]) for path in still):
+            break
+    constant = {path: arrivals.constant() & fed[path] for path, arrivals in seen.items()}
+    value = {path: arrivals.high.cpu() for path, arrivals in seen.items()}
+    return Liveness(kernels, still, constant, value, opaque)
+
+
+def living_outputs(
+    wiring: Wiring,
+    model: nn.Module,
+    kernels: dict[str, Tensor],
+    cells: Iterable[Cell],
+    mixing: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """By layer, `[out]`: the channels from which a path of living kernels leads to the model's output.
+
+    Starts with nothing read and works back from the output, so that blocks that only feed themselves are found too.
+
+    Args:
+        wiring: The wiring of `model`.
+        model: The masked model.
+        kernels: Which of its kernels are alive.
+        cells: The families that may be cut; all other channels count as read.
+        mixing: Layers that look at several channels together: what they see is read.
+    """
+    cells = list(cells)
+    alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
+    for member in (m for cell in cells for m in cell.members if m.side == "out" and m.path in alive):
+        alive[member.path][member.index.reshape(-1)] = False
+    changed = True
+    while changed:
+        changed = False
+        wanted = {
+            path: by_input(model.get_submodule(path), rows, alive[path]) for path, rows in kernels.items()
+        }
+        for cell in cells:
+            read = reads(cell, wanted, wiring, mixing)
+            for member in cell.members:
+                if member.side != "out" or member.path not in alive:
+                    continue
+                index = torch.from_numpy(member.index)
+                new = read[:, None] & ~alive[member.path][index]
+                if bool(new.any()):
+                    changed = True
+                    alive[member.path][index[new]] = True
+    return alive
+
+
+def reads(cell: Cell, wanted: dict[str, Tensor], wiring: Wiring, mixing: Collection[str]) -> Tensor:
+    """`[families]`: True where some consumer wants one of the family's channels."""
+    read = torch.full((cell.size,), any(member.path in mixing for member in cell.members))
+    for member in cell.members:
+        if is_consumer(member.path, member.side, wiring):
+            read |= wanted[member.path][torch.from_numpy(member.index)].any(1)
+    return read
+
+
+def is_consumer(path: str, side: str, wiring: Wiring) -> bool:
+    """True for the input side of a layer that mixes channels."""
+    return side == "in" and wiring.layers[path].kind == "synaptic"
+
+
+def response(module: nn.Module, shape: tuple[int, ...], axis: int, values: Tensor) -> Tensor:
+    """What a layer makes of channels that hold `values` everywhere, less what it makes of nothing."""
+    shape = (1, *shape[1:]) if axis else shape
+    x = values.reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
+    with torch.no_grad():
+        answer: Tensor = module.forward(x) - module.forward(torch.zeros_like(x))
+    return answer
+
+
+def has_no_border(module: nn.Module, shapes: Iterable[tuple[int, ...]], axis: int) -> bool:
+    """True if constant inputs make constant outputs at every position: no zero padding is seen."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    n = next(iter(shapes := list(shapes)))[axis]
+    values = torch.rand(n, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
+    for shape in set(shapes):
+        y = response(module, shape, axis, values)
+        rows = y.movedim(channel_axis(module, y), 0).flatten(1)
+        low, high = rows.aminmax(dim=1)
+        if not bool((high - low <= _rounding(rows) * len(values) * rows.abs().max()).all()):
+            return False
+    return True
+
+
+class _Arrivals:
+    """Extremes and fingerprints of what arrives at each channel of one layer, over all runs."""
+
+    def __init__(self, channels: int) -> None:
+        self.low, self.high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
+        self.varies = torch.zeros(channels, dtype=torch.bool)
+        self.prints: list[Tensor] = []
+        self.calls = 0
+
+    def add(self, x: Tensor, axis: int) -> None:
+        rows = x.detach().movedim(axis, 0).flatten(1)
+        low, high = rows.aminmax(dim=1)
+        self.low, self.high = torch.minimum(low, self.low.to(low)), torch.maximum(high, self.high.to(high))
+        weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(1)).to(rows)
+        print_ = rows @ weights / weights.sum()
+        if self.calls == len(self.prints):
+            self.prints.append(print_)
+        else:
+            same = (print_ - self.prints[self.calls]).abs() <= _rounding(rows) * rows.abs().amax(1)
+            self.varies = self.varies.to(same.device) | ~same
+        self.calls += 1
+
+    def still(self) -> Tensor:
+        """`[channels]`: what arrives does not depend on the image."""
+        return (~self.varies & self.high.isfinite() & self.low.isfinite()).cpu()
+
+    def constant(self) -> Tensor:
+        """`[channels]`: it is one number, everywhere."""
+        scale = torch.maximum(self.low.abs(), self.high.abs())
+        return self.still() & (self.high - self.low <= _rounding(self.high) * scale).cpu()
+
+
+def _fed(wiring: Wiring, path: str) -> Tensor:
+    """`[in]`: channels that a layer feeds. Of others (an embedding of given tokens) noise cannot tell what they do."""
+    fed = torch.zeros(wiring.layers[path].inputs, dtype=torch.bool)
+    for feed in wiring.feeds[path]:
+        if feed.source in wiring.layers:
+            fed[feed.pairs[:, 1].cpu()] = True
+    return fed
+
+
+def _rounding(x: Tensor) -> float:
+    return _ROUNDING.get(x.dtype, _COARSE_ROUNDING)
+
+
+def _dead_outputs(
+    model: nn.Module, wiring: Wiring, path: str, kernels: dict[str, Tensor], still: Tensor | None
+) -> Tensor | None:
+    """`[out]`: the output channels that depend on nothing that varies; None for a layer that is let run."""
+    layer, module = wiring.layers[path], model.get_submodule(path)
+    if layer.kind in ("positional", "response"):
+        return None
+    if layer.kind == "norm":
+        weight = getattr(module, "weight", None)
+        dead = (
+            torch.zeros(layer.outputs, dtype=torch.bool)
+            if weight is None
+            else weight.detach().eq(0).flatten().cpu()
+        )
+        return dead if still is None or mixes_channels(module) else dead | still
+    alive = kernels[path]
+    if still is None:
+        return ~alive.any(1)
+    groups = groups_of(module)
+    varying = ~still.reshape(groups, -1).repeat_interleave(len(alive) // groups, 0)
+    return ~(alive & varying).any(1)
+
+
+def _run_on_noise(
+    model: nn.Module,
+    wiring: Wiring,
+    example_inputs: Any,
+    seen: dict[str, _Arrivals],
+    dead: dict[str, Tensor | None],
+    amplitude: float,
+) -> None:
+    """One pass: record what arrives at every layer, and replace what leaves it alive."""
+    generator = torch.Generator().manual_seed(int(abs(amplitude)))
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like) * amplitude
+
+    def before(path: str, _: nn.Module, x: Tensor) -> None:
+        seen[path].add(x, wiring.layers[path].in_axis)
+
+    def after(path: str, module: nn.Module, y: Tensor) -> Tensor | None:
+        gone = dead[path]
+        if gone is None:
+            return None
+        axis = channel_axis(module, y)
+        shape = [-1 if a == axis else 1 for a in range(y.dim())]
+        return torch.where(gone.to(y.device).reshape(shape), y, noise(y))
+
+    noisy = pytree.tree_map_only(
+        Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs
+    )
+    with contextlib.ExitStack() as undo, torch.no_grad(), preserved(model, training=False):
+        for path in wiring.layers:
+            seen[path].calls = 0
+            module = model.get_submodule(path)
+            undo.callback(on_input(module, partial(before, path)).remove)
+            hook = module.register_forward_hook(lambda m, _, y, path=path: after(path, m, y))
+            undo.callback(hook.remove)
+        call(model, noisy)
+
+
+def _uses_weight_as_is(module: nn.Module) -> bool:
+    """False where twice the weight is not twice the output: a convolution that standardises its weights, for one."""
+    if type(module).__module__.startswith("torch.nn."):
+        return True
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    size = (
+        [module.in_channels, *(8 * k for k in module.kernel_size)]
+        if isinstance(module, _ConvNd)
+        else [weight.shape[1]]
+    )
+    x = torch.linspace(0.1, 1.0, int(torch.tensor(size).prod())).to(weight).reshape(1, *size)
+
+    def without_bias(w: Tensor) -> Tensor:
+        answer: Tensor = torch.func.functional_call(module, {"weight": w}, (x,))
+        nothing: Tensor = torch.func.functional_call(module, {"weight": torch.zeros_like(w)}, (x,))
+        return answer - nothing
+
+    w = torch.linspace(-1.0, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    try:
+        with torch.no_grad():
+            once, twice = without_bias(w), without_bias(2 * w)
+    except Exception:  # takes more than one tensor: nothing is known of it
+        return False
+    return bool((twice - 2 * once).abs().max() <= 1e-4 * twice.abs().max())

@@ -1,0 +1,138 @@
+"""What a network with zeros in it weighs: dense, and counted over its living kernels. Nothing here is a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.files import write_text
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import LeftWhole
+from ss_pruning.profiling.macs import count_macs
+from ss_pruning.report.records import LayerReport, count, jsonable, percent
+from ss_pruning.sparsity.dead_channels import living_kernels
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_INDEX_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model in numbers.
+
+    Attributes:
+        params: Parameters, zeros included.
+        synapses: Connections (2-D kernels, single weights of linear layers).
+        living_synapses: Those that are not zero.
+        macs: Multiply-accumulates of one forward pass on the example inputs, as dense hardware does them.
+        living_macs: The same counted over living synapses: what is left for something that skips zero kernels.
+        bytes: All tensors as they are.
+        sparse_bytes: The same with every convolution and linear weight stored as its living kernels and a 4-byte index
+            for each, where that is less.
+    """
+
+    params: int
+    synapses: int
+    living_synapses: int
+    macs: int
+    living_macs: int
+    bytes: int
+    sparse_bytes: int
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did.
+
+    Attributes:
+        model: Class of the model.
+        before: The masked model's size.
+        after: The compacted one's.
+        layers: In the order in which they run; `synapses_after` counts living ones.
+        left_whole: Dead channels that stay, and why.
+        max_error: Largest difference between the outputs of the compacted and the masked model, relative to the
+            largest output, in `precision`.
+        precision: In which the two were compared.
+        seconds: How long it took.
+    """
+
+    model: str
+    before: Size
+    after: Size
+    layers: list[LayerReport]
+    left_whole: list[LeftWhole]
+    max_error: float
+    precision: str
+    seconds: float
+
+    @property
+    def channels_removed(self) -> int:
+        """Output channels of convolutions and linear layers that are gone."""
+        return sum(layer.outputs_before - layer.outputs_after for layer in self.layers)
+
+    def table(self) -> Table:
+        """The sizes before and after as a `rich` table."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.model}, compacted", title_justify="left")
+        table.add_column("")
+        for column in ("masked", "compacted", "kept"):
+            table.add_column(column, justify="right")
+        for name, attribute in (
+            ("parameters", "params"),
+            ("synapses", "synapses"),
+            ("living synapses", "living_synapses"),
+            ("multiply-accumulates", "macs"),
+            ("  over living synapses", "living_macs"),
+            ("bytes", "bytes"),
+            ("  stored sparse", "sparse_bytes"),
+        ):
+            old, new = getattr(self.before, attribute), getattr(self.after, attribute)
+            table.add_row(name, count(old), count(new), percent(new / old) if old else "-")
+        return table
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        plain = {key: jsonable(value) for key, value in vars(self).items()}
+        sizes = {"before": asdict(self.before), "after": asdict(self.after)}
+        return json.dumps({**plain, **sizes}, indent=2, allow_nan=False) + "\n"
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, whole or not at all.
+
+        Raises:
+            InputError: The folder is missing or cannot be written to.
+        """
+        write_text(path, self.to_json())
+
+
+def size_of(model: nn.Module, example_inputs: Any, wiring: Wiring) -> Size:
+    """Count `model`, of which `wiring` names the layers."""
+    macs, by_path = count_macs(model, example_inputs)
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(_bytes(t) for t in tensors)
+    synapses = living = living_macs = saved = 0
+    for path, layer in wiring.layers.items():
+        if layer.kind not in ("synaptic", "depthwise"):
+            continue
+        module = model.get_submodule(path)
+        weight, alive = module.weight, living_kernels(module)
+        assert isinstance(weight, Tensor)
+        here = int(alive.sum())
+        synapses, living = synapses + alive.numel(), living + here
+        living_macs -= by_path.get(path, 0) * (alive.numel() - here) // alive.numel()
+        sparse = here * (_bytes(weight) // alive.numel() + _INDEX_BYTES)
+        saved += max(0, _bytes(weight) - sparse)
+    params = sum(p.numel() for p in model.parameters())
+    return Size(params, synapses, living, macs, macs + living_macs, total, total - saved)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

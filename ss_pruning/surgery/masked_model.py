@@ -1,0 +1,86 @@
+"""The masked model: the dense one with the removed channels' contributions zeroed, the oracle of every cut."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning._utils.copying import shell
+from ss_pruning._utils.hooks import given, on_input, replaced
+from ss_pruning._utils.modules import modules_of
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Selection
+from ss_pruning.graph.layers import channel_axis, is_depthwise, mixes_channels
+from ss_pruning.surgery.plan import Cut, cut_layer
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[None]:
+    """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
+    undo, modules = contextlib.ExitStack(), modules_of(model)
+    with undo:
+        for (path, side), kept in selection.items():
+            layer = wiring.layers.get(path)
+            if layer is None:
+                continue
+            module = modules[path]
+            cut = Cut(path, side, layer.inputs, kept)
+            if side == "in" and not is_depthwise(module):
+                if type(module).__module__.startswith("torch.nn."):
+                    undo.callback(on_input(module, _without(cut.removed)).remove)
+                else:  # may standardise its weights over what it reads
+                    _patch(undo, module, _reading_kept_channels(module, cut, layer.in_axis))
+            elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
+                _patch(undo, module, _on_kept_channels(module, cut, layer.in_axis))
+        yield
+
+
+def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
+        vars(module).update, forward=before
+    )
+
+
+def _without(removed: list[int]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Zeroes channels of what a layer reads."""
+
+    def zeroed(module: nn.Module, x: Tensor) -> Tensor:
+        return x.index_fill(channel_axis(module, x), torch.tensor(removed, device=x.device), 0)
+
+    return zeroed
+
+
+def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:
+    small = shell(module).eval()
+    if not isinstance(module, _ConvNd):
+        cut_layer(small, cut)
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = given(module, args, kwargs)
+        kept = torch.tensor(cut.kept, device=x.device)
+        args, kwargs = replaced(module, args, kwargs, x.index_select(axis, kept))
+        return torch.zeros_like(x).index_copy(axis, kept, small(*args, **kwargs))
+
+    return forward
+
+
+def _reading_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:
+    plain = shell(module).eval()
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        small = shell(plain)  # not kept: its weights are its own
+        cut_layer(small, cut)
+        x: Tensor = given(module, args, kwargs)
+        read = x.index_select(axis, torch.tensor(cut.kept, device=x.device))
+        args, kwargs = replaced(module, args, kwargs, read)
+        smaller: Tensor = small(*args, **kwargs)
+        return smaller
+
+    return forward

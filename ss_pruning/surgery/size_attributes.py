@@ -1,0 +1,185 @@
+"""Numbers that modules store (split sizes, pads, widths) and that have to follow a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ss_pruning._utils.modules import modules_of
+from ss_pruning.graph.connectivity import Wiring, pattern
+from ss_pruning.graph.groups import Selection, Unit
+from ss_pruning.graph.layers import kind_of
+from ss_pruning.surgery.plan import Attribute, Plan, set_number
+
+#: A stored number: module path (or the pattern of alike ones), attribute name, place in a list or tuple.
+Number = tuple[str, str, int | None]
+
+
+def alike(number: Number) -> Number:
+    """The same number in all alike blocks."""
+    path, name, place = number
+    return pattern(path), name, place
+
+
+class Follower:
+    """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
+
+    A number follows if it equals one old width that is known at this module, and that width became one new one:
+    first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
+    into which their outputs split, else those of the outputs that split alone.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        arrivals: Mapping[str, list[tuple[int, ...]]],
+        parts: Mapping[str, list[tuple[int, int]]],
+        fixed: Collection[Number],
+    ) -> None:
+        self.arrivals, self.fixed = arrivals, fixed
+        self.found: list[Attribute] = []
+        self.current = ""
+        self.done: set[str] = set()
+        self.inside: dict[str, list[tuple[int, int]]] = {}
+        self.split: dict[str, list[tuple[int, int]]] = {}
+        for cut in plan.cuts:
+            own = parts.get(cut.path, [])
+            path = cut.path
+            while path:
+                path = path.rpartition(".")[0]
+                self.inside.setdefault(path, []).extend([(cut.width, len(cut.kept)), *own])
+                self.split.setdefault(path, []).extend(own)
+
+    def __call__(self, path: str, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+        """Let the numbers of the module at `path`, which is about to run on tensors of these shapes, follow."""
+        self.current = path
+        if path in self.done or kind_of(module) is not None:  # a layer's own numbers follow when it is cut
+            return
+        self.done.add(path)
+        arrived = [
+            (old, new)
+            for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
+            if len(before) == len(after)
+            for old, new in zip(before, after, strict=True)
+            if old != new
+        ]
+        block = self._block(path, module)
+        known = (arrived, self.inside.get(block, []), self.split.get(block, []))
+        self._follow(path, module, [_changes(pairs) for pairs in known])
+
+    def _block(self, path: str, module: nn.Module) -> str:
+        """The module itself; if it holds no layer (a padded shortcut), the block it stands in."""
+        while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
+            path = path.rpartition(".")[0]
+        return path
+
+    def numbers(self) -> list[Number]:
+        """What has followed so far."""
+        return [(a.path, a.name, a.position) for a in self.found]
+
+    def _follow(self, path: str, module: nn.Module, changes: Sequence[Mapping[int, int]]) -> None:
+        for name, position, value in _stored_numbers(module):
+            after = next((known[value] for known in changes if value in known), None)
+            stays = any((place, name, position) in self.fixed for place in (path, pattern(path)))
+            if after is not None and after != value and not stays:
+                attribute = Attribute(path, name, position, value, after)
+                self.found.append(attribute)
+                set_number(module, attribute)
+
+
+def never_named(model: nn.Module) -> frozenset[Number]:
+    """Stored numbers whose names stand in no method that `forward` could call, of any class in the model."""
+    modules = modules_of(model)
+    methods: dict[str, list[Any]] = {}
+    for kind in {base for module in modules.values() for base in type(module).__mro__}:
+        if not kind.__module__.startswith("torch."):
+            for name, method in vars(kind).items():
+                methods.setdefault(name, []).append(method)
+    named, todo = {"forward", "__call__"}, ["forward", "__call__"]
+    while todo:
+        found = {name for method in methods.get(todo.pop(), ()) for name in _names_in(method)}
+        todo += found - named
+        named |= found
+    numbers = (
+        (path, name, at) for path, module in modules.items() for name, at, _ in _stored_numbers(module)
+    )
+    return frozenset(alike(number) for number in numbers if number[1] not in named)
+
+
+def _names_in(function: Any) -> Iterator[str]:
+    """Names and strings in the code of a function, and of those defined in it."""
+    function = getattr(function, "fget", getattr(function, "__func__", function))
+    todo = [getattr(getattr(function, "__wrapped__", function), "__code__", None)]
+    while todo:
+        code = todo.pop()
+        if code is not None:
+            yield from code.co_names
+            yield from (constant for constant in code.co_consts if isinstance(constant, str))
+            todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+# What timm's models and their heads call the widths that the layers of the head read, and where those layers are.
+_HEAD_WIDTHS = ("num_features", "head_hidden_size", "in_features")
+_HEADS = ("conv_head", "final_conv", "head")
+
+
+def head_numbers(model: nn.Module, plan: Plan) -> list[Attribute]:
+    """Numbers from which timm's `reset_classifier` makes a new classifier, where what the old head reads was cut."""
+    classifier = getattr(model, "get_classifier", None)
+    heads = classifier() if callable(classifier) else None
+    found: dict[Number, Attribute] = {}
+    if heads is None:
+        return []
+    names = {module: path for path, module in modules_of(model).items()}
+    paths = {names.get(head) for head in (heads if isinstance(heads, tuple) else (heads,))}
+    for cut in plan.cuts:
+        if cut.side != "in" or (cut.path not in paths and cut.path.partition(".")[0] not in _HEADS):
+            continue
+        for path in dict.fromkeys(("", cut.path.rpartition(".")[0])):
+            own = vars(model.get_submodule(path))
+            for name in _HEAD_WIDTHS:
+                if type(own.get(name)) is int and own[name] == cut.width:
+                    found[path, name, None] = Attribute(path, name, None, cut.width, len(cut.kept))
+    return list(found.values())
+
+
+def _changes(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Old widths that became one new width everywhere."""
+    seen: dict[int, set[int]] = {}
+    for old, new in pairs:
+        seen.setdefault(old, set()).add(new)
+    return {old: new.pop() for old, new in seen.items() if len(new) == 1}
+
+
+def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") or name == "training":
+            continue
+        if type(value) is int:
+            yield name, None, int(value)
+        elif type(value) in (list, tuple):
+            for position, item in enumerate(value):
+                if type(item) is int:
+                    yield name, position, int(item)
+
+
+def part_sizes(
+    units: Sequence[Unit], selection: Selection, wiring: Wiring
+) -> dict[str, list[tuple[int, int]]]:
+    """By layer that touches an output that splits: old and new size of each part of it, and of the whole."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for unit in units:
+        sizes = []
+        for cell in unit.cells:
+            path, side = cell.root.path, cell.root.side
+            if (path, side) in selection and cell.size < wiring.layers[path].outputs:
+                left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
+                sizes.append((cell.size, int(left)))
+                sizes.append((wiring.layers[path].outputs, len(selection[path, side])))
+        for path in unit.paths() if sizes else ():
+            parts.setdefault(path, []).extend(sizes)
+    return parts

@@ -1,0 +1,460 @@
+"""Cut == masked: the definition of correct surgery, checked on a copy before the user's model is touched.
+
+The *masked* model is the dense one with the removed channels' contributions zeroed: in every consumer the weights that
+read them. Layers that compute statistics or slide across channels (layer and group norms, efficient channel attention,
+convolutions that standardise their weights) are masked in the only sense that a smaller layer can have: they run on
+the kept channels alone.
+
+Compared is all that the model returns (`ss_pruning._utils.outputs`): numbers to within rounding, whole numbers exactly.
+Where the model decides on numbers (top-k, suppression), the cut model is held to the decisions of the masked one as
+long as it decides on the same (`ss_pruning.surgery.decisions`).
+
+The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
+a branch that contributes nothing would hide a wrong cut. What is not constant it shares with the model, and its
+parameters become float64 only while a layer reads them: a model is verified in little more memory than the cut one
+takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils.copying import read_as, retyped
+from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.outputs import values_in
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.errors import ModelError, VerificationError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Selection, Unit
+from ss_pruning.graph.tracing import trace
+from ss_pruning.surgery.agreement import (
+    certified,
+    check_comparable,
+    compare,
+    decisions_that_tell,
+    difference,
+    that_tell,
+)
+from ss_pruning.surgery.channel_order import reordered
+from ss_pruning.surgery.decisions import Decision, Holding, Recording
+from ss_pruning.surgery.masked_model import masked
+from ss_pruning.surgery.plan import Plan, set_number
+from ss_pruning.surgery.size_attributes import Follower, Number, alike, head_numbers, never_named, part_sizes
+
+#: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
+TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A plan that was applied to a copy and found right.
+
+    Attributes:
+        plan: The plan, with the stored numbers that have to follow.
+        max_error: Largest difference between cut and masked outputs, relative to the largest output.
+        by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was: so is
+            `max_error`.
+    """
+
+    plan: Plan
+    max_error: float
+    by_decisions: bool = False
+
+    def followed(self) -> frozenset[Number]:
+        """The stored numbers that follow the cut."""
+        return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
+
+
+class Bench:
+    """Where plans for one model are tried: a stirred copy, one without data, and the shapes at every module."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
+        """Copy `model`.
+
+        Args:
+            model: The dense model; not changed.
+            example_inputs: What `forward` takes.
+            wiring: The wiring of `model`.
+
+        Raises:
+            ModelError: The model cannot be copied.
+        """
+        self.wiring = wiring
+        self.examples = example_inputs
+        self.dense = _stirred(model)  # in the precision of the model, and never run as it is
+        self.precisions = iter(_PRECISIONS)
+        self._next_precision()
+        self.arrivals: dict[str, list[tuple[int, ...]]] = {}
+        #: Names of what the model returns that depends on its layers, all if None.
+        self.telling: frozenset[str] | None = None
+        self.failures = 0
+        # Stored numbers of alike blocks that are known to follow a cut, and ones that need not.
+        self.needed: set[Number] = set()
+        self.idle = never_named(model)
+        #: Entered for each verification: to time it.
+        self.watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @cached_property
+    def ghost(self) -> nn.Module | None:
+        """The copy without data, if the model runs so."""
+        try:
+            twin = retyped(self.dense, lambda t: t.to("meta"))
+            _run(self.precise(twin), _to_meta(self.inputs))
+        except Exception:  # looks at values, or keeps tensors where `to` does not find them
+            return None
+        return twin
+
+    def close(self) -> None:
+        """Let go of the copies, which share tensors with the model: else all it loses in a cut would stay in memory."""
+        del self.dense, self.twin
+        vars(self).pop("ghost", None)
+
+    def run(self) -> None:
+        """Run the dense copy: from here on the shapes at every module and the tolerance are known.
+
+        Raises:
+            VerificationError: It does not run.
+            ModelError: Nothing could be compared.
+        """
+        self._masked({})
+
+    def verify(
+        self,
+        plan: Plan,
+        selection: Selection,
+        units: Sequence[Unit] = (),
+        *,
+        fixed: Collection[Number] = (),
+        locate: bool = True,
+    ) -> Verified:
+        """Apply `plan` to a copy and compare with the masked copy.
+
+        Args:
+            plan: What to cut.
+            selection: The same as channels by layer side (positional layers included).
+            units: The units of the plan; the sizes of their cells are numbers that modules may store.
+            fixed: Stored numbers that must not follow the cut.
+            locate: If the outputs differ, say in the error from which layer on.
+
+        Raises:
+            VerificationError: The cut model does not run, or differs from the masked one.
+        """
+        attempt = partial(self._verify, plan, selection, units, locate=locate, reorder=True)
+        try:
+            with self.watch():
+                verified = self._with_fewest_numbers(attempt, frozenset(fixed), last=not locate)
+        except VerificationError:
+            self.failures += 1
+            raise
+        followed = verified.followed()
+        more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
+        plan = verified.plan
+        return replace(verified, plan=replace(plan, attributes=(*plan.attributes, *more)))
+
+    def _with_fewest_numbers(
+        self, attempt: Callable[[Collection[Number]], Verified], fixed: frozenset[Number], last: bool
+    ) -> Verified:
+        """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.
+
+        Alike blocks are one; what was found for them holds for later plans, too. A plan that fails is tried once more
+        without the numbers that nobody knows to be needed, and with `last` with all numbers following.
+        """
+        try:
+            verified = attempt(fixed | self.idle)
+        except VerificationError as error:
+            doubtful = {alike(number) for number in error.followed} - self.needed
+            if (without := self._without(attempt, fixed, doubtful) if doubtful else None) is not None:
+                return without
+            if not last:
+                raise
+            verified = attempt(fixed)
+            self.idle -= {alike(number) for number in verified.followed()}
+        unsure = {alike(number) for number in verified.followed()} - self.needed
+        alone = [{number} for number in sorted(unsure, key=str)] if len(unsure) > 1 else []
+        for numbers in (unsure, *alone):
+            if numbers - self.idle:
+                verified = self._without(attempt, fixed, numbers) or verified
+        self.needed |= unsure - self.idle
+        return verified
+
+    def _without(
+        self,
+        attempt: Callable[[Collection[Number]], Verified],
+        fixed: frozenset[Number],
+        numbers: Collection[Number],
+    ) -> Verified | None:
+        """Verify with some numbers as they were; None if that is wrong."""
+        try:
+            verified = attempt(fixed | self.idle | frozenset(numbers))
+        except VerificationError:
+            return None
+        self.idle |= frozenset(numbers)
+        return verified
+
+    def _verify(
+        self,
+        plan: Plan,
+        selection: Selection,
+        units: Sequence[Unit],
+        fixed: Collection[Number],
+        *,
+        locate: bool,
+        reorder: bool,
+    ) -> Verified:
+        """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
+        parts = part_sizes(units, selection, self.wiring)
+        # In a search, most plans that are wrong do not even run; that shows on shapes alone.
+        if self.failures and self.ghost is not None:
+            ghost = _cut(self.ghost, plan)
+            _run_cut(self.precise(ghost), _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
+        expected, decisions = self._masked(selection)
+        small = _cut(self.dense, plan)
+        follower = Follower(plan, self.arrivals, parts, fixed)
+        twin = self.precise(small)
+        found, holding = _run_cut(twin, self.inputs, follower, self.holding(decisions))
+        try:
+            match = compare(expected, found, self.tolerance, self.telling)
+            by_decisions = certified(match, holding)
+            worst = holding.error if by_decisions else match.error
+            return Verified(Plan(plan.cuts, tuple(follower.found)), worst, by_decisions)
+        except VerificationError as error:
+            if not reorder or not any(unit.shuffled for unit in units):
+                at = self._first_difference(selection, twin) if locate else ""
+                raise VerificationError(str(error), follower.numbers(), at) from error
+        _let_follow(small, follower)
+        moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
+        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate=locate, reorder=False)
+
+    def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
+        """Makes what holds a pass of the cut model to the decisions of the masked one."""
+        return partial(Holding, decisions, difference, self.tolerance)
+
+    def _masked(self, selection: Selection) -> tuple[Any, list[Decision]]:
+        """What the masked model returns, and what it decides on the way.
+
+        Raises:
+            VerificationError: It does not run.
+            ModelError: Nothing could be compared.
+        """
+        try:
+            return self._masked_pass(selection)
+        except ModelError:
+            raise
+        except Exception as error:
+            if self.arrivals or not self._finds_precision():
+                raise VerificationError(
+                    f"the masked model does not run ({type(error).__name__}: {error})"
+                ) from error
+        return self._masked(selection)
+
+    def _masked_pass(self, selection: Selection) -> tuple[Any, list[Decision]]:
+        """One pass; the first also notes the shapes that arrive at every module, which masking does not change."""
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+
+        def arrived(path: str, _: nn.Module, found: list[tuple[int, ...]]) -> None:
+            shapes.setdefault(path, []).extend(found)
+
+        first = not self.arrivals
+        with _watching(self.twin, arrived) if first else contextlib.nullcontext():
+            output, decisions = self._run_masked(self.twin, selection)
+        if first:
+            self.telling = self._telling(output)
+        if self.telling == frozenset():
+            decisions = decisions_that_tell(decisions, self._run_masked(self._nudged(), selection)[1])
+        if first:
+            check_comparable(output, decisions, self.telling)
+            self.arrivals = shapes
+        return output, decisions
+
+    def _run_masked(self, twin: nn.Module, selection: Selection) -> tuple[Any, list[Decision]]:
+        recording = Recording()
+        with masked(twin, selection, self.wiring):
+            return _run(twin, self.inputs, recording), recording.decisions
+
+    def _telling(self, output: Any) -> frozenset[str] | None:
+        """Names of what is returned that is another when all layers are; None if a look at the wiring tells as much."""
+        reaching = [s for s, channels in self.wiring.reaches_output.items() if len(channels)]
+        if len(values_in(output)) == 1 and not self.wiring.layers.keys().isdisjoint(reaching):
+            return None
+        return that_tell(output, self._run_masked(self._nudged(), {})[0])
+
+    def _nudged(self) -> nn.Module:
+        """A copy whose parameters, and buffers of layers, are a little others: what then stays says nothing of them."""
+        generator = torch.Generator().manual_seed(0)
+
+        def nudge(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return tensor * (1 + 1e-2 * torch.rand(tensor.shape, generator=generator).to(tensor))
+
+        twin = retyped(self.dense, nudge, ("_parameters",))
+        for path in self.wiring.layers:
+            table = vars(twin.get_submodule(path))["_buffers"]
+            table.update({name: nudge(tensor) for name, tensor in table.items() if tensor is not None})
+        return self.precise(twin)
+
+    def _finds_precision(self) -> bool:
+        """Go on to the first precision in which the dense model runs; False if it runs in the present one."""
+        with contextlib.suppress(Exception):
+            _run(self.twin, self.inputs)
+            return False
+        while self._next_precision():
+            with contextlib.suppress(Exception):
+                _run(self.twin, self.inputs)
+                return True
+        return False
+
+    def _next_precision(self) -> bool:
+        """False if there is none left."""
+        precision = next(self.precisions, None)
+        if precision is None:
+            return False
+        self.precise, change, self.tolerance = precision
+        self.inputs = pytree.tree_map_only(Tensor, change, self.examples)
+        self.twin = self.precise(self.dense)
+        return True
+
+    def _first_difference(self, selection: Selection, small: nn.Module) -> str:
+        """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
+        with masked(self.twin, selection, self.wiring):
+            expected = self._sums(self.twin, selection)
+        found = self._sums(small, {})
+        for path, sums in expected.items():
+            if not np.allclose(sums, found.get(path, []), rtol=100 * self.tolerance, atol=0):
+                return path
+        return ""
+
+    def _sums(self, model: nn.Module, kept: Selection) -> dict[str, list[float]]:
+        """By layer, the sum of magnitudes of what arrives in each call."""
+        sums: dict[str, list[float]] = {path: [] for path in self.wiring.layers}
+
+        def arrived(path: str, _: nn.Module, x: Tensor) -> None:
+            layer = self.wiring.layers[path]
+            channels = kept.get((path, "in"), kept.get((path, "through")))
+            if channels is not None:
+                x = x.index_select(layer.in_axis, torch.tensor(channels, device=x.device))
+            sums[path].append(float(x.double().abs().sum()))
+
+        modules = modules_of(model)
+        with contextlib.ExitStack() as undo:
+            for path in sums:
+                undo.callback(on_input(modules[path], partial(arrived, path)).remove)
+            _run(model, self.inputs)
+        return sums
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+# How a copy is run, how its inputs are changed, and the tolerance. Where code gets at parameters other than by reading
+# attributes, all are made float64 at once; where a model does not run in float64, it is taken as it is.
+_PRECISIONS: tuple[tuple[Callable[[nn.Module], nn.Module], Callable[[Tensor], Tensor], float], ...] = (
+    (lambda model: read_as(model, _double), _double, TOLERANCE),
+    (lambda model: retyped(model, _double), _double, TOLERANCE),
+    (lambda model: read_as(model, Tensor.clone), Tensor.clone, COARSE_TOLERANCE),
+)
+
+
+def _run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any] | None = None) -> Any:
+    with torch.no_grad(), preserved(model, training=False), mode or contextlib.nullcontext():
+        return call(model, inputs)
+
+
+def _to_meta(inputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
+
+
+def _cut(model: nn.Module, plan: Plan) -> nn.Module:
+    try:
+        return plan.cut_copy(model)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise VerificationError(f"the plan cannot be applied ({type(error).__name__}: {error})") from error
+
+
+def _run_cut(
+    small: nn.Module, inputs: Any, follower: Follower, mode: Callable[[], Any] = contextlib.nullcontext
+) -> tuple[Any, Any]:
+    """The cut model's output, with all numbers that follow, and the last mode that it ran in.
+
+    They follow on the way, and what reads one before its module runs meets the old one: it runs until none is new.
+
+    Raises:
+        VerificationError: It does not run.
+    """
+    with _watching(small, follower):
+        while True:
+            known, entered = len(follower.found), mode()
+            _let_follow(small, follower)  # what a pass sets is taken back with the rest
+            try:
+                output = _run(small, inputs, entered)
+            except Exception as error:
+                if len(follower.found) > known:
+                    continue
+                raise VerificationError(
+                    f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
+                    follower.numbers(),
+                    follower.current,
+                ) from error
+            if len(follower.found) == known:
+                return output, entered
+
+
+def _let_follow(model: nn.Module, follower: Follower) -> None:
+    modules = modules_of(model)
+    for attribute in follower.found:
+        set_number(modules[attribute.path], attribute)
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """A copy in which constant tensors hold noise; the others are shared."""
+    generator = torch.Generator().manual_seed(0)
+
+    def stir(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        if not tensor.is_floating_point() or not len(flat) or flat[0] != flat[-1] or (flat != flat[0]).any():
+            return tensor
+        return tensor + 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor)
+
+    return retyped(model, stir)
+
+
+class _watching:  # noqa: N801 - a context manager, used as a verb
+    """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
+
+    def __init__(
+        self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]
+    ) -> None:
+        self.model, self.visit = model, visit
+
+    def _hook(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+            leaves = args if plain else pytree.tree_leaves((args, kwargs))
+            self.visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
+
+        return hook
+
+    def __enter__(self) -> None:
+        self.handles = [
+            module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+            for path, module in modules_of(self.model).items()
+            if not isinstance(
+                module, torch.jit.ScriptModule
+            )  # takes no such hooks, and stores no number that follows
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()

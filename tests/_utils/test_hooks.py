@@ -1,0 +1,133 @@
+"""Layers that are called by keyword are treated like those that are called by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ss_pruning
+from ss_pruning._utils.hooks import given, on_input, on_output, replaced
+from ss_pruning.profiling.layer_latency import layer_times
+from tests.support.zoo import randomise
+
+
+class Shifted(nn.GroupNorm):
+    """A norm of the user's own, whose first parameter has a name of its own."""
+
+    def forward(self, maps: Tensor, by: float = 0.0) -> Tensor:
+        return super().forward(maps + by)
+
+
+def by_position(layer: nn.Module, x: Tensor) -> Tensor:
+    answer: Tensor = layer(x)
+    return answer
+
+
+def by_name(layer: nn.Module, x: Tensor) -> Tensor:
+    answer: Tensor = layer(by=0.0, maps=x) if isinstance(layer, Shifted) else layer(input=x)
+    return answer
+
+
+class Net(nn.Module):
+    """Kinds of layers, a residual sum and a head, each called as `how` says."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor], norm: type[nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.how = how
+        self.stem, self.n0, self.act = (
+            nn.Conv2d(3, 12, 3, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.PReLU(12),
+        )
+        self.inner, self.n1 = nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.spatial = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.n2 = norm(4, 16) if issubclass(norm, nn.GroupNorm) else norm(16)
+        self.outer, self.n3 = nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.head, self.last = nn.Linear(12, 20), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = self.how
+        x = how(self.act, how(self.n0, how(self.stem, x)))
+        y = how(self.n1, how(self.inner, x)).relu()
+        y = how(self.n2, how(self.spatial, y)).relu()
+        x = (x + how(self.n3, how(self.outer, y))).relu().mean((2, 3))
+        return how(self.last, how(self.head, x).relu())
+
+
+def pair(norm: type[nn.Module] = nn.BatchNorm2d) -> Iterator[Net]:
+    for how in (by_position, by_name):
+        torch.manual_seed(0)
+        yield randomise(Net(how, norm)).eval()
+
+
+IMAGES = torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"compensation": "mean"},
+    {"compensation": "mean", "scope": "global", "reestimate": True, "calibration": IMAGES},
+    {"compensation": "linear", "calibration": IMAGES},
+    {"compensation": "reconstruct", "calibration": IMAGES},
+    {"compensation": "mean", "calibration": "distilled"},
+]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.GroupNorm, Shifted])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "default")
+def test_keyword_calls_prune_like_positional_ones(
+    options: dict[str, Any], norm: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path))
+    states = []
+    for net in pair(norm):
+        ss_pruning.prune_(net, IMAGES[:2], params=0.6, **options)
+        states.append(net.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name)
+
+
+def test_keyword_calls_compact_like_positional_ones() -> None:
+    widths = []
+    for net in pair():
+        with torch.no_grad():
+            net.n1.weight[:8] = 0
+        expected = net(IMAGES)
+        ss_pruning.compact_(net, IMAGES[:2])
+        torch.testing.assert_close(net(IMAGES), expected, atol=1e-4, rtol=1e-4)
+        widths.append(net.inner.out_channels)
+    assert widths[0] == widths[1] < 16
+
+
+def test_layers_called_by_keyword_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path))
+    net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})
+    net.forward = lambda x: net["conv"](input=x)  # type: ignore[method-assign]
+    times = layer_times(net, IMAGES[:1], ss_pruning.trace(net, IMAGES[:1]))
+    assert list(times.layers) == ["conv"]
+
+
+def test_first_argument_is_found_and_replaced_whatever_its_name() -> None:
+    norm = Shifted(2, 4)
+    assert given(norm, (), {"by": 1.0, "maps": 2}) == 2
+    assert given(norm, (3,), {"by": 1.0}) == 3
+    assert given(norm, (), {}) is None
+    assert replaced(norm, (), {"by": 1.0, "maps": 2}, 5) == ((), {"by": 1.0, "maps": 5})
+    assert replaced(norm, (3, 1.0), {}, 5) == ((5, 1.0), {})
+
+
+def test_hooks_see_and_replace_and_go_away() -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    seen: list[Tensor] = []
+    before = on_input(layer, lambda _, x: 2 * x)
+    after = on_output(layer, lambda _, x, y: seen.append(x))
+    assert torch.equal(layer(input=x), layer(x))
+    assert all(torch.equal(one, 2 * x) for one in seen)
+    assert len(seen) == 2
+    before.remove()
+    after.remove()
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks

@@ -1,0 +1,153 @@
+"""Sums that a layer's output ends in are found whatever the style, and only where the other side is there in time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ss_pruning import prune_, trace
+from ss_pruning.compensation.folding import norms_behind
+from ss_pruning.compensation.reconstruction import reconstruct_
+from ss_pruning.compensation.residual_sums import Others, Sum, find_sums, slope
+from tests.support.snapshot import snapshot
+from tests.support.zoo import randomise
+
+
+class Block(nn.Module):
+    """A residual block; `style` says how the sum is written."""
+
+    def __init__(self, style: str, width: int = 6) -> None:
+        super().__init__()
+        self.style = style
+        self.conv1, self.bn1 = nn.Conv2d(width, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, width, 3, padding=1, bias=False)
+        self.bn2 = nn.Identity() if style == "bare" else nn.BatchNorm2d(width)
+        self.rest = nn.Identity()
+        self.gain = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.style == "in place":
+            y += x
+        elif self.style == "reversed":
+            y = torch.add(x, self.rest(y))
+        elif self.style == "gated":
+            y = y * self.gain + x
+        elif self.style == "rectified":
+            y = F.relu_(y) + x
+        elif self.style == "alone":
+            y = y + 1.0
+        else:
+            y = x + y
+        return F.relu(y)
+
+
+class Net(nn.Module):
+    def __init__(self, *styles: str) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(*(Block(style) for style in styles))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+def sums_of(model: nn.Module, x: Tensor) -> dict[str, Sum]:
+    return find_sums(model, x, norms_behind(trace(model, x)))
+
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("style", ["plain", "in place", "reversed", "bare"])
+def test_a_sum_is_found_however_it_is_written(style: str) -> None:
+    model = randomise(Net("plain", style), 0).eval()
+    before = snapshot(model)
+    found = sums_of(model, IMAGE)
+    assert set(found) == {"blocks.0.conv2", "blocks.1.conv2"}
+    assert found["blocks.1.conv2"] == Sum(None if style == "bare" else "blocks.1.bn2", "blocks.0", "out")
+    assert snapshot(model) == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("style", ["gated", "rectified", "alone"])
+def test_what_is_no_plain_sum_is_left_alone(style: str) -> None:
+    assert set(sums_of(randomise(Net("plain", style), 0).eval(), IMAGE)) == {"blocks.0.conv2"}
+
+
+def test_the_branch_that_runs_last_makes_up_for_the_other() -> None:
+    model = torchvision.models.resnet18(weights=None).eval()
+    found = sums_of(model, torch.zeros(1, 3, 64, 64))
+    assert found["layer2.0.downsample.0"] == Sum("layer2.0.downsample.1", "layer2.0.bn2", "out")
+    assert "layer2.0.conv2" not in found  # the shortcut is not there yet when it runs
+    assert found["layer2.1.conv2"].norm == "layer2.1.bn2"
+
+
+class Rectifying(nn.BatchNorm2d):
+    """A norm with an activation inside, as timm has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_a_norm_with_an_activation_inside_is_not_affine() -> None:
+    model = randomise(Net("plain"), 0).eval()
+    model.blocks[0].bn2 = Rectifying(6).eval()
+    assert not sums_of(model, IMAGE)
+
+
+def test_the_slope_is_the_derivative_of_the_norm() -> None:
+    norm = randomise(nn.BatchNorm2d(5), 1).double().eval()
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        moved = norm(x + 1) - norm(x)
+    assert torch.allclose(slope(norm, x).expand_as(x), moved)
+    norm.weight.data[2] = 1e-9
+    assert slope(norm, x)[2].isinf().all()
+
+
+def test_others_are_those_of_the_run() -> None:
+    model = randomise(Net("plain", "plain"), 0).eval()
+    x = torch.randn(2, 3, 8, 8)
+    found = sums_of(model, x)
+    with torch.no_grad(), Others(model, found) as others:
+        model(x)
+        stream = model.blocks[0](F.relu(model.norm(model.stem(x))))
+        taken = others.take("blocks.1.conv2")
+        norm = model.blocks[1].bn2
+        assert torch.allclose(taken * slope(norm, taken), stream, atol=1e-6)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, fresh = (torch.randn(n, 3, 12, 12, generator=generator) for n in (128, 64))
+
+    def run(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            stream: Tensor = model.eval().blocks(F.relu(dense.norm(dense.stem(fresh))))
+        return stream
+
+    def error() -> float:
+        model = copy.deepcopy(small)
+        reconstruct_(model, dense, small.ss_pruning_plan, trace(dense, IMAGE), x)
+        return float((run(model) - run(dense)).square().mean())
+
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        dense = randomise(Net(*["plain"] * 4), seed).eval()
+        small = copy.deepcopy(dense)
+        prune_(small, IMAGE, ratio=0.5, ignore=["stem", *(f"blocks.{i}.conv2" for i in range(4))])
+        with_sums = error()
+        with monkeypatch.context() as without:
+            without.setattr("ss_pruning.compensation.reconstruction.find_sums", lambda *_: {})
+            ratios.append(with_sums / error())
+    assert max(ratios) < 1
+    assert sum(ratios) / 3 < 0.9

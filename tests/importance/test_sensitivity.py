@@ -1,0 +1,862 @@
+"""Measured damage, against loops that run one copy at a time and fit one channel at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ss_pruning import SynapticImportance, prune_
+from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.progress import Clock
+from ss_pruning.compensation.apply import cut_
+from ss_pruning.compensation.batchnorm import noise_like
+from ss_pruning.config import SOLVED, Method
+from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
+from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.groups import Coupling, couple, ranks_of
+from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.activation_stats import measure
+from ss_pruning.importance.batched_ablation import Lab
+from ss_pruning.importance.regression import precision
+from ss_pruning.importance.sensitivity import (
+    LEAST_IMAGES,
+    _context,
+    _held_out,
+    _hull,
+    _readers,
+    _removed,
+    _scored,
+    added_by,
+    by_damage,
+)
+from ss_pruning.importance.shared_prefix import Prefix
+from ss_pruning.planning.allocation import Budget, Costs, allot, schedule, select, to_plan
+from ss_pruning.planning.ranking import Contest
+from ss_pruning.report.notes import certainty
+from ss_pruning.surgery.plan import Cut, Plan
+
+BATCH = 8
+
+
+def images(count: int = 16, size: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(width: int) -> nn.BatchNorm2d:
+    made = nn.BatchNorm2d(width)
+    made.running_mean = 0.1 * torch.randn(width)
+    made.running_var = 0.5 + torch.rand(width)
+    return made
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), norm(6), nn.ReLU(),
+        nn.Conv2d(6, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    ).eval()  # fmt: skip
+
+
+def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct", follow: bool = False) -> Lab:
+    wiring = trace(model, x[:1])
+    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
+    moments = measure(model, wiring, [x], None, paths, covariance=method in SOLVED)
+    return Lab(model, wiring, x, moments, method, follow)
+
+
+def fitted(y: Tensor, dense: Tensor) -> Tensor:
+    """Each channel of `y`, scaled and shifted to come closest to `dense`."""
+    out = y.clone()
+    for c in range(y.shape[1]):
+        a, b = y[:, c].flatten().double(), dense[:, c].flatten().double()
+        design = torch.stack([a, torch.ones_like(a)], 1)
+        scale, shift = torch.linalg.lstsq(design, b).solution
+        out[:, c] = (scale * y[:, c].double() + shift).float()
+    return out
+
+
+def following(layer: Any, small: Tensor, dense: Tensor) -> Any:
+    """The norm with statistics that have moved as far as what reaches it."""
+    moved = copy.deepcopy(layer)
+    assert isinstance(moved.running_mean, Tensor)
+    assert isinstance(moved.running_var, Tensor)
+    for c in range(dense.shape[1]):
+        before, after = dense[:, c].double(), small[:, c].double()
+        grown = (after.var(correction=0) + layer.eps) / (before.var(correction=0) + layer.eps)
+        moved.running_var[c] = grown * (moved.running_var[c] + layer.eps) - layer.eps
+        moved.running_mean[c] = after.mean() + (moved.running_mean[c] - before.mean()) * grown.sqrt()
+    return moved
+
+
+def by_loops(
+    model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method: str, follow: bool = False
+) -> float:
+    """Damage of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
+    dense = small = x
+    for number, layer in enumerate(model):
+        gone, shift = cut.get(number), torch.zeros(())
+        if gone:
+            rows, others = (t.movedim(1, -1).flatten(0, -2).double() for t in (dense, small))
+            kept = [c for c in range(rows.shape[1]) if c not in gone]
+            one = torch.ones(len(rows), 1, dtype=torch.float64)
+            told = torch.cat([rows[:, kept] if method in SOLVED else 0 * rows[:, kept], one], 1)
+            solution = torch.linalg.lstsq(told, rows[:, gone], driver="gelsd").solution
+            solution = solution * (method != "none")
+            if method in ("mean", "linear"):  # what is constant goes into the bias, which knows of no border
+                taps = layer.weight[:, gone].unflatten(1, (len(gone), 1)).flatten(2).sum(2)
+                shift = (taps.double() @ solution[-1]).float().reshape(-1, *[1] * (dense.dim() - 2))
+                solution[-1] = 0
+            predicted = torch.cat([others[:, kept], one], 1) @ solution
+            small = small.clone()
+            small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
+        moved = following(layer, small, dense) if follow and isinstance(layer, nn.BatchNorm2d) else layer
+        dense, small = layer(dense), moved(small) + shift
+        if method == "reconstruct" and number >= min(cut) and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            small = fitted(small, dense)
+    return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
+
+
+@torch.no_grad()
+def test_it_is_what_loops_from_the_definition_give() -> None:
+    model, x = chain(), images()
+    cuts = [[1], [0, 5], [2, 3, 4, 6]]
+    found = lab_of(model, x).damage([{"3": np.array(gone)} for gone in cuts])
+    wanted = [by_loops(model, x, {3: gone}, "reconstruct") for gone in cuts]
+    assert found.tolist() == pytest.approx(wanted, rel=0.02)  # but for the regression's ridge
+    assert min(wanted) > 1e-3
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize(("method", "close"), [("none", 1e-4), ("mean", 1e-4), ("linear", 0.02)])
+@torch.no_grad()
+def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(
+    method: Any, close: float, follow: bool
+) -> None:
+    model, x = chain(), images()
+    cuts: list[dict[int, list[int]]] = [{3: [1]}, {3: [0, 5], 6: [2]}, {3: [4], 6: [1, 3]}, {}]
+    lab = lab_of(model, x, method, follow)
+    found = lab.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
+    wanted = [by_loops(model, x, cut, method, follow) for cut in cuts]
+    assert found.tolist() == pytest.approx(wanted, rel=close, abs=1e-7)
+    assert min(wanted[:3]) > 1e-3
+    assert wanted[3] < 1e-7
+    otherwise = by_loops(model, x, cuts[1], method, not follow)
+    assert abs(wanted[1] / otherwise - 1) > 0.05
+
+
+class Flat(nn.Module):
+    """Its norm sees the positions of all images as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.flat = nn.Conv2d(3, 8, 1), nn.BatchNorm1d(6)
+        self.narrow, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.narrow(x).movedim(1, -1).flatten(0, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.flat(self.rows(torch.relu(self.wide(x)))).relu()
+        out: Tensor = self.head(rows.unflatten(0, (len(x), -1)).mean(1))
+        return out
+
+
+@torch.no_grad()
+def test_a_norm_that_sees_rows_follows_copy_by_copy() -> None:
+    model, x = Flat().eval(), images()
+    gone = [0, 3, 5]
+    (found,) = lab_of(model, x, "mean", follow=True).damage([{"narrow": np.array(gone)}])
+    dense = torch.relu(model.wide(x))
+    small = dense.clone()
+    small[:, gone] = dense[:, gone].mean((0, 2, 3), keepdim=True)
+    moved = following(model.flat, model.rows(small), model.rows(dense))
+    y = model.head(moved(model.rows(small)).relu().unflatten(0, (len(x), -1)).mean(1))
+    wanted = (y - model(x)).square().mean() / (model(x) - model(x).mean(0)).square().mean()
+    assert found == pytest.approx(float(wanted), rel=1e-3)
+    assert wanted > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "reestimate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
+)
+def test_norms_follow_where_they_will(
+    method: Any, reestimate: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    class Seen(Lab):
+        def __post_init__(self) -> None:
+            seen.append(self.follow)
+            super().__post_init__()
+
+    monkeypatch.setattr("ss_pruning.importance.sensitivity.Lab", Seen)
+    x = images()
+    report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, reestimate=reestimate)
+    wanted = method == "mean" if reestimate is None else reestimate
+    assert seen == [wanted] == [report.settings.get("reestimate", False)]
+
+
+Wired = tuple[Wiring, Coupling, list[list[Floats]]]
+
+
+def wired(model: nn.Module, x: Tensor) -> Wired:
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    return wiring, coupling, [[1.0 + np.arange(c.size) for c in unit.cells] for unit in coupling.units]
+
+
+def halves(coupling: Coupling) -> Ints:
+    return np.array([unit.steps // 2 for unit in coupling.units])
+
+
+@pytest.mark.parametrize("method", ["none", "mean"])
+@torch.no_grad()
+def test_beside_other_cuts_it_is_what_a_cut_adds_to_them(method: Any) -> None:
+    x = images()
+    model = chain()
+    wiring, coupling, scores = wired(model, x)
+    lab = lab_of(model, x, method)
+    context = _context(coupling, wiring, scores, halves(coupling))
+    assert {path: gone.tolist() for path, gone in context.items()} == {
+        "3": [0, 1, 2, 3], "6": [0, 1, 2], "10": [0, 1]
+    }  # fmt: skip
+    unit = next(unit for unit in coupling.units if unit.name == "3")  # read by 6
+    ((found),) = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, context)
+    others = {3: [0, 1, 2, 3], 10: [0, 1]}
+    base = by_loops(model, x, others, method)
+    lost = [by_loops(model, x, {**others, 6: list(range(stop))}, method) - base for stop in range(1, 6)]
+    assert found.sum() - found[-1] == pytest.approx(max(0.0, *lost), rel=1e-3)  # the last channel never goes
+    alone = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, {})[0]
+    assert not np.allclose(found, alone, rtol=0.01)
+
+
+@pytest.mark.parametrize("method", ["none", "mean", "linear"])
+@torch.no_grad()
+def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_taken(method: Any) -> None:
+    x = images(64)
+    torch.manual_seed(6)
+    layers = ((nn.Conv2d(3 if not i else 16, 16, 3, padding=1), norm(16), nn.ReLU()) for i in range(6))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    model = nn.Sequential(*(layer for block in layers for layer in block), *head).eval()
+    wiring, coupling, scores = wired(model, x)
+    steps: list[tuple[int, int]] = []
+
+    costs = Costs(model, x[:1], wiring, coupling)
+
+    def taken(scores: list[list[Floats]]) -> Ints:
+        return allot(coupling.units, scores, costs, Budget("macs", 0.6), 1.0)[1]
+
+    def note(*step: int) -> None:
+        steps.append((step[0], step[1]))
+
+    chosen = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, note)
+    assert steps[0] == (0, 2 * len(scores))
+    assert steps[-1] == (2 * len(scores), 2 * len(scores))
+    assert sorted(steps) == steps
+    held, others = _held_out(x)
+    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
+    moments = measure(model, wiring, others.split(BATCH), None, paths, covariance=method in SOLVED)
+    lab = Lab(model, wiring, held, moments, method)
+    alone = [_scored(lab, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
+    context = _context(coupling, wiring, alone, taken(alone))
+    beside = [_scored(lab, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
+    both = [[c + d for c, d in zip(a, b, strict=True)] for a, b in zip(alone, beside, strict=True)]
+
+    def loses(scores: list[list[Floats]]) -> float:
+        gone = _context(coupling, wiring, scores, taken(scores))
+        return float(lab.damage([gone])[0])
+
+    assert loses(chosen) == pytest.approx(min(map(loses, (alone, beside, both))), rel=1e-3)
+    assert len({loses(found) for found in (alone, beside, both)}) == 3
+
+
+@torch.no_grad()
+def test_what_the_others_can_tell_does_no_damage() -> None:
+    model = chain()
+    for tensor in (model[0].weight, model[0].bias, *model[1].parameters(), *list(model[1].buffers())[:2]):
+        tensor[7] = tensor[2]  # the same channel twice
+    model[1].weight[4], model[1].bias[4] = 0.0, -1.0  # behind the ReLU always 0
+    lost = lab_of(model, images()).damage([{"3": np.array(gone)} for gone in ([7], [4], [2, 7])])
+    assert lost[:2].max() < 1e-4 < 1e-3 < lost[2]
+
+
+@torch.no_grad()
+def test_what_the_layers_behind_make_up_for_does_no_damage() -> None:
+    model = chain()
+    model[3].weight[:, 6] = 0
+    model[3].weight[2] = 0  # an output that reads channel 6 and nothing else,
+    model[3].weight[2, 6, 1, 1] = 1
+    model[6].weight[:, 2] = 0  # and that nothing reads
+    assert lab_of(model, images()).damage([{"3": np.array([6])}])[0] < 1e-9
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.data())
+def test_the_hull_is_below_all_points_and_bends_upwards(values: list[float], data: Any) -> None:
+    steps = data.draw(st.lists(st.integers(1, 9), min_size=len(values), max_size=len(values)))
+    x, y = np.cumsum([0, *steps]), np.array([0.0, *values])
+    corners = _hull(x, y)
+    ends, heights = (np.array(part) for part in zip(*corners, strict=True))
+    assert (corners[0], corners[-1]) == ((0, 0.0), (x[-1], y[-1]))
+    assert np.all(np.interp(x, ends, heights) <= y + 1e-12)
+    slopes = np.diff(heights) / np.diff(ends)
+    assert np.all(np.diff(slopes) >= -1e-12)
+
+
+@given(
+    st.lists(st.floats(0, 1e3), min_size=4, max_size=40),
+    st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_what_steps_add_grows_and_sums_to_the_damage(
+    scores: list[float], damage: list[float], dead: bool
+) -> None:
+    ascending = np.sort(np.array(scores)) * (not dead)
+    stops = np.unique(np.linspace(1, len(scores) - 1, len(damage)).round().astype(np.int64))
+    measured = np.array(damage[: len(stops)])
+    added = added_by(stops, measured, ascending)
+    assert len(added) == len(scores)
+    assert np.all(np.diff(added) > 0)
+    assert added[: stops[-1]].sum() == pytest.approx(measured.max(), abs=1e-9)
+
+
+def residual() -> nn.Module:
+    """A stream, a depthwise and a grouped convolution, a concatenation, a norm over channels."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8))
+            self.expand = nn.Sequential(nn.Conv2d(8, 16, 1), norm(16), nn.ReLU6())
+            self.deep = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), norm(16), nn.ReLU6())
+            self.project = nn.Sequential(nn.Conv2d(16, 8, 1), norm(8))
+            self.grouped = nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.GroupNorm(2, 8), nn.ReLU()
+            )
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            x = x + self.project(self.deep(self.expand(x)))
+            return self.head(torch.cat([x, self.grouped(x)], 1).mean((2, 3)))
+
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
+    model, x = residual(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    generator = np.random.default_rng(0)
+    scores = [[generator.random(cell.size) for cell in unit.cells] for unit in coupling.units]
+    steps: list[tuple[int, int]] = []
+    found = by_damage(
+        model, wiring, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(done, len(scores)) for done in range(len(scores) + 1)]
+    for unit, measured in zip(scores, found, strict=True):
+        ranks = zip(ranks_of(unit), ranks_of(measured), strict=True)
+        assert all(np.array_equal(a, b) for a, b in ranks)
+        assert all((cell >= 0).all() and np.isfinite(cell).all() for cell in measured)
+
+
+def test_scores_that_are_not_finite_stay() -> None:
+    model, x = chain(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.full(cell.size, np.inf) for cell in unit.cells] for unit in coupling.units]
+    found = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    assert all(np.isinf(cell).all() for unit in found for cell in unit)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x = residual().train(), images()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
+    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class Blended(nn.Module):
+    """Every image sees the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x))
+        y = y * torch.linspace(0, 1, len(y)).reshape(-1, 1, 1, 1)
+        return self.head(y).mean((2, 3))
+
+
+def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() -> None:
+    model = Blended()
+    with pytest.raises(ModelError, match="others in its batch"):
+        prune_(model, images(1), macs=0.7, compensation="reconstruct", calibration=images(), scope="measured")
+    assert model.body.out_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("compensation", "weight"), [("none", 0.75), ("mean", 0.75), ("linear", 0.5), ("reconstruct", 0.5)]
+)
+def test_it_is_the_default_where_there_are_images(compensation: Any, weight: float) -> None:
+    found = []
+    for count in (LEAST_IMAGES - 1, LEAST_IMAGES):
+        report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(count))
+        found.append((report.settings["scope"], report.settings["cost_exponent"]))
+    assert found == [("global", weight), ("measured", 1.0)]
+
+
+class Pair(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.body(x + y)
+        return out
+
+
+class Crowd(nn.Module):
+    """What it says of an image depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out * torch.arange(1, 1 + len(out))[:, None]
+
+
+def without_norms() -> nn.Module:
+    return nn.Sequential(*[layer for layer in chain() if not isinstance(layer, nn.BatchNorm2d)])
+
+
+@pytest.mark.parametrize(
+    ("make", "compensation", "wanted"),
+    [
+        (chain, "none", ("global", 0.75)),
+        (chain, "mean", ("measured", 0.75)),
+        (without_norms, "mean", ("global", 0.75)),
+        (Pair, "mean", ("global", 0.75)),
+        (Crowd, "mean", ("global", 0.75)),
+    ],
+)
+def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
+    make: Any, compensation: Any, wanted: tuple[str, float]
+) -> None:
+    model = make()
+    x: Any = (images(1), images(1)) if make is Pair else images(1)
+    report = prune_(model, x, macs=0.7, compensation=compensation)
+    assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
+    on = report.settings.get("damage measured on")
+    assert on == ("noise" if wanted[0] == "measured" else None)
+    assert (f"did to the output on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
+    why = report.settings.get("damage not measured on noise", "")
+    assert ("depends on the others in its batch" in why) is (make is Crowd)
+    assert report.macs_after <= 0.7 * report.macs_before
+
+
+@pytest.mark.parametrize("importance", [None, SynapticImportance()], ids=["default", "share"])
+def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = chain(), images(1)
+    wiring, coupling, _ = wired(model, x)
+    contest = Contest(
+        model, x, wiring, coupling, Costs(model, x, wiring, coupling), Budget("macs", 0.7),
+        {"max_ratio": 0.9, "round_to": None}, importance, None, "mean", True, None,
+    )  # fmt: skip
+    seen: list[Tensor] = []
+
+    def damage(net: nn.Module, *args: Any) -> list[list[Floats]]:
+        assert net is not model
+        seen.append(args[3])
+        return [[np.arange(1.0, 1 + len(cell)) for cell in unit] for unit in args[2]]
+
+    monkeypatch.setattr("ss_pruning.planning.ranking.by_damage", damage)
+    found = contest.ranked("measured", Clock(lambda *_: None)).scores
+    relevance = contest._scores(importance or SynapticImportance(score="relevance"))
+    for unit, scores in zip(found, relevance, strict=True):
+        for cell, score in zip(unit, scores, strict=True):
+            lost = np.arange(1.0, 1 + len(cell))
+            wanted = lost if importance else np.cbrt(lost * lost * score)
+            assert cell.tolist() == pytest.approx(wanted.tolist())
+    assert torch.equal(seen[0].inputs, noise_like(x).inputs)
+
+
+def test_a_model_whose_channels_all_stay_is_told_why() -> None:
+    with pytest.raises(NothingToPruneError, match="Left whole: "):
+        prune_(chain(), images(1), macs=0.7, calibration=images(), ignore=[""])
+
+
+def test_a_budget_out_of_reach_is_said_before_the_cut() -> None:
+    model = chain()
+    with pytest.raises(BudgetError, match="the smallest is"):
+        prune_(model, images(1), macs=0.001, calibration=images())
+    assert model[0].out_channels == 8
+
+
+def test_what_is_asked_for_is_what_is_done() -> None:
+    settings = prune_(
+        chain(), images(1), macs=0.7, scope="measured", cost_exponent=0.3, calibration=images()
+    ).settings
+    assert (settings["scope"], settings["cost_exponent"]) == ("measured", 0.3)
+    few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "measured"}
+    with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
+        prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
+    settings = prune_(chain(), images(1), macs=0.7, scope="measured").settings
+    assert (settings["scope"], settings["compensation"]) == ("measured", "none")
+    for make, x in ((without_norms, images(1)), (Pair, (images(1), images(1)))):
+        with pytest.raises(InputError, match="needs calibration="):
+            prune_(make(), x, macs=0.7, scope="measured")
+    with pytest.raises(ModelError, match="depends on the others in its batch"):
+        prune_(Crowd(), images(1), macs=0.7, scope="measured")
+
+
+def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, str]] = []
+    real = SynapticImportance.__init__
+
+    def watch(self: SynapticImportance, *args: Any, **options: Any) -> None:
+        seen.append((options.get("conditional", 0), options["score"]))
+        real(self, *args, **options)
+
+    monkeypatch.setattr(SynapticImportance, "__init__", watch)
+    for scope in ("measured", "global"):
+        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images()}
+        prune_(chain(), images(1), macs=0.7, **given)
+    prune_(chain(), images(1), macs=0.7, compensation="mean", calibration=images())
+    assert seen == [(1.0, "share"), (0.5, "share"), (0, "relevance")]
+
+
+def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
+    """Two like branches, one of them next to silent at the end: only what is behind tells them apart."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loud, self.quiet = (
+                nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 1)) for _ in range(2)
+            )
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.loud(x) + 1e-3 * self.quiet(x)).mean((2, 3)))
+
+    torch.manual_seed(2)
+    model = Net()
+    for a, b in zip(model.loud.parameters(), model.quiet.parameters(), strict=True):
+        b.data.copy_(a.data)
+    kept = {}
+    for scope in ("global", "measured"):
+        torch.manual_seed(2)
+        twin = Net()
+        twin.load_state_dict(model.state_dict())
+        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images(32)}
+        prune_(twin, images(1), ratio=0.3, ignore=["loud.2", "quiet.2"], **given)
+        kept[scope] = twin.loud[0].out_channels - twin.quiet[0].out_channels
+    assert abs(kept["global"]) <= 1
+    assert kept["measured"] >= 5
+
+
+class Twice(nn.Module):
+    """One layer runs in front of the cut and again behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.wide = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 9, 1)
+        self.back, self.head = nn.Conv2d(9, 3, 1), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.back(torch.relu(self.wide(torch.relu(self.shared(x)))))
+        return self.head(torch.relu(self.shared(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [residual, Twice])
+@pytest.mark.parametrize(
+    ("method", "follow"), [("none", False), ("none", True), ("linear", True), ("reconstruct", False)]
+)
+def test_what_all_copies_share_is_run_once_and_changes_nothing(
+    make: Any, method: Any, follow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model, x = make(), images()
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
+    taken = None if method == "reconstruct" else lambda _: halves(coupling)
+    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
+    monkeypatch.setattr(Prefix, "before", lambda *_: [])
+    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    for a, b in zip(once, always, strict=True):
+        assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
+
+
+class Tokens(nn.Module):
+    """A linear layer that runs on a table, not on images; the channels of the table stay."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table, self.embed = nn.Parameter(torch.randn(rows, 5)), nn.Linear(5, 6)
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x)).mean((2, 3))
+        return self.head(torch.relu(y + self.embed(self.table).mean(0)))
+
+
+@pytest.mark.parametrize("rows", [7, 12])
+def test_a_layer_that_does_not_see_images_is_left_alone(rows: int) -> None:
+    torch.manual_seed(4)
+    model = Tokens(rows)
+    report = prune_(model, images(1), macs=0.7, compensation="linear", calibration=images())
+    assert report.settings["scope"] == "measured"
+    assert model.body.out_channels == model.embed.out_features < 6
+
+
+def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
+    class Small(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 64:
+                raise RuntimeError("out of memory")
+            out: Tensor = super().forward(x)
+            return out
+
+    model = Small(*chain())
+    with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
+        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80), scope="measured")
+    assert model[0].out_channels == 8
+
+
+@torch.no_grad()
+def test_few_rows_do_not_explain_a_wide_layer() -> None:
+    """A head reads one vector an image: with fewer images than channels, any of them could be fitted from the rest."""
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 256, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 40)
+    )
+    x = images(24)
+    wiring = trace(model, x[:1])
+    coupling = couple(wiring, model)
+    ((found,),) = by_damage(model, wiring, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
+    assert found[:230].sum() > 0.3
+
+
+def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
+    x = torch.arange(20.0)[:, None]
+    held, others = _held_out(x)
+    assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
+    assert (len(held), len(others)) == (10, 10)
+    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [32, 68]
+
+
+def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
+    covariance = torch.eye(4, dtype=torch.float64)
+    covariance[0, 1] = covariance[1, 0] = 1.01
+    assert precision(covariance, 1, 10**9).isfinite().all()
+    with pytest.raises(ModelError, match="not finite"):
+        precision(covariance * torch.nan, 1, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("compensation", "times"), [("none", 2), ("mean", 2), ("linear", 2), ("reconstruct", 1)]
+)
+def test_it_is_measured_beside_other_cuts_where_no_layer_behind_takes_back(
+    compensation: Any, times: int
+) -> None:
+    steps: list[tuple[int, int]] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        steps.extend([(done, total)] * (stage == "measure"))
+
+    prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(), progress=note)
+    assert steps[-1] == (3 * times, 3 * times)  # three layers whose channels may go
+
+
+READERS = {
+    "1x1": lambda: nn.Conv2d(16, 12, 1),
+    "two groups": lambda: nn.Conv2d(16, 12, 1, groups=2),
+    "four groups": lambda: nn.Conv2d(16, 12, 3, groups=4),
+    "eight groups": lambda: nn.Conv2d(16, 16, 1, groups=8),
+    "padded": lambda: nn.Conv2d(16, 12, 3, padding=1),
+    "padded groups": lambda: nn.Conv2d(16, 12, 3, padding=1, stride=2, groups=4),
+    "behind a depthwise one": lambda: nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 12, 1)),
+    "transposed": lambda: nn.ConvTranspose2d(16, 12, 3, stride=2),
+    "transposed groups": lambda: nn.ConvTranspose2d(16, 12, 2, stride=2, groups=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["none", "mean", "linear"])
+@pytest.mark.parametrize("reader", READERS)
+@torch.no_grad()
+def test_predicted_damage_is_true_damage(reader: str, method: Any) -> None:
+    """Measured, and then cut and compensated on the same images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), READERS[reader](), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()  # fmt: skip
+    mixed = torch.randn(16, 16) * torch.block_diag(*[torch.ones(4, 4)] * 4)  # neighbours tell of each other
+    model[0].weight.copy_((mixed @ model[0].weight.flatten(1)).reshape_as(model[0].weight))
+    x = images(24, 10)
+    wiring, coupling, _ = wired(model, x)
+    unit = next(unit for unit in coupling.units if unit.name == "0")
+    scores = [np.random.default_rng(0).random(cell.size) for cell in unit.cells]
+    steps = unit.steps // 2
+    gone = _removed(unit, ranks_of(scores), steps, _readers(unit, wiring))
+    assert sum(len(channels) for channels in gone.values()) == 8
+    predicted = lab_of(model, x, method).damage([gone])[0]
+    chosen = schedule([unit], [scores], max_ratio=1.0)
+    plan = to_plan(select(chosen, [unit], np.array([steps]), coupling), coupling, wiring)
+    small = copy.deepcopy(model)
+    cut_(small, plan, wiring, method, x, x[:1])
+    assert small[0].out_channels == 8
+    dense = model(x)
+    true = (small(x) - dense).square().mean() / (dense - dense.mean(0)).square().mean()
+    assert predicted == pytest.approx(float(true), rel=1e-3)
+    assert true > 1e-3
+
+
+@torch.no_grad()
+def test_in_groups_a_regression_takes_back_what_the_mean_leaves() -> None:
+    """Each channel of the group has a double in it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    for tensor in (model[0].weight, model[0].bias):
+        tensor.copy_(tensor[::2].repeat_interleave(2, 0))
+    x, found = images(24, 10), {}
+    plan = Plan((Cut("0", "out", 16, tuple(range(0, 16, 2))), Cut("2", "in", 16, tuple(range(0, 16, 2)))))
+    for method in ("mean", "linear"):
+        small = copy.deepcopy(model)
+        outcome = cut_(small, plan, trace(model, x), method, x, x)[1]  # type: ignore[arg-type]
+        assert outcome.layers == ["2"]
+        found[method] = float((small(x) - model(x)).square().mean() / model(x).var(0).mean())
+    assert found["linear"] < 1e-4 < 1e-2 < found["mean"]
+
+
+class Marked(SynapticImportance):
+    """Scores by place; says of one layer's last channel that it stays."""
+
+    def __init__(self, scale: float, mark: float | None, layer: str = "3") -> None:
+        super().__init__()
+        self.scale, self.mark, self.layer = scale, mark, layer
+
+    def __call__(self, group: Any) -> Tensor:
+        scores = self.scale * torch.linspace(1, 2, len(group[0].idxs))
+        if self.mark is not None and group[0].dep.target.name == self.layer:
+            scores[0] = self.mark
+        return scores
+
+
+@pytest.mark.parametrize("scope", ["measured", "global", "local"])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_infinity_keeps_a_channel_and_changes_nothing_elsewhere(scope: Any, scale: float) -> None:
+    """It is the weakest one otherwise: the first to go in each scope."""
+    widths = []
+    for mark in (None, torch.inf):
+        model, x = chain(), images()
+        prune_(model, x[:1], ratio=0.5, importance=Marked(scale, mark), calibration=x, scope=scope)
+        widths.append([m.out_channels for m in model if isinstance(m, nn.Conv2d)])
+        stays = {cut.path: cut.kept for cut in model.ss_pruning_plan.cuts if cut.side == "out"}
+        assert (0 in stays.get("3", range(6))) is (mark is not None)
+    assert max(abs(a - b) for a, b in zip(*widths, strict=True)) <= 1
+
+
+def test_a_layer_that_is_kept_whole_loses_nothing() -> None:
+    class All(Marked):
+        def __call__(self, group: Any) -> Tensor:
+            scores = super().__call__(group)
+            return torch.full_like(scores, torch.inf) if group[0].dep.target.name == "3" else scores
+
+    for scope in ("measured", "global", "local"):
+        model, x = chain(), images()
+        prune_(model, x[:1], ratio=0.3, importance=All(1.0, None), calibration=x, scope=scope)  # type: ignore[arg-type]
+        assert model[3].out_channels == 6
+        assert model[0].out_channels + model[6].out_channels < 13
+
+
+@pytest.mark.parametrize("mark", [-torch.inf, torch.nan])
+def test_what_is_no_score_is_refused_by_the_layers_name(mark: float) -> None:
+    model, x = chain(), images()
+    with pytest.raises(InputError, match=r"Marked gave 6 scores \(1 of them NaN or -inf\).*'3'"):
+        prune_(model, x[:1], ratio=0.3, importance=Marked(1.0, mark))
+
+
+class Fixed(nn.Module):
+    """Runs on some numbers of images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in (1, 2, 8, 16):
+            raise RuntimeError(f"{len(x)} images")
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
+    x = images()
+    with pytest.raises(ModelError, match=r"40 images.*scope='global'"):
+        prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="measured")
+    report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
+    assert report.settings["scope"] == "global"
+    assert report.settings["cost_exponent"] == 0.75
+    assert "40 images" in report.settings["damage not measured"]
+    other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="global")
+    assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
+    assert "damage not measured" not in other.settings
+
+
+class Anchored(nn.Module):
+    """Puts out a constant beside its answer, and hands one to a block."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.first, self.rest = Block(), chain()[3:]
+        self.register_buffer("table", torch.linspace(0, 1, length) / length)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rest(self.first(x, self.table)), self.table
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = chain()[:3]
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + table.sum()
+        return out
+
+
+@pytest.mark.parametrize("method", ["none", "reconstruct"])
+@torch.no_grad()
+def test_a_constant_is_no_batch_however_long_it_is(method: Any) -> None:
+    x = images()
+    cuts = [{"rest.3": np.array(gone)} for gone in ([0], [0, 1], [2, 3], [4, 5])]
+    wanted = lab_of(Anchored(79).eval(), x, method).damage(cuts)
+    assert wanted.max() > 1e-3
+    for length in (16, 32, 64, 80, 240, 960):
+        found = lab_of(Anchored(length).eval(), x, method).damage(cuts)
+        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=1e-7)

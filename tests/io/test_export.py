@@ -1,0 +1,273 @@
+"""What is written for other runtimes puts out what the model does, whatever the batch; anything else is not kept."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import ss_pruning
+from ss_pruning.errors import InputError, ModelError, VerificationError
+from ss_pruning.io import export as exporting
+from ss_pruning.io.export import export
+from tests.support.snapshot import snapshot
+from tests.support.zoo import randomise
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+pytest.importorskip("onnxscript", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y: Tensor = self.head((x + self.body(x)).mean((2, 3)))
+        return y
+
+
+class TwoWays(nn.Module):
+    """Two inputs, a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        both = torch.relu(self.left(a)) + torch.relu(self.right(b))
+        out = self.head(both)
+        return {"map": out, "mean": out.mean((2, 3))}
+
+
+X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def pruned(make: Callable[[], nn.Module], x: Any, macs: float = 0.6) -> nn.Module:
+    torch.manual_seed(0)
+    model = randomise(make(), 0).eval()
+    ss_pruning.prune_(model, x, macs=macs)
+    return model
+
+
+def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
+    """By onnxruntime itself, not by the code under test."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+
+def run_pt2(path: Path, *inputs: Tensor) -> list[Tensor]:
+    found = torch.export.load(path).module()(*inputs)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+RUNNERS = {"onnx": run_onnx, "pt2": run_pt2}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_pruned_net_runs_elsewhere_with_any_batch(kind: str, tmp_path: Path) -> None:
+    model = pruned(Tiny, X)
+    before = snapshot(model)
+    written = export(model, tmp_path / f"net.{kind}", X)
+    assert snapshot(model) == before
+    assert written.format == kind
+    assert written.bytes == (tmp_path / f"net.{kind}").stat().st_size
+    assert written.max_error < 1e-5
+    assert os.listdir(tmp_path) == [f"net.{kind}"]
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        (found,) = RUNNERS[kind](written.path, images)
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_several_inputs_and_outputs(kind: str, tmp_path: Path) -> None:
+    a, b = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    model = pruned(TwoWays, (a, b))
+    export(model, tmp_path / "net", (a, b), kind)  # type: ignore[arg-type]
+    images = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
+    for found, right in zip(RUNNERS[kind](tmp_path / "net", *images), model(*images).values(), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    export(model, tmp_path / "named", {"a": a, "b": b}, kind)  # type: ignore[arg-type]
+
+
+def test_a_training_model_is_exported_as_it_will_be_used(tmp_path: Path) -> None:
+    model = pruned(Tiny, X).train()
+    export(model, tmp_path / "net.pt2", X)
+    assert model.training
+    images = torch.randn(3, 3, 16, 16)
+    (found,) = run_pt2(tmp_path / "net.pt2", images)
+    torch.testing.assert_close(found, model.eval()(images))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_file_that_computes_something_else_is_not_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"net.{kind}"
+    path.write_bytes(b"an older file")
+    writer = exporting._WRITERS[kind]  # type: ignore[index]
+
+    def wrong(program: Any, temporary: Path) -> Any:
+        run = writer(program, temporary)
+        return lambda inputs: [tensor * 1.001 for tensor in run(inputs)]
+
+    monkeypatch.setitem(exporting._WRITERS, kind, wrong)  # type: ignore[arg-type]
+    with pytest.raises(
+        VerificationError, match=r"differ from the model's by 1\.0e-03 of the largest; it was not kept"
+    ):
+        export(pruned(Tiny, X), path, X)
+    assert path.read_bytes() == b"an older file"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+class Branches(nn.Module):
+    """Decides by what it sees, which no exporter can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) if x.sum() > 0 else -self.conv(x)
+        return y
+
+
+class OneImage(nn.Module):
+    """Knows its batch size by heart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).reshape(2, -1)
+        return y
+
+
+@pytest.mark.parametrize("make", [Branches, OneImage])
+def test_models_that_cannot_be_followed_say_so(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot follow the model with a free batch size"):
+        export(make(), tmp_path / "net.pt2", X)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"format='tflite' is unknown; use 'onnx' or 'pt2'"):
+        export(Tiny(), tmp_path / "net.tflite", X)
+    with pytest.raises(InputError, match="does not exist; create it first"):
+        export(Tiny(), tmp_path / "absent" / "net.pt2", X)
+    with pytest.raises(InputError, match="every input needs a batch axis"):
+        export(Tiny(), tmp_path / "net.pt2", torch.tensor(1.0))
+    with pytest.raises(InputError, match=r"export model\.float\(\), with float inputs"):
+        export(Tiny().bfloat16(), tmp_path / "net.onnx", X.bfloat16())
+
+
+def test_missing_onnx_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"pip install 'ss-pruning\[onnx\]'"):
+        export(Tiny(), tmp_path / "net.onnx", X)
+
+
+# ---------------------------------------------------------------- real architectures
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        timm = pytest.importorskip("timm", reason="needs timm")
+        model: nn.Module = timm.create_model(name)
+        return model
+
+    return make
+
+
+def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None, **options)
+
+
+ARCHITECTURES = {
+    "ResNet": _torchvision("resnet18"),
+    "DenseNet": _torchvision("densenet121"),
+    "MobileNetV3": _torchvision("mobilenet_v3_small"),
+    "EfficientNet": _timm("efficientnet_b0"),
+    "ConvNeXt": _timm("convnext_atto"),
+    "segmentation": _torchvision("lraspp_mobilenet_v3_large", weights_backbone=None),
+}
+LARGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_export(name: str, kind: str, tmp_path: Path) -> None:
+    model = pruned(ARCHITECTURES[name], LARGE)
+    written = export(model, tmp_path / f"net.{kind}", LARGE)
+    assert written.max_error <= 1e-4
+    images = torch.randn(3, 3, 64, 64)
+    right = model(images)
+    right = list(right.values()) if isinstance(right, dict) else [right]
+    for found, wanted in zip(RUNNERS[kind](written.path, images), right, strict=True):
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))),
+    reason="torch.compile needs a C++ compiler on a CPU",
+)
+
+
+def check_compiled(model: nn.Module, x: Tensor) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        right, found = model(x), torch.compile(model)(x)
+    right, found = (list(y.values()) if isinstance(y, dict) else [y] for y in (right, found))
+    for a, b in zip(right, found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_pruned_net_compiles() -> None:
+    check_compiled(pruned(Tiny, X), torch.randn(2, 3, 16, 16))
+
+
+#: Fewer layers of the same kinds, where there are such: compiling takes seconds a layer.
+SHALLOW = {
+    "ResNet": _timm("test_resnet"),
+    "DenseNet": lambda: torchvision.models.DenseNet(8, (2, 2), 16),
+    "EfficientNet": _timm("test_efficientnet"),
+    "ConvNeXt": _timm("test_convnext"),
+}
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_compile(name: str) -> None:
+    check_compiled(pruned(SHALLOW.get(name, ARCHITECTURES[name]), LARGE), torch.randn(2, 3, 64, 64))
+
+
+def test_a_full_disk_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        export(nn.Conv2d(3, 4, 1), tmp_path / "a.onnx", torch.zeros(1, 3, 4, 4))
+    assert os.listdir(tmp_path) == []

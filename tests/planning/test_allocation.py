@@ -1,0 +1,246 @@
+"""Budgets: costs against a recount of the cut model, and what the cost exponent does to the order."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ss_pruning import couple, prune_, trace
+from ss_pruning._utils.arrays import Floats
+from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
+from ss_pruning.graph.groups import Cell, Coupling, Member, Unit
+from ss_pruning.planning.allocation import Budget, Costs, Schedule, choose, schedule, select
+from tests.support.snapshot import snapshot
+from tests.support.zoo import BY_NAME, randomise
+
+
+class TwoWidths(nn.Module):
+    """Two inner layers that can shrink: a channel of the second one costs four times as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cheap_in, self.cheap_out = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        self.dear_in, self.dear_out = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cheap = self.cheap_out(F.relu(self.cheap_in(F.avg_pool2d(x, 2))))
+        return F.interpolate(cheap, scale_factor=2) + self.dear_out(F.relu(self.dear_in(x)))
+
+
+X = torch.zeros(1, 4, 8, 8)
+
+
+class Given:
+    """An importance that hands out fixed scores by layer."""
+
+    def __init__(self, **scores: float) -> None:
+        self.scores = scores
+
+    def __call__(self, group: object) -> Tensor:
+        name = group[0].dep.target.name  # type: ignore[index]
+        return self.scores[name] * torch.arange(1.0, 9.0)
+
+
+@pytest.mark.parametrize("name", ["residual_chain", "dense", "grouped", "separable", "flattened"])
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None:
+    net = BY_NAME[name]
+    model = net.make().eval()
+    wiring = trace(model, net.example)
+    coupling = couple(wiring, model)
+    costs = Costs(model, net.example, wiring, coupling)
+    step = costs.removed_per_step(coupling.units)
+    each = costs.per_family(coupling.units, kind)  # type: ignore[arg-type]
+    tiny = 1e-6
+    for u, unit in enumerate(coupling.units):
+        families = sum(cell.size for cell in unit.cells) / unit.steps
+        saved = costs.after(kind, 0 * step[u]) - costs.after(kind, tiny * step[u])  # type: ignore[arg-type]
+        dense = costs.macs if kind == "macs" else costs.params
+        assert each[u] == pytest.approx(saved / tiny / families / dense, rel=1e-3)
+
+
+def test_one_channel_costs_what_cutting_it_saves() -> None:
+    model = randomise(TwoWidths(), 0)
+    wiring = trace(model, X)
+    costs = Costs(model, X, wiring, couple(wiring, model))
+    units = couple(wiring, model).units
+    each = dict(zip((unit.name for unit in units), costs.per_family(units, "macs"), strict=True))
+    dear, cheap = 64 * (4 + 4), 16 * (4 + 4)
+    assert each["dear_in"] == pytest.approx(dear / (8 * dear + 8 * cheap))
+    assert each["cheap_in"] == pytest.approx(cheap / (8 * dear + 8 * cheap))
+
+
+@pytest.mark.parametrize(("exponent", "spared"), [(0.0, "dear_in"), (1.0, "cheap_in")])
+def test_the_exponent_decides_between_importance_and_importance_per_cost(
+    exponent: float, spared: str
+) -> None:
+    """The dear layer is twice as important, and four times as expensive."""
+    model = randomise(TwoWidths(), 0)
+    importance = Given(cheap_in=1.0, dear_in=2.0)
+    prune_(model, X, macs=0.8, importance=importance, cost_exponent=exponent)
+    kept = {name: model.get_submodule(name).out_channels for name in ("cheap_in", "dear_in")}
+    other = ({"cheap_in", "dear_in"} - {spared}).pop()
+    assert kept[spared] > kept[other]
+
+
+def test_a_ratio_has_no_cost() -> None:
+    models = [randomise(TwoWidths(), 0)]
+    models.append(copy.deepcopy(models[0]))
+    for model, exponent in zip(models, (0.0, 3.0), strict=True):
+        prune_(model, X, ratio=0.5, cost_exponent=exponent)
+    assert models[0].ss_pruning_plan == models[1].ss_pruning_plan
+
+
+@pytest.mark.parametrize("exponent", [-0.1, 11, float("nan")])
+def test_a_silly_exponent_is_refused(exponent: float) -> None:
+    model = randomise(TwoWidths(), 0)
+    before = snapshot(model)
+    with pytest.raises(InputError, match="cost_exponent"):
+        prune_(model, X, macs=0.5, cost_exponent=exponent)
+    assert snapshot(model) == before
+
+
+# ---------------------------------------------------------------- the order of moves
+
+
+def unit(name: str, *sizes: int) -> Unit:
+    """A unit of one cell per size; each family is one output channel of a layer named after unit and cell."""
+    cells = (Cell((Member(f"{name}{n}", "out", np.arange(size)[:, None]),)) for n, size in enumerate(sizes))
+    return Unit(tuple(cells))
+
+
+def scores(*values: float) -> list[Floats]:
+    return [np.array(values)]
+
+
+def moves(plan: Schedule) -> list[tuple[int, int, int]]:
+    return list(zip(plan.unit.tolist(), plan.steps.tolist(), plan.families.tolist(), strict=True))
+
+
+def test_globally_the_least_score_goes_first_whatever_its_unit() -> None:
+    units = [unit("a", 4), unit("b", 3)]
+    plan = schedule(units, [scores(4.0, 1.0, 9.0, 6.0), scores(5.0, 2.0, 8.0)], max_ratio=1.0)
+    # In ascending order 1 (a), 2 (b), 4 (a), 5 (b), 6 (a); the best of each unit never goes.
+    assert moves(plan) == [(0, 1, 1), (1, 1, 1), (0, 1, 1), (1, 1, 1), (0, 1, 1)]
+    assert [ranks[0].tolist() for ranks in plan.ranked] == [[1, 0, 3, 2], [1, 0, 2]]
+    assert plan.taken(3).tolist() == [2, 1]
+
+
+def test_locally_units_shrink_evenly() -> None:
+    units = [unit("a", 4), unit("b", 2)]
+    plan = schedule(units, [scores(9.0, 9.0, 9.0, 9.0), scores(1.0, 1.0)], scope="local", max_ratio=1.0)
+    assert plan.unit.tolist() == [0, 0, 1, 0]  # 1/4, 2/4, 1/2, 3/4
+
+
+@pytest.mark.parametrize(("max_ratio", "most"), [(0.9, 9), (0.3, 3), (0.29, 2), (0.05, 0), (1.0, 9)])
+def test_max_ratio_is_met_exactly_and_one_step_always_stays(max_ratio: float, most: int) -> None:
+    plan = schedule([unit("a", 10)], [scores(*range(10))], max_ratio=max_ratio)
+    assert len(plan.unit) == most
+    assert schedule([unit("a", 10)], [scores(*range(10))], max_ratio=[max_ratio]).steps.sum() == most
+
+
+def test_rounded_widths_are_multiples_and_moves_take_what_lies_between() -> None:
+    plan = schedule([unit("a", 10)], [scores(*range(1, 11))], round_to=4, max_ratio=1.0)
+    assert moves(plan) == [(0, 2, 2), (0, 4, 4)]  # 10 -> 8 -> 4
+
+
+def test_a_rounded_move_counts_with_its_mean_score() -> None:
+    """a loses two channels at once, of scores 1 and 7: the mean, 4, stands between b's 3 and 5."""
+    units = [unit("a", 4), unit("b", 3)]
+    given = [scores(1.0, 7.0, 8.0, 9.0), scores(3.0, 5.0, 6.0)]
+    plan = schedule(units, given, round_to=2, max_ratio=1.0)
+    assert moves(plan) == [(1, 1, 1), (0, 2, 2)]
+    assert plan.taken(2).tolist() == [2, 1]
+
+
+def test_cells_of_a_unit_lose_the_same_share() -> None:
+    """Cells of 2 and 4 families: a step takes one of the first and two of the second; means compare with others."""
+    units = [unit("a", 2, 4), unit("b", 4)]
+    given = [[np.array([1.0, 9.0]), np.array([8.0, 2.0, 3.0, 7.0])], scores(1.0, 2.5, 5.0, 6.0)]
+    plan = schedule(units, given, max_ratio=1.0)
+    # a's one step costs (1 + 2 + 3) / 3 = 2.
+    assert moves(plan) == [(1, 1, 1), (0, 1, 3), (1, 1, 1), (1, 1, 1)]
+
+
+def test_the_selection_holds_what_stays() -> None:
+    units = [unit("a", 2, 4), unit("b", 3)]
+    given = [[np.array([9.0, 1.0]), np.array([8.0, 2.0, 3.0, 7.0])], scores(3.0, 1.0, 2.0)]
+    plan = schedule(units, given, max_ratio=1.0)
+    widths = {("a0", "out"): 2, ("a1", "out"): 4, ("b0", "out"): 3}
+    coupling = Coupling(tuple(units), (), widths)  # type: ignore[arg-type]
+    chosen = select(plan, units, np.array([1, 2]), coupling)
+    assert chosen == {("a0", "out"): (0,), ("a1", "out"): (0, 3), ("b0", "out"): (0,)}
+    assert select(plan, units, np.array([0, 1]), coupling) == {("b0", "out"): (0, 2)}
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def two_widths() -> tuple[Costs, tuple[Unit, ...], Schedule]:
+    model = randomise(TwoWidths(), 0)
+    wiring = trace(model, X)
+    coupling = couple(wiring, model)
+    given = [scores(*range(unit.cells[0].size)) for unit in coupling.units]
+    plan = schedule(coupling.units, given, max_ratio=0.75)
+    return Costs(model, X, wiring, coupling), coupling.units, plan
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_the_shortest_prefix_within_the_budget_is_taken(kind: str) -> None:
+    """Against every prefix, one after the other."""
+    costs, units, plan = two_widths()
+    step = costs.removed_per_step(units)
+    dense = costs.macs if kind == "macs" else costs.params
+    for value in (0.9, 0.7, 0.5, 0.4):
+        steps = choose(plan, units, costs, Budget(kind, value))  # type: ignore[arg-type]
+        within = [
+            n
+            for n in range(len(plan.unit) + 1)
+            if costs.after(kind, plan.taken(n) @ step) <= value * dense  # type: ignore[arg-type]
+        ]
+        assert steps.tolist() == plan.taken(within[0]).tolist()
+        assert within[0] > 0
+
+
+def test_a_budget_of_exactly_a_prefix_takes_that_prefix() -> None:
+    costs, units, plan = two_widths()
+    step = costs.removed_per_step(units)
+    for moves_taken in (1, 3, len(plan.unit)):
+        goal = costs.after("macs", plan.taken(moves_taken) @ step)
+        found = choose(plan, units, costs, Budget("macs", goal / costs.macs))
+        assert found.tolist() == plan.taken(moves_taken).tolist()
+
+
+@pytest.mark.parametrize(("ratio", "taken"), [(0.25, 4), (0.5, 8), (0.3, 4), (0.0625, 1)])
+def test_a_ratio_takes_no_more_than_its_share_of_the_channels(ratio: float, taken: int) -> None:
+    costs, units, plan = two_widths()
+    assert sum(cell.size for unit in units for cell in unit.cells) == 16
+    assert choose(plan, units, costs, Budget("ratio", ratio)).sum() == taken
+
+
+def test_budgets_out_of_reach_name_the_smallest_that_is_not() -> None:
+    costs, units, plan = two_widths()
+    with pytest.raises(BudgetError, match=r"ratio=0\.05 is less than one step; the smallest is 1 channels"):
+        choose(plan, units, costs, Budget("ratio", 0.05))
+    with pytest.raises(BudgetError, match=r"ratio=0\.9 is out of reach; the largest is 0\.7500"):
+        choose(plan, units, costs, Budget("ratio", 0.9))
+    least = costs.after("macs", plan.taken(len(plan.unit)) @ costs.removed_per_step(units)) / costs.macs
+    with pytest.raises(BudgetError, match=rf"macs=0\.1 is below .* the smallest is macs={least:.4f}"):
+        choose(plan, units, costs, Budget("macs", 0.1))
+    nothing = schedule(units, [scores(*range(8)), scores(*range(8))], max_ratio=0.01)
+    with pytest.raises(NothingToPruneError, match="max_ratio"):
+        choose(nothing, units, costs, Budget("macs", 0.5))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 2.0])
+def test_a_budget_lies_strictly_between_none_and_all(value: float) -> None:
+    with pytest.raises(InputError, match="strictly between 0 and 1"):
+        Budget.of(macs=value, params=None, ratio=None)
+    with pytest.raises(InputError, match="give exactly one"):
+        Budget.of(macs=0.5, params=0.5, ratio=None)
+    assert Budget.of(macs=None, params=None, ratio=0.5) == Budget("ratio", 0.5)

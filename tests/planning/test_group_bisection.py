@@ -1,0 +1,193 @@
+"""The search for the sound part of a cut, on made-up units: what it finds, and in how few trials."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ss_pruning import prune_
+from ss_pruning.errors import VerificationError
+from ss_pruning.graph.groups import Cell, Member, Unit
+from ss_pruning.planning.group_bisection import SoundPart
+from ss_pruning.surgery.plan import Attribute, Plan
+from ss_pruning.surgery.size_attributes import Number
+from ss_pruning.surgery.verification import Verified
+
+
+def unit(path: str, size: int = 4) -> Unit:
+    return Unit((Cell((Member(path, "out", np.arange(size)[:, None]),)),))
+
+
+class Bench:
+    """Refuses cuts that hold certain units, and says which, or only that something is wrong."""
+
+    def __init__(self, units: list[Unit], wrong: Collection[str], *, tells: bool = True) -> None:
+        self.units, self.wrong, self.tells = units, set(wrong), tells
+        self.trials = 0
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        self.trials += 1
+        bad = sorted(self.wrong & {self.units[i].name for i in part})
+        if bad:
+            raise VerificationError("wrong", (), bad[0] if self.tells else None)
+        return Verified(Plan(), 0.0)
+
+
+def searched(bench: Bench) -> SoundPart:
+    part = SoundPart(bench.units, bench, set())
+    part.search(list(range(len(bench.units))))
+    return part
+
+
+def test_all_sound_takes_one_trial() -> None:
+    bench = Bench([unit(f"blocks.{i}.conv") for i in range(50)], ())
+    assert searched(bench).sound == set(range(50))
+    assert bench.trials == 1
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("wrong", [{"a"}, {"a", "c"}, {"b", "d", "e"}, set("abcdefgh")])
+def test_finds_just_what_fails(wrong: set[str], tells: bool) -> None:
+    bench = Bench([unit(name) for name in "abcdefgh"], wrong, tells=tells)
+    part = searched(bench)
+    assert {bench.units[i].name for i in part.failed} == wrong
+    assert part.sound == set(range(8)) - set(part.failed)
+
+
+def test_what_is_the_same_as_what_failed_is_not_tried() -> None:
+    """Forty blocks alike, each with an attention that cannot be cut: a few trials, not some for each."""
+    units = [unit(f"blocks.{i}.{name}") for i in range(40) for name in ("qkv", "mlp")]
+    bench = Bench(units, {f"blocks.{i}.qkv" for i in range(40)})
+    part = searched(bench)
+    assert {units[i].name.partition(".qkv")[1] for i in part.failed} == {".qkv"}
+    assert len(part.failed) == len(part.sound) == 40
+    assert bench.trials < 12
+
+
+def test_alike_ones_of_another_width_are_tried() -> None:
+    units = [unit(f"stages.{i}.qkv", size) for i, size in enumerate((4, 8, 8, 16))]
+    bench = Bench(units, {"stages.0.qkv", "stages.3.qkv"})
+    assert {units[i].name for i in searched(bench).failed} == bench.wrong
+
+
+def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
+    def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        raise VerificationError("differs")
+
+    with pytest.raises(VerificationError, match="differs"):
+        SoundPart([], attempt, set()).search([])
+
+
+class Coincidence(Bench):
+    """In every block a number equals a width by coincidence: the cut is right only if it stays."""
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        self.trials += 1
+        paths = [self.units[i].name.rpartition(".")[0] for i in sorted(part)]
+        loose = [
+            p for p in paths if not {(p, "heads", None), (p.replace(p[-1], "#"), "heads", None)} & set(fixed)
+        ]
+        if loose:
+            raise VerificationError("does not run", [(loose[0], "heads", None)], f"{loose[0]}.qkv")
+        return Verified(Plan(attributes=(Attribute("other", "n", None, 8, 4),)), 0.0)
+
+
+def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
+    bench = Coincidence([unit(f"blocks.{i}.proj") for i in range(8)], ())
+    part = searched(bench)
+    assert not part.failed
+    assert ("blocks.#", "heads", None) in part.fixed
+    assert bench.trials < 8
+
+
+class Stacked(Bench):
+    """The width may follow, layer numbers that equal it may not: the net then takes another layer's output."""
+
+    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        self.trials += 1
+        followed = [n for n in (("net.0", "width", None), ("net.3", "index", None)) if n not in fixed]
+        if followed != [("net.0", "width", None)]:
+            raise VerificationError("takes nothing", followed, "head")
+        return Verified(Plan(), 0.0)
+
+
+def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> None:
+    bench = Stacked([unit("net.0.conv")], ())
+    part = searched(bench)
+    assert not part.failed
+    assert ("net.3", "index", None) in part.fixed
+    assert ("net.0", "width", None) not in part.fixed
+
+
+def test_the_reason_is_what_is_wrong_with_no_number_moved_by_chance() -> None:
+    """A width that only happens to be stored elsewhere fails there first; that is not why the unit stays."""
+    chance = ("other", "limit", None)
+
+    def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+        if not part:
+            return Verified(Plan(), 0.0)
+        if chance in fixed:
+            raise VerificationError("wrong in 'own'", (), "own")
+        raise VerificationError("wrong in 'other'", [chance], "other")
+
+    part = SoundPart([unit("own")], attempt, set())
+    part.search([0])
+    assert part.failed == {0: "wrong in 'own'"}
+
+
+def test_what_was_not_tried_says_what_it_is_like() -> None:
+    units = [unit(f"blocks.{i}.qkv") for i in range(3)]
+    part = searched(Bench(units, {unit.name for unit in units}))
+    tried = [i for i, reason in part.failed.items() if reason == "wrong"]
+    assert len(tried) == 1
+    said = f"as it does on that of '{units[tried[0]].name}': wrong"
+    assert sorted(part.failed.values()) == sorted(["wrong", said, said])
+
+
+class Fixed(nn.Module):
+    """Relies on one width in so many words; and crops to a number that is another's by chance."""
+
+    class Cropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.limit, self.one, self.two = 8, nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).relu())[..., : self.limit]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.words = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 10, 1)
+        self.cropped, self.end = self.Cropped(), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.words(self.cropped(self.start(x))).reshape(-1, 10, 8, 8).relu())
+
+
+def test_numbers_that_moved_by_chance_are_not_searched_for_unit_by_unit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither before nor after a unit was found to fail."""
+    asked: list[str] = []
+    ask = SoundPart._without_numbers
+
+    def noted(self: SoundPart, part: list[int], error: VerificationError) -> Verified | str:
+        asked.append(self.units[part[0]].name)
+        return ask(self, part, error)
+
+    monkeypatch.setattr(SoundPart, "_without_numbers", noted)
+    torch.manual_seed(0)
+    model = Fixed().eval()
+    report = prune_(
+        model, torch.randn(1, 3, 8, 8), macs=0.5
+    )  # others take over what the failed one was to lose
+    assert (model.cropped.limit, model.words.out_channels) == (8, 10)
+    assert model.cropped.one.out_channels < 8
+    assert any(
+        "relies on its width" in left.reason and left.paths == ("words",) for left in report.left_whole
+    )
+    assert asked == ["words"]

@@ -1,0 +1,205 @@
+"""Arguments and models that cannot be used as they are: each error says what to do, and doing it helps."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as masks
+
+from ss_pruning import SynapticImportance, prune_, trace
+from ss_pruning.errors import BudgetError, InputError
+from ss_pruning.graph.exclusions import UNCALLED_REASON
+from tests.support.snapshot import snapshot
+
+X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+SHAPE = r"\[batch, channels, height, width\]"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.extra, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x).relu()
+        if x.shape[-1] > 32:
+            y = y + self.extra(y)
+        answer: Tensor = self.head(self.conv2(y).relu().mean((2, 3)))
+        return answer
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def refused(model: nn.Module, message: str, example: Any = X, **options: Any) -> None:
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        prune_(model, example, **{"ratio": 0.3, **options})
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("example", [None, "image.jpg", (), {}, [], 3, (1, "a"), {"x": None}])
+def test_examples_without_a_tensor_are_refused(example: Any) -> None:
+    refused(net(), f"holds no tensor; .*{SHAPE}", example)
+    with pytest.raises(InputError, match="holds no tensor"):
+        trace(net(), example)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.tensor(1.0), f"single number, no batch.*{SHAPE}"),
+        (X.to("meta"), r"shape \[1, 3, 12, 12\] lies on the meta device"),
+        (X[:0], r"shape \[0, 3, 12, 12\] is empty"),
+    ],
+)
+def test_examples_without_values_are_refused(example: Any, message: str) -> None:
+    refused(net(), message, example)
+
+
+def test_any_mapping_is_a_dict_of_arguments() -> None:
+    first, second = net(), net()
+    prune_(first, UserDict(x=X), ratio=0.3)
+    prune_(second, {"x": X}, ratio=0.3)
+    assert first.conv1.weight.equal(second.conv1.weight)
+
+
+@pytest.mark.parametrize("name", ["max_ratio", "round_to", "cost_exponent", "ratio"])
+def test_booleans_are_no_numbers(name: str) -> None:
+    refused(net(), f"{name}=True", **{name: True})
+
+
+def test_ignore_takes_one_path_or_module() -> None:
+    model = net()
+    prune_(model, X, ratio=0.3, ignore="conv1")
+    assert model.conv1.out_channels == 16 > model.conv2.out_channels
+    model = net()
+    prune_(model, X, ratio=0.3, ignore=model.conv2)
+    assert model.conv2.out_channels == 16 > model.conv1.out_channels
+    refused(net(), "ignore='conv' names no layer", ignore="conv")
+
+
+def test_masks_are_refused_until_they_are_removed() -> None:
+    model = net()
+    masks.l1_unstructured(model.conv1, "weight", 0.3)
+    masks.l1_unstructured(model.conv2, "bias", 0.3)
+    with pytest.raises(InputError, match=r"'conv1' is masked .*prune\.remove\(module, 'weight'\)"):
+        prune_(model, X, ratio=0.3)
+    masks.remove(model.get_submodule("conv1"), "weight")
+    with pytest.raises(InputError, match=r"'conv2' is masked .*prune\.remove\(module, 'bias'\)"):
+        prune_(model, X, ratio=0.3)
+    masks.remove(model.get_submodule("conv2"), "bias")
+    prune_(model, X, ratio=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_old_weight_norm_is_refused_until_it_is_removed() -> None:
+    model = net()
+    nn.utils.weight_norm(model.conv1)
+    with pytest.raises(InputError, match=r"'conv1' has the old weight norm: .*remove_weight_norm"):
+        prune_(model, X, ratio=0.3)
+    nn.utils.remove_weight_norm(model.get_submodule("conv1"), "weight")
+    prune_(model, X, ratio=0.3)
+
+
+def test_wrappers_name_what_they_wrap() -> None:
+    wrapped = nn.DataParallel(net())
+    refused(wrapped, r"model is a DataParallel: prune model\.module")
+    prune_(wrapped.module, X, ratio=0.3)
+    refused(nn.Sequential(nn.DataParallel(net())), r"model\.0 is a DataParallel: prune model\.0\.module")
+
+
+def test_compiled_models_name_what_was_compiled() -> None:
+    compiled = torch.compile(net(), backend="eager")
+    refused(compiled, r"model is compiled: prune model\._orig_mod")
+    prune_(compiled._orig_mod, X, ratio=0.3)
+    model = net()
+    model.compile(backend="eager")
+    with pytest.raises(InputError, match="compiled in place"):
+        prune_(model, X, ratio=0.3)
+
+
+def test_what_is_pruned_in_inference_mode_trains() -> None:
+    model = net()
+    with torch.inference_mode():
+        prune_(model, X.clone(), ratio=0.3, compensation="reconstruct", calibration=torch.randn(8, 3, 12, 12))
+        assert torch.is_inference_mode_enabled()
+    model(X).sum().backward()
+    assert model.conv1.weight.grad is not None
+    assert model.conv1.out_channels + model.conv2.out_channels < 32
+
+
+def test_what_was_made_in_inference_mode_says_how_to_make_it_trainable() -> None:
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(InputError, match=r"'conv1\.weight' was made under .* take copy\.deepcopy\(model\)"):
+        prune_(model, X, ratio=0.3)
+    model = copy.deepcopy(model)
+    prune_(model, X, ratio=0.3)
+    model(X).sum().backward()
+
+
+def test_layers_that_did_not_run_are_named() -> None:
+    report = prune_(net(), X, ratio=0.3)
+    (left,) = [left for left in report.left_whole if left.reason == UNCALLED_REASON]
+    assert (left.paths, left.channels) == (("extra",), 16)
+    assert all(
+        left.reason != UNCALLED_REASON
+        for left in prune_(net(), torch.randn(1, 3, 40, 40), ratio=0.3).left_whole
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.rnn, self.head = (
+            nn.Conv2d(3, 16, 3),
+            nn.LSTM(16, 8, batch_first=True),
+            nn.Linear(8, 4),
+        )
+        self.other, self.last = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, _ = self.rnn(self.conv(x).flatten(2).transpose(1, 2))
+        answer: Tensor = self.head(steps.mean(1)) + self.last(self.other(x).mean((2, 3)))
+        return answer
+
+
+def test_a_recurrent_reader_is_named() -> None:
+    left = prune_(Recurrent().eval(), X, ratio=0.3).left_whole
+    (reason,) = [entry.reason for entry in left if "conv" in entry.paths]
+    assert "'rnn' (LSTM)" in reason
+
+
+def test_a_budget_out_of_reach_names_what_holds_the_rest() -> None:
+    model = net()
+    with pytest.raises(BudgetError, match=r"smallest is params=") as caught:
+        prune_(model, X, params=0.01, ignore="conv2")
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in model.conv2.parameters()) / total
+    assert f"{share:.1%} in 'conv2' (ignored on request)" in str(caught.value)
+    assert "'extra' (did not run" in str(caught.value)
+
+
+def test_a_report_prints_as_a_few_lines() -> None:
+    report = prune_(net(), X, macs=0.6)
+    text = repr(report)
+    assert str(report) == text
+    assert len(text) < 700
+    assert len(text.splitlines()) < 9
+    for _, before, after, kept in report.headline():
+        assert any(before in line and after in line and kept in line for line in text.splitlines())
+    assert report.verification() in text
+
+
+def test_scores_of_a_model_in_a_wrapper_are_refused_likewise() -> None:
+    with pytest.raises(InputError, match=r"prune model\.module"):
+        prune_(nn.DataParallel(net()), X, ratio=0.3, importance=SynapticImportance("batchnorm"))
