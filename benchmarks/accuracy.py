@@ -261,7 +261,7 @@ class Bench:
             "dense": self.dense[run.net],
             "macs_kept": report.macs_after / report.macs_before,
             "params_kept": report.params_after / report.params_before,
-            "left_whole": sorted({left.reason for left in report.left_whole if "relies on" in left.reason}),
+            "excluded": sorted({left.reason for left in report.excluded if "relies on" in left.reason}),
             "prune_seconds": round(time.perf_counter() - started, 2),
         }
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

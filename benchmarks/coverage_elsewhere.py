@@ -130,8 +130,8 @@ def examined() -> Iterator[dict[str, Any]]:
 
 def output_layers(model: nn.Module, x: Tensor) -> list[str]:
     """The layers whose width is the output's: Torch-Pruning has to be told, ours finds them."""
-    left_whole = couple(trace(model.eval(), x), model).left_whole
-    return [path for left in left_whole if left.reason == OUTPUT_REASON for path in left.paths]
+    excluded = couple(trace(model.eval(), x), model).excluded
+    return [path for left in excluded if left.reason == OUTPUT_REASON for path in left.paths]
 
 
 def _stirred(make: Callable[[], Made]) -> Made:
@@ -227,7 +227,7 @@ def _fresh(lines: list[Line]) -> list[str]:
         "",
         f"**By default {works['default']} of {len(names)} work, by local 0.5 {works['local']}.**",
         "",
-        "| library | model | fresh and default | CPU s | parameters kept | difference | left whole "
+        "| library | model | fresh and default | CPU s | parameters kept | difference | excluded "
         "| local 0.5 | parameters kept | CPU s |",
         "|---|---|---|---:|---:|---|---|---|---:|---:|",
     ]
@@ -235,14 +235,14 @@ def _fresh(lines: list[Line]) -> list[str]:
         default, local = (found[library, name, way] for way in ("default", "local"))
         text.append(
             f"| {library} | {name} | {_status(default)} | {default['seconds']:.1f} | {_kept(default)} "
-            f"| {_difference(default)} | {_left_whole(default)} "
+            f"| {_difference(default)} | {_excluded(default)} "
             f"| {_status(local)} | {_kept(local)} | {local['seconds']:.1f} |"
         )
-    reasons = dict.fromkeys(_short(left["reason"]) for x in lines for left in x.get("left_whole", []))
+    reasons = dict.fromkeys(_short(left["reason"]) for x in lines for left in x.get("excluded", []))
     return [
         *text,
         "",
-        "Left whole, by reason: layers, and how many of their channels. The reasons are:",
+        "Excluded, by reason: layers, and how many of their channels. The reasons are:",
         "",
     ] + [f"- {reason}" for reason in reasons]
 
@@ -257,9 +257,9 @@ def _difference(line: Line) -> str:
     return f"{line['max_error']:.0e}" + " by decisions" * line["by_decisions"]
 
 
-def _left_whole(line: Line) -> str:
+def _excluded(line: Line) -> str:
     counts: dict[str, list[int]] = {}
-    for left in line.get("left_whole", []):
+    for left in line.get("excluded", []):
         count = counts.setdefault(_short(left["reason"]).partition(" (")[0], [0, 0])
         count[0] += len(left["paths"])
         count[1] += left["channels"]

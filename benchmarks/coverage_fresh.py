@@ -234,8 +234,8 @@ def examine(fresh: Fresh, way: str, timeout: float) -> Line:
         "macs_kept": report.macs_after / report.macs_before,
         "max_error": report.max_error,
         "by_decisions": report.by_decisions,
-        "left_whole": [
-            {"paths": list(x.paths), "channels": x.channels, "reason": x.reason} for x in report.left_whole
+        "excluded": [
+            {"paths": list(x.paths), "channels": x.channels, "reason": x.reason} for x in report.excluded
         ],
     }
     errors = [text for text in used(fresh, dense, model, line) if text]

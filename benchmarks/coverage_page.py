@@ -156,10 +156,10 @@ def _head(facts: Mapping[str, Any], versions: Mapping[str, str], code: str) -> l
         "otherwise). Torch-Pruning's is measured from outside by zeroing; a dash where such norms make that no "
         "comparison.",
         "",
-        "**Left whole**, in percent of the output channels of all layers: *output*: reaches the model's output; "
+        "**Excluded**, in percent of the output channels of all layers: *output*: reaches the model's output; "
         "*broadcast*: feeds several channels at once (a gate, a softmax or attention); *forward*: the forward pass "
         "relies on the width, found by trying on a copy; *no producer*, *unread*, *hang together*: see "
-        "`Report.left_whole`.",
+        "`Report.excluded`.",
         "",
     ]
 
@@ -248,7 +248,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
-    header = ["model", "px", "params", *("status", "s", "removed", "difference") * 2, "left whole"]
+    header = ["model", "px", "params", *("status", "s", "removed", "difference") * 2, "excluded"]
     rows = []
     named = set(NAMED.split())
     for c in sorted(models, key=lambda c: c.spec):
@@ -284,7 +284,7 @@ def _left(line: Mapping[str, Any]) -> str:
     if not outputs:
         return ""
     parts = []
-    for reason, channels in line.get("left_whole", {}).items():
+    for reason, channels in line.get("excluded", {}).items():
         short = next((s for long, s in REASONS.items() if reason.startswith(long)), reason[:30])
         parts.append(f"{short} {channels / outputs:.0%}")
     return ", ".join(parts)

@@ -118,7 +118,7 @@ def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, di
     report = prune_(model, x, ratio=RATIO, scope="local", max_ratio=MAX_RATIO, progress=stages.progress)
     removed = {c.path: set(c.removed) for c in model.ss_pruning_plan.cuts if c.side == "in"}
     whole: dict[str, int] = defaultdict(int)
-    for left in report.left_whole:
+    for left in report.excluded:
         whole[left.reason.partition(":")[0]] += left.channels
     outputs = sum(layer.outputs_before for layer in report.layers if layer.kind)
     details = [
@@ -128,12 +128,12 @@ def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, di
             "channels": left.channels,
             "reason": left.reason,
         }
-        for left in report.left_whole
+        for left in report.excluded
     ]
     return removed, {
         "max_error": report.max_error,
         "outputs": outputs,
-        "left_whole": dict(whole),
+        "excluded": dict(whole),
         "left_whole_details": details,
     }
 
@@ -281,7 +281,7 @@ def examine(
         made: Builds the model, and an input for it.
         side: One of `SIDES`.
         timeout: CPU seconds.
-        whole: Layers that Torch-Pruning must be told to leave whole, besides classifiers of 1,000 classes.
+        whole: Layers that Torch-Pruning must be told to exclude, besides classifiers of 1,000 classes.
     """
     warnings.simplefilter("ignore")
     dense, x = made()

@@ -79,9 +79,9 @@ def build(name: str) -> nn.Module:
 def config_for(model: nn.Module, images: Tensor, kind: str) -> list[dict[str, Any]]:
     """Every convolution but those whose outputs are the model's and, unless whole outputs go, the stem."""
     granularity, ratio = MASKS[kind]
-    wiring = trace(model, images)
-    convs = [p for p in wiring.layers if isinstance(model.get_submodule(p), nn.Conv2d)]
-    skipped = [p for p in convs if p in wiring.reaches_output]
+    connectivity = trace(model, images)
+    convs = [p for p in connectivity.layers if isinstance(model.get_submodule(p), nn.Conv2d)]
+    skipped = [p for p in convs if p in connectivity.reaches_output]
     skipped += convs[:1] if kind != "out_channel" else []
     chosen = [p for p in convs if p not in skipped]
     config = [{"op_names": chosen, "sparse_ratio": ratio, "granularity": granularity}]
@@ -137,7 +137,7 @@ def compacted(model: nn.Module, masks: Any, images: Tensor) -> dict[str, Any]:
         "macs": report.after.macs,
         "difference_float64": report.max_error,
         "difference_float32": difference(bake(model, masks), small, images),
-        "stays": {left.reason: left.channels for left in report.left_whole},
+        "stays": {left.reason: left.channels for left in report.excluded},
     }
     if all(mask["weight"].flatten(1).std(1).max() == 0 for mask in masks.values()):
         found["params_norms_masked"] = compact(model, masks, images, norms="mask")[1].after.params

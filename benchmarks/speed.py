@@ -2,7 +2,7 @@
 
 (a) Scoring all groups of a torchvision ResNet-50 with `SynapticImportance` and with
 `GroupMagnitudeImportance`: the
-    same groups, in turns, the median of the ratios. The first call finds the wiring and is timed by itself,
+    same groups, in turns, the median of the ratios. The first call finds the connectivity and is timed by itself,
     each time on a model that no importance has seen.
 (b) `trace`, the provenance of every channel, on DenseNet-121 at 64 pixels.
 (c) Build, score and cut together at 64 pixels, local ratio 0.5 by group magnitude: `GraphPruner` (which also verifies
@@ -132,7 +132,7 @@ def pruning(name: str, repeats: int, pixels: int = 64) -> dict[str, Any]:
     return {"model": name, "pixels": pixels, "repeats": repeats, **medians, "ratio": ratio}
 
 
-def table(score: dict[str, Any], wiring: dict[str, Any], pruned: list[dict[str, Any]]) -> Table:
+def table(score: dict[str, Any], connectivity: dict[str, Any], pruned: list[dict[str, Any]]) -> Table:
     """The result for people."""
     result = Table(title=f"Speed, {torch.get_num_threads()} threads")
     for column, justify in (("what", "left"), ("seconds", "right"), ("ratio", "right")):
@@ -142,7 +142,9 @@ def table(score: dict[str, Any], wiring: dict[str, Any], pruned: list[dict[str, 
     result.add_row(f"SynapticImportance, {groups}", f"{score['ours']:.4f}", f"{score['ratio']:.2f}")
     first, first_ratio = f"{score['first_call']:.4f}", f"{score['first_ratio']:.2f}"
     result.add_row("the same on a model never seen, with its provenance", first, first_ratio)
-    result.add_row(f"trace, DenseNet-121 at {wiring['pixels']} pixels", f"{wiring['seconds']:.2f}", "")
+    result.add_row(
+        f"trace, DenseNet-121 at {connectivity['pixels']} pixels", f"{connectivity['seconds']:.2f}", ""
+    )
     for row in pruned:
         at = f"{row['model']} at {row['pixels']} pixels"
         result.add_row(f"BasePruner, build to cut, {at}", f"{row['torch_pruning']:.2f}", "1.00")
@@ -161,11 +163,11 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, default=224, help="input size of ResNet-50")
     options = parser.parse_args()
     score = scoring(options.repeats, options.pixels)
-    wiring = provenance(max(3, options.repeats // 5))
+    connectivity = provenance(max(3, options.repeats // 5))
     console = Console()
     pruned = [pruning(name, max(2, options.repeats // 5)) for name in ("resnet50", "densenet121")]
-    console.print(table(score, wiring, pruned))
-    results = {"scoring": score, "provenance": wiring, "pruning": pruned}
+    console.print(table(score, connectivity, pruned))
+    results = {"scoring": score, "provenance": connectivity, "pruning": pruned}
     path = write("speed", {"threads": torch.get_num_threads(), **results})
     console.print(f"written: {path.name} in {path.parent.name}/")
     return 0

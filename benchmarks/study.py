@@ -199,7 +199,7 @@ class Bench:
                 "before": asdict(made.before),
                 "after": asdict(made.after),
                 "channels_cut": made.channels_removed,
-                "dead_left": sum(left.channels for left in made.left_whole),
+                "dead_left": sum(left.channels for left in made.excluded),
                 "max_error": made.max_error,
             }
         return result

@@ -82,7 +82,7 @@ def main() -> None:
     for name, share in rows:
         table.add_row(name, f"{100 * share:.1f} %")
     console.print(table)
-    for left in report.left_whole:
+    for left in report.excluded:
         print(f"stays: {left.channels} channels ({left.reason})")
 
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

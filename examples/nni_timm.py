@@ -43,7 +43,7 @@ def main() -> None:
             masked = bake(model, masks, images, norms=norms).eval()(images)
             difference = (small.eval()(images) - masked).abs().max() / masked.abs().max()
         print(f"largest difference to the masked model, in single precision: {difference:.0e}")
-        for left in report.left_whole:
+        for left in report.excluded:
             print(f"stays: {left.channels} channels ({left.reason})")
 
 

@@ -247,7 +247,7 @@ def show(top: Mapping[str, float], made: Compaction, seconds: Mapping[str, float
     console = Console()
     console.print(table)
     console.print(made.table())
-    dead = sum(left.channels for left in made.left_whole)
+    dead = sum(left.channels for left in made.excluded)
     console.print(
         f"{made.channels_removed} channels cut, {dead} dead ones had to stay; the outputs of masked and compacted net "
         f"differ by {made.max_error:.1e} ({made.precision}). A batch of {TIMED_BATCH} takes {seconds['ratio']:.2f} of "

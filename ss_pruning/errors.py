@@ -21,7 +21,7 @@ class ModelError(SSPruningError):
 
 
 class NothingToPruneError(SSPruningError):
-    """The model has no channel that may go; the message names what was left whole, and why."""
+    """The model has no channel that may go; the message names what was excluded, and why."""
 
 
 class BudgetError(SSPruningError, ValueError):

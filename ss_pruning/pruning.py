@@ -21,23 +21,23 @@ from ss_pruning.compensation.apply import calibration_images, check_compensation
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Wiring
-from ss_pruning.graph.groups import IGNORED_REASON, Coupling, LeftWhole, couple
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import IGNORED_REASON, Coupling, Excluded, couple
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.allocation import Budget, Costs, Scope
 from ss_pruning.planning.defaults import COST_EXPONENT, default_reestimate
-from ss_pruning.planning.latency_target import Measure, settle_in_time, stopwatch
-from ss_pruning.planning.ranking import Contest, Ranking
-from ss_pruning.planning.search import FailedUnits, Search
+from ss_pruning.planning.latency_target import Measure, find_latency_plan, stopwatch
+from ss_pruning.planning.ranking import Ranker, Ranking
+from ss_pruning.planning.search import BudgetSearch, FailedUnits
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import layer_times, roundings
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
-from ss_pruning.surgery.verification import Bench, Verified
+from ss_pruning.surgery.verification import Verified, Verifier
 
 
 def prune_(
@@ -63,7 +63,7 @@ def prune_(
     """Prune whole channels of `model` in place, by synaptic strength or any Torch-Pruning importance.
 
     The cut is planned and checked on a copy first: the smaller model's output must equal the dense model's with the
-    removed channels' contributions zeroed (float64, 1e-10). What cannot be cut so is left whole and named in the
+    removed channels' contributions zeroed (float64, 1e-10). What cannot be cut so is excluded and named in the
     report. On any error the model is as it was. Build optimisers after pruning: the parameters are new.
 
     Args:
@@ -126,21 +126,21 @@ def prune_(
     clock = Clock(progress or (lambda *_: None))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace", 0):
-            wiring = trace(model, example_inputs)
-            coupling = couple(wiring, model, _ignored(model, ignore, wiring))
-            costs = Costs(model, example_inputs, wiring, coupling)
+            connectivity = trace(model, example_inputs)
+            coupling = couple(connectivity, model, _ignored(model, ignore, connectivity))
+            costs = Costs(model, example_inputs, connectivity, coupling)
         images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
         with clock("score", 1):
-            powers = powers_along(wiring, model, example_inputs)
+            powers = powers_along(connectivity, model, example_inputs)
             strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
         timed_on = example_inputs if latency_inputs is None else latency_inputs
         if round_to == "measured" or latency is not None:
             with clock("time layers", 1):
-                costs.times = layer_times(model, timed_on, wiring)
-        contest = Contest(
+                costs.times = layer_times(model, timed_on, connectivity)
+        ranker = Ranker(
             model,
             example_inputs,
-            wiring,
+            connectivity,
             coupling,
             costs,
             budget,
@@ -151,10 +151,10 @@ def prune_(
             reestimate,
             cost_exponent,
         )
-        found = _settled(contest, scope, latency, stopwatch(model, timed_on), clock)
+        found = _verified_plan(ranker, scope, latency, stopwatch(model, timed_on), clock)
         with clock("cut", 4):
             ready, plan, outcome = prepared(
-                model, found.verified.plan, wiring, compensation, images, example_inputs, reestimate
+                model, found.verified.plan, connectivity, compensation, images, example_inputs, reestimate
             )
         options = {"max_ratio": max_ratio, "round_to": round_to, "compensation": compensation}
         if reestimate:
@@ -162,8 +162,8 @@ def prune_(
         report = Report(
             model=type(model).__name__,
             **_sizes(ready, example_inputs, plan, costs),
-            layers=_layer_reports(model, plan, wiring, strengths),
-            left_whole=list(found.left_whole),
+            layers=_layer_reports(model, plan, connectivity, strengths),
+            excluded=list(found.excluded),
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
             settings=_settings(budget, found.ranking, options, calibration, outcome),
@@ -215,12 +215,12 @@ class _Found(NamedTuple):
 
     verified: Verified
     ranking: Ranking
-    left_whole: tuple[LeftWhole, ...]
+    excluded: tuple[Excluded, ...]
     times: dict[str, Any]
 
 
-def _settled(
-    contest: Contest, scope: Scope | None, latency: float | None, measure: Measure, clock: Clock
+def _verified_plan(
+    ranker: Ranker, scope: Scope | None, latency: float | None, measure: Measure, clock: Clock
 ) -> _Found:
     """Rank, plan and verify.
 
@@ -228,35 +228,35 @@ def _settled(
     one of a model in which it was ignored from the start.
     """
     with clock("plan", 2), clock("verify", 3):
-        bench = Bench(contest.model, contest.example_inputs, contest.wiring)
-    bench.watch = lambda: clock("verify", 3)
+        verifier = Verifier(ranker.model, ranker.example_inputs, ranker.connectivity)
+    verifier.watch = lambda: clock("verify", 3)
     known: Verified | None = None
     try:
         while True:
-            ranking = contest.ranked(scope, clock)
-            coupling = contest.coupling
+            ranking = ranker.ranked(scope, clock)
+            coupling = ranker.coupling
             with clock("plan", 2):
-                search = Search(
-                    bench, coupling, contest.costs, contest.budget, ranking.moves, ranking.cost_exponent
+                search = BudgetSearch(
+                    verifier, coupling, ranker.costs, ranker.budget, ranking.moves, ranking.cost_exponent
                 )
                 search.verified = known
                 try:
                     verified, times = _in_time(search, ranking.scores, latency, measure)
-                    return _Found(verified, ranking, coupling.left_whole, times)
+                    return _Found(verified, ranking, coupling.excluded, times)
                 except FailedUnits:
-                    less, known = coupling.without(search.reasons, search.left_whole()), search.verified
-            contest = replace(contest, coupling=less, importance=ranking.importance)
+                    less, known = coupling.without(search.reasons, search.excluded()), search.verified
+            ranker = replace(ranker, coupling=less, importance=ranking.importance)
     finally:
-        bench.close()
+        verifier.close()
 
 
 def _in_time(
-    search: Search, scores: list[list[Floats]], latency: float | None, measure: Measure
+    search: BudgetSearch, scores: list[list[Floats]], latency: float | None, measure: Measure
 ) -> tuple[Verified, dict[str, Any]]:
     """The plan, and what a report says of its time where that was the budget."""
     if latency is None:
-        return search.settle(scores), {}
-    found = settle_in_time(search, scores, latency, measure)
+        return search.find_verified_plan(scores), {}
+    found = find_latency_plan(search, scores, latency, measure)
     return found.verified, as_reported(found.dense, found.pruned)
 
 
@@ -305,7 +305,7 @@ def _rounded(round_to: Any, costs: Costs, coupling: Coupling) -> Any:
 
 
 def _ignored(
-    model: nn.Module, ignore: str | nn.Module | Iterable[str | nn.Module], wiring: Wiring
+    model: nn.Module, ignore: str | nn.Module | Iterable[str | nn.Module], connectivity: Connectivity
 ) -> dict[str, str]:
     """Layer paths to keep whole: the named modules and everything inside them."""
     ignore = (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore
@@ -318,7 +318,7 @@ def _ignored(
             path = paths[item]
         else:
             path = item
-        inside = [p for p in wiring.layers if p == path or p.startswith(f"{path}.") or not path]
+        inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
         if not inside:
             raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
         found.update(dict.fromkeys(inside, IGNORED_REASON))
@@ -326,13 +326,16 @@ def _ignored(
 
 
 def _layer_reports(
-    model: nn.Module, plan: Plan, wiring: Wiring, strengths: Mapping[str, tuple[int, tuple[float, ...]]]
+    model: nn.Module,
+    plan: Plan,
+    connectivity: Connectivity,
+    strengths: Mapping[str, tuple[int, tuple[float, ...]]],
 ) -> list[LayerReport]:
     modules = modules_of(model)
     kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
     reports = []
     for path, (synapses, strength) in strengths.items():
-        layer = wiring.layers[path]
+        layer = connectivity.layers[path]
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
         groups_before = layer.inputs * layer.outputs // synapses
         groups_after = inputs if layer.kind == "depthwise" else groups_before

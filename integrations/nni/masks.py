@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.running import preserved
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import kind_of, mixes_channels, width
 from ss_pruning.graph.tracing import trace
 from ss_pruning.sparsity.compaction import compact_
@@ -212,17 +212,17 @@ def _mask_norms(baked: nn.Module, masks: Masks, example_inputs: Any) -> None:
     """Zero scale and shift of norms at the channels that only dead filters feed."""
     if example_inputs is None:
         raise InputError('norms="mask" needs example_inputs=, what the model\'s forward takes')
-    wiring = trace(baked, example_inputs)
+    connectivity = trace(baked, example_inputs)
     dead: dict[str, Tensor] = {}
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         module = baked.get_submodule(path)
         if layer.kind == "synaptic":
             dead[path] = _dead_filters(module) & (path in masks)
         elif layer.kind == "depthwise":
-            passed = _fed_by_dead(wiring, path, dead).repeat_interleave(layer.outputs // layer.inputs)
+            passed = _fed_by_dead(connectivity, path, dead).repeat_interleave(layer.outputs // layer.inputs)
             dead[path] = passed | _dead_filters(module) & (path in masks)
         elif layer.kind == "norm" and not mixes_channels(module):
-            dead[path] = _fed_by_dead(wiring, path, dead)
+            dead[path] = _fed_by_dead(connectivity, path, dead)
             for tensor in (module.weight, module.bias):
                 if isinstance(tensor, Tensor):
                     tensor.data[dead[path].to(tensor.device)] = 0
@@ -234,13 +234,13 @@ def _dead_filters(module: nn.Module) -> Tensor:
     return (dead & module.bias.detach().eq(0) if isinstance(module.bias, Tensor) else dead).cpu()
 
 
-def _fed_by_dead(wiring: Wiring, path: str, dead: Mapping[str, Tensor]) -> Tensor:
+def _fed_by_dead(connectivity: Connectivity, path: str, dead: Mapping[str, Tensor]) -> Tensor:
     """`[in]`: channels that something feeds, and nothing that is alive."""
-    fed, alive = (torch.zeros(wiring.layers[path].inputs, dtype=torch.bool) for _ in range(2))
-    for feed in wiring.feeds[path]:
-        source, channel = feed.pairs.cpu().unbind(1)
+    fed, alive = (torch.zeros(connectivity.layers[path].inputs, dtype=torch.bool) for _ in range(2))
+    for edge in connectivity.edges[path]:
+        source, channel = edge.pairs.cpu().unbind(1)
         fed[channel] = True
-        gone = dead.get(feed.source)
+        gone = dead.get(edge.source)
         alive[channel] |= True if gone is None else ~gone[source]
     return fed & ~alive
 

@@ -29,7 +29,7 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import MomentSource, measure
@@ -98,7 +98,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         if score not in ("share", "strength"):
             raise InputError(f"score={score!r} is unknown; use 'share' or 'strength'")
         check_finite(model)
-        self.wiring = trace(model, example_inputs)
+        self.connectivity = trace(model, example_inputs)
         self.example_inputs, self.moments, self.score, self.penalty = example_inputs, moments, score, penalty
         config_list = _with_subclasses(model, config_list)
         super().__init__(model, config_list, evaluator, existed_wrappers)
@@ -155,7 +155,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
     def _calculate_metrics(self, data: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         weights = {path: targets["weight"].detach() for path, targets in data.items() if "weight" in targets}
         with torch.no_grad():
-            scores = Scores(self.bound_model, self.wiring, weights, self._variances(), self.score)
+            scores = Scores(self.bound_model, self.connectivity, weights, self._variances(), self.score)
             return {
                 path: {
                     name: scores.of(path, target.detach(), self._target_spaces[path][name]._scaler)
@@ -166,8 +166,8 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
 
     def _variances(self) -> dict[str, Tensor]:
         """By layer, `[in_channels]`: the variance of what arrives."""
-        model, wiring, paths = self.bound_model, self.wiring, synaptic_paths(self.wiring)
-        moments = measure(model, wiring, self.moments, self.example_inputs, paths)
+        model, connectivity, paths = self.bound_model, self.connectivity, synaptic_paths(self.connectivity)
+        moments = measure(model, connectivity, self.moments, self.example_inputs, paths)
         return {path: found.variance for path, found in moments.items()}
 
     def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -186,10 +186,11 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         super()._fuse_preprocess(evaluator)
         if self.penalty:
-            paths = [path for path in synaptic_paths(self.wiring) if path in self._target_spaces]
+            paths = [path for path in synaptic_paths(self.connectivity) if path in self._target_spaces]
             evaluator.patch_loss(
                 lambda loss, batch: (
-                    loss + self.penalty * strength_penalty(self.bound_model, self.wiring, paths).to(loss)
+                    loss
+                    + self.penalty * strength_penalty(self.bound_model, self.connectivity, paths).to(loss)
                 )
             )
 
@@ -205,7 +206,7 @@ class Scores:
     def __init__(
         self,
         model: nn.Module,
-        wiring: Wiring,
+        connectivity: Connectivity,
         weights: Mapping[str, Tensor],
         variances: Mapping[str, Tensor],
         score: Score,
@@ -214,12 +215,12 @@ class Scores:
 
         Args:
             model: The (wrapped) model; only read.
-            wiring: Its wiring.
+            connectivity: Its connectivity.
             weights: By layer, the unmasked weight; other layers are read as they are.
             variances: By layer, `[in_channels]`, the variance of what arrives.
             score: "share" or "strength".
         """
-        self.model, self.wiring, self.score = model, wiring, score
+        self.model, self.connectivity, self.score = model, connectivity, score
         self.powers = {
             path: synaptic_power(model.get_submodule(path), variance, weights.get(path))
             for path, variance in variances.items()
@@ -255,7 +256,7 @@ class Scores:
         relative to the layer's largest.
         """
         if self._delivered is None:
-            layers = self.wiring.layers
+            layers = self.connectivity.layers
             device = next(self.model.parameters()).device
             out = {path: torch.zeros(layer.outputs, device=device) for path, layer in layers.items()}
             read = {
@@ -264,11 +265,11 @@ class Scores:
             }
             for path in reversed(list(layers)):
                 reaches = self._at_inputs(path, out[path])
-                for feed in self.wiring.feeds[path]:
-                    if feed.source in out:
-                        pairs = feed.pairs.to(device)
-                        out[feed.source].index_add_(0, pairs[:, 0], reaches.to(out[feed.source])[pairs[:, 1]])
-                        read[feed.source][pairs[:, 0]] = True
+                for edge in self.connectivity.edges[path]:
+                    if edge.source in out:
+                        pairs = edge.pairs.to(device)
+                        out[edge.source].index_add_(0, pairs[:, 0], reaches.to(out[edge.source])[pairs[:, 1]])
+                        read[edge.source][pairs[:, 0]] = True
                 if path in self.powers and not bool(read[path].all()):
                     own = self.powers[path].sum(1).sqrt().to(out[path])
                     out[path] = torch.where(read[path], out[path], own / own.max().clamp_min(1e-30))
@@ -276,7 +277,7 @@ class Scores:
         return self._delivered
 
     def _at_inputs(self, path: str, out: Tensor) -> Tensor:
-        layer = self.wiring.layers[path]
+        layer = self.connectivity.layers[path]
         if layer.kind == "synaptic" and path in self.powers:
             return by_input_channel(self.model.get_submodule(path), share(self.powers[path])).sum(1)
         if layer.kind == "depthwise":

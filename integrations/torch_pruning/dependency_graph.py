@@ -15,8 +15,8 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Wiring
-from ss_pruning.graph.groups import IGNORED_REASON, Cell, LeftWhole, Member, Unit, couple
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import IGNORED_REASON, Cell, Excluded, Member, Unit, couple
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
 from ss_pruning.graph.refusals import check_bare, check_weights
 from ss_pruning.graph.tracing import trace
@@ -80,7 +80,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     After a cut the model is traced anew when groups are asked for next.
 
     Attributes:
-        left_whole: Layers that no group offers, with the reason.
+        excluded: Layers that no group offers, with the reason.
     """
 
     latest: Era
@@ -133,13 +133,16 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._trace_anew()
         modules = self.latest.modules
         self.module2node = {
-            modules[path]: tp.dependency.Node(modules[path], None, path) for path in self.latest.wiring.layers
+            modules[path]: tp.dependency.Node(modules[path], None, path)
+            for path in self.latest.connectivity.layers
         }
         return self
 
     def _trace_anew(self) -> None:
-        wiring = trace(self.model, self.example_inputs)
-        self.latest = Era(self.model, self.example_inputs, wiring, couple(wiring, self.model, self._ignored))
+        connectivity = trace(self.model, self.example_inputs)
+        self.latest = Era(
+            self.model, self.example_inputs, connectivity, couple(connectivity, self.model, self._ignored)
+        )
         self._stale = False
 
     @property
@@ -150,9 +153,9 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         return self.latest
 
     @property
-    def wiring(self) -> Wiring:
+    def connectivity(self) -> Connectivity:
         """Who feeds whom; importances that look for it need no trace of their own."""
-        return self.latest.wiring
+        return self.latest.connectivity
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -160,13 +163,13 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         return self.latest.modules
 
     @property
-    def left_whole(self) -> list[LeftWhole]:
+    def excluded(self) -> list[Excluded]:
         """Layers that no group offers, with the reason."""
         unequal = [unit for unit in self.era.units.values() if self.group_of(unit.cells) is None]
         reason = "its parts come from several layers, which no Torch-Pruning group can express"
         return [
-            *self.era.coupling.left_whole,
-            *(LeftWhole((u.name,), sum(c.size for c in u.cells), reason) for u in unequal),
+            *self.era.coupling.excluded,
+            *(Excluded((u.name,), sum(c.size for c in u.cells), reason) for u in unequal),
         ]
 
     def get_all_groups(
@@ -213,10 +216,8 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
                 cells.append(rows_of(cell, np.flatnonzero(rows[0])))
         group = self.group_of(cells, module, sides[0]) if cells else None
         if group is None:
-            reasons = [left.reason for left in era.coupling.left_whole if path in left.paths]
-            raise InputError(
-                f"these channels of '{path}' must stay: {'; '.join(reasons) or 'see left_whole'}"
-            )
+            reasons = [left.reason for left in era.coupling.excluded if path in left.paths]
+            raise InputError(f"these channels of '{path}' must stay: {'; '.join(reasons) or 'see excluded'}")
         return group
 
     def group_of(

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Cell, Member
 from ss_pruning.graph.layers import is_depthwise
 
@@ -40,7 +40,7 @@ class CellGraph:
 
     model: nn.Module
     example_inputs: Any
-    wiring: Wiring
+    connectivity: Connectivity
     round: object = None
 
     def __post_init__(self) -> None:

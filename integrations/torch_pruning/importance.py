@@ -20,7 +20,7 @@ from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.modules import modules_of, parameters_of, tensors_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import Moments, MomentSource, measure
@@ -91,8 +91,8 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         self.score, self.reduce, self.normalizer = score, reduce, normalizer
         self.conditional = conditional
         self.example_inputs = example_inputs
-        self._wiring: tuple[Any, Any, Wiring] | None = None
-        self._moments: tuple[Wiring, dict[str, Tensor], dict[str, Moments]] | None = None
+        self._connectivity: tuple[Any, Any, Connectivity] | None = None
+        self._moments: tuple[Connectivity, dict[str, Tensor], dict[str, Moments]] | None = None
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -103,9 +103,9 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         graph = group._DG
         model: nn.Module = graph.model
-        wiring = self._trace(model, graph)
+        connectivity = self._trace(model, graph)
         root = group[0].dep.target.module, group[0].idxs[0]
-        tensors = self._read(model, wiring, group)
+        tensors = self._read(model, connectivity, group)
         self._pass.enter(root, tensors, getattr(graph, "round", None))
         place = _Places(group[0].root_idxs)
         total: Tensor | None = None
@@ -114,7 +114,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 module = item.dep.target.module
                 if not _is_consumer(item.dep, graph):
                     continue
-                scores = self._layer_scores(model, module, wiring, graph)
+                scores = self._layer_scores(model, module, connectivity, graph)
                 if scores is None:
                     continue
                 if total is None:
@@ -123,7 +123,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                 total.index_add_(0, roots, scores[rows].to(total))
         return None if total is None else _normalized(total, self.normalizer)
 
-    def _read(self, model: nn.Module, wiring: Wiring, group: Any) -> Mapping[str, Tensor]:
+    def _read(self, model: nn.Module, connectivity: Connectivity, group: Any) -> Mapping[str, Tensor]:
         """What the scores of a group are made from: with the paper's variances only norms and its own layers."""
         if self.moments != "batchnorm" or self.score == "relevance":
             return tensors_of(model)
@@ -131,22 +131,26 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         return {
             f"{path}.{name}": tensor
             for path, module in modules_of(model).items()
-            if module in own or (path in wiring.layers and wiring.layers[path].kind == "norm")
+            if module in own or (path in connectivity.layers and connectivity.layers[path].kind == "norm")
             for name, tensor in tensors_of(module).items()
         }
 
-    def _trace(self, model: nn.Module, graph: Any) -> Wiring:
-        """The wiring of the model as it is now; kept until a width changes."""
-        given = getattr(graph, "wiring", None)
-        if isinstance(given, Wiring):
+    def _trace(self, model: nn.Module, graph: Any) -> Connectivity:
+        """The connectivity of the model as it is now; kept until a width changes."""
+        given = getattr(graph, "connectivity", None)
+        if isinstance(given, Connectivity):
             return given
         shapes = tuple(p.shape for p in parameters_of(model).values())
-        if self._wiring is not None and self._wiring[0]() is model and self._wiring[1] == shapes:
-            return self._wiring[2]
-        wiring = trace(model, self._inputs(graph))
-        self._wiring = (weakref.ref(model), shapes, wiring)
+        if (
+            self._connectivity is not None
+            and self._connectivity[0]() is model
+            and self._connectivity[1] == shapes
+        ):
+            return self._connectivity[2]
+        connectivity = trace(model, self._inputs(graph))
+        self._connectivity = (weakref.ref(model), shapes, connectivity)
         self._pass = _Pass()
-        return wiring
+        return connectivity
 
     def _inputs(self, graph: Any) -> Any:
         if self.example_inputs is not None:
@@ -154,7 +158,9 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         given = getattr(graph, "example_inputs", None)
         return given if given is not None else _recover_inputs(graph.model, graph)
 
-    def _layer_scores(self, model: nn.Module, module: nn.Module, wiring: Wiring, graph: Any) -> Tensor | None:
+    def _layer_scores(
+        self, model: nn.Module, module: nn.Module, connectivity: Connectivity, graph: Any
+    ) -> Tensor | None:
         """`[in_channels]` scores of a consumer's input channels."""
         known = self._pass.scores
         if module not in known:
@@ -166,11 +172,11 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
                     "SynapticImportance per model, or build the pruner anew after replacing layers"
                 )
             path = paths[module]
-            if path not in wiring.layers:
+            if path not in connectivity.layers:
                 return None
-            moments = self._measured(model, wiring, path, graph)
+            moments = self._measured(model, connectivity, path, graph)
             if self.score == "relevance":
-                scores = self._relevance(model, wiring)[path].to(moments.variance)
+                scores = self._relevance(model, connectivity)[path].to(moments.variance)
             else:
                 power = synaptic_power(module, moments.variance)
                 scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
@@ -180,31 +186,35 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             known[module] = scores
         return known[module]
 
-    def _relevance(self, model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+    def _relevance(self, model: nn.Module, connectivity: Connectivity) -> dict[str, Tensor]:
         """Of what all layers read; their moments have been measured."""
         if not self._pass.relevance:
             assert self._moments is not None
-            variances = {path: m.variance for path, m in self._moments[2].items() if path in wiring.layers}
-            self._pass.relevance = relevance(model, wiring, variances)
+            variances = {
+                path: m.variance for path, m in self._moments[2].items() if path in connectivity.layers
+            }
+            self._pass.relevance = relevance(model, connectivity, variances)
         return self._pass.relevance
 
-    def _measured(self, model: nn.Module, wiring: Wiring, path: str, graph: Any) -> Moments:
+    def _measured(self, model: nn.Module, connectivity: Connectivity, path: str, graph: Any) -> Moments:
         """Of what arrives at a layer; measured again when a weight has changed."""
         if not self._pass.measured:
-            if not self._holds(wiring):
+            if not self._holds(connectivity):
                 inputs = None if self.moments == "batchnorm" else self._inputs(graph)
-                paths = synaptic_paths(wiring)
-                found = measure(model, wiring, self.moments, inputs, paths, covariance=self.conditional > 0)
-                self._moments = (wiring, dict(self._pass.numbers), found)
+                paths = synaptic_paths(connectivity)
+                found = measure(
+                    model, connectivity, self.moments, inputs, paths, covariance=self.conditional > 0
+                )
+                self._moments = (connectivity, dict(self._pass.numbers), found)
             self._pass.measured = True
         assert self._moments is not None
         return self._moments[2][path]
 
-    def _holds(self, wiring: Wiring) -> bool:
+    def _holds(self, connectivity: Connectivity) -> bool:
         """Whether what was measured before still is what would be."""
         return (
             self._moments is not None
-            and self._moments[0] is wiring
+            and self._moments[0] is connectivity
             and _same(self._pass.numbers, self._moments[1])
         )
 

@@ -23,7 +23,7 @@ from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_compensation, cut_
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Cell, LeftWhole, Unit
+from ss_pruning.graph.groups import Cell, Excluded, Unit
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.tracing import trace
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
@@ -37,7 +37,7 @@ from ss_pruning.integrations.torch_pruning.groups import cell_scores
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
 from ss_pruning.planning.defaults import default_reestimate
-from ss_pruning.planning.search import FORWARD_REASON, Settler
+from ss_pruning.planning.search import FORWARD_REASON, PlanSearch
 from ss_pruning.surgery.plan import Plan
 
 __all__ = [
@@ -55,7 +55,7 @@ _HEADS = ("prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict")
 class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     """A drop-in for `tp.pruner.BasePruner` on the channel graph; any model, verified before it is cut.
 
-    What cannot be cut right is left whole (`left_whole` says what and why). Two options hold more strictly than in
+    What cannot be cut right is excluded (`excluded` says what and why). Two options hold more strictly than in
     Torch-Pruning: no layer ever loses more than `max_pruning_ratio` of its first width, nor its last channel; and
     `round_to` rounds kept widths up, so never more goes than the ratio says. To give another pruner of
     Torch-Pruning's this graph, inherit from both: `class Mine(TheirPruner, GraphPruner)`.
@@ -79,7 +79,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         ch_sparsity: The older name of `pruning_ratio`.
         ch_sparsity_dict: The older name of `pruning_ratio_dict`.
         **found_by_the_graph: Torch-Pruning's options for what the graph finds by itself (groups, loose parameters),
-            or leaves whole (attention heads); accepted, without effect.
+            or excludes (attention heads); accepted, without effect.
 
     Raises:
         InputError: An option is out of range or not supported.
@@ -135,9 +135,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             ignored_layers=self.ignored_layers,
             ignored_params=self.ignored_params,
         )
-        self._first_widths = {path: layer.outputs for path, layer in self.DG.wiring.layers.items()}
+        self._first_widths = {path: layer.outputs for path, layer in self.DG.connectivity.layers.items()}
         self.removed: Counter[Hashable] = Counter()
-        self._failed: dict[str, LeftWhole] = {}
+        self._failed: dict[str, Excluded] = {}
 
     def _set_ratios(self, ratios: Mapping[Any, float] | None) -> None:
         """Ratios after each step, and the scope, of the layers that have one of their own."""
@@ -154,9 +154,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self._own_scope[layer] = number
 
     @property
-    def left_whole(self) -> list[LeftWhole]:
+    def excluded(self) -> list[Excluded]:
         """Layers of which channels stay whatever the ratio, with the reason."""
-        return [*self.DG.era.coupling.left_whole, *self._failed.values()]
+        return [*self.DG.era.coupling.excluded, *self._failed.values()]
 
     def step(
         self,
@@ -195,7 +195,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _cut_chosen(self, cut: Callable[[Plan], Plan] | None) -> None:
         """One step that cuts, with more to do than that if `cut` is given."""
-        plan, parts = self._settle()
+        plan, parts = self._choose()
         if parts:
             era: Era = self.DG.latest
             self.DG.record(
@@ -204,36 +204,38 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
 
     def _cut(self, method: Method, calibration: Any, reestimate: bool, plan: Plan) -> Plan:
-        """Cut with compensation; the wiring is that of the model as earlier steps have left it."""
+        """Cut with compensation; the connectivity is that of the model as earlier steps have left it."""
         inputs = self.DG.example_inputs
         images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
         return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, reestimate)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:
-        for part in self._settle()[1]:
+        for part in self._choose()[1]:
             yield self.DG.group_of(part) or ChannelGroup(self.DG, part)
 
-    def _settle(self) -> tuple[Plan, list[list[Cell]]]:
+    def _choose(self) -> tuple[Plan, list[list[Cell]]]:
         """What goes in this step: the verified plan, and unit by unit the families."""
         if self.current_step > self.iterative_steps:
             warnings.warn("all iterative steps are done, so nothing more is pruned", stacklevel=4)
             return Plan(), []
         era: Era = self.DG.era
-        settler = _Scoped(era.bench, era.coupling, self, era)
+        search = _Scoped(era.verifier, era.coupling, self, era)
         for number, (label, unit) in enumerate(era.units.items()):
             if label in self._failed or not self.DG.is_root(unit, self.root_module_types):
-                settler.reasons[number] = ""
+                search.reasons[number] = ""
         with torch.no_grad():
             scores = iter(
                 cell_scores(self.importance, [c for unit in era.coupling.units for c in unit.cells], self.DG)
             )
-        verified = settler.settle([[next(scores).numpy() for _ in unit.cells] for unit in era.coupling.units])
+        verified = search.find_verified_plan(
+            [[next(scores).numpy() for _ in unit.cells] for unit in era.coupling.units]
+        )
         for number, (label, unit) in enumerate(era.units.items()):
-            if reason := settler.reasons.get(number):
+            if reason := search.reasons.get(number):
                 size = sum(cell.size for cell in unit.cells)
-                self._failed[label] = LeftWhole((unit.name,), size, f"{FORWARD_REASON}: {reason}")
-        self.removed += settler.taken
-        return verified.plan, settler.parts()
+                self._failed[label] = Excluded((unit.name,), size, f"{FORWARD_REASON}: {reason}")
+        self.removed += search.taken
+        return verified.plan, search.parts()
 
     def scope_of(self, label: str, unit: Unit, modules: Mapping[str, nn.Module]) -> tuple[Hashable, float]:
         """With what a unit is ranked, and the share that is to be gone there after this step."""
@@ -251,7 +253,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def allowed(self, unit: Unit, era: Era) -> float:
         """Share of its channels that a unit may still lose."""
         keep = 1 - self.max_pruning_ratio
-        shares = [1 - keep * self._first_widths[p] / era.wiring.layers[p].outputs for p in producers(unit)]
+        shares = [
+            1 - keep * self._first_widths[p] / era.connectivity.layers[p].outputs for p in producers(unit)
+        ]
         return max(0.0, min(shares))
 
     def estimate_importance(self, group: ChannelGroup) -> Tensor:
@@ -294,11 +298,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
             "customized_pruners is not supported here: all layers are cut as the channel graph says"
         )
     if any(options.get(name) for name in _HEADS):
-        warnings.warn("attention heads are left whole: the options for them have no effect", stacklevel=4)
+        warnings.warn("attention heads are excluded: the options for them have no effect", stacklevel=4)
 
 
 @dataclass
-class _Scoped(Settler):
+class _Scoped(PlanSearch):
     """Shrinks every scope to its ratio."""
 
     pruner: GraphPruner

@@ -12,12 +12,12 @@ import numpy as np
 from torch import nn
 
 from ss_pruning.errors import VerificationError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Cell, Coupling, Selection, Unit
 from ss_pruning.planning.allocation import to_plan
-from ss_pruning.planning.group_bisection import SoundPart
+from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Attribute, Plan
-from ss_pruning.surgery.verification import Bench, Verified
+from ss_pruning.surgery.verification import Verified, Verifier
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Era:
 
     model: nn.Module
     example_inputs: Any
-    wiring: Wiring
+    connectivity: Connectivity
     coupling: Coupling
     done: Plan = field(default_factory=Plan)
     gone: list[Cell] = field(default_factory=list)
@@ -37,9 +37,9 @@ class Era:
         return dict(self.model.named_modules())
 
     @cached_property
-    def bench(self) -> Bench:
+    def verifier(self) -> Verifier:
         """Where cuts are tried; made before the first one."""
-        return Bench(self.model, self.example_inputs, self.wiring)
+        return Verifier(self.model, self.example_inputs, self.connectivity)
 
     @cached_property
     def units(self) -> dict[str, Unit]:
@@ -62,17 +62,17 @@ class Era:
             for m in cell.members:
                 kept = selection.get((m.path, m.side), range(self.coupling.widths[m.path, m.side]))
                 selection[m.path, m.side] = tuple(np.setdiff1d(kept, m.index).tolist())
-        plan = to_plan(selection, self.coupling, self.wiring)
-        part = SoundPart(
+        plan = to_plan(selection, self.coupling, self.connectivity)
+        part = GroupBisection(
             [Unit(tuple(cells))],
-            lambda _, fixed, locate: self.bench.verify(
+            lambda _, fixed, locate: self.verifier.verify(
                 plan, selection, self.coupling.units, fixed=fixed, locate=locate
             ),
             set(),
         )
         part.search([0])
         if part.verified is None:
-            raise VerificationError(f"'{cells[0].root.path}' is left whole: {part.failed[0]}")
+            raise VerificationError(f"'{cells[0].root.path}' is excluded: {part.failed[0]}")
         return part.verified
 
     def apply(self, plan: Plan, cells: Iterable[Cell], cut: Callable[[Plan], Plan] | None = None) -> Plan:

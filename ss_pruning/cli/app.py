@@ -366,10 +366,10 @@ def _show(report: Report, as_json: bool, results: TextIO) -> None:
     console.print(report.table())
     for sentence in _about_time(report):
         console.print(sentence, markup=False)
-    for entry in report.left_whole[:_MOST_LINES]:
-        console.print(f"left whole: {entry.channels:,} channels, {entry.reason}", style="dim", markup=False)
-    if len(report.left_whole) > _MOST_LINES:
-        console.print(f"left whole: {len(report.left_whole) - _MOST_LINES} more, see the report", style="dim")
+    for entry in report.excluded[:_MOST_LINES]:
+        console.print(f"excluded: {entry.channels:,} channels, {entry.reason}", style="dim", markup=False)
+    if len(report.excluded) > _MOST_LINES:
+        console.print(f"excluded: {len(report.excluded) - _MOST_LINES} more, see the report", style="dim")
 
 
 def _about_time(report: Report) -> Iterator[str]:

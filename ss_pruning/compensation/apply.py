@@ -15,7 +15,7 @@ from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.compensation.synthetic_data import DISTILLED, distilled
 from ss_pruning.config import METHODS, SOLVED, Method
 from ss_pruning.errors import InputError, ModelError, SSPruningError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from ss_pruning.surgery.plan import Plan, adopt_
 
@@ -76,7 +76,7 @@ def check_compensation(compensation: str, calibration: Any) -> None:
 def cut_(
     model: nn.Module,
     plan: Plan,
-    wiring: Wiring,
+    connectivity: Connectivity,
     method: Method,
     images: Batch | None,
     example_inputs: Any,
@@ -87,7 +87,7 @@ def cut_(
     Returns:
         The plan with the biases that layers got, and what the compensation did.
     """
-    ready, plan, outcome = prepared(model, plan, wiring, method, images, example_inputs, reestimate)
+    ready, plan, outcome = prepared(model, plan, connectivity, method, images, example_inputs, reestimate)
     adopt_(model, ready)
     return plan, outcome
 
@@ -95,7 +95,7 @@ def cut_(
 def prepared(
     model: nn.Module,
     plan: Plan,
-    wiring: Wiring,
+    connectivity: Connectivity,
     method: Method,
     images: Any,
     example_inputs: Any,
@@ -106,7 +106,7 @@ def prepared(
     Args:
         model: The dense model; not changed.
         plan: What to cut.
-        wiring: The wiring of `model`.
+        connectivity: The connectivity of `model`.
         method: How to compensate.
         images: One batch of calibration inputs, or None; see `calibration_images`.
         example_inputs: What `forward` takes.
@@ -122,10 +122,10 @@ def prepared(
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
-        outcome = _compensate(small, model, plan, wiring, method, images, example_inputs)
+        outcome = _compensate(small, model, plan, connectivity, method, images, example_inputs)
         if reestimate:
             means = method == "none" or images is not None
-            reestimate_(small, model, plan, wiring, images, example_inputs, means)
+            reestimate_(small, model, plan, connectivity, images, example_inputs, means)
     except SSPruningError:
         raise
     except Exception as error:
@@ -141,7 +141,7 @@ def _compensate(
     small: nn.Module,
     model: nn.Module,
     plan: Plan,
-    wiring: Wiring,
+    connectivity: Connectivity,
     method: Method,
     images: Batch | None,
     inputs: Any,
@@ -150,8 +150,8 @@ def _compensate(
         return Outcome()
     if method == "mean":
         source = "gaussian" if images is None else images.split(BATCH)
-        return fold_means_(small, model, plan, wiring, source, inputs)
+        return fold_means_(small, model, plan, connectivity, source, inputs)
     assert images is not None
     if method == "linear":
-        return fold_linear_(small, model, plan, wiring, images.split(BATCH))
-    return reconstruct_(small, model, plan, wiring, images)
+        return fold_linear_(small, model, plan, connectivity, images.split(BATCH))
+    return reconstruct_(small, model, plan, connectivity, images)

@@ -26,7 +26,7 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import has_statistics
 from ss_pruning.importance.calibration import Batch, sizes_that_run
 from ss_pruning.surgery.plan import Plan
@@ -43,7 +43,7 @@ def reestimate_(
     small: nn.Module,
     dense: nn.Module,
     plan: Plan,
-    wiring: Wiring,
+    connectivity: Connectivity,
     images: Any,
     inputs: Any,
     means: bool = True,
@@ -61,7 +61,7 @@ def reestimate_(
         small: `dense` with `plan` applied; in evaluation mode for the pass, whatever its mode is.
         dense: The dense model; not changed.
         plan: What was cut.
-        wiring: The wiring of the dense model.
+        connectivity: The connectivity of the dense model.
         images: Inputs, of which those run that fit into memory side by side, but 16 at least; None for noise.
         inputs: What `forward` takes; the noise has its shape.
         means: Move the means, too; on noise they are known less well than those of `fold_means_`.
@@ -69,7 +69,7 @@ def reestimate_(
     Returns:
         Paths of the norms that were set.
     """
-    norms, first = _norms(dense, wiring), _first_cut(plan, wiring)
+    norms, first = _norms(dense, connectivity), _first_cut(plan, connectivity)
     behind = [path for number, path in norms.items() if number >= first]
     if not behind:
         return []
@@ -206,18 +206,21 @@ def _coloured(x: Tensor) -> Tensor:
     return maps / maps.std()
 
 
-def _norms(model: nn.Module, wiring: Wiring) -> dict[int, str]:
+def _norms(model: nn.Module, connectivity: Connectivity) -> dict[int, str]:
     """Batch norms with running statistics, by their place in the order in which layers run."""
     return {
-        number: path for number, path in enumerate(wiring.layers) if has_statistics(model.get_submodule(path))
+        number: path
+        for number, path in enumerate(connectivity.layers)
+        if has_statistics(model.get_submodule(path))
     }
 
 
-def _first_cut(plan: Plan, wiring: Wiring) -> int:
+def _first_cut(plan: Plan, connectivity: Connectivity) -> int:
     """The place of the first layer that was cut."""
     cut = {cut.path for cut in plan.cuts}
     return min(
-        (number for number, path in enumerate(wiring.layers) if path in cut), default=len(wiring.layers)
+        (number for number, path in enumerate(connectivity.layers) if path in cut),
+        default=len(connectivity.layers),
     )
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def fold_means_(
-    pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, source: Any, inputs: Any
+    pruned: nn.Module, dense: nn.Module, plan: Plan, connectivity: Connectivity, source: Any, inputs: Any
 ) -> Outcome:
     """Add what the removed channels carry on average to the biases of their consumers, in place.
 
@@ -63,13 +63,13 @@ def fold_means_(
         pruned: `dense` with `plan` applied; changed in place.
         dense: The dense model; not changed.
         plan: What was cut.
-        wiring: The wiring of `dense`.
+        connectivity: The connectivity of `dense`.
         source: Where means come from: "gaussian" or batches, see `ss_pruning.importance.activation_stats.measure`.
         inputs: Example inputs, for "gaussian".
     """
-    outcome, norms = Outcome(), norms_behind(wiring)
+    outcome, norms = Outcome(), norms_behind(connectivity)
     consumers = _consumers(dense, plan)
-    moments = measure(dense, wiring, source, inputs, list(consumers))
+    moments = measure(dense, connectivity, source, inputs, list(consumers))
     for path, cut in consumers.items():
         mean = moments[path].mean
         if mean is None:
@@ -82,7 +82,7 @@ def fold_means_(
 
 
 def fold_linear_(
-    pruned: nn.Module, dense: nn.Module, plan: Plan, wiring: Wiring, batches: Iterable[Any]
+    pruned: nn.Module, dense: nn.Module, plan: Plan, connectivity: Connectivity, batches: Iterable[Any]
 ) -> Outcome:
     """Fold the best linear prediction of the removed channels from the kept ones into the consumers, in place.
 
@@ -94,12 +94,12 @@ def fold_linear_(
         pruned: `dense` with `plan` applied; changed in place.
         dense: The dense model; not changed.
         plan: What was cut.
-        wiring: The wiring of `dense`.
+        connectivity: The connectivity of `dense`.
         batches: Calibration inputs.
     """
-    outcome, norms = Outcome(), norms_behind(wiring)
+    outcome, norms = Outcome(), norms_behind(connectivity)
     consumers = _consumers(dense, plan)
-    moments = measure(dense, wiring, batches, None, list(consumers), covariance=True)
+    moments = measure(dense, connectivity, batches, None, list(consumers), covariance=True)
     for path, cut in consumers.items():
         module, seen = dense.get_submodule(path), moments[path]
         if seen.mean is None:
@@ -173,20 +173,20 @@ def _is_padded(module: nn.Module) -> bool:
     )
 
 
-def norms_behind(wiring: Wiring) -> dict[str, str]:
+def norms_behind(connectivity: Connectivity) -> dict[str, str]:
     """By layer: the norm that reads its output channel by channel, if nothing else does and it reads nothing else."""
     readers: dict[str, set[str]] = {}
-    for path, feeds in wiring.feeds.items():
-        for feed in feeds:
-            readers.setdefault(feed.source, set()).add(path)
+    for path, edges in connectivity.edges.items():
+        for edge in edges:
+            readers.setdefault(edge.source, set()).add(path)
     behind = {}
-    for path, layer in wiring.layers.items():
-        feeds = wiring.feeds[path]
-        if layer.kind != "norm" or len(feeds) != 1:
+    for path, layer in connectivity.layers.items():
+        edges = connectivity.edges[path]
+        if layer.kind != "norm" or len(edges) != 1:
             continue
-        pairs, source = feeds[0].pairs, feeds[0].source
+        pairs, source = edges[0].pairs, edges[0].source
         same = len(pairs) == layer.inputs and bool((pairs[:, 0] == pairs[:, 1]).all())
-        if same and readers[source] == {path} and source not in wiring.reaches_output:
+        if same and readers[source] == {path} and source not in connectivity.reaches_output:
             behind[source] = path
     return behind
 

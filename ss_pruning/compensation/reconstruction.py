@@ -29,7 +29,7 @@ from ss_pruning._utils.running import call, preserved
 from ss_pruning.compensation.folding import IDLE, Outcome, add_bias, norms_behind
 from ss_pruning.compensation.residual_sums import Others, Sum, find_sums
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.surgery.plan import Plan
@@ -51,7 +51,7 @@ def reconstruct_(
     pruned: nn.Module,
     dense: nn.Module,
     plan: Plan,
-    wiring: Wiring,
+    connectivity: Connectivity,
     images: Any,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
@@ -64,7 +64,7 @@ def reconstruct_(
         pruned: `dense` with `plan` applied; changed in place.
         dense: The dense model; not changed.
         plan: What was cut.
-        wiring: The wiring of `dense`.
+        connectivity: The connectivity of `dense`.
         images: One batch of inputs; more is better, a few hundred are enough.
         progress: Called with (layers done, layers in all).
     """
@@ -74,9 +74,9 @@ def reconstruct_(
             f"the model runs on no more than {batch.most} inputs at once, and compensation='reconstruct' needs all of "
             "them in one pass; take 'linear', or 'mean'"
         )
-    outcome, norms = Outcome(), norms_behind(wiring)
+    outcome, norms = Outcome(), norms_behind(connectivity)
     kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
-    paths = _solvable(pruned, wiring, plan, outcome)
+    paths = _solvable(pruned, connectivity, plan, outcome)
     found = find_sums(dense, batch[: batch.unit].inputs, norms)
     sums = {path: found[path] for path in paths if path in found}
     dense_rows = _DenseRows(dense, paths, sums, batch.inputs)
@@ -92,7 +92,7 @@ def reconstruct_(
 
     with (
         torch.no_grad(),
-        preserved(pruned, training=False, but=map(pruned.get_submodule, wiring.layers)),
+        preserved(pruned, training=False, but=map(pruned.get_submodule, connectivity.layers)),
         Others(pruned, sums) as others,
         contextlib.ExitStack() as hooks,
     ):
@@ -104,17 +104,17 @@ def reconstruct_(
     return outcome
 
 
-def _solvable(pruned: nn.Module, wiring: Wiring, plan: Plan, outcome: Outcome) -> list[str]:
+def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome: Outcome) -> list[str]:
     """Layers behind a cut that run once and whose output is linear in their weight."""
     touched = {cut.path for cut in plan.cuts}
     paths: list[str] = []
     reached = False
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         module = pruned.get_submodule(path)
         reached = reached or path in touched
         if not reached or layer.kind not in ("synaptic", "depthwise"):
             continue
-        if len({feed.call for feed in wiring.feeds[path]}) > 1:
+        if len({edge.call for edge in connectivity.edges[path]}) > 1:
             outcome.skipped[path] = "it runs several times"
         elif isinstance(module, _ConvNd) and module.transposed:
             outcome.skipped[path] = "transposed convolutions are not solved"

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from ss_pruning._utils.arrays import Ints
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 
 Side = Literal["in", "out", "through", "tensor"]
 Key = tuple[str, Side]
@@ -16,17 +16,17 @@ Key = tuple[str, Side]
 class Slots:
     """Numbers every (layer side, channel): side `key` has the numbers `start[key] ... start[key] + widths[key]`."""
 
-    def __init__(self, wiring: Wiring) -> None:
+    def __init__(self, connectivity: Connectivity) -> None:
         self.widths: dict[Key, int] = {}
         self.out_key: dict[str, Key] = {}
-        for path, layer in wiring.layers.items():
+        for path, layer in connectivity.layers.items():
             if layer.kind in ("norm", "response", "positional"):
                 self.widths[path, "through"] = layer.outputs
                 self.out_key[path] = (path, "through")
             else:
                 self.widths[path, "in"], self.widths[path, "out"] = layer.inputs, layer.outputs
                 self.out_key[path] = (path, "out")
-        for name, loose in wiring.loose.items():
+        for name, loose in connectivity.loose.items():
             self.widths[name, "tensor"] = loose.size
             self.out_key[name] = (name, "tensor")
         self.keys = list(self.widths)

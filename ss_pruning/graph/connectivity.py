@@ -34,7 +34,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Feed:
+class Edge:
     """What one source hands to one call of one layer.
 
     Attributes:
@@ -60,12 +60,12 @@ class LooseTensor:
 
 
 @dataclass
-class Wiring:
+class Connectivity:
     """Everything the label probe found.
 
     Attributes:
         layers: By path, in the order in which they run.
-        feeds: By consumer path.
+        edges: By consumer path.
         loose: Loose tensors whose elements lie along channels, by name.
         reaches_output: By source: the numbers of its channels from which the model's output is reached without another
             layer.
@@ -73,7 +73,7 @@ class Wiring:
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
-    feeds: dict[str, list[Feed]] = field(default_factory=dict)
+    edges: dict[str, list[Edge]] = field(default_factory=dict)
     loose: dict[str, LooseTensor] = field(default_factory=dict)
     reaches_output: dict[str, Tensor] = field(default_factory=dict)
     uncalled: tuple[str, ...] = ()
@@ -88,12 +88,14 @@ class Wiring:
             InputError: `path` names no layer that ran.
         """
         if path not in self.layers:
-            raise InputError(f"no layer '{path}' ran in the traced model; see Wiring.layers for the paths")
+            raise InputError(
+                f"no layer '{path}' ran in the traced model; see Connectivity.layers for the paths"
+            )
         found: list[set[tuple[str, int]]] = [set() for _ in range(self.layers[path].inputs)]
-        for feed in self.feeds[path]:
-            if feed.source in self.layers or feed.source == INPUT:
-                for source_channel, channel in feed.pairs.tolist():
-                    found[channel].add((feed.source, source_channel))
+        for edge in self.edges[path]:
+            if edge.source in self.layers or edge.source == INPUT:
+                for source_channel, channel in edge.pairs.tolist():
+                    found[channel].add((edge.source, source_channel))
         return [sorted(pairs) for pairs in found]
 
 

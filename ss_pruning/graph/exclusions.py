@@ -11,7 +11,7 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.graph.channel_index import Slots
-from ss_pruning.graph.connectivity import INPUT, Wiring
+from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.layers import kind_of, width
 
 OUTPUT_REASON = "reaches the model's output"
@@ -27,7 +27,7 @@ IGNORED_REASON = "ignored on request"
 
 
 @dataclass(frozen=True)
-class LeftWhole:
+class Excluded:
     """Layers some of whose channels stay, and why.
 
     Attributes:
@@ -42,38 +42,38 @@ class LeftWhole:
 
 
 def frozen_slots(
-    wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
+    connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
 ) -> list[tuple[Ints, str]]:
     """Slots that must stay, each with the reason; the first reason that reaches a family is the one reported."""
     frozen: list[tuple[Ints, str]] = []
-    for origin, channels in wiring.reaches_output.items():
+    for origin, channels in connectivity.reaches_output.items():
         if origin in slots.out_key:
             frozen.append((channels.numpy() + slots.start[slots.out_key[origin]], OUTPUT_REASON))
     for path, reason in ignore.items():
         if path in slots.out_key:
             frozen.append((slots.numbers(slots.out_key[path]), reason))
-    for path, reason in _untouchable(modules, wiring).items():
+    for path, reason in _untouchable(modules, connectivity).items():
         frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
-    return frozen + _unconnected(wiring, slots, broadcast_reason(modules))
+    return frozen + _unconnected(connectivity, slots, broadcast_reason(modules))
 
 
-def _unconnected(wiring: Wiring, slots: Slots, mixed: str) -> list[tuple[Ints, str]]:
+def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[tuple[Ints, str]]:
     """Slots that nothing shrinks, that nothing reads, or that feed several channels at once."""
     frozen: list[tuple[Ints, str]] = []
     fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
-    for path, feeds in wiring.feeds.items():
+    for path, edges in connectivity.edges.items():
         into = slots.start[slots.in_key(path)]
-        for feed in feeds:
-            pairs, broadcast = feed.pairs.numpy(), feed.broadcast.numpy()
-            if feed.source == INPUT:
+        for edge in edges:
+            pairs, broadcast = edge.pairs.numpy(), edge.broadcast.numpy()
+            if edge.source == INPUT:
                 frozen.append((pairs[:, 1] + into, NO_PRODUCER_REASON))
                 continue
-            source = slots.start[slots.out_key[feed.source]]
-            fed[pairs[:, 1] + into] |= feed.source not in wiring.loose
+            source = slots.start[slots.out_key[edge.source]]
+            fed[pairs[:, 1] + into] |= edge.source not in connectivity.loose
             read[pairs[:, 0] + source] = True
             read[broadcast + source] = True
             frozen.append((broadcast + source, mixed))
-    for path in wiring.layers:
+    for path in connectivity.layers:
         reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
         frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
         frozen.append((out[~read[out]], UNREAD_REASON))
@@ -94,18 +94,18 @@ def broadcast_reason(modules: Mapping[str, nn.Module]) -> str:
     return f"feeds several channels at once (a gate, a softmax, or a module that mixes all it reads: {named})"
 
 
-def left_uncalled(wiring: Wiring, modules: Mapping[str, nn.Module]) -> tuple[LeftWhole, ...]:
+def left_uncalled(connectivity: Connectivity, modules: Mapping[str, nn.Module]) -> tuple[Excluded, ...]:
     """The layers that did not run, if any, and their channels."""
-    paths = [path for path in wiring.uncalled if kind_of(modules[path]) in ("synaptic", "depthwise")]
+    paths = [path for path in connectivity.uncalled if kind_of(modules[path]) in ("synaptic", "depthwise")]
     channels = sum(width(modules[path], "out") for path in paths)
-    return (LeftWhole(tuple(paths), channels, UNCALLED_REASON),) if paths else ()
+    return (Excluded(tuple(paths), channels, UNCALLED_REASON),) if paths else ()
 
 
-def _untouchable(modules: Mapping[str, nn.Module], wiring: Wiring) -> dict[str, str]:
+def _untouchable(modules: Mapping[str, nn.Module], connectivity: Connectivity) -> dict[str, str]:
     """Layers whose tensors cannot be replaced: parametrised ones, and ones that share a tensor with another layer."""
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
-    for path in wiring.layers:
+    for path in connectivity.layers:
         module = modules[path]
         if hasattr(module, "parametrizations"):
             reasons[path] = "its weight is parametrised; remove the parametrisation first"
@@ -147,11 +147,13 @@ class _Reasons:
 _REASONS = _Reasons()
 
 
-def left_whole_of(wiring: Wiring, slots: Slots, family: Ints, reasons: Ints) -> tuple[LeftWhole, ...]:
+def excluded_by_reason(
+    connectivity: Connectivity, slots: Slots, family: Ints, reasons: Ints
+) -> tuple[Excluded, ...]:
     """One entry a reason: the synaptic layers of whose outputs some stay for it."""
     paths: dict[int, list[str]] = defaultdict(list)
     channels: dict[int, int] = defaultdict(int)
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind != "synaptic":
             continue
         numbers, counts = np.unique(reasons[family[slots.numbers((path, "out"))]], return_counts=True)
@@ -159,4 +161,4 @@ def left_whole_of(wiring: Wiring, slots: Slots, family: Ints, reasons: Ints) -> 
             if number:
                 paths[number].append(path)
                 channels[number] += count
-    return tuple(LeftWhole(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))
+    return tuple(Excluded(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))

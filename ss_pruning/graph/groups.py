@@ -1,6 +1,6 @@
 """Which channels must be cut together: families, the cells that share a pattern, and the units that keep proportions.
 
-From the wiring (who feeds whom) three notions follow:
+From the connectivity (who feeds whom) three notions follow:
 
 * A **family** is a set of (layer, side, channel) slots that meet somewhere: a producer's output channel, the norms and
   depthwise layers it passes through, the elements of loose tensors along it, every consumer's input channel. A family
@@ -24,15 +24,15 @@ from torch import nn
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.channel_index import Key, Side, Slots, components
-from ss_pruning.graph.connectivity import INPUT, Wiring
+from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.exclusions import (
     IGNORED_REASON,
     UNEVEN_REASON,
-    LeftWhole,
+    Excluded,
+    excluded_by_reason,
     family_reasons,
     frozen_slots,
     left_uncalled,
-    left_whole_of,
 )
 from ss_pruning.graph.layers import blocks_of
 
@@ -40,8 +40,8 @@ __all__ = [
     "IGNORED_REASON",
     "Cell",
     "Coupling",
+    "Excluded",
     "Key",
-    "LeftWhole",
     "Member",
     "Side",
     "Unit",
@@ -106,52 +106,52 @@ class Coupling:
     """What may be cut, and what may not."""
 
     units: tuple[Unit, ...]
-    left_whole: tuple[LeftWhole, ...]
+    excluded: tuple[Excluded, ...]
     widths: Mapping[Key, int]
 
-    def without(self, numbers: Collection[int], reasons: Iterable[LeftWhole]) -> Coupling:
+    def without(self, numbers: Collection[int], reasons: Iterable[Excluded]) -> Coupling:
         """The same with some units, by number, among what must stay."""
         units = tuple(unit for number, unit in enumerate(self.units) if number not in numbers)
-        return Coupling(units, (*self.left_whole, *reasons), self.widths)
+        return Coupling(units, (*self.excluded, *reasons), self.widths)
 
 
-def couple(wiring: Wiring, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:
-    """Derive families, cells and units from a wiring.
+def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:
+    """Derive families, cells and units from a connectivity.
 
     Args:
-        wiring: What `trace` found for `model`.
+        connectivity: What `trace` found for `model`.
         model: The traced model; looked at for groups and shared or parametrised weights, never changed.
         ignore: Layer paths whose own channels (outputs) must stay, with the reason to report.
     """
-    slots = Slots(wiring)
+    slots = Slots(connectivity)
     modules = modules_of(model)
-    family = components(slots.total, _ties(wiring, slots, modules))
-    frozen = frozen_slots(wiring, slots, modules, ignore or {})
+    family = components(slots.total, _ties(connectivity, slots, modules))
+    frozen = frozen_slots(connectivity, slots, modules, ignore or {})
     reasons = family_reasons(slots, family, frozen)
-    cells = _cells(wiring, slots, modules, family, reasons)
+    cells = _cells(connectivity, slots, modules, family, reasons)
     units = _units(cells, modules)
     even = [_even(unit, slots.widths, modules) for unit in units]
-    whole = left_whole_of(wiring, slots, family, reasons) + left_uncalled(wiring, modules)
+    whole = excluded_by_reason(connectivity, slots, family, reasons) + left_uncalled(connectivity, modules)
     uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
     if uneven:
         paths = dict.fromkeys(cell.root.path for unit in uneven for cell in unit.cells)
         channels = sum(cell.size for unit in uneven for cell in unit.cells)
-        whole += (LeftWhole(tuple(paths), channels, UNEVEN_REASON),)
+        whole += (Excluded(tuple(paths), channels, UNEVEN_REASON),)
     return Coupling(tuple(unit for unit, fits in zip(units, even, strict=True) if fits), whole, slots.widths)
 
 
-def _ties(wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
+def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
     """`[n, 2]`: slots that must be cut together."""
     ties: list[Ints] = [np.empty((0, 2), dtype=np.int64)]
-    for path, feeds in wiring.feeds.items():
+    for path, edges in connectivity.edges.items():
         into = slots.start[slots.in_key(path)]
-        for feed in feeds:
-            if feed.source == INPUT:
+        for edge in edges:
+            if edge.source == INPUT:
                 continue
-            pairs = feed.pairs.numpy()
-            source = slots.start[slots.out_key[feed.source]]
+            pairs = edge.pairs.numpy()
+            source = slots.start[slots.out_key[edge.source]]
             ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind == "depthwise":
             out = slots.numbers((path, "out"))
             multiplier = layer.outputs // layer.inputs
@@ -160,7 +160,7 @@ def _ties(wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module]) -> Int
 
 
 def _cells(
-    wiring: Wiring, slots: Slots, modules: Mapping[str, nn.Module], family: Ints, reasons: Ints
+    connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module], family: Ints, reasons: Ints
 ) -> list[Cell]:
     """Free families, grouped by pattern and by runs of neighbours."""
     free = reasons[family] == 0
@@ -186,24 +186,24 @@ def _cells(
     cells = []
     for group in groups:
         index = group[:, None] + np.arange(ends[int(group[0])] - group[0])
-        cells += _runs(channel[index], side[index[0]], slots, wiring)
+        cells += _runs(channel[index], side[index[0]], slots, connectivity)
     return sorted(cells, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
 
 
-def _runs(index: Ints, sides: Ints, slots: Slots, wiring: Wiring) -> list[Cell]:
+def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) -> list[Cell]:
     """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival.
 
     Args:
         index: `[families, slots]`, channel of each slot.
         sides: `[slots]`, layer side of each.
         slots: Numbers of the sides.
-        wiring: Who feeds whom.
+        connectivity: Who feeds whom.
     """
     members = []
     for s in np.unique(sides):
         path, member_side = slots.keys[s]
         members.append(Member(path, member_side, index[:, sides == s]))
-    roots = [m for m in members if m.side == "out" and wiring.layers[m.path].kind == "synaptic"]
+    roots = [m for m in members if m.side == "out" and connectivity.layers[m.path].kind == "synaptic"]
     if not roots:  # a lone norm or depthwise layer on an unseen source: never cut
         return []
     root = min(roots, key=lambda m: slots.start[m.path, m.side])

@@ -30,7 +30,7 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.channel_labels import Labels
-from ss_pruning.graph.connectivity import INPUT, Layer, Wiring
+from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, kind_of, width
 from ss_pruning.graph.pooling_indices import TiedIndices
 from ss_pruning.graph.refusals import check_bare, usable_inputs
@@ -42,7 +42,7 @@ from ss_pruning.graph.vjp_probe import SEED, Arrival, Leaf, pull, pull_output
 _LOW, _HIGH, _JITTER = 0.3, 0.5, 0.01
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Wiring:
+def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
     """Find which channels feed which, by running `model` on labels.
 
     The model is left as it was: no hook, flag, gradient, buffer or random state changes. It is run in eval mode;
@@ -53,7 +53,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns:
-        The wiring between layers.
+        The connectivity between layers.
 
     Raises:
         ModelError: The model does not run on the inputs, or has no layer.
@@ -65,15 +65,15 @@ def trace(model: nn.Module, example_inputs: Any) -> Wiring:
     paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
     if not paths:
         raise ModelError("the model has no convolution or linear layer that could be pruned")
-    wiring = Wiring()
+    connectivity = Connectivity()
     with quiet_hooks(model, example_inputs):
-        _probe(model, example_inputs, paths, wiring, training=False)
-        if set(paths.values()) - set(wiring.layers):
+        _probe(model, example_inputs, paths, connectivity, training=False)
+        if set(paths.values()) - set(connectivity.layers):
             # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
             with contextlib.suppress(ModelError):
-                _probe(model, example_inputs, paths, wiring, training=True)
-    wiring.uncalled = tuple(sorted(set(paths.values()) - set(wiring.layers)))
-    return wiring
+                _probe(model, example_inputs, paths, connectivity, training=True)
+    connectivity.uncalled = tuple(sorted(set(paths.values()) - set(connectivity.layers)))
+    return connectivity
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -152,25 +152,32 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _probe(
-    model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], wiring: Wiring, *, training: bool
+    model: nn.Module,
+    example_inputs: Any,
+    paths: Mapping[nn.Module, str],
+    connectivity: Connectivity,
+    *,
+    training: bool,
 ) -> None:
-    """One labelled pass; adds what it finds to `wiring`."""
+    """One labelled pass; adds what it finds to `connectivity`."""
     recorder = _Recorder(paths, double=True)
     try:
         output = _run(model, example_inputs, recorder, training)
     except ModelError:  # some code between layers insists on the precision it was written for
         recorder = _Recorder(paths, double=False)
         output = _run(model, example_inputs, recorder, training)
-    new = {path: layer for path, layer in recorder.layers.items() if path not in wiring.layers}
-    wiring.layers |= new
-    wiring.feeds |= {path: [] for path in new}
+    new = {path: layer for path, layer in recorder.layers.items() if path not in connectivity.layers}
+    connectivity.layers |= new
+    connectivity.edges |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
     arrivals = [arrival for arrival in recorder.arrivals if arrival.path in new]
     try:
-        pull(arrivals, leaves, labels, wiring)
+        pull(arrivals, leaves, labels, connectivity)
         for tensor in tensors_in(output).values():
             if tensor.requires_grad:
-                pull_output(torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, wiring)
+                pull_output(
+                    torch.view_as_real(tensor) if tensor.is_complex() else tensor, leaves, connectivity
+                )
     except RuntimeError as error:
         raise ModelError(
             f"no gradient goes back through the model, along which channels could be told apart ({error}); it cannot "

@@ -19,7 +19,7 @@ from ss_pruning.graph.channel_labels import (
     label_of,
     rows_along,
 )
-from ss_pruning.graph.connectivity import Feed, LooseTensor, Wiring
+from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
 
 #: Of all randomness in the probe.
 SEED = 20181811
@@ -63,7 +63,9 @@ def _reachable(root: Tensor, leaves: Mapping[int, Leaf]) -> list[Leaf]:
     return found
 
 
-def pull(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels, wiring: Wiring) -> None:
+def pull(
+    arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels, connectivity: Connectivity
+) -> None:
     """Pull labels from what arrived at layers back to the leaves, and note who feeds whom."""
     near = [_reachable(arrival.tensor, leaves) for arrival in arrivals]
     found: dict[int, list[_Found]] = {}
@@ -73,13 +75,15 @@ def pull(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels
     for i, arrival in enumerate(arrivals):
         for leaf, axis, pairs, broadcast in found.get(i, []):
             if leaf.axis < 0:
-                wiring.loose.setdefault(leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis]))
+                connectivity.loose.setdefault(
+                    leaf.source, LooseTensor(leaf.source, axis, leaf.tensor.shape[axis])
+                )
             elif len(broadcast):
                 more, broadcast = _pull_blocks(arrival, leaf, labels, found[i], broadcast)
                 pairs = torch.cat([pairs, more])
                 pairs, broadcast = _pull_parts(arrival, leaf, labels, _whole(arrival), pairs, broadcast)
             assert arrival.path is not None
-            wiring.feeds[arrival.path].append(Feed(leaf.source, arrival.index, pairs, broadcast))
+            connectivity.edges[arrival.path].append(Edge(leaf.source, arrival.index, pairs, broadcast))
 
 
 #: A leaf that feeds an arrival; its axis, pairs and broadcast channels.
@@ -223,7 +227,7 @@ def _pull_parts(
     return merged[~torch.isin(merged[:, 0], left)], left
 
 
-def pull_output(tensor: Tensor, leaves: Mapping[int, Leaf], wiring: Wiring) -> None:
+def pull_output(tensor: Tensor, leaves: Mapping[int, Leaf], connectivity: Connectivity) -> None:
     """Note the source channels from which an output of the model is reached."""
     near = [leaf for leaf in _reachable(tensor, leaves) if leaf.axis >= 0]
     if not near or not tensor.is_floating_point():
@@ -237,5 +241,5 @@ def pull_output(tensor: Tensor, leaves: Mapping[int, Leaf], wiring: Wiring) -> N
     reached = [(leaf, g) for leaf, g in zip(near, grads, strict=True) if isinstance(g, Tensor)]
     for leaf, g in reached:
         touched = rows_along(g, leaf.axis).ne(0).any(1).nonzero().flatten().cpu()
-        before = wiring.reaches_output.get(leaf.source, touched)
-        wiring.reaches_output[leaf.source] = torch.cat([before, touched]).unique()
+        before = connectivity.reaches_output.get(leaf.source, touched)
+        connectivity.reaches_output[leaf.source] = torch.cat([before, touched]).unique()

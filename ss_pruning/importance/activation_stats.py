@@ -16,7 +16,7 @@ from ss_pruning._utils.hooks import given, on_input, replaced
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis
 from ss_pruning.importance.calibration import Batch, stream
 
@@ -50,7 +50,7 @@ class Moments:
 
 def measure(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     source: MomentSource,
     example_inputs: Any,
     paths: Sequence[str],
@@ -68,34 +68,34 @@ def measure(
     """
     if isinstance(source, str):
         if source == "batchnorm":
-            scales = norm_scales(model, wiring)
-            return {path: from_norms(wiring, path, scales) for path in paths}
+            scales = norm_scales(model, connectivity)
+            return {path: from_norms(connectivity, path, scales) for path in paths}
         if source == "gaussian":
-            found = _on_noise(model, wiring, example_inputs, paths)
+            found = _on_noise(model, connectivity, example_inputs, paths)
         else:
             raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
     elif isinstance(source, Tensor):
         raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
     else:
         batches = stream(source, example_inputs)
-        seen = _observe(model, wiring, batches, paths, _Products if covariance else _Sums)
+        seen = _observe(model, connectivity, batches, paths, _Products if covariance else _Sums)
         found = {path: s.moments for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
-    scales = norm_scales(model, wiring) if len(found) < len(paths) else {}
-    return {path: found[path] if path in found else from_norms(wiring, path, scales) for path in paths}
+    scales = norm_scales(model, connectivity) if len(found) < len(paths) else {}
+    return {path: found[path] if path in found else from_norms(connectivity, path, scales) for path in paths}
 
 
-def norm_scales(model: nn.Module, wiring: Wiring) -> dict[str, Tensor]:
+def norm_scales(model: nn.Module, connectivity: Connectivity) -> dict[str, Tensor]:
     """Squared scale of every norm channel; 1 for a norm without a scale."""
     scales, modules = {}, modules_of(model)
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind == "norm":
             weight = getattr(modules[path], "weight", None)
             scales[path] = torch.ones(layer.outputs) if weight is None else weight.square().flatten()
     return scales
 
 
-def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
+def from_norms(connectivity: Connectivity, path: str, scales: dict[str, Tensor]) -> Moments:
     """The paper's case: a channel's variance is the sum of the squared scales of the norms that feed it.
 
     Where a norm and a layer without a norm meet (a gate, a shortcut), only the norm is counted; where no norm feeds a
@@ -103,20 +103,20 @@ def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
     Differentiable in the scales. See `ss_pruning.importance.strength` for what gamma means if it is negative or the
     activation is not homogeneous.
     """
-    inputs = wiring.layers[path].inputs
+    inputs = connectivity.layers[path].inputs
     calls: dict[int, Tensor] = {}
     covered: dict[int, Tensor] = {}
     device = next(iter(scales.values())).device if scales else torch.device("cpu")
-    for feed in wiring.feeds[path]:
-        before = calls.get(feed.call, torch.zeros(inputs, device=device))
-        seen = covered.setdefault(feed.call, torch.zeros(inputs, dtype=torch.bool, device=device))
-        if feed.source in scales:
-            pairs = feed.pairs.to(device)
-            before = before.to(scales[feed.source]).index_add(
-                0, pairs[:, 1], scales[feed.source][pairs[:, 0]]
+    for edge in connectivity.edges[path]:
+        before = calls.get(edge.call, torch.zeros(inputs, device=device))
+        seen = covered.setdefault(edge.call, torch.zeros(inputs, dtype=torch.bool, device=device))
+        if edge.source in scales:
+            pairs = edge.pairs.to(device)
+            before = before.to(scales[edge.source]).index_add(
+                0, pairs[:, 1], scales[edge.source][pairs[:, 0]]
             )
             seen[pairs[:, 1]] = True
-        calls[feed.call] = before
+        calls[edge.call] = before
     if not calls:
         ones = torch.ones(inputs, device=device)
         return Moments(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
@@ -127,7 +127,7 @@ def from_norms(wiring: Wiring, path: str, scales: dict[str, Tensor]) -> Moments:
 
 
 def _on_noise(
-    model: nn.Module, wiring: Wiring, example_inputs: Any, paths: Sequence[str]
+    model: nn.Module, connectivity: Connectivity, example_inputs: Any, paths: Sequence[str]
 ) -> dict[str, Moments]:
     """Run the net on its own noise: every norm puts out `gamma z + beta`, and the image is standard noise too.
 
@@ -136,7 +136,7 @@ def _on_noise(
     that, so heads and gates, which see one vector an image, are seen in a second run, with noise that varies from image
     to image; all positions are alike there, so that a quarter of them will do if the model takes a smaller image.
     """
-    seen = _noisy_run(model, wiring, example_inputs, paths, images=_MAP_IMAGES)
+    seen = _noisy_run(model, connectivity, example_inputs, paths, images=_MAP_IMAGES)
     vectors = [path for path, s in seen.items() if s.values == s.images]
     if vectors:
         small = _may_shrink(example_inputs)
@@ -144,7 +144,7 @@ def _on_noise(
             with contextlib.suppress(*[ModelError] * (shrink > 1)):
                 seen |= _noisy_run(
                     model,
-                    wiring,
+                    connectivity,
                     example_inputs,
                     vectors,
                     images=_VECTOR_IMAGES,
@@ -157,7 +157,7 @@ def _on_noise(
 
 def _noisy_run(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     example_inputs: Any,
     paths: Sequence[str],
     *,
@@ -171,16 +171,16 @@ def _noisy_run(
     """
     example = Batch.of(example_inputs)
     try:
-        return _seen_on_noise(model, wiring, [example.resized(images)], paths, by_image, shrink)
+        return _seen_on_noise(model, connectivity, [example.resized(images)], paths, by_image, shrink)
     except ModelError:
         if len(example) == images or shrink > 1:
             raise
-    return _seen_on_noise(model, wiring, [example] * images, paths, by_image, shrink)
+    return _seen_on_noise(model, connectivity, [example] * images, paths, by_image, shrink)
 
 
 def _seen_on_noise(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     batches: Iterable[Batch],
     paths: Sequence[str],
     by_image: bool,
@@ -197,13 +197,13 @@ def _seen_on_noise(
 
     modules = modules_of(model)
     with contextlib.ExitStack() as undo:
-        for path, layer in wiring.layers.items():
+        for path, layer in connectivity.layers.items():
             if layer.kind == "norm":
                 hook = _noise_hook(layer.in_axis, generator, by_image)
                 undo.callback(on_input(modules[path], hook).remove)
-        for path in _unheard(wiring):
+        for path in _unheard(connectivity):
             undo.callback(_shape_only(modules[path]))
-        return _observe(model, wiring, (batch.mapped(noise) for batch in batches), paths)
+        return _observe(model, connectivity, (batch.mapped(noise) for batch in batches), paths)
 
 
 def _may_shrink(example_inputs: Any) -> bool:
@@ -212,16 +212,16 @@ def _may_shrink(example_inputs: Any) -> bool:
     return len(tensors) == 1 and tensors[0].dim() == 4 and min(tensors[0].shape[2:]) >= 2 * _LEAST_SIDE
 
 
-def _unheard(wiring: Wiring) -> set[str]:
+def _unheard(connectivity: Connectivity) -> set[str]:
     """Layers that only norms read: when those put out noise, of what such a layer puts out only the shape counts."""
     read: set[str] = set()
-    read_by_others = set(wiring.reaches_output)
-    for path, feeds in wiring.feeds.items():
-        sources = {feed.source for feed in feeds}
+    read_by_others = set(connectivity.reaches_output)
+    for path, edges in connectivity.edges.items():
+        sources = {edge.source for edge in edges}
         read |= sources
-        if wiring.layers[path].kind != "norm":
+        if connectivity.layers[path].kind != "norm":
             read_by_others |= sources
-    return {path for path in read - read_by_others if path in wiring.layers}
+    return {path for path in read - read_by_others if path in connectivity.layers}
 
 
 def _shape_only(module: nn.Module) -> Callable[[], object]:
@@ -373,7 +373,7 @@ class _Products(_Sums):
 
 def _observe(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     batches: Iterable[Batch],
     paths: Sequence[str],
     kind: type[_Sums] = _Sums,
@@ -381,7 +381,7 @@ def _observe(
     """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
     sums: dict[str, _Sums] = {}
     for path in paths:  # a depthwise layer reads each channel by itself
-        layer = wiring.layers[path]
+        layer = connectivity.layers[path]
         plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
         sums[path] = (_Sums if plain else kind)(layer.inputs)
     modules = modules_of(model)

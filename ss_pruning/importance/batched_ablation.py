@@ -23,7 +23,7 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call
 from ss_pruning.config import FOLDED, Method
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.importance.activation_stats import Moments
 from ss_pruning.importance.calibration import Batch
@@ -37,7 +37,7 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass
-class Lab:
+class BatchedAblation:
     """Runs copies of the dense net that miss channels, all in one batch; with `follow` batch norms follow the cut.
 
     Raises:
@@ -45,7 +45,7 @@ class Lab:
     """
 
     model: nn.Module
-    wiring: Wiring
+    connectivity: Connectivity
     images: Any
     moments: Mapping[str, Moments]
     method: Method = "reconstruct"
@@ -54,11 +54,11 @@ class Lab:
     def __post_init__(self) -> None:
         self.modules = modules_of(self.model)
         self.fitted = [
-            p for p, layer in self.wiring.layers.items() if layer.kind in ("synaptic", "depthwise")
+            p for p, layer in self.connectivity.layers.items() if layer.kind in ("synaptic", "depthwise")
         ]
         #: Those that follow; what reaches one that runs several times is not told apart.
         self.norms = {
-            p: m for p in self.wiring.layers if self.follow and has_statistics(m := self.modules[p])
+            p: m for p in self.connectivity.layers if self.follow and has_statistics(m := self.modules[p])
         }
         self.reached: dict[str, _Reached] = {}
         self.batch = Batch.of(self.images)

@@ -21,48 +21,55 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.connectivity import Feed, Layer, Wiring
+from ss_pruning.graph.connectivity import Connectivity, Edge, Layer
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.importance.activation_stats import norm_scales
 from ss_pruning.importance.strength import synaptic_power
 
 
 @torch.no_grad()
-def relevance(model: nn.Module, wiring: Wiring, variances: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def relevance(
+    model: nn.Module, connectivity: Connectivity, variances: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Relevance of what each layer reads, by module path, `[in_channels]` in float64 on the CPU.
 
     A module that runs several times hands back the same each time; what feeds it and runs after it gets nothing.
 
     Args:
         model: The model; not changed.
-        wiring: Its wiring.
+        connectivity: Its connectivity.
         variances: Of what arrives at each convolution and linear layer, `[in_channels]`, by path.
     """
     modules = modules_of(model)
-    scales = {path: scale.double().cpu() for path, scale in norm_scales(model, wiring).items()}
-    held = {path: torch.zeros(layer.outputs, dtype=torch.float64) for path, layer in wiring.layers.items()}
-    ends = _ends(wiring)
+    scales = {path: scale.double().cpu() for path, scale in norm_scales(model, connectivity).items()}
+    held = {
+        path: torch.zeros(layer.outputs, dtype=torch.float64) for path, layer in connectivity.layers.items()
+    }
+    ends = _ends(connectivity)
     outputs = sum(map(len, ends.values()))
     for path, channels in ends.items():
         held[path][channels] = 1 / outputs
     found = {}
-    for path in reversed(wiring.layers):
-        found[path] = _at_inputs(modules[path], wiring.layers[path], held[path], variances.get(path))
-        feeds = [feed for feed in wiring.feeds[path] if feed.source in held]
-        for source, channels, amount in _handed(feeds, found[path], scales):
+    for path in reversed(connectivity.layers):
+        found[path] = _at_inputs(modules[path], connectivity.layers[path], held[path], variances.get(path))
+        edges = [edge for edge in connectivity.edges[path] if edge.source in held]
+        for source, channels, amount in _handed(edges, found[path], scales):
             held[source].index_add_(0, channels, amount)
     return found
 
 
-def _ends(wiring: Wiring) -> dict[str, Tensor]:
+def _ends(connectivity: Connectivity) -> dict[str, Tensor]:
     """By layer, the channels that the output consists of, as far as that can be seen."""
-    reached = wiring.reaches_output.items()
-    ends = {path: channels for path, channels in reached if path in wiring.layers and len(channels)}
+    reached = connectivity.reaches_output.items()
+    ends = {path: channels for path, channels in reached if path in connectivity.layers and len(channels)}
     if ends:
         return ends
-    read = {feed.source for feeds in wiring.feeds.values() for feed in feeds}
-    unread = [path for path in wiring.layers if path not in read]
-    return {path: torch.arange(wiring.layers[path].outputs) for path in unread or list(wiring.layers)[-1:]}
+    read = {edge.source for edges in connectivity.edges.values() for edge in edges}
+    unread = [path for path in connectivity.layers if path not in read]
+    return {
+        path: torch.arange(connectivity.layers[path].outputs)
+        for path in unread or list(connectivity.layers)[-1:]
+    }
 
 
 def _at_inputs(module: nn.Module, layer: Layer, held: Tensor, variance: Tensor | None) -> Tensor:
@@ -79,21 +86,21 @@ def _at_inputs(module: nn.Module, layer: Layer, held: Tensor, variance: Tensor |
 
 
 def _handed(
-    feeds: list[Feed], amount: Tensor, scales: Mapping[str, Tensor]
+    edges: list[Edge], amount: Tensor, scales: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """By source: its channels, and what each is handed of what the inputs of a layer have."""
-    by_call: dict[int, list[tuple[Feed, Tensor]]] = defaultdict(list)
-    for feed in feeds:
+    by_call: dict[int, list[tuple[Edge, Tensor]]] = defaultdict(list)
+    for edge in edges:
         weight = (
-            scales[feed.source][feed.pairs[:, 0]] if feed.source in scales else torch.ones(len(feed.pairs))
+            scales[edge.source][edge.pairs[:, 0]] if edge.source in scales else torch.ones(len(edge.pairs))
         )
-        by_call[feed.call].append((feed, weight.double() + torch.finfo(torch.float64).tiny))
+        by_call[edge.call].append((edge, weight.double() + torch.finfo(torch.float64).tiny))
     for call in by_call.values():
         totals = {normed: torch.zeros_like(amount) for normed in (True, False)}
-        for feed, weight in call:
-            totals[feed.source in scales].index_add_(0, feed.pairs[:, 1], weight)
+        for edge, weight in call:
+            totals[edge.source in scales].index_add_(0, edge.pairs[:, 1], weight)
         kinds = (totals[True] > 0).double() + (totals[False] > 0)
-        for feed, weight in call:
-            at = feed.pairs[:, 1]
-            part = weight / totals[feed.source in scales][at] / kinds[at] / len(by_call)
-            yield feed.source, feed.pairs[:, 0], part * amount[at]
+        for edge, weight in call:
+            at = edge.pairs[:, 1]
+            part = weight / totals[edge.source in scales][at] / kinds[at] / len(by_call)
+            yield edge.source, edge.pairs[:, 0], part * amount[at]

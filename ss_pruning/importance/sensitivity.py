@@ -34,10 +34,10 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import preserved
 from ss_pruning.config import SOLVED, Method
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Unit, gone_of, ranks_of, step_scores
 from ss_pruning.importance.activation_stats import measure
-from ss_pruning.importance.batched_ablation import OTHERWISE, Lab
+from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
 #: Fewer images than this say too little.
@@ -52,7 +52,7 @@ _EVEN, _NUDGE = 1e-3, 1e-15
 
 def by_damage(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     coupling: Coupling,
     scores: Sequence[Sequence[Floats]],
     images: Any,
@@ -69,7 +69,7 @@ def by_damage(
 
     Args:
         model: The dense model; not changed.
-        wiring: Its wiring.
+        connectivity: Its connectivity.
         coupling: Its units.
         scores: By unit and cell, one score a family; those with an infinite one stay.
         images: Calibration inputs.
@@ -99,21 +99,25 @@ def by_damage(
             f"scope='measured' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give more, "
             f"or {OTHERWISE}"
         )
-    readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, wiring))
+    readers = dict.fromkeys(path for unit in coupling.units for path in _readers(unit, connectivity))
     held, others = _held_out(images)
     with preserved(model, training=False), torch.no_grad():
         moments = measure(
-            model, wiring, others.split(batch), None, list(readers), covariance=method in SOLVED
+            model, connectivity, others.split(batch), None, list(readers), covariance=method in SOLVED
         )
-        lab = Lab(model, wiring, held, moments, method, follow)
+        ablation = BatchedAblation(model, connectivity, held, moments, method, follow)
         if taken is None or not scores:
-            return _measured(lab, coupling, scores, max_ratio, {}, progress)
+            return _measured(ablation, coupling, scores, max_ratio, {}, progress)
         half, whole = len(scores), 2 * len(scores)
-        alone = _measured(lab, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))
-        context = _context(coupling, wiring, alone, taken(alone))
-        joint = _measured(lab, coupling, scores, max_ratio, context, lambda n, _: progress(half + n, whole))
+        alone = _measured(ablation, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))
+        context = _context(coupling, connectivity, alone, taken(alone))
+        joint = _measured(
+            ablation, coupling, scores, max_ratio, context, lambda n, _: progress(half + n, whole)
+        )
         choices = [alone, joint, _sum(alone, joint)]
-        lost = lab.damage([_context(coupling, wiring, choice, taken(choice)) for choice in choices])
+        lost = ablation.damage(
+            [_context(coupling, connectivity, choice, taken(choice)) for choice in choices]
+        )
     return choices[int(lost.argmin())]
 
 
@@ -127,14 +131,14 @@ def _held_out(images: Any) -> tuple[Batch, Batch]:
     return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
 
 
-def _readers(unit: Unit, wiring: Wiring) -> list[str]:
+def _readers(unit: Unit, connectivity: Connectivity) -> list[str]:
     """The layers that mix channels of the unit."""
     members = (m for cell in unit.cells for m in cell.members if m.side == "in")
-    return list(dict.fromkeys(m.path for m in members if wiring.layers[m.path].kind == "synaptic"))
+    return list(dict.fromkeys(m.path for m in members if connectivity.layers[m.path].kind == "synaptic"))
 
 
 def _measured(
-    lab: Lab,
+    ablation: BatchedAblation,
     coupling: Coupling,
     scores: Sequence[Sequence[Floats]],
     max_ratio: float,
@@ -145,7 +149,7 @@ def _measured(
     found = []
     for number, (unit, cells) in enumerate(zip(coupling.units, scores, strict=True)):
         progress(number, len(scores))
-        found.append(_scored(lab, unit, cells, max_ratio, context))
+        found.append(_scored(ablation, unit, cells, max_ratio, context))
     progress(len(scores), len(scores))
     return found
 
@@ -156,20 +160,24 @@ def _sum(first: Sequence[Sequence[Floats]], second: Sequence[Sequence[Floats]]) 
 
 
 def _context(
-    coupling: Coupling, wiring: Wiring, scores: Sequence[Sequence[Floats]], taken: Ints
+    coupling: Coupling, connectivity: Connectivity, scores: Sequence[Sequence[Floats]], taken: Ints
 ) -> dict[str, Ints]:
     """By reader, the input channels that go when each unit takes so many steps."""
     gone: dict[str, list[Ints]] = {}
     for unit, cells, steps in zip(coupling.units, scores, taken.tolist(), strict=True):
-        for path, channels in _removed(unit, ranks_of(cells), steps, _readers(unit, wiring)).items():
+        for path, channels in _removed(unit, ranks_of(cells), steps, _readers(unit, connectivity)).items():
             gone.setdefault(path, []).append(channels)
     return {path: np.concatenate(parts) for path, parts in gone.items()}
 
 
 def _scored(
-    lab: Lab, unit: Unit, cells: Sequence[Floats], max_ratio: float, context: Mapping[str, Ints]
+    ablation: BatchedAblation,
+    unit: Unit,
+    cells: Sequence[Floats],
+    max_ratio: float,
+    context: Mapping[str, Ints],
 ) -> list[Floats]:
-    readers, ranks = _readers(unit, lab.wiring), ranks_of(cells)
+    readers, ranks = _readers(unit, ablation.connectivity), ranks_of(cells)
     summed = step_scores(unit, cells, ranks)
     free = int(np.isfinite(summed).sum())  # they are ascending: what is kept comes last
     most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1, free)
@@ -180,7 +188,7 @@ def _scored(
     own = _removed(unit, ranks, unit.steps, readers)
     others = {path: np.setdiff1d(gone, own.get(path, ())) for path, gone in context.items()}
     uncut: list[dict[str, Ints]] = [{}] if others else []
-    lost = lab.damage([_joined(others, cut) for cut in (*uncut, *cuts)])
+    lost = ablation.damage([_joined(others, cut) for cut in (*uncut, *cuts)])
     damage = (lost[1:] - lost[0]).clip(0) if others else lost
     added = added_by(stops, damage, summed)
     per_step = sum(cell.size for cell in unit.cells) / unit.steps

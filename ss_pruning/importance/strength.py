@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import quiet_hooks
-from ss_pruning.graph.connectivity import INPUT, Wiring
+from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
@@ -64,7 +64,7 @@ def synaptic_strength(
     example_inputs: Any,
     moments: MomentSource = "batchnorm",
     *,
-    wiring: Wiring | None = None,
+    connectivity: Connectivity | None = None,
 ) -> Strengths:
     """Strength of every synapse of every convolution and linear layer that runs.
 
@@ -73,7 +73,7 @@ def synaptic_strength(
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
         moments: Where variances come from: "batchnorm" (the paper: squared scales of the norms), "gaussian" (no data:
             the net is run on its own noise, every norm putting out `gamma z + beta`), or an iterable of batches.
-        wiring: What `trace` found, if it is at hand.
+        connectivity: What `trace` found, if it is at hand.
 
     Returns:
         By module path, `[out_channels, in_channels // groups]`, on the device and in the dtype of the weights.
@@ -96,43 +96,45 @@ def synaptic_strength(
     check_bare(model)
     check_finite(model)
     with quiet_hooks(model, example_inputs):
-        return strengths_along(wiring or trace(model, example_inputs), model, example_inputs, moments)
+        return strengths_along(connectivity or trace(model, example_inputs), model, example_inputs, moments)
 
 
 def strengths_along(
-    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+    connectivity: Connectivity, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Strengths:
-    """What `synaptic_strength` gives, for a model known to be finite whose wiring is at hand."""
-    found = list(powers_along(wiring, model, example_inputs, moments))
+    """What `synaptic_strength` gives, for a model known to be finite whose connectivity is at hand."""
+    found = list(powers_along(connectivity, model, example_inputs, moments))
     strengths = {path: power.sqrt() for path, power, _ in found}
     return Strengths(strengths, {path: m.unscaled for path, _, m in found})
 
 
 @torch.no_grad()
 def powers_along(
-    wiring: Wiring, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+    connectivity: Connectivity, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
 ) -> Iterator[tuple[str, Tensor, Moments]]:
     """Layer by layer the squared strengths, and the moments that they come from.
 
     All of a net of 1x1 kernels together would take as much memory as the net.
     """
     modules = modules_of(model)
-    for path, m in measure(model, wiring, moments, example_inputs, synaptic_paths(wiring)).items():
+    for path, m in measure(
+        model, connectivity, moments, example_inputs, synaptic_paths(connectivity)
+    ).items():
         yield path, synaptic_power(modules[path], m.variance), m
 
 
-def synaptic_paths(wiring: Wiring) -> list[str]:
+def synaptic_paths(connectivity: Connectivity) -> list[str]:
     """The convolutions (depthwise ones included) and linear layers that ran, in the order in which they did."""
-    return [path for path, layer in wiring.layers.items() if layer.kind in ("synaptic", "depthwise")]
+    return [path for path, layer in connectivity.layers.items() if layer.kind in ("synaptic", "depthwise")]
 
 
-def inner_paths(wiring: Wiring) -> list[str]:
+def inner_paths(connectivity: Connectivity) -> list[str]:
     """Those without first layers (that read the model's input) and classifiers (whose output is the model's)."""
     return [
         path
-        for path in synaptic_paths(wiring)
-        if all(feed.source != INPUT for feed in wiring.feeds[path])
-        and not len(wiring.reaches_output.get(path, ()))
+        for path in synaptic_paths(connectivity)
+        if all(edge.source != INPUT for edge in connectivity.edges[path])
+        and not len(connectivity.reaches_output.get(path, ()))
     ]
 
 

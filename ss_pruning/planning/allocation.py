@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Key, Selection, Unit, gone_of, ranks_of, step_scores
 from ss_pruning.profiling.layer_latency import LayerTimes
 from ss_pruning.profiling.macs import count_macs
@@ -68,7 +68,9 @@ class Costs:
 
     times: LayerTimes | None = None
 
-    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, connectivity: Connectivity, coupling: Coupling
+    ) -> None:
         self.keys = list(coupling.widths)
         self.number = {key: i for i, key in enumerate(self.keys)}
         self.widths: Floats = np.array([coupling.widths[key] for key in self.keys], dtype=np.float64)
@@ -78,18 +80,18 @@ class Costs:
         # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
-        self.left_whole = coupling.left_whole
-        self._collect(modules_of(model), parameters, wiring, by_path)
+        self.excluded = coupling.excluded
+        self._collect(modules_of(model), parameters, connectivity, by_path)
 
     def _collect(
         self,
         modules: Mapping[str, nn.Module],
         parameters: Mapping[str, Tensor],
-        wiring: Wiring,
+        connectivity: Connectivity,
         by_path: Mapping[str, int],
     ) -> None:
         full = len(self.keys)
-        for path, layer in wiring.layers.items():
+        for path, layer in connectivity.layers.items():
             if layer.kind == "positional":
                 continue
             out = self.number[(path, "through") if layer.kind in ("norm", "response") else (path, "out")]
@@ -100,7 +102,7 @@ class Costs:
                     continue
                 both = layer.kind == "synaptic" and name == "weight"
                 self.param_terms.append((parameter.numel(), into if both else full, out))
-        for name in wiring.loose:
+        for name in connectivity.loose:
             if name in parameters:
                 self.param_terms.append((parameters[name].numel(), full, self.number[name, "tensor"]))
 
@@ -150,7 +152,7 @@ class Costs:
         for amount, _, out in terms:
             cost[self.keys[out][0]] += amount
         held = sorted(
-            ((sum(cost[p] for p in left.paths), left) for left in self.left_whole), key=lambda h: -h[0]
+            ((sum(cost[p] for p in left.paths), left) for left in self.excluded), key=lambda h: -h[0]
         )
         parts = []
         for amount, left in held[:most]:
@@ -348,14 +350,14 @@ def select(plan: Schedule, units: Sequence[Unit], steps: Ints, coupling: Couplin
     return selection
 
 
-def to_plan(selection: Selection, coupling: Coupling, wiring: Wiring) -> Plan:
+def to_plan(selection: Selection, coupling: Coupling, connectivity: Connectivity) -> Plan:
     """The selection as an immutable plan, in the order in which the layers run."""
     cuts = []
     for path, side in coupling.widths:
         if (path, side) not in selection or (
-            path in wiring.layers and wiring.layers[path].kind == "positional"
+            path in connectivity.layers and connectivity.layers[path].kind == "positional"
         ):
             continue
-        axis = wiring.loose[path].axis if side == "tensor" else 0
+        axis = connectivity.loose[path].axis if side == "tensor" else 0
         cuts.append(Cut(path, side, coupling.widths[path, side], selection[path, side], axis))
     return Plan(tuple(cuts))

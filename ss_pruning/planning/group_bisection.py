@@ -34,7 +34,7 @@ class Attempt(Protocol):
 
 
 @dataclass
-class SoundPart:
+class GroupBisection:
     """The search.
 
     Attributes:

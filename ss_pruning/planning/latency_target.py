@@ -11,7 +11,7 @@ from torch import nn
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.errors import BudgetError
 from ss_pruning.planning.allocation import Budget
-from ss_pruning.planning.search import Search
+from ss_pruning.planning.search import BudgetSearch
 from ss_pruning.profiling.latency import Timing, measure_latency
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.verification import Verified
@@ -24,7 +24,7 @@ Measure = Callable[[Plan], tuple[Timing, Timing]]
 
 
 @dataclass(frozen=True)
-class Hastened:
+class LatencyPlan:
     """A plan that meets a latency target.
 
     Attributes:
@@ -61,7 +61,9 @@ def stopwatch(model: nn.Module, inputs: Any) -> Measure:
     return measure
 
 
-def settle_in_time(search: Search, scores: list[list[Floats]], target: float, measure: Measure) -> Hastened:
+def find_latency_plan(
+    search: BudgetSearch, scores: list[list[Floats]], target: float, measure: Measure
+) -> LatencyPlan:
     """Find a verified plan whose measured latency is `target`, as a share of the dense model's.
 
     The search's budget is one of the table's seconds. It is moved by what the measurement says, and halved towards the
@@ -72,12 +74,12 @@ def settle_in_time(search: Search, scores: list[list[Floats]], target: float, me
         BudgetError: The target is out of reach.
     """
     low, high, goal = 0.0, 1.0, target
-    tried: list[Hastened] = []
+    tried: list[LatencyPlan] = []
     for _ in range(_TRIALS):
         search.budget = Budget("latency", goal)
-        verified = search.settle(scores)
+        verified = search.find_verified_plan(scores)
         known = next((other for other in tried if other.verified.plan == verified.plan), None)
-        found = known or Hastened(verified, *measure(verified.plan), len(tried) + 1)
+        found = known or LatencyPlan(verified, *measure(verified.plan), len(tried) + 1)
         if known is None:
             tried.append(found)
         if abs(found.ratio / target - 1) <= _CLOSE:
@@ -89,7 +91,7 @@ def settle_in_time(search: Search, scores: list[list[Floats]], target: float, me
     return _closest(tried, target)
 
 
-def _closest(tried: list[Hastened], target: float) -> Hastened:
+def _closest(tried: list[LatencyPlan], target: float) -> LatencyPlan:
     """The trial nearest to the target, of those that are not slower."""
     fast = [found for found in tried if found.ratio <= target * (1 + TOLERANCE)]
     if not fast:

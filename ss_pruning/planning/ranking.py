@@ -14,7 +14,7 @@ from ss_pruning.compensation.apply import BATCH
 from ss_pruning.compensation.batchnorm import hears_noise, on_noise
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.importance.sensitivity import by_damage
 from ss_pruning.planning.allocation import Budget, Costs, Scope, allot
@@ -56,7 +56,7 @@ class Ranking:
 
 
 @dataclass
-class Contest:
+class Ranker:
     """What rankings of a model's channels are made from; all as `prune_` takes it or has found it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Contest:
 
     model: nn.Module
     example_inputs: Any
-    wiring: Wiring
+    connectivity: Connectivity
     coupling: Coupling
     costs: Costs
     budget: Budget
@@ -127,7 +127,7 @@ class Contest:
         """By unit and cell, one score a family."""
         from ss_pruning.integrations.torch_pruning.groups import CellGraph, cell_scores
 
-        graph = CellGraph(self.model, self.example_inputs, self.wiring)
+        graph = CellGraph(self.model, self.example_inputs, self.connectivity)
         cells = [cell for unit in self.coupling.units for cell in unit.cells]
         scored = iter(cell_scores(importance, cells, graph))
         return [[next(scored).numpy() for _ in unit.cells] for unit in self.coupling.units]
@@ -150,7 +150,7 @@ class Contest:
             model, images = on_noise(model, self.example_inputs)
         damage = by_damage(
             model,
-            self.wiring,
+            self.connectivity,
             self.coupling,
             scores,
             images,

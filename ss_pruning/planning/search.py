@@ -1,4 +1,4 @@
-"""From scores and a budget to a verified plan: choose, verify on a copy, leave whole what fails, choose again."""
+"""From scores and a budget to a verified plan: choose, verify on a copy, exclude what fails, choose again."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning.errors import NothingToPruneError
-from ss_pruning.graph.groups import Coupling, LeftWhole, Selection, Unit
+from ss_pruning.graph.groups import Coupling, Excluded, Selection, Unit
 from ss_pruning.planning.allocation import Budget, Costs, Schedule, allot, select, to_plan
-from ss_pruning.planning.group_bisection import SoundPart
+from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number
-from ss_pruning.surgery.verification import Bench, Verified
+from ss_pruning.surgery.verification import Verified, Verifier
 
 FORWARD_REASON = "the forward pass relies on its width"
 
 
 @dataclass
-class Settler(ABC):
+class PlanSearch(ABC):
     """Finds a plan that survives verification.
 
     Attributes:
-        bench: Where plans are tried.
+        verifier: Where plans are tried.
         coupling: What may be cut.
-        reasons: Why units were left whole, by their number.
+        reasons: Why units were excluded, by their number.
         fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
         trial: The choice that was made last.
         verified: What was found right last, without the units that failed.
     """
 
-    bench: Bench
+    verifier: Verifier
     coupling: Coupling
     reasons: dict[int, str] = field(default_factory=dict, init=False)
     fixed: set[Number] = field(default_factory=set, init=False)
@@ -45,8 +45,8 @@ class Settler(ABC):
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
         """Order the moves of the units, and say how many steps each unit takes."""
 
-    def settle(self, scores: list[list[Floats]]) -> Verified:
-        """Plan and verify; leave whole what fails, and plan again until all that is cut is right.
+    def find_verified_plan(self, scores: list[list[Floats]]) -> Verified:
+        """Plan and verify; exclude what fails, and plan again until all that is cut is right.
 
         Raises:
             NothingToPruneError: No channel may go.
@@ -56,14 +56,14 @@ class Settler(ABC):
             alive = [u for u in range(len(scores)) if u not in self.reasons]
             units = [self.coupling.units[u] for u in alive]
             if not units:
-                raise NothingToPruneError(f"the model has no channel that may go. Left whole: {self._why()}")
+                raise NothingToPruneError(f"the model has no channel that may go. Excluded: {self._why()}")
             order, steps = self.shrink(units, [scores[u] for u in alive])
             self.trial = trial = Trial(self, units, order, steps)
             chosen = np.flatnonzero(steps).tolist()
             # What was verified without the failed units is often what is chosen without them.
             if self.verified is not None and self.verified.plan.cuts == trial.plan(chosen)[0].cuts:
                 return self.verified
-            part = SoundPart(units, trial.attempt, self.fixed)
+            part = GroupBisection(units, trial.attempt, self.fixed)
             part.search(chosen)
             self.verified = part.verified
             if self.verified is not None and not part.failed:
@@ -76,14 +76,14 @@ class Settler(ABC):
         return
 
     def _why(self) -> str:
-        whole = [*self.coupling.left_whole, *self.left_whole()]
+        whole = [*self.coupling.excluded, *self.excluded()]
         return "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in whole[:5])
 
-    def left_whole(self) -> list[LeftWhole]:
+    def excluded(self) -> list[Excluded]:
         """The units that failed verification."""
         units = [(self.coupling.units[u], reason) for u, reason in self.reasons.items()]
         return [
-            LeftWhole((unit.name,), sum(cell.size for cell in unit.cells), f"{FORWARD_REASON}: {reason}")
+            Excluded((unit.name,), sum(cell.size for cell in unit.cells), f"{FORWARD_REASON}: {reason}")
             for unit, reason in units
         ]
 
@@ -93,7 +93,7 @@ class FailedUnits(Exception):  # noqa: N818 - a way out of a search, not an erro
 
 
 @dataclass
-class Search(Settler):
+class BudgetSearch(PlanSearch):
     """Finds the plan that meets the budget and survives verification; ends with `FailedUnits` where units do not.
 
     Attributes:
@@ -119,7 +119,7 @@ class Search(Settler):
 class Trial:
     """One choice of steps, to be verified in parts."""
 
-    settler: Settler
+    search: PlanSearch
     units: Sequence[Unit]
     order: Schedule
     steps: Ints
@@ -127,10 +127,10 @@ class Trial:
     def plan(self, part: Collection[int]) -> tuple[Plan, Selection]:
         """The cut of some of the units alone."""
         taken = np.where(np.isin(np.arange(len(self.steps)), list(part)), self.steps, 0)
-        selection = select(self.order, self.units, taken, self.settler.coupling)
-        return to_plan(selection, self.settler.coupling, self.settler.bench.wiring), selection
+        selection = select(self.order, self.units, taken, self.search.coupling)
+        return to_plan(selection, self.search.coupling, self.search.verifier.connectivity), selection
 
     def attempt(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         """Verify the cut of some of the units alone."""
         plan, selection = self.plan(part)
-        return self.settler.bench.verify(plan, selection, self.units, fixed=fixed, locate=locate)
+        return self.search.verifier.verify(plan, selection, self.units, fixed=fixed, locate=locate)

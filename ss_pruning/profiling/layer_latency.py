@@ -22,7 +22,7 @@ from ss_pruning._utils import cache as _cache
 from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.running import call, preserved
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, Side, Unit
 from ss_pruning.graph.layers import groups_of, is_depthwise, width
 from ss_pruning.profiling.latency import machine, race
@@ -99,20 +99,20 @@ class LayerTimes:
         return next((r for r in fine if size >= 2 * r), 1)
 
 
-def layer_times(model: nn.Module, example_inputs: Any, wiring: Wiring) -> LayerTimes:
+def layer_times(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> LayerTimes:
     """Measure every layer of a model alone, on inputs of the shapes that reach it; kept on disk for the next time.
 
     Args:
         model: The dense model; not changed.
         example_inputs: What `forward` takes, at the batch size that counts.
-        wiring: The wiring of `model`.
+        connectivity: The connectivity of `model`.
     """
     modules = dict(model.named_modules())
-    arriving = _arrivals(model, example_inputs, wiring.layers)
+    arriving = _arrivals(model, example_inputs, connectivity.layers)
     layers: dict[str, tuple[LayerTime, Key | None, Key | None]] = {}
     with torch.inference_mode():
         for path, (x, calls) in arriving.items():
-            layer = wiring.layers[path]
+            layer = connectivity.layers[path]
             into: Key | None = (path, "in") if layer.kind == "synaptic" else None
             side: Side = "through" if layer.kind in ("norm", "response") else "out"
             out: Key | None = None if layer.kind == "positional" else (path, side)

@@ -17,7 +17,7 @@ from ss_pruning.report.records import jsonable, percent
 from ss_pruning.report.strength import strengths
 
 if TYPE_CHECKING:
-    from ss_pruning.graph.groups import LeftWhole
+    from ss_pruning.graph.groups import Excluded
     from ss_pruning.report.records import LayerReport, Report
 
 
@@ -29,7 +29,7 @@ def render(report: Report) -> str:
         ("widths", "Width of each layer", _widths(report.layers)),
         ("strength", "Strength by depth", strengths(report.layers)),
         ("synapses", "Synapses cut in each layer", _shares_cut(report.layers)),
-        ("whole", "What was left whole, and why", _left_whole(report.left_whole)),
+        ("whole", "What was excluded, and why", _excluded(report.excluded)),
         ("run", "How this was made", _run(report)),
     ]
     return parts.page("Pruning report", report.model, _lead(report), sections)
@@ -104,7 +104,7 @@ def _shares_cut(layers: Sequence[LayerReport]) -> str:
     return parts.chart(note, [row(layer) for layer in layers], parts.axis(ticks))
 
 
-def _left_whole(entries: Sequence[LeftWhole]) -> str:
+def _excluded(entries: Sequence[Excluded]) -> str:
     if not entries:
         return "<p>Nothing: every channel could go.</p>"
     items = "".join(

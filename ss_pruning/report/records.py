@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ss_pruning._utils.files import write_text
 from ss_pruning.errors import FileFormatError
-from ss_pruning.graph.groups import LeftWhole
+from ss_pruning.graph.groups import Excluded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 TOO_NOISY = "too noisy to tell"
 """What is said in place of a share of time that may be more or less than all of it."""
 
-_FORMAT = "ss-pruning report 1"
+_FORMAT = "ss-pruning report 2"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Report:
         params_before: parameters of the dense model.
         params_after: the same, pruned.
         layers: in the order in which they run.
-        left_whole: what was not pruned, and why.
+        excluded: what was not pruned, and why.
         max_error: largest difference between the cut and the masked model's outputs, relative to the largest
             output.
         settings: the options of the run.
@@ -102,7 +102,7 @@ class Report:
     params_before: int
     params_after: int
     layers: list[LayerReport]
-    left_whole: list[LeftWhole]
+    excluded: list[Excluded]
     max_error: float
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -138,9 +138,7 @@ class Report:
             )
             for row in rows
         ]
-        whole = (
-            f"{len(self.left_whole)} reasons to leave layers whole: see left_whole" if self.left_whole else ""
-        )
+        whole = f"{len(self.excluded)} reasons to leave layers whole: see excluded" if self.excluded else ""
         return "\n".join(
             [f"{printable(self.model)}, pruned", *lines, self.verification(), *filter(None, [whole])]
         )
@@ -222,12 +220,12 @@ class Report:
         known = {key: value for key, value in values.items() if key != "format"}
         try:
             layers = [_layer(entry) for entry in known.pop("layers")]
-            left_whole = [_left_whole(entry) for entry in known.pop("left_whole")]
+            excluded = [_excluded(entry) for entry in known.pop("excluded")]
             known["max_error"] = float(known["max_error"])
             if (spread := known.get("latency_spread")) is not None:
                 low, high = spread
                 known["latency_spread"] = (float(low), float(high))
-            report: Report = _checked(cls(layers=layers, left_whole=left_whole, **known))
+            report: Report = _checked(cls(layers=layers, excluded=excluded, **known))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(f"the report is damaged: {error}.") from error
         for accuracy in (report.accuracy_before, report.accuracy_after):
@@ -350,7 +348,7 @@ def jsonable(value: object) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, LayerReport | LeftWhole):
+    if isinstance(value, LayerReport | Excluded):
         return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): jsonable(entry) for key, entry in value.items()}
@@ -405,5 +403,5 @@ def _layer(entry: Mapping[str, Any]) -> LayerReport:
     )
 
 
-def _left_whole(entry: Mapping[str, Any]) -> LeftWhole:
-    return _checked(LeftWhole(**{**entry, "paths": tuple(entry["paths"])}))  # type: ignore[no-any-return]
+def _excluded(entry: Mapping[str, Any]) -> Excluded:
+    return _checked(Excluded(**{**entry, "paths": tuple(entry["paths"])}))  # type: ignore[no-any-return]

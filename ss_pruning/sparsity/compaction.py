@@ -25,13 +25,13 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError, NothingToPruneError
-from ss_pruning.graph.connectivity import Wiring
-from ss_pruning.graph.groups import Coupling, LeftWhole, Selection, Unit, couple
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import Coupling, Excluded, Selection, Unit, couple
 from ss_pruning.graph.layers import check_finite, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
 from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.search import Settler
+from ss_pruning.planning.search import PlanSearch
 from ss_pruning.report.records import LayerReport
 from ss_pruning.sparsity.constant_folding import Dead, Folding
 from ss_pruning.sparsity.dead_channels import living_kernels, measure_liveness
@@ -41,7 +41,7 @@ from ss_pruning.surgery.agreement import certified, compare
 from ss_pruning.surgery.decisions import Holding, Recording
 from ss_pruning.surgery.plan import Plan, adopt_
 from ss_pruning.surgery.size_attributes import Number
-from ss_pruning.surgery.verification import TOLERANCE, Bench, Verified
+from ss_pruning.surgery.verification import TOLERANCE, Verified, Verifier
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"
 SHARE_REASON = (
@@ -85,24 +85,24 @@ def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
     begin = time.perf_counter()
     check_finite(model)
     check_unmasked(model)
-    wiring = trace(model, example_inputs)
-    before = size_of(model, example_inputs, wiring)
-    first = this = _Round(model, example_inputs, wiring)
+    connectivity = trace(model, example_inputs)
+    before = size_of(model, example_inputs, connectivity)
+    first = this = _Round(model, example_inputs, connectivity)
     plan, stays = this.plan, this.stays
     while this.plan.cuts:  # what was cut may have been all that kept something else alive
-        this = _Round(this.small, first.bench.inputs)
+        this = _Round(this.small, first.verifier.inputs)
         plan, stays = plan.then(this.plan), _later(stays, this.stays)
-    error = first.bench.difference(this.small)
-    layers = _layer_reports(model, this.small, wiring)
+    error = first.verifier.difference(this.small)
+    layers = _layer_reports(model, this.small, connectivity)
     ready = plan.cut_copy(model, this.small) if plan.cuts else model
     compaction = Compaction(
         model=type(model).__name__,
         before=before,
-        after=size_of(ready, example_inputs, wiring),
+        after=size_of(ready, example_inputs, connectivity),
         layers=layers,
-        left_whole=stays,
+        excluded=stays,
         max_error=error,
-        precision="float64" if first.bench.tolerance == TOLERANCE else "the model's own",
+        precision="float64" if first.verifier.tolerance == TOLERANCE else "the model's own",
         seconds=time.perf_counter() - begin,
     )
     if plan.cuts:
@@ -113,22 +113,24 @@ def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
 class _Round:
     """One search for dead channels: a plan, and a copy that it was applied to."""
 
-    def __init__(self, model: nn.Module, inputs: Any, wiring: Wiring | None = None) -> None:
-        wiring = wiring or trace(model, inputs)
-        coupling = couple(wiring, model)
-        self.bench = _MaskedBench(model, inputs, wiring, coupling)
-        compactor = Compactor(self.bench, coupling)
-        verified = compactor.settle(compactor.scores())
+    def __init__(self, model: nn.Module, inputs: Any, connectivity: Connectivity | None = None) -> None:
+        connectivity = connectivity or trace(model, inputs)
+        coupling = couple(connectivity, model)
+        self.verifier = _MaskedVerifier(model, inputs, connectivity, coupling)
+        compactor = Compactor(self.verifier, coupling)
+        verified = compactor.find_verified_plan(compactor.scores())
         self.stays = compactor.stays() + _dead_but_fixed(model, coupling)
-        self.small, outcome = self.bench.compacted(verified.plan)
+        self.small, outcome = self.verifier.compacted(verified.plan)
         self.plan = replace(verified.plan, biases=tuple(outcome.biases))
 
 
-class _MaskedBench(Bench):
+class _MaskedVerifier(Verifier):
     """Where plans are tried twice: for their structure as ever, and for the values of the masked model itself."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring, coupling: Coupling) -> None:
-        super().__init__(model, example_inputs, wiring)
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, connectivity: Connectivity, coupling: Coupling
+    ) -> None:
+        super().__init__(model, example_inputs, connectivity)
         self.run()
         self.dense = _revived(self.dense)
         self.twin = self.precise(self.dense)
@@ -141,8 +143,8 @@ class _MaskedBench(Bench):
             lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t,
             self.inputs,
         )
-        liveness = measure_liveness(self.masked, wiring, self.inputs)
-        self.folding = Folding(self.masked, wiring, coupling, liveness, self.arrivals)
+        liveness = measure_liveness(self.masked, connectivity, self.inputs)
+        self.folding = Folding(self.masked, connectivity, coupling, liveness, self.arrivals)
         recording = Recording()
         self.expected = self._output(self.masked, recording)
         self.decisions = recording.decisions
@@ -188,15 +190,17 @@ class _MaskedBench(Bench):
 
 
 @dataclass
-class Compactor(Settler):
+class Compactor(PlanSearch):
     """Takes as many dead families of every unit as its cells can lose in equal shares."""
 
-    bench: _MaskedBench
+    verifier: _MaskedVerifier
     found: list[list[Dead]] = field(default_factory=list, init=False)
 
     def scores(self) -> list[list[Floats]]:
         """By unit and cell: 0 for a family that may go, 1 for one that stays."""
-        self.found = [[self.bench.folding.dead(cell) for cell in unit.cells] for unit in self.coupling.units]
+        self.found = [
+            [self.verifier.folding.dead(cell) for cell in unit.cells] for unit in self.coupling.units
+        ]
         return [[1.0 - dead.goes.numpy().astype(np.float64) for dead in unit] for unit in self.found]
 
     def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
@@ -204,16 +208,16 @@ class Compactor(Settler):
         steps = [_steps(unit, cells) for unit, cells in zip(units, scores, strict=True)]
         return schedule(units, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
 
-    def settle(self, scores: list[list[Floats]]) -> Verified:
+    def find_verified_plan(self, scores: list[list[Floats]]) -> Verified:
         """As ever, but that nothing may go is no error."""
         if all(bool((cell == 1).all()) for unit in scores for cell in unit):
             return Verified(Plan(), 0.0)
         try:
-            return super().settle(scores)
+            return super().find_verified_plan(scores)
         except NothingToPruneError:
             return Verified(Plan(), 0.0)
 
-    def stays(self) -> list[LeftWhole]:
+    def stays(self) -> list[Excluded]:
         """The dead families that stay, and why."""
         stays = _Stays()
         for u, (unit, found) in enumerate(zip(self.coupling.units, self.found, strict=True)):
@@ -228,7 +232,7 @@ class Compactor(Settler):
                 steps = _steps(unit, [1.0 - dead.goes.numpy() for dead in found])
                 reason = LAST_REASON if going == size else SHARE_REASON
                 stays.add(reason, unit.name, going - steps * (size // unit.steps))
-        return stays.as_list() + self.left_whole()
+        return stays.as_list() + self.excluded()
 
 
 def _revived(model: nn.Module) -> nn.Module:
@@ -255,14 +259,14 @@ class _Stays:
         if channels:
             self.counts[reason][path] += channels
 
-    def as_list(self) -> list[LeftWhole]:
+    def as_list(self) -> list[Excluded]:
         """One entry a reason; one a layer for last channels, of which later rounds may find some again."""
         whole = []
         for reason, by in self.counts.items():
             if reason == LAST_REASON:
-                whole += [LeftWhole((path,), channels, reason) for path, channels in by.items()]
+                whole += [Excluded((path,), channels, reason) for path, channels in by.items()]
             else:
-                whole.append(LeftWhole(tuple(by), sum(by.values()), reason))
+                whole.append(Excluded(tuple(by), sum(by.values()), reason))
         return whole
 
 
@@ -274,20 +278,20 @@ def _steps(unit: Unit, scores: Sequence[Floats]) -> int:
     return min(unit.steps - 1, *shares) if unit.steps > 1 else 0
 
 
-def _later(before: list[LeftWhole], now: list[LeftWhole]) -> list[LeftWhole]:
+def _later(before: list[Excluded], now: list[Excluded]) -> list[Excluded]:
     """What stays after a further round: a last channel, which no later round sees, is carried along."""
     named = {path for left in now for path in left.paths}
     return now + [left for left in before if left.reason == LAST_REASON and not named & set(left.paths)]
 
 
-def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[LeftWhole]:
+def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
     """Output channels without a living kernel that the channel graph does not allow to go at all."""
     free: dict[str, list[int]] = defaultdict(list)
     for member in (m for unit in coupling.units for cell in unit.cells for m in cell.members):
         if member.side == "out":
             free[member.path] += member.index.reshape(-1).tolist()
     stays, seen = _Stays(), set[str]()
-    for whole in coupling.left_whole:
+    for whole in coupling.excluded:
         for path in whole.paths:
             dead = ~living_kernels(model.get_submodule(path)).any(1)
             dead[free[path]] = False
@@ -297,9 +301,9 @@ def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[LeftWhole]:
     return stays.as_list()
 
 
-def _layer_reports(before: nn.Module, after: nn.Module, wiring: Wiring) -> list[LayerReport]:
+def _layer_reports(before: nn.Module, after: nn.Module, connectivity: Connectivity) -> list[LayerReport]:
     reports = []
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind in ("synaptic", "depthwise"):
             old, new = before.get_submodule(path), after.get_submodule(path)
             widths = (layer.inputs, width(new, "in"), layer.outputs, width(new, "out"))

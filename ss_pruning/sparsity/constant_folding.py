@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
-from ss_pruning.graph.connectivity import Layer, Wiring
+from ss_pruning.graph.connectivity import Connectivity, Layer
 from ss_pruning.graph.groups import Cell, Coupling, Member
 from ss_pruning.graph.layers import channel_axis, mixes_channels
 from ss_pruning.sparsity.dead_channels import (
@@ -57,7 +57,7 @@ class Folding:
     def __init__(
         self,
         model: nn.Module,
-        wiring: Wiring,
+        connectivity: Connectivity,
         coupling: Coupling,
         liveness: Liveness,
         shapes: Mapping[str, list[tuple[int, ...]]],
@@ -66,30 +66,32 @@ class Folding:
 
         Args:
             model: The masked model.
-            wiring: Its wiring.
+            connectivity: Its connectivity.
             coupling: Its coupling.
             liveness: What is alive in it.
             shapes: By layer, the shapes that arrive.
         """
-        self.wiring, self.liveness, self.norms = wiring, liveness, norms_behind(wiring)
+        self.connectivity, self.liveness, self.norms = connectivity, liveness, norms_behind(connectivity)
         self.mixing = {
-            p for p, layer in wiring.layers.items() if layer.kind == "positional"
+            p for p, layer in connectivity.layers.items() if layer.kind == "positional"
         } | liveness.opaque
-        self.mixing |= {p for p in wiring.layers if mixes_channels(model.get_submodule(p))}
+        self.mixing |= {p for p in connectivity.layers if mixes_channels(model.get_submodule(p))}
         cells = [cell for unit in coupling.units for cell in unit.cells]
-        outputs = living_outputs(wiring, model, liveness.kernels, cells, self.mixing)
+        outputs = living_outputs(connectivity, model, liveness.kernels, cells, self.mixing)
         self.wanted = {
             path: by_input(model.get_submodule(path), rows, outputs[path])
             for path, rows in liveness.kernels.items()
         }
-        self.shapes = {path: _arriving(shapes.get(path, []), layer) for path, layer in wiring.layers.items()}
-        self.modules = {path: model.get_submodule(path) for path in wiring.layers}
+        self.shapes = {
+            path: _arriving(shapes.get(path, []), layer) for path, layer in connectivity.layers.items()
+        }
+        self.modules = {path: model.get_submodule(path) for path in connectivity.layers}
         self._borderless: dict[str, bool] = {}
         self.carriers: dict[str, dict[int, int]] = {}
 
     def dead(self, cell: Cell) -> Dead:
         """The families of a cell that may go, and those that are dead and have to stay."""
-        consumers = [m for m in cell.members if is_consumer(m.path, m.side, self.wiring)]
+        consumers = [m for m in cell.members if is_consumer(m.path, m.side, self.connectivity)]
         slots = [self._slots(m) for m in consumers]
         still = _all([~s.wanted | s.still for s in slots], cell.size)
         constant = _all([~s.wanted | s.constant for s in slots], cell.size)
@@ -115,7 +117,7 @@ class Folding:
         """
         outcome = Outcome()
         for cut in plan.cuts:
-            if cut.side != "in" or not is_consumer(cut.path, cut.side, self.wiring) or not cut.removed:
+            if cut.side != "in" or not is_consumer(cut.path, cut.side, self.connectivity) or not cut.removed:
                 continue
             module, removed = twin.get_submodule(cut.path), torch.tensor(cut.removed)
             values = torch.zeros(cut.width, dtype=torch.float64)
@@ -137,7 +139,7 @@ class Folding:
                 values[channel] = 0
 
     def _to_bias(self, twin: nn.Module, path: str, values: Tensor, outcome: Outcome) -> None:
-        module, axis = twin.get_submodule(path), self.wiring.layers[path].in_axis
+        module, axis = twin.get_submodule(path), self.connectivity.layers[path].in_axis
         weight = module.weight
         assert isinstance(weight, Tensor)
         y = response(module, self.shapes[path][0], axis, values.to(weight))
@@ -159,7 +161,7 @@ class Folding:
 
     def _sees_no_border(self, path: str) -> bool:
         if path not in self._borderless:
-            shapes, axis = self.shapes[path], self.wiring.layers[path].in_axis
+            shapes, axis = self.shapes[path], self.connectivity.layers[path].in_axis
             self._borderless[path] = bool(shapes) and has_no_border(self.modules[path], shapes, axis)
         return self._borderless[path]
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.running import call, preserved
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Cell
 from ss_pruning.graph.layers import channel_axis, groups_of, mixes_channels
 
@@ -87,29 +87,32 @@ class Liveness:
     opaque: set[str] = field(default_factory=set)
 
 
-def measure_liveness(model: nn.Module, wiring: Wiring, example_inputs: Any) -> Liveness:
+def measure_liveness(model: nn.Module, connectivity: Connectivity, example_inputs: Any) -> Liveness:
     """Look at the kernels, and run the network on noise until no further constant is found.
 
     Args:
         model: The masked model, in the precision to work in; left as it was.
-        wiring: Its wiring.
+        connectivity: Its connectivity.
         example_inputs: Of these only the shapes count.
     """
     kernels, opaque = {}, set()
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind in ("synaptic", "depthwise"):
             module = model.get_submodule(path)
             kernels[path] = living_kernels(module).cpu()
             if not _uses_weight_as_is(module):
                 opaque.add(path)
                 kernels[path] = torch.ones_like(kernels[path])
-    fed = {path: _fed(wiring, path) for path in wiring.layers}
+    fed = {path: _fed(connectivity, path) for path in connectivity.layers}
     still: dict[str, Tensor] = {}
     while True:
-        seen = {path: _Arrivals(layer.inputs) for path, layer in wiring.layers.items()}
-        dead = {path: _dead_outputs(model, wiring, path, kernels, still.get(path)) for path in wiring.layers}
+        seen = {path: _Arrivals(layer.inputs) for path, layer in connectivity.layers.items()}
+        dead = {
+            path: _dead_outputs(model, connectivity, path, kernels, still.get(path))
+            for path in connectivity.layers
+        }
         for amplitude in _AMPLITUDES:
-            _run_on_noise(model, wiring, example_inputs, seen, dead, amplitude)
+            _run_on_noise(model, connectivity, example_inputs, seen, dead, amplitude)
         before = still
         # What was found stays found: unions make this end.
         still = {
@@ -123,7 +126,7 @@ def measure_liveness(model: nn.Module, wiring: Wiring, example_inputs: Any) -> L
 
 
 def living_outputs(
-    wiring: Wiring,
+    connectivity: Connectivity,
     model: nn.Module,
     kernels: dict[str, Tensor],
     cells: Iterable[Cell],
@@ -134,7 +137,7 @@ def living_outputs(
     Starts with nothing read and works back from the output, so that blocks that only feed themselves are found too.
 
     Args:
-        wiring: The wiring of `model`.
+        connectivity: The connectivity of `model`.
         model: The masked model.
         kernels: Which of its kernels are alive.
         cells: The families that may be cut; all other channels count as read.
@@ -151,7 +154,7 @@ def living_outputs(
             path: by_input(model.get_submodule(path), rows, alive[path]) for path, rows in kernels.items()
         }
         for cell in cells:
-            read = reads(cell, wanted, wiring, mixing)
+            read = reads(cell, wanted, connectivity, mixing)
             for member in cell.members:
                 if member.side != "out" or member.path not in alive:
                     continue
@@ -163,18 +166,20 @@ def living_outputs(
     return alive
 
 
-def reads(cell: Cell, wanted: dict[str, Tensor], wiring: Wiring, mixing: Collection[str]) -> Tensor:
+def reads(
+    cell: Cell, wanted: dict[str, Tensor], connectivity: Connectivity, mixing: Collection[str]
+) -> Tensor:
     """`[families]`: True where some consumer wants one of the family's channels."""
     read = torch.full((cell.size,), any(member.path in mixing for member in cell.members))
     for member in cell.members:
-        if is_consumer(member.path, member.side, wiring):
+        if is_consumer(member.path, member.side, connectivity):
             read |= wanted[member.path][torch.from_numpy(member.index)].any(1)
     return read
 
 
-def is_consumer(path: str, side: str, wiring: Wiring) -> bool:
+def is_consumer(path: str, side: str, connectivity: Connectivity) -> bool:
     """True for the input side of a layer that mixes channels."""
-    return side == "in" and wiring.layers[path].kind == "synaptic"
+    return side == "in" and connectivity.layers[path].kind == "synaptic"
 
 
 def response(module: nn.Module, shape: tuple[int, ...], axis: int, values: Tensor) -> Tensor:
@@ -233,12 +238,12 @@ class _Arrivals:
         return self.still() & (self.high - self.low <= _rounding(self.high) * scale).cpu()
 
 
-def _fed(wiring: Wiring, path: str) -> Tensor:
+def _fed(connectivity: Connectivity, path: str) -> Tensor:
     """`[in]`: channels that a layer feeds. Of others (an embedding of given tokens) noise cannot tell what they do."""
-    fed = torch.zeros(wiring.layers[path].inputs, dtype=torch.bool)
-    for feed in wiring.feeds[path]:
-        if feed.source in wiring.layers:
-            fed[feed.pairs[:, 1].cpu()] = True
+    fed = torch.zeros(connectivity.layers[path].inputs, dtype=torch.bool)
+    for edge in connectivity.edges[path]:
+        if edge.source in connectivity.layers:
+            fed[edge.pairs[:, 1].cpu()] = True
     return fed
 
 
@@ -247,10 +252,10 @@ def _rounding(x: Tensor) -> float:
 
 
 def _dead_outputs(
-    model: nn.Module, wiring: Wiring, path: str, kernels: dict[str, Tensor], still: Tensor | None
+    model: nn.Module, connectivity: Connectivity, path: str, kernels: dict[str, Tensor], still: Tensor | None
 ) -> Tensor | None:
     """`[out]`: the output channels that depend on nothing that varies; None for a layer that is let run."""
-    layer, module = wiring.layers[path], model.get_submodule(path)
+    layer, module = connectivity.layers[path], model.get_submodule(path)
     if layer.kind in ("positional", "response"):
         return None
     if layer.kind == "norm":
@@ -271,7 +276,7 @@ def _dead_outputs(
 
 def _run_on_noise(
     model: nn.Module,
-    wiring: Wiring,
+    connectivity: Connectivity,
     example_inputs: Any,
     seen: dict[str, _Arrivals],
     dead: dict[str, Tensor | None],
@@ -284,7 +289,7 @@ def _run_on_noise(
         return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like) * amplitude
 
     def before(path: str, _: nn.Module, x: Tensor) -> None:
-        seen[path].add(x, wiring.layers[path].in_axis)
+        seen[path].add(x, connectivity.layers[path].in_axis)
 
     def after(path: str, module: nn.Module, y: Tensor) -> Tensor | None:
         gone = dead[path]
@@ -298,7 +303,7 @@ def _run_on_noise(
         Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs
     )
     with contextlib.ExitStack() as undo, torch.no_grad(), preserved(model, training=False):
-        for path in wiring.layers:
+        for path in connectivity.layers:
             seen[path].calls = 0
             module = model.get_submodule(path)
             undo.callback(on_input(module, partial(before, path)).remove)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, kernel_powers
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
@@ -49,7 +49,7 @@ class StrengthPenalty:
         form: Form = "strength",
         ignore: Collection[str] = (),
         whole: bool = False,
-        wiring: Wiring | None = None,
+        connectivity: Connectivity | None = None,
     ) -> None:
         """Find out who feeds whom, once.
 
@@ -59,7 +59,7 @@ class StrengthPenalty:
             form: "strength": `sum s`; "share": per output, the L1 over the L2 norm of its strengths.
             ignore: Paths of layers that do not count.
             whole: Count first layers (that read the model's input) and classifiers (whose output is the model's), too.
-            wiring: What `trace` found, if it is at hand.
+            connectivity: What `trace` found, if it is at hand.
 
         Raises:
             InputError: Unknown form or path, or no layer is left to count.
@@ -68,16 +68,16 @@ class StrengthPenalty:
         if form not in ("strength", "share"):
             raise InputError(f"form={form!r} is unknown; use 'strength' or 'share'")
         self.model, self.form = model, form
-        self.wiring = wiring or trace(model, example_inputs)
-        unknown = sorted(set(ignore) - set(self.wiring.layers))
+        self.connectivity = connectivity or trace(model, example_inputs)
+        unknown = sorted(set(ignore) - set(self.connectivity.layers))
         if unknown:
             raise InputError(f"ignore names no layer that ran: {', '.join(unknown)}")
-        paths = synaptic_paths(self.wiring) if whole else inner_paths(self.wiring)
+        paths = synaptic_paths(self.connectivity) if whole else inner_paths(self.connectivity)
         self.paths = tuple(path for path in paths if path not in ignore)
         if not self.paths:
             raise InputError("no layer is left to penalise; with whole=True first and last layers count, too")
-        scales = norm_scales(model, self.wiring)
-        if all(bool(from_norms(self.wiring, path, scales).unscaled.all()) for path in self.paths):
+        scales = norm_scales(model, self.connectivity)
+        if all(bool(from_norms(self.connectivity, path, scales).unscaled.all()) for path in self.paths):
             warnings.warn(
                 "no norm stands behind any of the layers: their strengths are plain kernel norms (scale 1)",
                 stacklevel=2,
@@ -86,7 +86,7 @@ class StrengthPenalty:
     def __call__(self) -> Tensor:
         """The penalty now, a scalar, differentiable in the weights and in the scales of the norms."""
         reduce = torch.sum if self.form == "strength" else concentration
-        return _penalty(self.model, self.wiring, self.paths, reduce)
+        return _penalty(self.model, self.connectivity, self.paths, reduce)
 
     @torch.no_grad()
     def shrink_(self, amount: float) -> None:
@@ -102,7 +102,7 @@ class StrengthPenalty:
             raise InputError(
                 f"amount={amount} with form={self.form!r}: give an amount >= 0 and form='strength'"
             )
-        scales = norm_scales(self.model, self.wiring)
+        scales = norm_scales(self.model, self.connectivity)
         for path in self.paths:
             module = self.model.get_submodule(path)
             if (strength := explicit_strength(module)) is not None:
@@ -110,7 +110,7 @@ class StrengthPenalty:
                 continue
             weight = trainable_weight(module)
             norms = kernel_powers(module, weight).sqrt()
-            deviation = from_norms(self.wiring, path, scales).variance.sqrt()
+            deviation = from_norms(self.connectivity, path, scales).variance.sqrt()
             step = amount * at_synapses(module, deviation.to(norms), len(norms))
             weight.mul_(by_kernel(module, weight, torch.where(norms > step, 1 - step / norms, 0.0)))
 
@@ -119,7 +119,9 @@ class StrengthPenalty:
         (weight * self()).backward()
 
 
-def strength_penalty(model: nn.Module, wiring: Wiring, paths: Collection[str] | None = None) -> Tensor:
+def strength_penalty(
+    model: nn.Module, connectivity: Connectivity, paths: Collection[str] | None = None
+) -> Tensor:
     """The L1 norm of all synaptic strengths, `sum |gamma_c| ||W[k, c]||` (Lin et al., NeurIPS 2018), as a scalar.
 
     Differentiable in the weights and in the scales of the norms. A synapse of strength 0 gets the gradient 0 (a
@@ -127,7 +129,7 @@ def strength_penalty(model: nn.Module, wiring: Wiring, paths: Collection[str] | 
 
     Args:
         model: The model, in any mode.
-        wiring: What `trace` found for it.
+        connectivity: What `trace` found for it.
         paths: Layers whose synapses count; all by default.
 
     Examples:
@@ -138,16 +140,16 @@ def strength_penalty(model: nn.Module, wiring: Wiring, paths: Collection[str] | 
         >>> strength_penalty(net, trace(net, torch.zeros(2, 2))).item()
         7.0
     """
-    return _penalty(model, wiring, synaptic_paths(wiring) if paths is None else paths, torch.sum)
+    return _penalty(model, connectivity, synaptic_paths(connectivity) if paths is None else paths, torch.sum)
 
 
 def _penalty(
-    model: nn.Module, wiring: Wiring, paths: Collection[str], reduce: Callable[[Tensor], Tensor]
+    model: nn.Module, connectivity: Connectivity, paths: Collection[str], reduce: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    scales = norm_scales(model, wiring)
+    scales = norm_scales(model, connectivity)
     total: Tensor | None = None
     for path in paths:
-        power = synaptic_power(model.get_submodule(path), from_norms(wiring, path, scales).variance)
+        power = synaptic_power(model.get_submodule(path), from_norms(connectivity, path, scales).variance)
         here = reduce(_root(power))
         total = here if total is None else total + here
     return torch.zeros(()) if total is None else total

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
@@ -110,17 +110,20 @@ class ExplicitStrengths:
         """
         check_bare(model)
         check_finite(model)
-        wiring = trace(model, example_inputs)
-        unknown = sorted((set(ignore) | set(keep)) - set(wiring.layers))
-        self.model, self.paths = model, tuple(p for p in inner_paths(wiring) if p not in ignore)
+        connectivity = trace(model, example_inputs)
+        unknown = sorted((set(ignore) | set(keep)) - set(connectivity.layers))
+        self.model, self.paths = model, tuple(p for p in inner_paths(connectivity) if p not in ignore)
         if unknown or not self.paths:
             raise InputError(f"no such layers: {unknown}" if unknown else "no layer is left to parametrise")
         feeding = {
-            f.source for p in self.paths for f in wiring.feeds[p] if _has_scale(model, wiring, f.source)
+            f.source
+            for p in self.paths
+            for f in connectivity.edges[p]
+            if _has_scale(model, connectivity, f.source)
         }
-        owning = {norm: readers for norm in feeding if (readers := _readers(wiring, norm)) is not None}
-        self.moved = tuple(norm for norm in wiring.layers if norm in owning and norm not in keep)
-        self.kept = tuple(norm for norm in wiring.layers if norm in feeding and norm not in self.moved)
+        owning = {norm: readers for norm in feeding if (readers := _readers(connectivity, norm)) is not None}
+        self.moved = tuple(norm for norm in connectivity.layers if norm in owning and norm not in keep)
+        self.kept = tuple(norm for norm in connectivity.layers if norm in feeding and norm not in self.moved)
         for path in (*self.paths, *(path for norm in self.moved for path in owning[norm])):
             if parametrize.is_parametrized(model.get_submodule(path)):
                 raise ModelError(f"'{path}' has a parametrisation already; remove or merge it first")
@@ -128,13 +131,13 @@ class ExplicitStrengths:
         for norm in self.moved:
             _move_scale_(model, norm, owning[norm])
         self._frozen = self._freeze()
-        self._parametrise(wiring)
+        self._parametrise(connectivity)
 
-    def _parametrise(self, wiring: Wiring) -> None:
-        scales = norm_scales(self.model, wiring)
+    def _parametrise(self, connectivity: Connectivity) -> None:
+        scales = norm_scales(self.model, connectivity)
         for path in self.paths:
             module = self.model.get_submodule(path)
-            variance = from_norms(wiring, path, scales).variance.detach()
+            variance = from_norms(connectivity, path, scales).variance.detach()
             deviation = torch.where(variance > 0, variance, 1.0).sqrt()
             synapses = at_synapses(module, deviation, len(kernel_powers(module)))
             parametrize.register_parametrization(module, "weight", StrengthTimesKernel(module, synapses))
@@ -155,32 +158,32 @@ class ExplicitStrengths:
         return self.model
 
 
-def _has_scale(model: nn.Module, wiring: Wiring, source: str) -> bool:
-    if source not in wiring.layers or wiring.layers[source].kind != "norm":
+def _has_scale(model: nn.Module, connectivity: Connectivity, source: str) -> bool:
+    if source not in connectivity.layers or connectivity.layers[source].kind != "norm":
         return False
     module = model.get_submodule(source)
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
 
 
-def _readers(wiring: Wiring, norm: str) -> Readers | None:
+def _readers(connectivity: Connectivity, norm: str) -> Readers | None:
     """By layer that reads the norm: pairs of its channels and theirs; None if the norm does not own those channels."""
-    if len(wiring.reaches_output.get(norm, ())):
+    if len(connectivity.reaches_output.get(norm, ())):
         return None
     readers: Readers = {}
-    for path, feeds in wiring.feeds.items():
-        mine = [feed for feed in feeds if feed.source == norm]
+    for path, edges in connectivity.edges.items():
+        mine = [edge for edge in edges if edge.source == norm]
         if not mine:
             continue
-        channels = torch.cat([feed.pairs[:, 1] for feed in mine])
-        others = [feed.pairs[:, 1] for feed in feeds if feed.source != norm]
+        channels = torch.cat([edge.pairs[:, 1] for edge in mine])
+        others = [edge.pairs[:, 1] for edge in edges if edge.source != norm]
         shared = others and bool(torch.isin(channels, torch.cat(others)).any())
         spread = any(
-            len(feed.broadcast) for feed in mine
+            len(edge.broadcast) for edge in mine
         )  # one value reaches several channels, as from a gate
-        repeated = len(feeds) != len({feed.source for feed in feeds})
-        if shared or spread or repeated or wiring.layers[path].kind not in _SCALABLE:
+        repeated = len(edges) != len({edge.source for edge in edges})
+        if shared or spread or repeated or connectivity.layers[path].kind not in _SCALABLE:
             return None
-        readers[path] = [feed.pairs for feed in mine]
+        readers[path] = [edge.pairs for edge in mine]
     return readers
 
 

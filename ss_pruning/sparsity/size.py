@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.files import write_text
-from ss_pruning.graph.connectivity import Wiring
-from ss_pruning.graph.groups import LeftWhole
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import Excluded
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.report.records import LayerReport, count, jsonable, percent
 from ss_pruning.sparsity.dead_channels import living_kernels
@@ -56,7 +56,7 @@ class Compaction:
         before: The masked model's size.
         after: The compacted one's.
         layers: In the order in which they run; `synapses_after` counts living ones.
-        left_whole: Dead channels that stay, and why.
+        excluded: Dead channels that stay, and why.
         max_error: Largest difference between the outputs of the compacted and the masked model, relative to the
             largest output, in `precision`.
         precision: In which the two were compared.
@@ -67,7 +67,7 @@ class Compaction:
     before: Size
     after: Size
     layers: list[LayerReport]
-    left_whole: list[LeftWhole]
+    excluded: list[Excluded]
     max_error: float
     precision: str
     seconds: float
@@ -113,13 +113,13 @@ class Compaction:
         write_text(path, self.to_json())
 
 
-def size_of(model: nn.Module, example_inputs: Any, wiring: Wiring) -> Size:
-    """Count `model`, of which `wiring` names the layers."""
+def size_of(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> Size:
+    """Count `model`, of which `connectivity` names the layers."""
     macs, by_path = count_macs(model, example_inputs)
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(_bytes(t) for t in tensors)
     synapses = living = living_macs = saved = 0
-    for path, layer in wiring.layers.items():
+    for path, layer in connectivity.layers.items():
         if layer.kind not in ("synaptic", "depthwise"):
             continue
         module = model.get_submodule(path)

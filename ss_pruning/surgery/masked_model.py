@@ -13,19 +13,19 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.hooks import given, on_input, replaced
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
 from ss_pruning.graph.layers import channel_axis, is_depthwise, mixes_channels
 from ss_pruning.surgery.plan import Cut, cut_layer
 
 
 @contextlib.contextmanager
-def masked(model: nn.Module, selection: Selection, wiring: Wiring) -> Iterator[None]:
+def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -> Iterator[None]:
     """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
     undo, modules = contextlib.ExitStack(), modules_of(model)
     with undo:
         for (path, side), kept in selection.items():
-            layer = wiring.layers.get(path)
+            layer = connectivity.layers.get(path)
             if layer is None:
                 continue
             module = modules[path]

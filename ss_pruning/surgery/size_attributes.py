@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.connectivity import Wiring, pattern
+from ss_pruning.graph.connectivity import Connectivity, pattern
 from ss_pruning.graph.groups import Selection, Unit
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
@@ -25,7 +25,7 @@ def alike(number: Number) -> Number:
     return pattern(path), name, place
 
 
-class Follower:
+class SizeAttributes:
     """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
 
     A number follows if it equals one old width that is known at this module, and that width became one new one:
@@ -168,7 +168,7 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
 
 
 def part_sizes(
-    units: Sequence[Unit], selection: Selection, wiring: Wiring
+    units: Sequence[Unit], selection: Selection, connectivity: Connectivity
 ) -> dict[str, list[tuple[int, int]]]:
     """By layer that touches an output that splits: old and new size of each part of it, and of the whole."""
     parts: dict[str, list[tuple[int, int]]] = {}
@@ -176,10 +176,10 @@ def part_sizes(
         sizes = []
         for cell in unit.cells:
             path, side = cell.root.path, cell.root.side
-            if (path, side) in selection and cell.size < wiring.layers[path].outputs:
+            if (path, side) in selection and cell.size < connectivity.layers[path].outputs:
                 left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
                 sizes.append((cell.size, int(left)))
-                sizes.append((wiring.layers[path].outputs, len(selection[path, side])))
+                sizes.append((connectivity.layers[path].outputs, len(selection[path, side])))
         for path in unit.paths() if sizes else ():
             parts.setdefault(path, []).extend(sizes)
     return parts

@@ -35,7 +35,7 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.outputs import values_in
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import ModelError, VerificationError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection, Unit
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.agreement import (
@@ -50,7 +50,14 @@ from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
-from ss_pruning.surgery.size_attributes import Follower, Number, alike, head_numbers, never_named, part_sizes
+from ss_pruning.surgery.size_attributes import (
+    Number,
+    SizeAttributes,
+    alike,
+    head_numbers,
+    never_named,
+    part_sizes,
+)
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
 TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
@@ -76,21 +83,21 @@ class Verified:
         return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
 
 
-class Bench:
+class Verifier:
     """Where plans for one model are tried: a stirred copy, one without data, and the shapes at every module."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, wiring: Wiring) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> None:
         """Copy `model`.
 
         Args:
             model: The dense model; not changed.
             example_inputs: What `forward` takes.
-            wiring: The wiring of `model`.
+            connectivity: The connectivity of `model`.
 
         Raises:
             ModelError: The model cannot be copied.
         """
-        self.wiring = wiring
+        self.connectivity = connectivity
         self.examples = example_inputs
         self.dense = _stirred(model)  # in the precision of the model, and never run as it is
         self.precisions = iter(_PRECISIONS)
@@ -213,27 +220,29 @@ class Bench:
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
-        parts = part_sizes(units, selection, self.wiring)
+        parts = part_sizes(units, selection, self.connectivity)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
             ghost = _cut(self.ghost, plan)
-            _run_cut(self.precise(ghost), _to_meta(self.inputs), Follower(plan, self.arrivals, parts, fixed))
+            _run_cut(
+                self.precise(ghost), _to_meta(self.inputs), SizeAttributes(plan, self.arrivals, parts, fixed)
+            )
         expected, decisions = self._masked(selection)
         small = _cut(self.dense, plan)
-        follower = Follower(plan, self.arrivals, parts, fixed)
+        sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         twin = self.precise(small)
-        found, holding = _run_cut(twin, self.inputs, follower, self.holding(decisions))
+        found, holding = _run_cut(twin, self.inputs, sizes_that_follow, self.holding(decisions))
         try:
             match = compare(expected, found, self.tolerance, self.telling)
             by_decisions = certified(match, holding)
             worst = holding.error if by_decisions else match.error
-            return Verified(Plan(plan.cuts, tuple(follower.found)), worst, by_decisions)
+            return Verified(Plan(plan.cuts, tuple(sizes_that_follow.found)), worst, by_decisions)
         except VerificationError as error:
             if not reorder or not any(unit.shuffled for unit in units):
                 at = self._first_difference(selection, twin) if locate else ""
-                raise VerificationError(str(error), follower.numbers(), at) from error
-        _let_follow(small, follower)
-        moved = reordered(plan, selection, self.wiring, trace(small, self.examples))
+                raise VerificationError(str(error), sizes_that_follow.numbers(), at) from error
+        _let_follow(small, sizes_that_follow)
+        moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate=locate, reorder=False)
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
@@ -279,13 +288,13 @@ class Bench:
 
     def _run_masked(self, twin: nn.Module, selection: Selection) -> tuple[Any, list[Decision]]:
         recording = Recording()
-        with masked(twin, selection, self.wiring):
+        with masked(twin, selection, self.connectivity):
             return _run(twin, self.inputs, recording), recording.decisions
 
     def _telling(self, output: Any) -> frozenset[str] | None:
-        """Names of what is returned that is another when all layers are; None if a look at the wiring tells as much."""
-        reaching = [s for s, channels in self.wiring.reaches_output.items() if len(channels)]
-        if len(values_in(output)) == 1 and not self.wiring.layers.keys().isdisjoint(reaching):
+        """Names of what is returned that is another when all layers are; None if the connectivity tells as much."""
+        reaching = [s for s, channels in self.connectivity.reaches_output.items() if len(channels)]
+        if len(values_in(output)) == 1 and not self.connectivity.layers.keys().isdisjoint(reaching):
             return None
         return that_tell(output, self._run_masked(self._nudged(), {})[0])
 
@@ -299,7 +308,7 @@ class Bench:
             return tensor * (1 + 1e-2 * torch.rand(tensor.shape, generator=generator).to(tensor))
 
         twin = retyped(self.dense, nudge, ("_parameters",))
-        for path in self.wiring.layers:
+        for path in self.connectivity.layers:
             table = vars(twin.get_submodule(path))["_buffers"]
             table.update({name: nudge(tensor) for name, tensor in table.items() if tensor is not None})
         return self.precise(twin)
@@ -327,7 +336,7 @@ class Bench:
 
     def _first_difference(self, selection: Selection, small: nn.Module) -> str:
         """The first layer at which other values arrive in the cut model than in the masked one (on kept channels)."""
-        with masked(self.twin, selection, self.wiring):
+        with masked(self.twin, selection, self.connectivity):
             expected = self._sums(self.twin, selection)
         found = self._sums(small, {})
         for path, sums in expected.items():
@@ -337,10 +346,10 @@ class Bench:
 
     def _sums(self, model: nn.Module, kept: Selection) -> dict[str, list[float]]:
         """By layer, the sum of magnitudes of what arrives in each call."""
-        sums: dict[str, list[float]] = {path: [] for path in self.wiring.layers}
+        sums: dict[str, list[float]] = {path: [] for path in self.connectivity.layers}
 
         def arrived(path: str, _: nn.Module, x: Tensor) -> None:
-            layer = self.wiring.layers[path]
+            layer = self.connectivity.layers[path]
             channels = kept.get((path, "in"), kept.get((path, "through")))
             if channels is not None:
                 x = x.index_select(layer.in_axis, torch.tensor(channels, device=x.device))
@@ -384,7 +393,10 @@ def _cut(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _run_cut(
-    small: nn.Module, inputs: Any, follower: Follower, mode: Callable[[], Any] = contextlib.nullcontext
+    small: nn.Module,
+    inputs: Any,
+    sizes_that_follow: SizeAttributes,
+    mode: Callable[[], Any] = contextlib.nullcontext,
 ) -> tuple[Any, Any]:
     """The cut model's output, with all numbers that follow, and the last mode that it ran in.
 
@@ -393,27 +405,27 @@ def _run_cut(
     Raises:
         VerificationError: It does not run.
     """
-    with _watching(small, follower):
+    with _watching(small, sizes_that_follow):
         while True:
-            known, entered = len(follower.found), mode()
-            _let_follow(small, follower)  # what a pass sets is taken back with the rest
+            known, entered = len(sizes_that_follow.found), mode()
+            _let_follow(small, sizes_that_follow)  # what a pass sets is taken back with the rest
             try:
                 output = _run(small, inputs, entered)
             except Exception as error:
-                if len(follower.found) > known:
+                if len(sizes_that_follow.found) > known:
                     continue
                 raise VerificationError(
-                    f"the cut model does not run, at '{follower.current}' ({type(error).__name__}: {error})",
-                    follower.numbers(),
-                    follower.current,
+                    f"the cut model does not run, at '{sizes_that_follow.current}' ({type(error).__name__}: {error})",
+                    sizes_that_follow.numbers(),
+                    sizes_that_follow.current,
                 ) from error
-            if len(follower.found) == known:
+            if len(sizes_that_follow.found) == known:
                 return output, entered
 
 
-def _let_follow(model: nn.Module, follower: Follower) -> None:
+def _let_follow(model: nn.Module, sizes_that_follow: SizeAttributes) -> None:
     modules = modules_of(model)
-    for attribute in follower.found:
+    for attribute in sizes_that_follow.found:
         set_number(modules[attribute.path], attribute)
 
 

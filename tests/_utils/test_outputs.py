@@ -215,7 +215,7 @@ def test_order_that_turns_by_rounding_is_not_a_widths_fault() -> None:
         model.c.bias[3:] = model.c.bias[:3]
     report = prune_(model, X, ratio=0.4, scope="local")
     assert model.a.out_channels < 8
-    assert not [left for left in report.left_whole if "relies on" in left.reason]
+    assert not [left for left in report.excluded if "relies on" in left.reason]
 
 
 def test_a_model_is_held_to_decisions_about_the_same_numbers_alone() -> None:

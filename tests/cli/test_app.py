@@ -105,7 +105,7 @@ def test_prune_writes_a_model_and_two_reports_that_agree(net: str, photos: Path,
     assert report.settings["input size"] == "3x16x16"
     assert report.settings["score"] == "relevance"
     assert net in (out / "report.html").read_text().replace("<wbr>", "")
-    for words in ("top-1 (2 images)", "multiply-accumulates", "Cut equals masked", "left whole:", "written:"):
+    for words in ("top-1 (2 images)", "multiply-accumulates", "Cut equals masked", "excluded:", "written:"):
         assert words in result.stdout
 
 

@@ -289,7 +289,7 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
 def test_no_hook_survives_an_error() -> None:
     model, x = net(), images()
     small, plan = cut(model)
-    wiring = trace(model, x)
+    connectivity = trace(model, x)
     with pytest.raises(RuntimeError, match="expected input"):
-        reestimate_(small, model, plan, wiring, x[:, :2], x)
+        reestimate_(small, model, plan, connectivity, x[:, :2], x)
     assert not any(module._forward_pre_hooks for net in (small, model) for module in net.modules())

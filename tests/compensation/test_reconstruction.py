@@ -114,12 +114,12 @@ def test_both_models_run_in_the_context_of_the_caller(enabled: bool, mode: Any) 
         seen.append((threading.get_ident(), torch.is_autocast_enabled("cpu"), *modes, x.dtype))
 
     model, x = net(Watched()), images(24)
-    wiring = trace(model, x[:1])
+    connectivity = trace(model, x[:1])
     small = plan_of_half().apply_(net(Watched()))
     WATCHER.append(note)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), mode():
         seen.clear()
-        outcome = reconstruct_(small, model, plan_of_half(), wiring, x)
+        outcome = reconstruct_(small, model, plan_of_half(), connectivity, x)
         dtype = torch.bfloat16 if enabled else torch.float32
         context = threading.get_ident(), enabled, False, torch.is_inference_mode_enabled(), dtype
         assert set(seen) == {context}
@@ -136,9 +136,9 @@ def test_the_dense_model_runs_again_where_its_outputs_do_not_all_fit(monkeypatch
         seen: list[int] = []
         WATCHER[:] = [lambda x, seen=seen: seen.append(len(x))]  # type: ignore[misc]
         model = net(Watched())
-        wiring, small = trace(model, x[:1]), plan_of_half().apply_(net(nn.Identity()))
+        connectivity, small = trace(model, x[:1]), plan_of_half().apply_(net(nn.Identity()))
         seen.clear()
-        reconstruct_(small, model, plan_of_half(), wiring, x)
+        reconstruct_(small, model, plan_of_half(), connectivity, x)
         runs.append(seen.count(12))
         found.append(list(small.state_dict().values()))
     assert runs == [1, 2, 3]

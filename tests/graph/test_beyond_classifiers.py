@@ -180,7 +180,7 @@ def prune_and_look(case: Case) -> tuple[nn.Module, nn.Module]:
     report = prune_(model, case.example, ratio=0.4)
     assert report.max_error < 1e-10
     assert report.params_after == sum(p.numel() for p in model.parameters()) < 0.9 * report.params_before
-    assert [left.reason for left in report.left_whole if "relies on" in left.reason] == []
+    assert [left.reason for left in report.excluded if "relies on" in left.reason] == []
     return dense, model
 
 

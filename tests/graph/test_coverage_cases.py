@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ss_pruning import prune_, synaptic_strength, trace
 from ss_pruning.graph.layers import channel_axis, is_norm, kind_of, mixes_channels
-from ss_pruning.surgery.verification import Bench
+from ss_pruning.surgery.verification import Verifier
 
 
 class GroupScaled(nn.Module):
@@ -184,8 +184,8 @@ def test_a_plan_that_does_not_run_costs_no_pass_with_data(monkeypatch: pytest.Mo
         return forward(self, x)
 
     monkeypatch.setattr(Hybrid, "forward", counted)
-    bench = Bench(model, x, trace(model, x))
-    assert bench.ghost is not None
+    verifier = Verifier(model, x, trace(model, x))
+    assert verifier.ghost is not None
     passes.clear()
     prune_(model, x, ratio=0.5, scope="local")
     assert passes.count("meta") >= 4
@@ -202,7 +202,7 @@ class Peeking(Hybrid):
 def test_a_model_that_looks_at_values_is_tried_with_data() -> None:
     torch.manual_seed(0)
     model, x = Peeking(1).eval(), torch.randn(1, 3, 12, 12)
-    assert Bench(model, x, trace(model, x)).ghost is None
+    assert Verifier(model, x, trace(model, x)).ghost is None
     prune_(model, x, ratio=0.5, scope="local")
     assert model.stem[0].out_channels == 8
 
@@ -229,7 +229,7 @@ def test_groups_of_which_some_must_stay_are_left_whole() -> None:
     report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, scope="local")
     assert model[0].out_channels == 8
     assert (model[2].mix.in_channels, model[2].mix.out_channels) == (24, 48)
-    assert any("groups could not stay equal" in left.reason for left in report.left_whole)
+    assert any("groups could not stay equal" in left.reason for left in report.excluded)
     assert report.max_error < 1e-10
 
 
@@ -279,7 +279,7 @@ def test_where_widths_compete_the_output_that_splits_decides() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), Split(12), Split(12), nn.Conv2d(6, 5, 1)).eval()
     report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.4, scope="global")
-    assert [left.reason for left in report.left_whole] == ["reaches the model's output"]
+    assert [left.reason for left in report.excluded] == ["reaches the model's output"]
     for block in (model[1], model[2]):
         assert block.wide.out_channels == 2 * block.width
         assert len({block.width, block.one.out_channels, block.two.out_channels}) > 1

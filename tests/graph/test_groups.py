@@ -80,7 +80,7 @@ def test_balanced_parts_are_cells_of_one_unit(net: Net) -> None:
 
 def test_what_stays_whole_is_listed_with_the_reason() -> None:
     _, coupling = coupling_of(BY_NAME["dict_output"])
-    reasons = {path: left for left in coupling.left_whole for path in left.paths}
+    reasons = {path: left for left in coupling.excluded for path in left.paths}
     assert set(reasons) == {"conv2", "fc"}
     assert "output" in reasons["conv2"].reason
     assert reasons["conv2"].channels == 6 + 5

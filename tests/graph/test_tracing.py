@@ -22,9 +22,9 @@ every_net = pytest.mark.parametrize("net", ZOO, ids=lambda net: net.name)
 
 
 def check_against_truth(net: Net, model: nn.Module, example: object) -> None:
-    wiring = trace(model, example)
+    connectivity = trace(model, example)
     for path, truth in net.sources.items():
-        found = wiring.sources(path)
+        found = connectivity.sources(path)
         assert len(found) == len(truth), path
         for channel, expected in enumerate(truth):
             assert len(found[channel]) == len(set(found[channel])), (path, channel)
@@ -128,8 +128,8 @@ def test_a_layer_that_never_runs_is_listed() -> None:
 
 def test_layers_that_run_in_training_only_are_found() -> None:
     net = BY_NAME["unused_head"]
-    wiring = trace(net.make(), net.example)
-    assert [set(found) for found in wiring.sources("aux")] == net.sources["fc"]
+    connectivity = trace(net.make(), net.example)
+    assert [set(found) for found in connectivity.sources("aux")] == net.sources["fc"]
 
 
 def test_layers_come_in_the_order_in_which_they_run() -> None:
@@ -156,14 +156,14 @@ REAL = [
 def test_sources_agree_with_autograd_on_real_nets(library: str, name: str) -> None:
     model, size = build(library, name), 64
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    wiring = trace(model, x)
+    connectivity = trace(model, x)
     draw = random.Random(1)
     arrivals = oracle.arrivals(model, (x,))
     once = [a for a in arrivals if sum(b.path == a.path for b in arrivals) == 1]
     for arrival in draw.sample(once, min(25, len(once))):
         for channel in draw.sample(range(arrival.width), min(3, arrival.width)):
             truth = oracle.feeders(arrival, channel)
-            assert set(wiring.sources(arrival.path)[channel]) == truth, (arrival.path, channel)
+            assert set(connectivity.sources(arrival.path)[channel]) == truth, (arrival.path, channel)
 
 
 def build(library: str, name: str) -> nn.Module:
@@ -203,13 +203,13 @@ class Keyword(nn.Module):
 
 
 def test_layers_may_be_called_by_keyword() -> None:
-    wiring = trace(Keyword(), torch.randn(2, 3, 4, 4))
-    assert wiring.sources("conv2") == [[("bn1", channel)] for channel in range(4)]
+    connectivity = trace(Keyword(), torch.randn(2, 3, 4, 4))
+    assert connectivity.sources("conv2") == [[("bn1", channel)] for channel in range(4)]
 
 
 def test_channels_that_reach_the_output_are_known() -> None:
-    wiring = trace(Keyword(), torch.randn(2, 3, 4, 4))
-    reached = {path: sorted(channels.tolist()) for path, channels in wiring.reaches_output.items()}
+    connectivity = trace(Keyword(), torch.randn(2, 3, 4, 4))
+    reached = {path: sorted(channels.tolist()) for path, channels in connectivity.reaches_output.items()}
     assert reached == {"conv2": [0, 1], "bn1": [0, 1, 2, 3]}
 
 
@@ -223,8 +223,8 @@ def test_calls_of_a_shared_layer_are_told_apart() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.shared(self.bn2(self.shared(self.bn1(x))))
 
-    feeds = trace(Twice(), torch.randn(2, 4, 3, 3)).feeds["shared"]
-    assert {(feed.call, feed.source) for feed in feeds} == {(0, "bn1"), (1, "bn2")}
+    edges = trace(Twice(), torch.randn(2, 4, 3, 3)).edges["shared"]
+    assert {(edge.call, edge.source) for edge in edges} == {(0, "bn1"), (1, "bn2")}
 
 
 def test_tensors_outside_layers_are_loose_if_they_hold_numbers_by_channel() -> None:
@@ -241,8 +241,8 @@ def test_tensors_outside_layers_are_loose_if_they_hold_numbers_by_channel() -> N
             x = self.conv(x)[:, self.order] * self.scale + self.shift
             return self.fc(F.relu(x).mean((2, 3)) * self.temperature)
 
-    wiring = trace(Loose(), torch.randn(2, 3, 4, 4))
-    assert {name: tensor.axis for name, tensor in wiring.loose.items()} == {"scale": 0, "shift": 0}
+    connectivity = trace(Loose(), torch.randn(2, 3, 4, 4))
+    assert {name: tensor.axis for name, tensor in connectivity.loose.items()} == {"scale": 0, "shift": 0}
 
 
 def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
@@ -264,9 +264,9 @@ def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
 
     model = Auxiliary()
     statistics = model.bn.running_mean.clone()
-    wiring = trace(model, torch.randn(1, 3))
-    assert wiring.uncalled == ()
-    assert wiring.sources("fc2") == [[("bn", channel)] for channel in range(4)]
+    connectivity = trace(model, torch.randn(1, 3))
+    assert connectivity.uncalled == ()
+    assert connectivity.sources("fc2") == [[("bn", channel)] for channel in range(4)]
     assert torch.equal(model.bn.running_mean, statistics)
 
 
@@ -284,15 +284,15 @@ class Shuffled(nn.Module):
 
 def test_code_that_insists_on_single_precision_is_traced_in_it() -> None:
     order = [3, 1, 4, 0, 2]
-    wiring = trace(Shuffled(order), torch.randn(2, 3))
-    assert wiring.sources("fc2") == [[("fc1", channel)] for channel in order]
+    connectivity = trace(Shuffled(order), torch.randn(2, 3))
+    assert connectivity.sources("fc2") == [[("fc1", channel)] for channel in order]
 
 
 def test_slopes_are_seen_though_a_rectifier_follows() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.ReLU(), nn.Linear(4, 2))
-    wiring = trace(net, torch.randn(2, 3))
-    assert {name: tensor.axis for name, tensor in wiring.loose.items()} == {"1.weight": 0}
-    assert wiring.sources("3") == [[("0", channel)] for channel in range(4)]
+    connectivity = trace(net, torch.randn(2, 3))
+    assert {name: tensor.axis for name, tensor in connectivity.loose.items()} == {"1.weight": 0}
+    assert connectivity.sources("3") == [[("0", channel)] for channel in range(4)]
 
 
 class Precise(nn.Linear):
@@ -340,14 +340,16 @@ class Views(nn.Module):
 
 def test_a_list_of_images_and_a_number_for_each() -> None:
     images = [torch.randn(3, 4, 4), torch.randn(3, 6, 5)]
-    wiring = trace(Views(), (images, torch.ones(2)))
-    assert wiring.sources("conv") == [[(INPUT, channel)] for channel in range(3)]
-    assert [set(found) >= {("conv", c)} for c, found in enumerate(wiring.sources("fc"))] == [True] * 4
+    connectivity = trace(Views(), (images, torch.ones(2)))
+    assert connectivity.sources("conv") == [[(INPUT, channel)] for channel in range(3)]
+    assert [set(found) >= {("conv", c)} for c, found in enumerate(connectivity.sources("fc"))] == [True] * 4
 
 
 def test_channels_of_a_signal_are_on_the_axis_behind_the_batch() -> None:
-    wiring = trace(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)), torch.randn(2, 3, 8))
-    assert wiring.sources("0") == [[(INPUT, channel)] for channel in range(3)]
+    connectivity = trace(
+        nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)), torch.randn(2, 3, 8)
+    )
+    assert connectivity.sources("0") == [[(INPUT, channel)] for channel in range(3)]
 
 
 class TwoWays(nn.Module):
@@ -371,16 +373,16 @@ class TwoWays(nn.Module):
 
 
 def test_where_training_is_wired_otherwise_evaluation_counts() -> None:
-    wiring = trace(TwoWays().train(), torch.randn(3, 3))
-    assert wiring.sources("fc2") == [[("fc1", channel)] for channel in range(4)]
-    assert wiring.sources("head") == [[("aux", channel)] for channel in range(5)]
-    assert {feed.call for feeds in wiring.feeds.values() for feed in feeds} == {0}
+    connectivity = trace(TwoWays().train(), torch.randn(3, 3))
+    assert connectivity.sources("fc2") == [[("fc1", channel)] for channel in range(4)]
+    assert connectivity.sources("head") == [[("aux", channel)] for channel in range(5)]
+    assert {edge.call for edges in connectivity.edges.values() for edge in edges} == {0}
 
 
 def test_a_head_that_refuses_its_input_is_uncalled_as_a_whole() -> None:
-    wiring = trace(TwoWays(least=9), torch.randn(3, 3))
-    assert wiring.uncalled == ("aux", "head")
-    assert set(wiring.layers) == set(wiring.feeds) == {"fc1", "fc2"}
+    connectivity = trace(TwoWays(least=9), torch.randn(3, 3))
+    assert connectivity.uncalled == ("aux", "head")
+    assert set(connectivity.layers) == set(connectivity.edges) == {"fc1", "fc2"}
 
 
 def test_a_model_that_nni_has_wrapped_is_refused() -> None:

@@ -86,8 +86,8 @@ def test_covariances_are_those_of_all_positions(split: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten()).eval()
     x = 5 + torch.randn(5, 3, 9, 9)
-    wiring = trace(model, x)
-    found = measure(model, wiring, x.split(split), x, ["2"], covariance=True)["2"]
+    connectivity = trace(model, x)
+    found = measure(model, connectivity, x.split(split), x, ["2"], covariance=True)["2"]
     rows = model[:2](x).detach().double().movedim(1, 0).reshape(6, -1)
     assert found.covariance is not None
     assert torch.allclose(found.covariance, torch.cov(rows, correction=0), atol=1e-5)
@@ -99,13 +99,13 @@ def test_moments_are_as_exact_as_the_model_and_no_coarser_than_single_precision(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)).eval()
     x = 5 + torch.randn(5, 3, 9, 9)
-    wiring = trace(model, x)
+    connectivity = trace(model, x)
     for dtype, kept, tolerance in (
         (torch.float64, torch.float64, 1e-12),
         (torch.bfloat16, torch.float32, 1e-5),
     ):
         model, inputs = model.to(dtype), x.to(dtype)
-        found = measure(model, wiring, [inputs], inputs, ["1"], covariance=True)["1"]
+        found = measure(model, connectivity, [inputs], inputs, ["1"], covariance=True)["1"]
         rows = model[0](inputs).detach().double().movedim(1, 0).reshape(6, -1)
         assert found.mean is not None
         assert found.covariance is not None

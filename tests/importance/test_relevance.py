@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import nn
 
 from ss_pruning import SynapticImportance, prune_
-from ss_pruning.graph.connectivity import INPUT, Feed, Wiring
+from ss_pruning.graph.connectivity import INPUT, Connectivity, Edge
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.relevance import relevance
@@ -21,31 +21,31 @@ from tests.support.zoo import BY_NAME, ZOO, Net
 ONCE = [net for net in ZOO if net.name not in ("shared", "shared_head")]
 
 
-def variances_of(wiring: Wiring) -> dict[str, torch.Tensor]:
+def variances_of(connectivity: Connectivity) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         path: torch.rand(layer.inputs, generator=generator) + 0.1
-        for path, layer in wiring.layers.items()
+        for path, layer in connectivity.layers.items()
         if layer.kind in ("synaptic", "depthwise")
     }
 
 
 def by_loops(
-    model: nn.Module, wiring: Wiring, variances: dict[str, torch.Tensor]
+    model: nn.Module, connectivity: Connectivity, variances: dict[str, torch.Tensor]
 ) -> dict[str, dict[int, float]]:
     """From the definition, one synapse at a time."""
     modules = dict(model.named_modules())
     held: dict[tuple[str, int], float] = defaultdict(float)
     ends = [
         (path, c)
-        for path, channels in wiring.reaches_output.items()
-        if path in wiring.layers
+        for path, channels in connectivity.reaches_output.items()
+        if path in connectivity.layers
         for c in channels.tolist()
     ]
     for end in ends:
         held[end] += 1 / len(ends)
     found: dict[str, dict[int, float]] = {}
-    for path, layer in reversed(list(wiring.layers.items())):
+    for path, layer in reversed(list(connectivity.layers.items())):
         here: dict[int, float] = defaultdict(float)
         module = modules[path]
         if path in variances:
@@ -68,9 +68,9 @@ def by_loops(
                 even = sum(held[path, k] for k in range(layer.outputs)) / layer.inputs
                 here[c] = held[path, c] if layer.inputs == layer.outputs else even
         found[path] = here
-        for c, sources in enumerate(wiring.sources(path)):
+        for c, sources in enumerate(connectivity.sources(path)):
             known = [(source, channel) for source, channel in sources if source != INPUT]
-            norms = [s for s in known if wiring.layers[s[0]].kind == "norm"]
+            norms = [s for s in known if connectivity.layers[s[0]].kind == "norm"]
             others = [s for s in known if s not in norms]
             for group in (norms, others):
                 weights = [
@@ -88,10 +88,10 @@ def by_loops(
 @pytest.mark.parametrize("net", ONCE, ids=lambda net: net.name)
 def test_relevance_is_what_loops_find(net: Net) -> None:
     model = net.make()
-    wiring = trace(model, net.example)
-    variances = variances_of(wiring)
-    found = relevance(model, wiring, variances)
-    wanted = by_loops(model, wiring, variances)
+    connectivity = trace(model, net.example)
+    variances = variances_of(connectivity)
+    found = relevance(model, connectivity, variances)
+    wanted = by_loops(model, connectivity, variances)
     assert found.keys() == wanted.keys()
     for path, values in found.items():
         expected = torch.tensor([wanted[path][c] for c in range(len(values))], dtype=torch.float64)
@@ -101,16 +101,16 @@ def test_relevance_is_what_loops_find(net: Net) -> None:
 def test_every_layer_of_a_chain_has_all_of_it() -> None:
     net = BY_NAME["plain"]
     model = net.make()
-    wiring = trace(model, net.example)
-    for path, values in relevance(model, wiring, variances_of(wiring)).items():
+    connectivity = trace(model, net.example)
+    for path, values in relevance(model, connectivity, variances_of(connectivity)).items():
         assert float(values.sum()) == pytest.approx(1), path
 
 
 def test_nothing_is_lost_on_the_way_through_residual_blocks() -> None:
     net = BY_NAME["residual_chain"]
     model = net.make()
-    wiring = trace(model, net.example)
-    found = relevance(model, wiring, variances_of(wiring))
+    connectivity = trace(model, net.example)
+    found = relevance(model, connectivity, variances_of(connectivity))
     assert float(found["conv0"].sum()) == pytest.approx(1)
 
 
@@ -119,10 +119,10 @@ def test_a_branch_that_adds_nothing_has_none() -> None:
     model = net.make()
     last = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][-1]
     path = next(name for name, m in model.named_modules() if m is last)
-    wiring = trace(model, net.example)
-    before = relevance(model, wiring, variances_of(wiring))
+    connectivity = trace(model, net.example)
+    before = relevance(model, connectivity, variances_of(connectivity))
     nn.init.zeros_(last.weight)
-    after = relevance(model, wiring, variances_of(wiring))
+    after = relevance(model, connectivity, variances_of(connectivity))
     assert float(before[path].sum()) > 0.01
     assert float(after[path].sum()) == pytest.approx(0, abs=1e-12)
 
@@ -194,9 +194,9 @@ class Detector(nn.Module):
 def test_without_a_detection_all_channels_that_no_layer_reads_count_as_outputs() -> None:
     torch.manual_seed(0)
     model, x = Detector().eval(), torch.randn(1, 3, 9, 9)
-    wiring = trace(model, x)
-    assert not any(len(channels) for channels in wiring.reaches_output.values())
-    found = relevance(model, wiring, variances_of(wiring))
+    connectivity = trace(model, x)
+    assert not any(len(channels) for channels in connectivity.reaches_output.values())
+    found = relevance(model, connectivity, variances_of(connectivity))
     assert float(found["scores"].sum()) == pytest.approx(3 / 7)
     assert float(found["boxes"].sum()) == pytest.approx(4 / 7)
     for path in ("body.0", "body.2"):
@@ -206,10 +206,12 @@ def test_without_a_detection_all_channels_that_no_layer_reads_count_as_outputs()
 
 def test_where_every_layer_is_read_the_last_one_counts() -> None:
     model = BY_NAME["plain"].make()
-    wiring = trace(model, BY_NAME["plain"].example)
-    wiring.reaches_output.clear()
-    last = list(wiring.layers)[-1]
-    wiring.feeds[next(iter(wiring.layers))].append(Feed(last, 0, torch.zeros(1, 2, dtype=torch.long), False))
-    found = relevance(model, wiring, variances_of(wiring))
+    connectivity = trace(model, BY_NAME["plain"].example)
+    connectivity.reaches_output.clear()
+    last = list(connectivity.layers)[-1]
+    connectivity.edges[next(iter(connectivity.layers))].append(
+        Edge(last, 0, torch.zeros(1, 2, dtype=torch.long), False)
+    )
+    found = relevance(model, connectivity, variances_of(connectivity))
     assert float(found[last].sum()) == pytest.approx(1)
     assert all(bool(scores.isfinite().all()) for scores in found.values())

@@ -19,11 +19,11 @@ from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.batchnorm import noise_like
 from ss_pruning.config import SOLVED, Method
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
-from ss_pruning.graph.connectivity import Wiring
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, couple, ranks_of
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import measure
-from ss_pruning.importance.batched_ablation import Lab
+from ss_pruning.importance.batched_ablation import BatchedAblation
 from ss_pruning.importance.regression import precision
 from ss_pruning.importance.sensitivity import (
     LEAST_IMAGES,
@@ -38,7 +38,7 @@ from ss_pruning.importance.sensitivity import (
 )
 from ss_pruning.importance.shared_prefix import Prefix
 from ss_pruning.planning.allocation import Budget, Costs, allot, schedule, select, to_plan
-from ss_pruning.planning.ranking import Contest
+from ss_pruning.planning.ranking import Ranker
 from ss_pruning.report.notes import certainty
 from ss_pruning.surgery.plan import Cut, Plan
 
@@ -65,11 +65,13 @@ def chain() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def lab_of(model: nn.Module, x: Tensor, method: Method = "reconstruct", follow: bool = False) -> Lab:
-    wiring = trace(model, x[:1])
-    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
-    moments = measure(model, wiring, [x], None, paths, covariance=method in SOLVED)
-    return Lab(model, wiring, x, moments, method, follow)
+def lab_of(
+    model: nn.Module, x: Tensor, method: Method = "reconstruct", follow: bool = False
+) -> BatchedAblation:
+    connectivity = trace(model, x[:1])
+    paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
+    moments = measure(model, connectivity, [x], None, paths, covariance=method in SOLVED)
+    return BatchedAblation(model, connectivity, x, moments, method, follow)
 
 
 def fitted(y: Tensor, dense: Tensor) -> Tensor:
@@ -142,8 +144,8 @@ def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(
 ) -> None:
     model, x = chain(), images()
     cuts: list[dict[int, list[int]]] = [{3: [1]}, {3: [0, 5], 6: [2]}, {3: [4], 6: [1, 3]}, {}]
-    lab = lab_of(model, x, method, follow)
-    found = lab.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
+    ablation = lab_of(model, x, method, follow)
+    found = ablation.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
     wanted = [by_loops(model, x, cut, method, follow) for cut in cuts]
     assert found.tolist() == pytest.approx(wanted, rel=close, abs=1e-7)
     assert min(wanted[:3]) > 1e-3
@@ -193,25 +195,25 @@ def test_norms_follow_where_they_will(
 ) -> None:
     seen: list[bool] = []
 
-    class Seen(Lab):
+    class Seen(BatchedAblation):
         def __post_init__(self) -> None:
             seen.append(self.follow)
             super().__post_init__()
 
-    monkeypatch.setattr("ss_pruning.importance.sensitivity.Lab", Seen)
+    monkeypatch.setattr("ss_pruning.importance.sensitivity.BatchedAblation", Seen)
     x = images()
     report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, reestimate=reestimate)
     wanted = method == "mean" if reestimate is None else reestimate
     assert seen == [wanted] == [report.settings.get("reestimate", False)]
 
 
-Wired = tuple[Wiring, Coupling, list[list[Floats]]]
+Wired = tuple[Connectivity, Coupling, list[list[Floats]]]
 
 
 def wired(model: nn.Module, x: Tensor) -> Wired:
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
-    return wiring, coupling, [[1.0 + np.arange(c.size) for c in unit.cells] for unit in coupling.units]
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
+    return connectivity, coupling, [[1.0 + np.arange(c.size) for c in unit.cells] for unit in coupling.units]
 
 
 def halves(coupling: Coupling) -> Ints:
@@ -223,19 +225,19 @@ def halves(coupling: Coupling) -> Ints:
 def test_beside_other_cuts_it_is_what_a_cut_adds_to_them(method: Any) -> None:
     x = images()
     model = chain()
-    wiring, coupling, scores = wired(model, x)
-    lab = lab_of(model, x, method)
-    context = _context(coupling, wiring, scores, halves(coupling))
+    connectivity, coupling, scores = wired(model, x)
+    ablation = lab_of(model, x, method)
+    context = _context(coupling, connectivity, scores, halves(coupling))
     assert {path: gone.tolist() for path, gone in context.items()} == {
         "3": [0, 1, 2, 3], "6": [0, 1, 2], "10": [0, 1]
     }  # fmt: skip
     unit = next(unit for unit in coupling.units if unit.name == "3")  # read by 6
-    ((found),) = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, context)
+    ((found),) = _scored(ablation, unit, [1.0 + np.arange(6)], 0.9, context)
     others = {3: [0, 1, 2, 3], 10: [0, 1]}
     base = by_loops(model, x, others, method)
     lost = [by_loops(model, x, {**others, 6: list(range(stop))}, method) - base for stop in range(1, 6)]
     assert found.sum() - found[-1] == pytest.approx(max(0.0, *lost), rel=1e-3)  # the last channel never goes
-    alone = _scored(lab, unit, [1.0 + np.arange(6)], 0.9, {})[0]
+    alone = _scored(ablation, unit, [1.0 + np.arange(6)], 0.9, {})[0]
     assert not np.allclose(found, alone, rtol=0.01)
 
 
@@ -247,10 +249,10 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     layers = ((nn.Conv2d(3 if not i else 16, 16, 3, padding=1), norm(16), nn.ReLU()) for i in range(6))
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
     model = nn.Sequential(*(layer for block in layers for layer in block), *head).eval()
-    wiring, coupling, scores = wired(model, x)
+    connectivity, coupling, scores = wired(model, x)
     steps: list[tuple[int, int]] = []
 
-    costs = Costs(model, x[:1], wiring, coupling)
+    costs = Costs(model, x[:1], connectivity, coupling)
 
     def taken(scores: list[list[Floats]]) -> Ints:
         return allot(coupling.units, scores, costs, Budget("macs", 0.6), 1.0)[1]
@@ -258,22 +260,22 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     def note(*step: int) -> None:
         steps.append((step[0], step[1]))
 
-    chosen = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, note)
+    chosen = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, note)
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
     held, others = _held_out(x)
-    paths = [path for path, layer in wiring.layers.items() if layer.kind == "synaptic"]
-    moments = measure(model, wiring, others.split(BATCH), None, paths, covariance=method in SOLVED)
-    lab = Lab(model, wiring, held, moments, method)
-    alone = [_scored(lab, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
-    context = _context(coupling, wiring, alone, taken(alone))
-    beside = [_scored(lab, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
+    paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
+    moments = measure(model, connectivity, others.split(BATCH), None, paths, covariance=method in SOLVED)
+    ablation = BatchedAblation(model, connectivity, held, moments, method)
+    alone = [_scored(ablation, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
+    context = _context(coupling, connectivity, alone, taken(alone))
+    beside = [_scored(ablation, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
     both = [[c + d for c, d in zip(a, b, strict=True)] for a, b in zip(alone, beside, strict=True)]
 
     def loses(scores: list[list[Floats]]) -> float:
-        gone = _context(coupling, wiring, scores, taken(scores))
-        return float(lab.damage([gone])[0])
+        gone = _context(coupling, connectivity, scores, taken(scores))
+        return float(ablation.damage([gone])[0])
 
     assert loses(chosen) == pytest.approx(min(map(loses, (alone, beside, both))), rel=1e-3)
     assert len({loses(found) for found in (alone, beside, both)}) == 3
@@ -354,13 +356,13 @@ def residual() -> nn.Module:
 
 def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
     model, x = residual(), images()
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
     generator = np.random.default_rng(0)
     scores = [[generator.random(cell.size) for cell in unit.cells] for unit in coupling.units]
     steps: list[tuple[int, int]] = []
     found = by_damage(
-        model, wiring, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
+        model, connectivity, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
     )
     assert steps == [(done, len(scores)) for done in range(len(scores) + 1)]
     for unit, measured in zip(scores, found, strict=True):
@@ -371,21 +373,23 @@ def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
 
 def test_scores_that_are_not_finite_stay() -> None:
     model, x = chain(), images()
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
     scores = [[np.full(cell.size, np.inf) for cell in unit.cells] for unit in coupling.units]
-    found = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
+    found = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9)
     assert all(np.isinf(cell).all() for unit in found for cell in unit)
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model, x = residual().train(), images()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
-    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9)
-    by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True)
+    by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9)
+    by_damage(
+        model, connectivity, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -478,9 +482,9 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
 @pytest.mark.parametrize("importance", [None, SynapticImportance()], ids=["default", "share"])
 def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = chain(), images(1)
-    wiring, coupling, _ = wired(model, x)
-    contest = Contest(
-        model, x, wiring, coupling, Costs(model, x, wiring, coupling), Budget("macs", 0.7),
+    connectivity, coupling, _ = wired(model, x)
+    ranker = Ranker(
+        model, x, connectivity, coupling, Costs(model, x, connectivity, coupling), Budget("macs", 0.7),
         {"max_ratio": 0.9, "round_to": None}, importance, None, "mean", True, None,
     )  # fmt: skip
     seen: list[Tensor] = []
@@ -491,8 +495,8 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
         return [[np.arange(1.0, 1 + len(cell)) for cell in unit] for unit in args[2]]
 
     monkeypatch.setattr("ss_pruning.planning.ranking.by_damage", damage)
-    found = contest.ranked("measured", Clock(lambda *_: None)).scores
-    relevance = contest._scores(importance or SynapticImportance(score="relevance"))
+    found = ranker.ranked("measured", Clock(lambda *_: None)).scores
+    relevance = ranker._scores(importance or SynapticImportance(score="relevance"))
     for unit, scores in zip(found, relevance, strict=True):
         for cell, score in zip(unit, scores, strict=True):
             lost = np.arange(1.0, 1 + len(cell))
@@ -502,7 +506,7 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
 
 
 def test_a_model_whose_channels_all_stay_is_told_why() -> None:
-    with pytest.raises(NothingToPruneError, match="Left whole: "):
+    with pytest.raises(NothingToPruneError, match="Excluded: "):
         prune_(chain(), images(1), macs=0.7, calibration=images(), ignore=[""])
 
 
@@ -598,14 +602,14 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
 ) -> None:
     torch.manual_seed(3)
     model, x = make(), images()
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
     scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
-    once = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    once = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
     assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
     monkeypatch.setattr(Prefix, "before", lambda *_: [])
-    always = by_damage(model, wiring, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    always = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
 
@@ -654,9 +658,9 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
         nn.Conv2d(3, 256, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 40)
     )
     x = images(24)
-    wiring = trace(model, x[:1])
-    coupling = couple(wiring, model)
-    ((found,),) = by_damage(model, wiring, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
+    connectivity = trace(model, x[:1])
+    coupling = couple(connectivity, model)
+    ((found,),) = by_damage(model, connectivity, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
     assert found[:230].sum() > 0.3
 
 
@@ -716,17 +720,17 @@ def test_predicted_damage_is_true_damage(reader: str, method: Any) -> None:
     mixed = torch.randn(16, 16) * torch.block_diag(*[torch.ones(4, 4)] * 4)  # neighbours tell of each other
     model[0].weight.copy_((mixed @ model[0].weight.flatten(1)).reshape_as(model[0].weight))
     x = images(24, 10)
-    wiring, coupling, _ = wired(model, x)
+    connectivity, coupling, _ = wired(model, x)
     unit = next(unit for unit in coupling.units if unit.name == "0")
     scores = [np.random.default_rng(0).random(cell.size) for cell in unit.cells]
     steps = unit.steps // 2
-    gone = _removed(unit, ranks_of(scores), steps, _readers(unit, wiring))
+    gone = _removed(unit, ranks_of(scores), steps, _readers(unit, connectivity))
     assert sum(len(channels) for channels in gone.values()) == 8
     predicted = lab_of(model, x, method).damage([gone])[0]
     chosen = schedule([unit], [scores], max_ratio=1.0)
-    plan = to_plan(select(chosen, [unit], np.array([steps]), coupling), coupling, wiring)
+    plan = to_plan(select(chosen, [unit], np.array([steps]), coupling), coupling, connectivity)
     small = copy.deepcopy(model)
-    cut_(small, plan, wiring, method, x, x[:1])
+    cut_(small, plan, connectivity, method, x, x[:1])
     assert small[0].out_channels == 8
     dense = model(x)
     true = (small(x) - dense).square().mean() / (dense - dense.mean(0)).square().mean()

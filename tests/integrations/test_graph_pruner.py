@@ -171,7 +171,7 @@ def test_what_makes_the_forward_fail_is_left_whole_and_named() -> None:
     pruner = pruner_of(model, torch.randn(1, 3, 8, 8), global_pruning=True)
     pruner.step()
     assert (model.one.out_channels, model.two.out_channels) == (8, 4)
-    assert any(left.paths == ("one",) and "eight" in left.reason for left in pruner.left_whole)
+    assert any(left.paths == ("one",) and "eight" in left.reason for left in pruner.excluded)
 
 
 def test_options() -> None:
@@ -347,7 +347,7 @@ def test_a_group_that_would_break_the_forward_is_refused() -> None:
     graph = ours.ChannelGraph().build_dependency(model, torch.randn(2, 3, 8, 8))
     group = graph.get_pruning_group(model.one, tp.prune_conv_out_channels, [0])
     before = snapshot(model)
-    with pytest.raises(VerificationError, match="'one' is left whole"):
+    with pytest.raises(VerificationError, match="'one' is excluded"):
         group.prune()
     assert snapshot(model) == before
 

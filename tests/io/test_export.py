@@ -65,8 +65,8 @@ def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
     """By onnxruntime itself, not by the code under test."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
-    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(value) for value in session.run(None, feed)]
+    edge = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, edge)]
 
 
 def run_pt2(path: Path, *inputs: Tensor) -> list[Tensor]:

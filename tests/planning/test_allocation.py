@@ -51,9 +51,9 @@ class Given:
 def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None:
     net = BY_NAME[name]
     model = net.make().eval()
-    wiring = trace(model, net.example)
-    coupling = couple(wiring, model)
-    costs = Costs(model, net.example, wiring, coupling)
+    connectivity = trace(model, net.example)
+    coupling = couple(connectivity, model)
+    costs = Costs(model, net.example, connectivity, coupling)
     step = costs.removed_per_step(coupling.units)
     each = costs.per_family(coupling.units, kind)  # type: ignore[arg-type]
     tiny = 1e-6
@@ -66,9 +66,9 @@ def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None
 
 def test_one_channel_costs_what_cutting_it_saves() -> None:
     model = randomise(TwoWidths(), 0)
-    wiring = trace(model, X)
-    costs = Costs(model, X, wiring, couple(wiring, model))
-    units = couple(wiring, model).units
+    connectivity = trace(model, X)
+    costs = Costs(model, X, connectivity, couple(connectivity, model))
+    units = couple(connectivity, model).units
     each = dict(zip((unit.name for unit in units), costs.per_family(units, "macs"), strict=True))
     dear, cheap = 64 * (4 + 4), 16 * (4 + 4)
     assert each["dear_in"] == pytest.approx(dear / (8 * dear + 8 * cheap))
@@ -183,11 +183,11 @@ def test_the_selection_holds_what_stays() -> None:
 
 def two_widths() -> tuple[Costs, tuple[Unit, ...], Schedule]:
     model = randomise(TwoWidths(), 0)
-    wiring = trace(model, X)
-    coupling = couple(wiring, model)
+    connectivity = trace(model, X)
+    coupling = couple(connectivity, model)
     given = [scores(*range(unit.cells[0].size)) for unit in coupling.units]
     plan = schedule(coupling.units, given, max_ratio=0.75)
-    return Costs(model, X, wiring, coupling), coupling.units, plan
+    return Costs(model, X, connectivity, coupling), coupling.units, plan
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])

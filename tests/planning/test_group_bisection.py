@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning import prune_
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.groups import Cell, Member, Unit
-from ss_pruning.planning.group_bisection import SoundPart
+from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Attribute, Plan
 from ss_pruning.surgery.size_attributes import Number
 from ss_pruning.surgery.verification import Verified
@@ -22,7 +22,7 @@ def unit(path: str, size: int = 4) -> Unit:
     return Unit((Cell((Member(path, "out", np.arange(size)[:, None]),)),))
 
 
-class Bench:
+class Verifier:
     """Refuses cuts that hold certain units, and says which, or only that something is wrong."""
 
     def __init__(self, units: list[Unit], wrong: Collection[str], *, tells: bool = True) -> None:
@@ -37,41 +37,41 @@ class Bench:
         return Verified(Plan(), 0.0)
 
 
-def searched(bench: Bench) -> SoundPart:
-    part = SoundPart(bench.units, bench, set())
-    part.search(list(range(len(bench.units))))
+def searched(verifier: Verifier) -> GroupBisection:
+    part = GroupBisection(verifier.units, verifier, set())
+    part.search(list(range(len(verifier.units))))
     return part
 
 
 def test_all_sound_takes_one_trial() -> None:
-    bench = Bench([unit(f"blocks.{i}.conv") for i in range(50)], ())
-    assert searched(bench).sound == set(range(50))
-    assert bench.trials == 1
+    verifier = Verifier([unit(f"blocks.{i}.conv") for i in range(50)], ())
+    assert searched(verifier).sound == set(range(50))
+    assert verifier.trials == 1
 
 
 @pytest.mark.parametrize("tells", [True, False])
 @pytest.mark.parametrize("wrong", [{"a"}, {"a", "c"}, {"b", "d", "e"}, set("abcdefgh")])
 def test_finds_just_what_fails(wrong: set[str], tells: bool) -> None:
-    bench = Bench([unit(name) for name in "abcdefgh"], wrong, tells=tells)
-    part = searched(bench)
-    assert {bench.units[i].name for i in part.failed} == wrong
+    verifier = Verifier([unit(name) for name in "abcdefgh"], wrong, tells=tells)
+    part = searched(verifier)
+    assert {verifier.units[i].name for i in part.failed} == wrong
     assert part.sound == set(range(8)) - set(part.failed)
 
 
 def test_what_is_the_same_as_what_failed_is_not_tried() -> None:
     """Forty blocks alike, each with an attention that cannot be cut: a few trials, not some for each."""
     units = [unit(f"blocks.{i}.{name}") for i in range(40) for name in ("qkv", "mlp")]
-    bench = Bench(units, {f"blocks.{i}.qkv" for i in range(40)})
-    part = searched(bench)
+    verifier = Verifier(units, {f"blocks.{i}.qkv" for i in range(40)})
+    part = searched(verifier)
     assert {units[i].name.partition(".qkv")[1] for i in part.failed} == {".qkv"}
     assert len(part.failed) == len(part.sound) == 40
-    assert bench.trials < 12
+    assert verifier.trials < 12
 
 
 def test_alike_ones_of_another_width_are_tried() -> None:
     units = [unit(f"stages.{i}.qkv", size) for i, size in enumerate((4, 8, 8, 16))]
-    bench = Bench(units, {"stages.0.qkv", "stages.3.qkv"})
-    assert {units[i].name for i in searched(bench).failed} == bench.wrong
+    verifier = Verifier(units, {"stages.0.qkv", "stages.3.qkv"})
+    assert {units[i].name for i in searched(verifier).failed} == verifier.wrong
 
 
 def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
@@ -79,10 +79,10 @@ def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
         raise VerificationError("differs")
 
     with pytest.raises(VerificationError, match="differs"):
-        SoundPart([], attempt, set()).search([])
+        GroupBisection([], attempt, set()).search([])
 
 
-class Coincidence(Bench):
+class Coincidence(Verifier):
     """In every block a number equals a width by coincidence: the cut is right only if it stays."""
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
@@ -97,14 +97,14 @@ class Coincidence(Bench):
 
 
 def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
-    bench = Coincidence([unit(f"blocks.{i}.proj") for i in range(8)], ())
-    part = searched(bench)
+    verifier = Coincidence([unit(f"blocks.{i}.proj") for i in range(8)], ())
+    part = searched(verifier)
     assert not part.failed
     assert ("blocks.#", "heads", None) in part.fixed
-    assert bench.trials < 8
+    assert verifier.trials < 8
 
 
-class Stacked(Bench):
+class Stacked(Verifier):
     """The width may follow, layer numbers that equal it may not: the net then takes another layer's output."""
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
@@ -116,8 +116,8 @@ class Stacked(Bench):
 
 
 def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> None:
-    bench = Stacked([unit("net.0.conv")], ())
-    part = searched(bench)
+    verifier = Stacked([unit("net.0.conv")], ())
+    part = searched(verifier)
     assert not part.failed
     assert ("net.3", "index", None) in part.fixed
     assert ("net.0", "width", None) not in part.fixed
@@ -134,14 +134,14 @@ def test_the_reason_is_what_is_wrong_with_no_number_moved_by_chance() -> None:
             raise VerificationError("wrong in 'own'", (), "own")
         raise VerificationError("wrong in 'other'", [chance], "other")
 
-    part = SoundPart([unit("own")], attempt, set())
+    part = GroupBisection([unit("own")], attempt, set())
     part.search([0])
     assert part.failed == {0: "wrong in 'own'"}
 
 
 def test_what_was_not_tried_says_what_it_is_like() -> None:
     units = [unit(f"blocks.{i}.qkv") for i in range(3)]
-    part = searched(Bench(units, {unit.name for unit in units}))
+    part = searched(Verifier(units, {unit.name for unit in units}))
     tried = [i for i, reason in part.failed.items() if reason == "wrong"]
     assert len(tried) == 1
     said = f"as it does on that of '{units[tried[0]].name}': wrong"
@@ -173,13 +173,13 @@ def test_numbers_that_moved_by_chance_are_not_searched_for_unit_by_unit(
 ) -> None:
     """Neither before nor after a unit was found to fail."""
     asked: list[str] = []
-    ask = SoundPart._without_numbers
+    ask = GroupBisection._without_numbers
 
-    def noted(self: SoundPart, part: list[int], error: VerificationError) -> Verified | str:
+    def noted(self: GroupBisection, part: list[int], error: VerificationError) -> Verified | str:
         asked.append(self.units[part[0]].name)
         return ask(self, part, error)
 
-    monkeypatch.setattr(SoundPart, "_without_numbers", noted)
+    monkeypatch.setattr(GroupBisection, "_without_numbers", noted)
     torch.manual_seed(0)
     model = Fixed().eval()
     report = prune_(
@@ -187,7 +187,5 @@ def test_numbers_that_moved_by_chance_are_not_searched_for_unit_by_unit(
     )  # others take over what the failed one was to lose
     assert (model.cropped.limit, model.words.out_channels) == (8, 10)
     assert model.cropped.one.out_channels < 8
-    assert any(
-        "relies on its width" in left.reason and left.paths == ("words",) for left in report.left_whole
-    )
+    assert any("relies on its width" in left.reason and left.paths == ("words",) for left in report.excluded)
     assert asked == ["words"]

@@ -196,9 +196,9 @@ def test_roundings_are_the_steps_of_the_hardware(step: int, monkeypatch: pytest.
 
     monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
     model = Net(128)
-    wiring = trace(model, X)
-    units = couple(wiring, model).units
-    times = layer_times.layer_times(model, X, wiring)
+    connectivity = trace(model, X)
+    units = couple(connectivity, model).units
+    times = layer_times.layer_times(model, X, connectivity)
     found = layer_times.roundings(times, units)
     assert (found["slow"], found["quick"]) == (step, step)
 
@@ -211,9 +211,9 @@ def test_noise_alone_asks_for_no_rounding(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
     model = Net(128)
-    wiring = trace(model, X)
-    times = layer_times.layer_times(model, X, wiring)
-    assert set(layer_times.roundings(times, couple(wiring, model).units).values()) == {1}
+    connectivity = trace(model, X)
+    times = layer_times.layer_times(model, X, connectivity)
+    assert set(layer_times.roundings(times, couple(connectivity, model).units).values()) == {1}
 
 
 def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
@@ -226,22 +226,22 @@ def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: 
 
     monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
     model = Net()
-    wiring = trace(model, X)
+    connectivity = trace(model, X)
     before = snapshot(model)
-    first = layer_times.layer_times(model, X, wiring)
+    first = layer_times.layer_times(model, X, connectivity)
     assert snapshot(model) == before
-    measured, share = calls, dict.fromkeys(couple(wiring, model).widths, 0.7)
+    measured, share = calls, dict.fromkeys(couple(connectivity, model).widths, 0.7)
     assert (
         len(list(own_cache.glob("layer-*.safetensors"))) == 2
     )  # slow and quick are alike, and so are the others
-    again = layer_times.layer_times(model, X, wiring)
+    again = layer_times.layer_times(model, X, connectivity)
     assert calls == measured
     assert again.total(share) == first.total(share)
     for path in own_cache.glob("layer-*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])  # damaged: measured anew
-    assert layer_times.layer_times(model, X, wiring).total(share) == first.total(share)
+    assert layer_times.layer_times(model, X, connectivity).total(share) == first.total(share)
     assert calls == 2 * measured
-    layer_times.layer_times(model, X[:1], wiring)  # another batch size is another cost
+    layer_times.layer_times(model, X[:1], connectivity)  # another batch size is another cost
     assert calls == 3 * measured
 
 
@@ -249,11 +249,11 @@ def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: 
 def test_every_layer_of_the_zoo_gets_its_times(name: str) -> None:
     net = BY_NAME[name]
     model = net.make().eval()
-    wiring = trace(model, net.example)
-    times = layer_times.layer_times(model, net.example, wiring)
-    widths = couple(wiring, model).widths
+    connectivity = trace(model, net.example)
+    times = layer_times.layer_times(model, net.example, connectivity)
+    widths = couple(connectivity, model).widths
     whole = times.total(dict.fromkeys(widths, 1.0))
-    assert set(times.layers) == set(wiring.layers)
+    assert set(times.layers) == set(connectivity.layers)
     assert whole == pytest.approx(sum(time.at(1, 1) for time, _, _ in times.layers.values()))
     assert all(np.isfinite(time.grid).all() and (time.grid > 0).all() for time, _, _ in times.layers.values())
     assert all(slope >= 0 for slope in times.slope(dict.fromkeys(widths, 1.0)).values())
@@ -273,9 +273,9 @@ def table(model: nn.Module, **seconds: float) -> LayerTimes:
 def test_seconds_cost_like_macs_where_they_are_proportional() -> None:
     """The table against the formula: with times that are MACs, all costs agree."""
     model = Net()
-    wiring = trace(model, X)
-    coupling = couple(wiring, model)
-    costs = Costs(model, X, wiring, coupling)
+    connectivity = trace(model, X)
+    coupling = couple(connectivity, model)
+    costs = Costs(model, X, connectivity, coupling)
     amounts = {"slow": 1.0, "back": 1.0, "quick": 1.0, "out": 1.0}
     costs.times = table(model, **amounts)
     units = [unit for unit in coupling.units if unit.name in ("slow", "quick")]
@@ -482,7 +482,7 @@ def test_the_search_goes_on_where_a_plan_comes_back() -> None:
     class Coarse:
         budget: Any = None
 
-        def settle(self, _: Any) -> Any:
+        def find_verified_plan(self, _: Any) -> Any:
             goal = self.budget.value
             return Verified("slow" if goal > 0.35 else "right" if goal > 0.3 else "fast", 0.0)  # type: ignore[arg-type]
 
@@ -493,6 +493,6 @@ def test_the_search_goes_on_where_a_plan_comes_back() -> None:
         measured.append(plan)
         return Timing((1.0,)), Timing((seconds[plan],))
 
-    found = hastening.settle_in_time(Coarse(), [], 0.6, measure)  # type: ignore[arg-type]
+    found = hastening.find_latency_plan(Coarse(), [], 0.6, measure)  # type: ignore[arg-type]
     assert found.ratio == 0.6
     assert sorted(measured) == ["fast", "right", "slow"]  # each plan is measured once

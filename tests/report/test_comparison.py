@@ -33,7 +33,7 @@ A = Report(
         LayerReport("conv1", "Conv2d", 3, 3, 16, 8, 48, 24),
         LayerReport("only_in_a", "Conv2d", 16, 8, 4, 4, 64, 32),
     ],
-    left_whole=[],
+    excluded=[],
     max_error=0.0,
     settings={"macs": 0.5, "importance": "synaptic", "score": "share"},
     accuracy_before=0.9,

@@ -24,8 +24,8 @@ from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.report.notes import certainty
 from ss_pruning.report.records import (
     QUANTILES,
+    Excluded,
     LayerReport,
-    LeftWhole,
     Report,
     count,
     jsonable,
@@ -52,7 +52,7 @@ def example(layers: int = 3, **changes: Any) -> Report:
         params_before=25_557_032,
         params_after=16_812_004,
         layers=[layer(f"layer{index}.conv") for index in range(layers)],
-        left_whole=[LeftWhole(("fc",), 1000, "the outputs of the model")],
+        excluded=[Excluded(("fc",), 1000, "the outputs of the model")],
         max_error=3.1e-7,
         settings={"macs": 0.7, "ignore": [], "round_to": None, "input": [3, 224, 224]},
         seconds={"trace": 1.25},
@@ -317,8 +317,8 @@ def test_text_from_outside_stays_text(place: str) -> None:
         "model": {"model": EVIL},
         "layer": {"layers": [layer(EVIL)]},
         "kind": {"layers": [layer(kind=EVIL)]},
-        "reason": {"left_whole": [LeftWhole(("a",), 1, EVIL)]},
-        "path": {"left_whole": [LeftWhole((EVIL,) * 9, 1, "because")]},
+        "reason": {"excluded": [Excluded(("a",), 1, EVIL)]},
+        "path": {"excluded": [Excluded((EVIL,) * 9, 1, "because")]},
         "setting": {"settings": {"a": [EVIL, EVIL]}},
         "key": {"settings": {EVIL: 1}, "seconds": {EVIL: 1.0}},
         "version": {"versions": {EVIL: EVIL}},
@@ -335,7 +335,7 @@ def test_text_from_outside_stays_text(place: str) -> None:
 
 def test_many_modules_left_whole_fold_away_but_are_all_there() -> None:
     paths = tuple(f"block{index}.conv" for index in range(40))
-    page = Page(example(left_whole=[LeftWhole(paths, 64, "because")]).to_html())
+    page = Page(example(excluded=[Excluded(paths, 64, "because")]).to_html())
     assert "and 34 more" in page.text
     assert all(path in page.text for path in paths)
 
@@ -558,7 +558,7 @@ def test_reports_with_any_field_of_another_type_are_refused_or_render(value: Any
     """No field of a file that somebody else wrote may end in a traceback."""
     whole = example(**NOISY, settings={"batch": 8}, model_sha256="0" * 64).to_dict()
     places = [(whole, key) for key in whole]
-    places += [(whole[name][0], key) for name in ("layers", "left_whole") for key in whole[name][0]]
+    places += [(whole[name][0], key) for name in ("layers", "excluded") for key in whole[name][0]]
     for record, key in places:
         before, record[key] = record[key], value
         try:

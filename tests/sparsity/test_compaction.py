@@ -95,7 +95,7 @@ def test_compacted_equals_masked(net: object, kind: str, share: float) -> None:
     assert report.after.params == sum(p.numel() for p in small.parameters())
     assert report.after.params <= report.before.params
     assert (report.channels_removed > 0) == (report.after.params < report.before.params)
-    assert not [left for left in report.left_whole if "relies on" in left.reason]
+    assert not [left for left in report.excluded if "relies on" in left.reason]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ IMAGE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)).dou
 def test_constants_go_where_it_is_exact(padding: int, mode: str, beta: float, left: int) -> None:
     small, report = compacted(chain(padding, beta, mode), IMAGE)
     assert small.conv1.out_channels == left
-    carriers = [stay.channels for stay in report.left_whole if stay.reason == CARRIER_REASON]
+    carriers = [stay.channels for stay in report.excluded if stay.reason == CARRIER_REASON]
     assert carriers == ([1] if left == 5 else [])
 
 
@@ -256,7 +256,7 @@ def test_a_pattern_at_the_border_stays() -> None:
     torch.manual_seed(0)
     small, report = compacted(Longer().eval(), IMAGE)
     assert small.inner.conv2.out_channels == 6
-    assert [left.channels for left in report.left_whole if left.reason == PATTERN_REASON] == [3]
+    assert [left.channels for left in report.excluded if left.reason == PATTERN_REASON] == [3]
 
 
 class Branches(nn.Module):
@@ -280,7 +280,7 @@ def test_a_dead_branch_keeps_one_channel(layer: str) -> None:
     model.get_submodule(layer).weight.data.zero_()
     small, report = compacted(model, IMAGE)
     assert (small.a.out_channels, small.stem.out_channels) == (1, 8)
-    assert sum(left.channels for left in report.left_whole) == 1
+    assert sum(left.channels for left in report.excluded) == 1
 
 
 def test_a_norm_over_channels_keeps_its_dead() -> None:
@@ -288,7 +288,7 @@ def test_a_norm_over_channels_keeps_its_dead() -> None:
     model = mask(net.make().double(), 0.5, "out")
     small, report = compacted(model, tuple(x.double() for x in net.inputs))
     assert small.conv1.out_channels == 8
-    assert any(left.reason == MIXED_REASON for left in report.left_whole)
+    assert any(left.reason == MIXED_REASON for left in report.excluded)
 
 
 def test_standardised_weights_are_left_alone() -> None:
@@ -361,7 +361,7 @@ def test_the_report_is_json_and_a_table() -> None:
     report = compact_(mask(net.make(), 0.8), net.example)
     values = json.loads(report.to_json())
     assert values["after"]["params"] == report.after.params
-    assert {left["reason"] for left in values["left_whole"]} == {left.reason for left in report.left_whole}
+    assert {left["reason"] for left in values["excluded"]} == {left.reason for left in report.excluded}
     assert report.table().row_count == 7
 
 
@@ -373,7 +373,7 @@ def broken_later(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("late")
 
-    monkeypatch.setattr(compaction._MaskedBench, "compacted", fail)
+    monkeypatch.setattr(compaction._MaskedVerifier, "compacted", fail)
 
 
 def nan_weights(model: nn.Module) -> nn.Module:
@@ -416,7 +416,7 @@ def test_what_would_differ_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction.Folding, "_to_bias", lambda *_: None)
     small, report = compacted(model, IMAGE)
     assert small.conv1.out_channels == 8
-    assert any("differs from the masked one" in left.reason for left in report.left_whole)
+    assert any("differs from the masked one" in left.reason for left in report.excluded)
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
@@ -456,5 +456,5 @@ def test_a_response_that_sees_all_channels_keeps_dead_ones() -> None:
     before = outputs(model, (x,))
     found = compact_(model, x)
     assert (model[0].out_channels, model[3].out_channels) == (8, 4)
-    assert [left.channels for left in found.left_whole if left.reason == MIXED_REASON] == [2]
+    assert [left.channels for left in found.excluded if left.reason == MIXED_REASON] == [2]
     assert torch.allclose(before[0], outputs(model, (x,))[0], atol=1e-6)

@@ -37,7 +37,7 @@ def test_penalty_matches_plain_loops(name: str) -> None:
 
 def test_gradients_are_right() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 2)).double()
-    wiring = trace(model, torch.zeros(1, 1, 4, 4))
+    connectivity = trace(model, torch.zeros(1, 1, 4, 4))
     names = ["0.weight", "1.weight", "3.weight"]
 
     def penalty(*tensors: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_gradients_are_right() -> None:
             module, _, attribute = name.rpartition(".")
             del twin.get_submodule(module)._parameters[attribute]
             setattr(twin.get_submodule(module), attribute, tensor)
-        return strength_penalty(twin, wiring)
+        return strength_penalty(twin, connectivity)
 
     generator = torch.Generator().manual_seed(0)
     start = dict(model.named_parameters())
@@ -68,10 +68,10 @@ def test_dead_synapses_get_no_gradient() -> None:
 def test_only_the_layers_asked_for_count() -> None:
     net = BY_NAME["plain"]
     model = net.make()
-    wiring = trace(model, net.example)
-    parts = [strength_penalty(model, wiring, [path]).item() for path in net.sources]
-    assert strength_penalty(model, wiring).item() == pytest.approx(sum(parts), rel=1e-6)
-    assert strength_penalty(model, wiring, []).item() == 0
+    connectivity = trace(model, net.example)
+    parts = [strength_penalty(model, connectivity, [path]).item() for path in net.sources]
+    assert strength_penalty(model, connectivity).item() == pytest.approx(sum(parts), rel=1e-6)
+    assert strength_penalty(model, connectivity, []).item() == 0
 
 
 def conv_bn() -> nn.Sequential:
@@ -131,9 +131,9 @@ def test_the_proximal_step_minimises_what_it_says(name: str) -> None:
     """Of each kernel: `1/2 ||W' - W||^2 + amount * sqrt(v_c) * ||W'||` is least at the result, and zeros are exact."""
     net = BY_NAME[name]
     model = net.make().double()
-    wiring = trace(model, net.example.double())
-    before = {path: model.get_submodule(path).weight.detach().clone() for path in wiring.layers}
-    penalty = StrengthPenalty(model, net.example.double(), whole=True, wiring=wiring)
+    connectivity = trace(model, net.example.double())
+    before = {path: model.get_submodule(path).weight.detach().clone() for path in connectivity.layers}
+    penalty = StrengthPenalty(model, net.example.double(), whole=True, connectivity=connectivity)
     amount = 0.05
     penalty.shrink_(amount)
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
 from ss_pruning.sparsity.compaction import compact_
 from ss_pruning.surgery import plan as surgery
 from ss_pruning.surgery.plan import Plan, adopt_
-from ss_pruning.surgery.verification import Bench
+from ss_pruning.surgery.verification import Verifier
 from tests.support.snapshot import snapshot
 from tests.support.zoo import ZOO, Net, randomise
 
@@ -292,7 +292,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def excluded(report: ss_pruning.Report) -> list[str]:
-    return [path for left in report.left_whole if "relies on its width" in left.reason for path in left.paths]
+    return [path for left in report.excluded if "relies on its width" in left.reason for path in left.paths]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
@@ -315,12 +315,12 @@ def test_exclusions_of_the_zoo_are_as_if_ignored_from_the_start(
     units = ss_pruning.couple(ss_pruning.trace(model, net.example), model).units
     members = Counter(path for unit in units for path in unit.paths())
     victims = {unit.name for unit in units[::2] if all(members[path] == 1 for path in unit.paths())}
-    verify = Bench.verify
+    verify = Verifier.verify
 
-    def failing(bench: Bench, plan: Plan, *given: Any, **more: Any) -> Any:
+    def failing(verifier: Verifier, plan: Plan, *given: Any, **more: Any) -> Any:
         if found := [cut.path for cut in plan.cuts if cut.path in victims and cut.side == "out"]:
             raise VerificationError("made to fail", at=found[0])
-        return verify(bench, plan, *given, **more)
+        return verify(verifier, plan, *given, **more)
 
     def plan(ignore: list[str]) -> tuple[Plan | None, list[str]]:
         fresh = net.make()
@@ -331,7 +331,7 @@ def test_exclusions_of_the_zoo_are_as_if_ignored_from_the_start(
         return fresh.ss_pruning_plan, excluded(report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "verify", failing)
+        patch.setattr(Verifier, "verify", failing)
         found, without = plan([])
     if found is not None:
         assert found == plan([path for path in without if path in victims])[0]

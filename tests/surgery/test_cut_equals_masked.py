@@ -43,8 +43,8 @@ def largest_difference(dense: nn.Module, cut: nn.Module, inputs: tuple[Tensor, .
 
 
 def left_for_the_forward(report: Report) -> list[tuple[str, ...]]:
-    """What a search had to leave whole, because the cut model was wrong or did not run."""
-    return [left.paths for left in report.left_whole if "relies on" in left.reason]
+    """What a search had to exclude, because the cut model was wrong or did not run."""
+    return [left.paths for left in report.excluded if "relies on" in left.reason]
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
@@ -196,7 +196,7 @@ def test_ignored_layers_keep_their_outputs() -> None:
     report = prune_(model, net.example, ratio=0.4, ignore=["conv2", model.conv3])
     assert (model.conv2.out_channels, model.conv3.out_channels) == (12, 10)
     assert model.conv1.out_channels < 8
-    assert {"conv2", "conv3"} <= {path for left in report.left_whole for path in left.paths}
+    assert {"conv2", "conv3"} <= {path for left in report.excluded for path in left.paths}
 
 
 def test_what_can_never_shrink_is_named() -> None:
@@ -205,7 +205,7 @@ def test_what_can_never_shrink_is_named() -> None:
     model = net.make()
     for _ in range(2):
         report = prune_(model, net.example, params=0.9)
-    named = {path for left in report.left_whole for path in left.paths}
+    named = {path for left in report.excluded for path in left.paths}
     assert model.conv0.out_channels < 8 or "conv0" in named
 
 

@@ -26,7 +26,7 @@ TRUE_REASONS = (
     "feeds several channels at once (a gate, a softmax or attention)",
     "the forward pass relies on its width",
 )
-# In which attention is left whole: of one block for queries, keys and values, or of heads whose size is one number.
+# In which attention is excluded: of one block for queries, keys and values, or of heads whose size is one number.
 ATTENDING = ("yolov10n", "yolo11n", "yolo12n", "segformer")
 
 
@@ -58,7 +58,7 @@ def test_pruned_by_default_and_used(library: str, name: str) -> None:
     assert (line["status"], line["error"]) == ("ok", "")
     assert 0.6 < line["macs_kept"] <= 0.7
     assert line["max_error"] < 1e-10
-    reasons = [left["reason"] for left in line["left_whole"]]
+    reasons = [left["reason"] for left in line["excluded"]]
     allowed = TRUE_REASONS if name.partition("-")[0] in ATTENDING else TRUE_REASONS[:2]
     assert [reason for reason in reasons if not reason.startswith(allowed)] == []
     assert line["by_decisions"] == (
@@ -95,7 +95,7 @@ def test_what_is_pooled_to_more_places_and_flattened_is_cut(how: str) -> None:
     model.load_state_dict(dense.state_dict())
     report = prune_(model, x, ratio=0.5, scope="local")
     assert (model.features.out_channels, model.head.in_features) == (4, 4 * 49)
-    assert [left.paths for left in report.left_whole] == [("head",)]
+    assert [left.paths for left in report.excluded] == [("head",)]
     removed = {c.path: set(c.removed) for c in model.ss_pruning_plan.cuts if c.side == "in"}
     with torch.no_grad():
         expected = oracle.masked(dense, removed)(x.double())
@@ -134,9 +134,9 @@ class Gated(nn.Module):
 
 
 def test_gates_of_blocks_tie_no_channels() -> None:
-    feeds = {feed.source: feed for feed in trace(Gated().eval(), torch.randn(1, 3, 8, 8)).feeds["head"]}
-    assert feeds["features"].pairs.tolist() == [[i, i] for i in range(8)]
-    assert (feeds["gates"].pairs.tolist(), feeds["gates"].broadcast.tolist()) == ([], [0, 1])
+    edges = {edge.source: edge for edge in trace(Gated().eval(), torch.randn(1, 3, 8, 8)).edges["head"]}
+    assert edges["features"].pairs.tolist() == [[i, i] for i in range(8)]
+    assert (edges["gates"].pairs.tolist(), edges["gates"].broadcast.tolist()) == ([], [0, 1])
 
 
 class Affine(nn.Module):
@@ -229,7 +229,7 @@ def test_what_only_a_decision_reads_is_named_so() -> None:
 
     torch.manual_seed(0)
     report = prune_(Proposes().eval(), torch.randn(1, 3, 10, 10), ratio=0.5)
-    reasons = {path: left.reason for left in report.left_whole for path in left.paths}
+    reasons = {path: left.reason for left in report.excluded for path in left.paths}
     assert "top-k" in reasons["logits"]
     assert reasons["boxes"] == "reaches the model's output"
 

@@ -1,4 +1,4 @@
-"""What is refused, left whole or passed over: with a reason that says what to do, and the model as it was."""
+"""What is refused, excluded or passed over: with a reason that says what to do, and the model as it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ss_pruning.errors import InputError, ModelError, PlanError, VerificationErr
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.plan import Attribute, Cut
-from ss_pruning.surgery.verification import Bench
+from ss_pruning.surgery.verification import Verifier
 from tests.support.snapshot import snapshot
 from tests.support.zoo import Unused, randomise
 
@@ -48,10 +48,10 @@ def chain() -> Chain:
 
 def without(model: nn.Module, count: int) -> tuple[Plan, dict[tuple[str, str], tuple[int, ...]]]:
     """A plan that cuts the last outputs of conv1, and what it selects."""
-    wiring = trace(model, X)
+    connectivity = trace(model, X)
     kept = tuple(range(8 - count))
     selection = {("conv1", "out"): kept, ("bn1", "through"): kept, ("conv2", "in"): kept}
-    return to_plan(selection, couple(wiring, model), wiring), selection  # type: ignore[arg-type]
+    return to_plan(selection, couple(connectivity, model), connectivity), selection  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- options
@@ -93,10 +93,10 @@ def test_a_compensation_that_stumbles_leaves_the_model_alone(monkeypatch: pytest
 
     model = chain()
     plan, _ = without(model, 3)
-    wiring, before = trace(model, X), snapshot(model)
+    connectivity, before = trace(model, X), snapshot(model)
     monkeypatch.setattr("ss_pruning.compensation.apply._compensate", stumble)
     with pytest.raises(ModelError, match=r"the model is as it was \(ZeroDivisionError: out of luck\)"):
-        cut_(model, plan, wiring, "linear", X, X)
+        cut_(model, plan, connectivity, "linear", X, X)
     assert snapshot(model) == before
 
 
@@ -155,11 +155,11 @@ def test_plans_only_follow_each_other_if_the_widths_fit() -> None:
         first.then(Plan((Cut("conv1", "out", 8, (0,), 0),)))
 
 
-# ---------------------------------------------------------------- left whole
+# ---------------------------------------------------------------- excluded
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
-    left = couple(trace(model, X), model).left_whole
+    left = couple(trace(model, X), model).excluded
     return {path: entry.reason for entry in left for path in entry.paths}
 
 
@@ -214,38 +214,38 @@ def test_a_model_that_looks_into_its_tables_is_verified_in_float64_all_the_same(
 def test_verification_holds_no_second_copy_of_what_is_not_constant() -> None:
     model = randomise(chain(), 0)
     before = snapshot(model)
-    bench = Bench(model, X, trace(model, X))
-    bench.run()
+    verifier = Verifier(model, X, trace(model, X))
+    verifier.run()
     ours = {p.data_ptr() for p in model.parameters()}
-    for twin in (bench.dense, bench.twin):
+    for twin in (verifier.dense, verifier.twin):
         assert {p.data_ptr() for p in twin.parameters()} == ours
-    assert all(p.dtype == torch.float64 for p in (bench.twin.conv1.weight, bench.twin.bn1.running_mean))  # type: ignore[union-attr]
+    assert all(p.dtype == torch.float64 for p in (verifier.twin.conv1.weight, verifier.twin.bn1.running_mean))  # type: ignore[union-attr]
     assert snapshot(model) == before
 
 
 def test_a_cut_that_is_not_what_was_masked_is_found_and_located() -> None:
     model = chain()
-    bench = Bench(model, X, trace(model, X))
-    bench.run()
+    verifier = Verifier(model, X, trace(model, X))
+    verifier.run()
     plan, selection = without(model, 3)
-    assert bench.verify(plan, selection).max_error < 1e-12  # type: ignore[arg-type]
+    assert verifier.verify(plan, selection).max_error < 1e-12  # type: ignore[arg-type]
     other = dict.fromkeys(selection, (1, 2, 3, 4, 5))
     with pytest.raises(VerificationError, match="differs from the masked one") as failure:
-        bench.verify(plan, other)  # type: ignore[arg-type]
+        verifier.verify(plan, other)  # type: ignore[arg-type]
     assert failure.value.at in ("bn1", "conv2")
     with pytest.raises(VerificationError) as failure:
-        bench.verify(plan, other, locate=False)  # type: ignore[arg-type]
+        verifier.verify(plan, other, locate=False)  # type: ignore[arg-type]
     assert failure.value.at == ""
 
 
 def test_a_cut_model_that_does_not_run_names_the_layer() -> None:
     model = chain()
-    bench = Bench(model, X, trace(model, X))
-    bench.run()
+    verifier = Verifier(model, X, trace(model, X))
+    verifier.run()
     plan, selection = without(model, 3)
     half = Plan(tuple(cut for cut in plan.cuts if cut.path != "conv2"))
     with pytest.raises(VerificationError, match="the cut model does not run, at 'conv2'"):
-        bench.verify(half, selection)  # type: ignore[arg-type]
+        verifier.verify(half, selection)  # type: ignore[arg-type]
 
 
 def test_outputs_are_compared_whole() -> None:
@@ -308,9 +308,9 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
             return self.fc(x.mean((2, 3)))
 
     model = randomise(Mixed(), 0).eval()
-    wiring = trace(model, X)
+    connectivity = trace(model, X)
     plan, _ = without(model, 3)
-    _, outcome = cut_(model, plan, wiring, "reconstruct", X, X)
+    _, outcome = cut_(model, plan, connectivity, "reconstruct", X, X)
     assert outcome.skipped == {
         "conv2": "its output is not linear in its weight",
         "up": "transposed convolutions are not solved",

@@ -149,11 +149,11 @@ def test_what_was_made_in_inference_mode_says_how_to_make_it_trainable() -> None
 
 def test_layers_that_did_not_run_are_named() -> None:
     report = prune_(net(), X, ratio=0.3)
-    (left,) = [left for left in report.left_whole if left.reason == UNCALLED_REASON]
+    (left,) = [left for left in report.excluded if left.reason == UNCALLED_REASON]
     assert (left.paths, left.channels) == (("extra",), 16)
     assert all(
         left.reason != UNCALLED_REASON
-        for left in prune_(net(), torch.randn(1, 3, 40, 40), ratio=0.3).left_whole
+        for left in prune_(net(), torch.randn(1, 3, 40, 40), ratio=0.3).excluded
     )
 
 
@@ -174,7 +174,7 @@ class Recurrent(nn.Module):
 
 
 def test_a_recurrent_reader_is_named() -> None:
-    left = prune_(Recurrent().eval(), X, ratio=0.3).left_whole
+    left = prune_(Recurrent().eval(), X, ratio=0.3).excluded
     (reason,) = [entry.reason for entry in left if "conv" in entry.paths]
     assert "'rnn' (LSTM)" in reason
 
