@@ -76,7 +76,7 @@ def _cut(report: Report) -> str:
         return "Not verified."
     if report.by_decisions:
         return (
-            "Nothing that the model returned on the example input could be compared. Verified on a copy, in double "
+            "On the example input the model returned no real number to compare. Verified on a copy, in double "
             f"precision, is that it selects by the same numbers as the masked model, to within {report.max_error:.1e}."
         )
     return (

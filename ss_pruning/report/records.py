@@ -194,7 +194,7 @@ class Report:
             after += " Batch norms behind the cut follow what is left."
         if self.by_decisions:
             return (
-                "The model returned nothing on the example input that could be compared. The numbers by which it "
+                "On the example input the model returned no real number to compare. The numbers by which it "
                 f"selects are the masked model's, to within {self.max_error:.1e}.{after}"
             )
         return (
