@@ -70,6 +70,7 @@ class Connectivity:
         reaches_output: By source: the numbers of its channels from which the model's output is reached without another
             layer.
         uncalled: Paths of layers that the forward pass never ran.
+        single: Paths of norms that were given one position of one image: a group of one channel is refused there.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Connectivity:
     loose: dict[str, LooseTensor] = field(default_factory=dict)
     reaches_output: dict[str, Tensor] = field(default_factory=dict)
     uncalled: tuple[str, ...] = ()
+    single: set[str] = field(default_factory=set)
 
     def sources(self, path: str) -> list[list[tuple[str, int]]]:
         """The (layer path, output channel) pairs that feed each input channel of the layer `path`.

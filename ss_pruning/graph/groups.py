@@ -77,9 +77,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Unit:
-    """Cells that must lose the same share; most units are one cell."""
+    """Cells that must lose the same share; most units are one cell.
+
+    Attributes:
+        cells: The cells.
+        least: Steps that always stay.
+    """
 
     cells: tuple[Cell, ...]
+    least: int = 1
 
     @property
     def steps(self) -> int:
@@ -129,7 +135,7 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     frozen = frozen_slots(connectivity, slots, modules, ignore or {})
     reasons = family_reasons(slots, family, frozen)
     cells = _cells(connectivity, slots, modules, family, reasons)
-    units = _units(cells, modules)
+    units = _units(cells, modules, connectivity)
     even = [_even(unit, slots.widths, modules) for unit in units]
     whole = excluded_by_reason(connectivity, slots, family, reasons) + left_uncalled(connectivity, modules)
     uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
@@ -223,7 +229,9 @@ def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) ->
     ]
 
 
-def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, ...]:
+def _units(
+    cells: list[Cell], modules: Mapping[str, nn.Module], connectivity: Connectivity
+) -> tuple[Unit, ...]:
     """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle.
 
     Where the parts of a split have sizes that shrink in proportion only in coarse steps, they are left to shrink each
@@ -243,7 +251,12 @@ def _units(cells: list[Cell], modules: Mapping[str, nn.Module]) -> tuple[Unit, .
         steps, narrowest = Unit(tuple(unit)).steps, min(cell.size for cell in unit)
         coarse = len(unit) > 1 and (steps == 1 or 2 * steps < narrowest)
         units += _tied(unit, _local(unit, cells, hard)) if coarse else [unit]
-    return tuple(Unit(tuple(unit)) for unit in units)
+    lonely = {path for path in connectivity.single if blocks_of(modules[path], "through") > 1}
+    return tuple(Unit(tuple(unit), 2 if _touch(unit, lonely) else 1) for unit in units)
+
+
+def _touch(cells: Iterable[Cell], paths: Collection[str]) -> bool:
+    return any(member.path in paths for cell in cells for member in cell.members)
 
 
 def _even(unit: Unit, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:

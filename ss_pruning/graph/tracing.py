@@ -99,6 +99,7 @@ class _Recorder:
         self.leaves: list[Leaf] = []
         self.arrivals: list[Arrival] = []
         self.calls: Counter[str] = Counter()
+        self.single: set[str] = set()
         self.current: str | None = None
         self.generator = torch.Generator().manual_seed(SEED)
 
@@ -130,6 +131,8 @@ class _Recorder:
                 (x.shape[axis],) * 2 if positional else (width(module, "in"), width(module, "out"))
             )
             self.layers[path] = Layer(path, kind, inputs, outputs, axis)
+        if kind == "norm" and x.numel() == x.shape[axis]:
+            self.single.add(path)
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
             self.arrivals.append(Arrival(path, x.clone(), axis, self.calls[path]))
@@ -168,6 +171,7 @@ def _probe(
         output = _run(model, example_inputs, recorder, training)
     new = {path: layer for path, layer in recorder.layers.items() if path not in connectivity.layers}
     connectivity.layers |= new
+    connectivity.single |= recorder.single
     connectivity.edges |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
     arrivals = [arrival for arrival in recorder.arrivals if arrival.path in new]

@@ -180,7 +180,7 @@ def _scored(
     readers, ranks = _readers(unit, ablation.connectivity), ranks_of(cells)
     summed = step_scores(unit, cells, ranks)
     free = int(np.isfinite(summed).sum())  # they are ascending: what is kept comes last
-    most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - 1, free)
+    most = min(int(max_ratio * unit.steps + 1e-9), unit.steps - unit.least, free)
     if most < 1 or not readers:  # nothing is measured where nothing can go, or nobody hears of it
         return [np.full(len(cell), np.inf) for cell in cells]
     stops = np.unique(np.ceil(np.array(_WIDTHS) * most).astype(np.int64))

@@ -220,8 +220,8 @@ def schedule(
         units: What may shrink.
         scores: By unit and cell, one score a family; higher stays longer, and what is infinite stays.
         scope: "local" shrinks all units evenly; any other compares scores across units.
-        max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); one step of every
-            unit always stays.
+        max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); some steps of
+            every unit always stay.
         round_to: Widths that remain are multiples of this, or of its own by a unit's name.
     """
     keys: list[Floats] = []
@@ -248,7 +248,7 @@ def schedule(
 def _stops(unit: Unit, max_ratio: float, round_to: int | None, free: int) -> Ints:
     """Numbers of steps after which the unit may stop shrinking; no more than are free to go."""
     size, steps = unit.cells[0].size, unit.steps
-    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - 1, free) + 1)
+    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - unit.least, free) + 1)
     rest = size - stops * (size // steps)
     fitting: Ints = stops[rest % (round_to or 1) == 0]
     return fitting

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 from ss_pruning.errors import VerificationError
@@ -125,17 +126,21 @@ class GroupBisection:
             path = path.rpartition(".")[0]
         return []
 
+    def _nearness(self, part: list[int], error: VerificationError) -> int:
+        """How deep the module where it failed lies in what holds a layer of the units, too."""
+        return max(_shared(path, error.at or "") for i in part for path in self.units[i].paths())
+
     def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | str:
         """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
 
-        What is wrong with the fewest of them is wrong with the cut itself: that reason is returned.
+        Else the reason is returned: of all trials' errors the first of those nearest to the layers that are cut.
 
         First those of the module where it failed and of what encloses it; if there are none, those of one name after
         the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
         """
         before = self.verified.followed() if self.verified else frozenset()
         rightly = {alike(number) for number in before}
-        left, fewest, reason = _PATIENCE, len(error.followed), str(error)
+        left, nearest, reason = _PATIENCE, self._nearness(part, error), str(error)
 
         def suspects(latest: VerificationError) -> list[set[Number]]:
             new = latest.followed - before
@@ -145,7 +150,7 @@ class GroupBisection:
             )
 
         def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
-            nonlocal left, fewest, reason
+            nonlocal left, nearest, reason
             for numbers in suspects(latest):
                 if not left:
                     return None
@@ -154,8 +159,8 @@ class GroupBisection:
                 try:
                     verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
                 except VerificationError as again:
-                    if len(again.followed) <= fewest:
-                        fewest, reason = len(again.followed), str(again)
+                    if (near := self._nearness(part, again)) > nearest:
+                        nearest, reason = near, str(again)
                     if found := tried(more, again):
                         return found
                     continue
@@ -164,6 +169,12 @@ class GroupBisection:
             return None
 
         return tried(set(), error) or reason
+
+
+def _shared(path: str, other: str) -> int:
+    """How many names two paths begin with alike."""
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _kind(unit: Unit) -> Kind:

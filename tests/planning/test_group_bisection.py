@@ -123,7 +123,7 @@ def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> 
     assert ("net.0", "width", None) not in part.fixed
 
 
-def test_the_reason_is_what_is_wrong_with_no_number_moved_by_chance() -> None:
+def test_the_reason_is_what_is_wrong_nearest_to_the_cut() -> None:
     """A width that only happens to be stored elsewhere fails there first; that is not why the unit stays."""
     chance = ("other", "limit", None)
 

@@ -181,6 +181,27 @@ def test_tensors_with_axes_of_size_one_are_cut(kind: str, shape: tuple[int, ...]
     assert report.max_error < 1e-10
 
 
+class Small(nn.Module):
+    """As the heads of detectors: a group norm that sees one position at the coarsest level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 32, 1), nn.GroupNorm(4, 32), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [x, F.adaptive_avg_pool2d(x, 1)]
+        return torch.cat([self.two(self.norm(self.one(level))).flatten(2) for level in levels], 2)
+
+
+@pytest.mark.parametrize(("images", "channels"), [(1, 8), (2, 4)])
+def test_groups_of_a_norm_that_sees_one_position_keep_two_channels(images: int, channels: int) -> None:
+    """Of one channel a group has no variance there, and torch refuses; with two images it does not look."""
+    torch.manual_seed(0)
+    model = Small().eval()
+    prune_(model, torch.randn(images, 3, 8, 8), ratio=0.875, scope="local")
+    assert (model.one.out_channels, model.norm.num_channels) == (channels, channels)
+
+
 class Finds(nn.Module):
     """Returns the scores above a limit: none of a fresh net's."""
 
