@@ -192,6 +192,25 @@ def test_where_nothing_is_returned_the_numbers_that_it_decides_by_are_compared(
     assert 'class="mark"' not in report.to_html()
 
 
+class Detects(Net):
+    """Returns logits, and what it has found by scores that depend on a width: nothing."""
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.b(self.a(x).relu()).relu()
+        logits = self.c(features.mean((2, 3)))
+        scores = logits * features.shape[1]
+        return {"logits": logits, "found": scores[scores > 1e9]}
+
+
+def test_what_is_returned_beside_an_empty_output_does_not_speak_for_it() -> None:
+    torch.manual_seed(0)
+    model = Detects(lambda logits, features: None).eval()
+    report = prune_(model, X, ratio=0.4, scope="local")
+    assert model.b.out_channels == 12
+    assert model.a.out_channels < 8
+    assert not report.by_decisions
+
+
 class Tied(nn.Module):
     """Two channels say the same: which one comes first is a matter of the last bit."""
 
