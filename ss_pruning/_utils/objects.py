@@ -39,10 +39,29 @@ SETS = (set, frozenset)
 _BUILT_IN = frozenset((dict, OrderedDict, *SEQUENCES, *SETS))
 # Objects of these libraries hold the surroundings of a model (optimisers, loaders, trainers), not what it computes.
 _SURROUNDINGS = frozenset(
-    ("accelerate", "asyncio", "concurrent", "io", "lightning", "logging", "multiprocessing", "nni", "numpy")
-)
-_OTHERS = frozenset(
-    ("pytorch_lightning", "tensorboard", "threading", "torch", "torchvision", "wandb", "weakref", "_thread")
+    (
+        *(
+            "accelerate",
+            "asyncio",
+            "concurrent",
+            "io",
+            "lightning",
+            "logging",
+            "multiprocessing",
+            "nni",
+            "numpy",
+        ),
+        *(
+            "pytorch_lightning",
+            "tensorboard",
+            "threading",
+            "torch",
+            "torchvision",
+            "wandb",
+            "weakref",
+            "_thread",
+        ),
+    )
 )
 
 
@@ -133,6 +152,6 @@ def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def is_surrounding(thing: Any) -> bool:
     """Whether it belongs to what is around a model: an optimiser, a loader, a trainer, a lock."""
-    return type(thing).__module__.partition(".")[0] in _SURROUNDINGS | _OTHERS and not isinstance(
+    return type(thing).__module__.partition(".")[0] in _SURROUNDINGS and not isinstance(
         thing, (nn.Module, torch.distributions.Distribution)
     )
