@@ -5,7 +5,7 @@ budget, the same cut; only the scores differ, and how layers compete. Ours is wh
 criteria rank all channels by their scores (the global scope), as Torch-Pruning does, and are run with scores as they
 are (`cost_exponent=0`) and divided by the root of what a channel costs (0.5); the page shows the better one of each
 cell. `--better-only` runs both for the first seed and the others for the better one, which is what the page would show.
-Any criterion runs in another scope by its name: `"Magnitude L2:scope=measured"`, `SynapticImportance:scope=global`;
+Any criterion runs in another scope by its name: `"Magnitude L2:scope=sensitivity"`, `SynapticImportance:scope=global`;
 ours with another weight of costs, too: `SynapticImportance:cost_exponent=0.25`.
 The residual stream of the ResNets stays whole unless `--residual` is given. Calibration images (without labels) and
 labelled images (for Taylor and Hessian) are drawn from the training images by the seed, 512 each; accuracy is that on
@@ -15,7 +15,7 @@ cuts and `mean`; other criteria than ours take some for `mean` only if they are 
     python -m benchmarks.accuracy --nets resnet20 --macs 0.7 0.5 --compensations none reconstruct
     python -m benchmarks.accuracy --compensations none mean --calibration none
     python -m benchmarks.accuracy --compensations mean --calibration real
-    python -m benchmarks.accuracy --compensations mean linear --no-reestimate
+    python -m benchmarks.accuracy --compensations mean linear --no-recalibrate
     python -m benchmarks.accuracy --nets resnet56 --macs 0.47 --finetune-images 25600
     python -m benchmarks.accuracy --better-only --device cuda --jobs 12
     python -m benchmarks.accuracy --criteria SynapticImportance SynapticImportance:conditional=1 --split train
@@ -65,14 +65,14 @@ from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
 from ss_pruning import SynapticImportance, prune_
-from ss_pruning.compensation.synthetic_data import distilled
+from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.config import METHODS, SOLVED
 from ss_pruning.errors import BudgetError, InputError
 from ss_pruning.planning.allocation import Scope
 from ss_pruning.planning.defaults import (
     COST_EXPONENT,
     default_cost_exponent,
-    default_reestimate,
+    default_recalibrate,
     default_scope,
     default_score,
 )
@@ -97,15 +97,15 @@ _SOURCES = {
     "compensation": [
         _CORE / "compensation" / f"{name}.py" for name in ("folding", "reconstruction", "residual_sums")
     ],
-    "measured": [
+    "sensitivity": [
         _CORE / "planning" / "ranking.py",
         *(
             _CORE / "importance" / f"{name}.py"
             for name in ("sensitivity", "batched_ablation", "shared_prefix")
         ),
     ],
-    "distilled": [_CORE / "compensation" / "synthetic_data.py"],
-    "reestimate": [_CORE / "compensation" / "batchnorm.py"],
+    "synthetic": [_CORE / "compensation" / "synthetic_data.py"],
+    "recalibrate": [_CORE / "compensation" / "batchnorm.py"],
 }
 
 
@@ -124,7 +124,7 @@ class Run:
     finetune: int
     split: str
     images: int
-    reestimate: bool = False
+    recalibrate: bool = False
     scope: str = "global"
 
     @property
@@ -136,9 +136,11 @@ class Run:
         parts = ["all"]
         parts += ["ours"] * self.criterion.startswith(OURS)
         parts += ["compensation"] * (self.compensation != "none")
-        parts += ["measured"] * (self.scope == "measured")
-        parts += ["distilled"] * (self.uses_images and self.calibration == "distilled")
-        parts += ["reestimate"] * (self.reestimate or (self.scope == "measured" and not self.uses_images))
+        parts += ["sensitivity"] * (self.scope == "sensitivity")
+        parts += ["synthetic"] * (self.uses_images and self.calibration == "synthetic")
+        parts += ["recalibrate"] * (
+            self.recalibrate or (self.scope == "sensitivity" and not self.uses_images)
+        )
         digest = hashlib.sha256()
         for path in (path for part in parts for path in _SOURCES[part] if path.is_file()):
             digest.update(_without_words(path.read_text()).encode())
@@ -188,7 +190,9 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             finetune=options.finetune_images,
             split=options.split,
             images=options.images,
-            reestimate=default_reestimate(compensation) if options.reestimate is None else options.reestimate,  # type: ignore[arg-type]
+            recalibrate=default_recalibrate(compensation)
+            if options.recalibrate is None
+            else options.recalibrate,  # type: ignore[arg-type]
             scope=scope,
         )
 
@@ -211,12 +215,12 @@ def scope_of(criterion: str, compensation: str, calibration: str) -> Scope:
 def cost_exponents(
     criterion: str, scope: Scope, compensation: str, calibration: str, chosen: list[float]
 ) -> list[float]:
-    """The one in the criterion's name; else ours, and damage that was measured, is weighed as by default."""
+    """The one in the criterion's name; else ours, and output error that was measured, is weighed as by default."""
     named = named_options(criterion)
     if "cost_exponent" in named:
         return [float(named["cost_exponent"])]
     if not criterion.startswith(OURS):
-        return [COST_EXPONENT[scope]] if scope == "measured" else chosen
+        return [COST_EXPONENT[scope]] if scope == "sensitivity" else chosen
     plain = not named.keys() - {"scope"}
     score = default_score(compensation, scope) if plain else named.get("score", "share")  # type: ignore[arg-type]
     return [default_cost_exponent(SynapticImportance(score=score), scope, on_noise=calibration == "none")]
@@ -255,7 +259,7 @@ class Bench:
             ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
             compensation=run.compensation,  # type: ignore[arg-type]
             calibration=calibration,
-            reestimate=run.reestimate,
+            recalibrate=run.recalibrate,
         )
         result: dict[str, Any] = {
             "dense": self.dense[run.net],
@@ -281,8 +285,8 @@ class Bench:
     def _calibration(self, run: Run, model: nn.Module, example: Tensor) -> Tensor | None:
         if not run.uses_images:
             return None
-        if run.calibration == "distilled":
-            return distilled(model, example, seed=run.seed)
+        if run.calibration == "synthetic":
+            return synthetic_images(model, example, seed=run.seed)
         return as_input(draw(self.train, CALIBRATION, run.seed)[0].to(self.device))
 
 
@@ -368,12 +372,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--calibration",
-        choices=("real", "distilled", "none"),
+        choices=("real", "synthetic", "none"),
         help="default: real for ours and where it is needed, else none",
     )
     parser.add_argument("--residual", action="store_true", help="prune the residual stream, too")
     parser.add_argument(
-        "--reestimate", action=argparse.BooleanOptionalAction, help="by default with mean and linear"
+        "--recalibrate", action=argparse.BooleanOptionalAction, help="by default with mean and linear"
     )
     parser.add_argument("--finetune-images", type=int, default=0, metavar="N", help="then train on N images")
     parser.add_argument("--images", type=int, default=10_000, help="measure on so many, from a fixed shuffle")

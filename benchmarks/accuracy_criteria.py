@@ -60,7 +60,7 @@ class Criteria:
     ) -> Any:
         """An importance for `model`, which is given the gradients that it reads; None for the default.
 
-        Ours with options takes its moments from the calibration images if there are any, as the default does.
+        Ours with options takes its statistics from the calibration images if there are any, as the default does.
         """
         name, given = name.partition(":")[0], named_options(name)
         for option in ("scope", "cost_exponent"):  # not the importance's business
@@ -77,7 +77,7 @@ class Criteria:
         if given:
             options: dict[str, Any] = dict(given)
             if calibration is not None:
-                options.setdefault("moments", calibration.split(BATCH))
+                options.setdefault("statistics", calibration.split(BATCH))
             if "conditional" in options:
                 options["conditional"] = float(options["conditional"])
             return SynapticImportance(**options)

@@ -16,7 +16,7 @@ from ss_pruning import SynapticImportance
 from ss_pruning.planning.defaults import (
     RELEVANCE_EXPONENT,
     default_cost_exponent,
-    default_reestimate,
+    default_recalibrate,
     default_scope,
     default_score,
 )
@@ -24,7 +24,7 @@ from ss_pruning.planning.defaults import (
 PAGE = HERE.parent / "docs" / "accuracy.md"
 COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
 #: Criteria in another scope than is theirs, and the columns of the table that compares scopes.
-VARIANTS = (f"{OURS}:scope=global", "Magnitude L2:scope=measured")
+VARIANTS = (f"{OURS}:scope=global", "Magnitude L2:scope=sensitivity")
 SHOWN = (*CRITERIA, *VARIANTS)
 SCOPES = {
     "Magnitude L2": "Magnitude L2, global",
@@ -39,19 +39,19 @@ Line = dict[str, Any]
 Cells = dict[tuple[str, str], list[float]]
 
 #: Plain cuts by others: they have no use for images without labels.
-USELESS = ("none, images", "none, distilled")
+USELESS = ("none, images", "none, synthetic")
 #: What is drawn, each on a scale of its own.
 PANELS = {"reconstruct": "reconstruct", "none, images": "plain cut", "none": "plain cut, no image"}
 INTRODUCTION = """# Accuracy after pruning
 
 CIFAR-10, top-1 in % on {images} test images. All criteria prune by the same call, `ss_pruning.prune_`, with the same \
 groups, the same search for the budget and the same cut; only the scores differ, and how layers compete. Calibration: \
-512 unlabelled training images, or *distilled* ones as the library makes them by default, which needs no image at all. \
-{ours} is the default. Given calibration images, it takes its variances from them, and layers compete by the damage to \
-the output that was measured on them (`scope="measured"`); where the weights are solved anew (linear, reconstruct) it \
-does not count what stronger channels tell already. In the columns *none* and *mean* nobody sees an image without a \
-label: its layers compete by relevance in the first, by damage on noise and relevance in the second; in \
-*none, images* and *mean, images* (or *distilled*) they are there, \
+512 unlabelled training images, or *synthetic* ones as the library makes them by default, which needs no image at all. \
+{ours} is the default. Given calibration images, it takes its variances from them, and layers compete by the \
+output error that was measured on them (`scope="sensitivity"`); where the weights are solved anew (linear, \
+reconstruct) it does not count what stronger channels tell already. In the columns *none* and *mean* nobody sees an \
+image without a label: its layers compete by relevance in the first, by output error on noise and relevance in \
+the second; in *none, images* and *mean, images* (or *synthetic*) they are there, \
 for means to be taken from, too; plain cuts by the other criteria have no use for them and are those of *none*. \
 Taylor and Hessian also see 512 labelled training images. The others are data-free, and rank the channels of all \
 layers by their scores, as they are and divided by the root of what a channel costs; the better one is shown (where \
@@ -105,7 +105,7 @@ def _run(line: Line) -> tuple[Any, ...]:
         "finetune",
         "split",
         "images",
-        "reestimate",
+        "recalibrate",
     )
     # Older lines lack some.
     return (*(line.get(name, False) for name in names), line.get("scope", "global"))
@@ -180,7 +180,7 @@ def cells(lines: Iterable[Line]) -> Cells:
 
 def is_default(line: Line) -> bool:
     """Whether norms were moved, or left, as `prune_` does by default."""
-    return bool(line.get("reestimate")) == default_reestimate(line["compensation"])
+    return bool(line.get("recalibrate")) == default_recalibrate(line["compensation"])
 
 
 def is_outdated(line: Line) -> bool:
@@ -196,10 +196,10 @@ def is_outdated(line: Line) -> bool:
 
 def column_of(line: Line) -> str:
     """The compensation, and what it calibrated on if that is not what it always does."""
-    norms = "" if is_default(line) else ", norms moved" if line.get("reestimate") else ", norms left"
+    norms = "" if is_default(line) else ", norms moved" if line.get("recalibrate") else ", norms left"
     images = ", images" if line["calibration"] == "real" and line["compensation"] in ("none", "mean") else ""
-    distilled = ", distilled" if line["calibration"] == "distilled" else ""
-    return str(line["compensation"]) + distilled + images + norms
+    synthetic = ", synthetic" if line["calibration"] == "synthetic" else ""
+    return str(line["compensation"]) + synthetic + images + norms
 
 
 def _columns(found: Cells) -> list[str]:
@@ -263,7 +263,7 @@ def spread(values: Iterable[float], by_chance: bool = False) -> str:
 
 
 def _remarks(lines: list[Line]) -> list[str]:
-    """What a reader must know about unequal budgets."""
+    """What a consumer must know about unequal budgets."""
     off = {
         f"{line['criterion']} keeps {line['macs_kept']:.1%}"
         for line in lines
@@ -309,7 +309,7 @@ def _scopes(lines: list[Line]) -> list[str]:
     if not of_scope:
         return []
     parts = ["", "## Scores and scope", "", "With reconstruct. *Global*: scores rank the channels of all layers. "
-             "*Measured*: scores rank the channels of a layer, and layers compete by measured damage.", "",
+             "*Measured*: scores rank the channels of a layer, and layers compete by measured output error.", "",
              f"| net, MACs | {' | '.join(SCOPES.values())} |", "|---|" + "---:|" * len(SCOPES)]  # fmt: skip
     for (net, macs), found in of_scope.items():
         texts = (spread(found.get((name, "reconstruct"), ()), by_chance=True) for name in SCOPES)
@@ -318,7 +318,7 @@ def _scopes(lines: list[Line]) -> list[str]:
 
 
 def _tried(lines: list[Line]) -> list[str]:
-    """What was weighed, on training images, for cuts that have no image to measure damage on."""
+    """What was weighed, on training images, for cuts that have no image to measure output error on."""
     tried = [line for line in _without_images(lines) if not _is_about_noise(line)]
     if not tried:
         return []
@@ -343,22 +343,22 @@ def _tried(lines: list[Line]) -> list[str]:
 
 
 def _noise(lines: list[Line]) -> list[str]:
-    """What it is worth to measure damage on noise, for plain cuts and for means."""
+    """What it is worth to measure output error on noise, for plain cuts and for means."""
     found: dict[tuple[str, float], dict[tuple[str, float], float]] = defaultdict(dict)
     tried = [line for line in _without_images(lines) if _is_about_noise(line)]
     plain = [
         line for line in _without_images(lines) if (line["criterion"], line["compensation"]) == (OURS, "none")
     ]
     for line in (*plain, *tried):
-        way = "measured" if line.get("scope") == "measured" else "global"
+        way = "sensitivity" if line.get("scope") == "measured" else "global"
         found[f"{line['compensation']}, {way}", line["cost_exponent"]][line["net"], line["macs"]] = line[
             "top1"
         ]
     points = sorted({point for at in found.values() for point in at}, key=lambda p: (NETS.index(p[0]), -p[1]))
     heads = [f"{net}, {macs:.0%}" for net, macs in points]
-    parts = ["", "## Damage measured on noise", "", "Top-1 in % on training images, one run each, without any image to "
-             "calibrate on. *Global*: layers compete by relevance, divided by cost; *measured*: by damage on noise and "
-             "relevance.",
+    parts = ["", "## Output error measured on noise", "", "Top-1 in % on training images, one run each, without "
+             "any image to calibrate on. *Global*: layers compete by relevance, divided by cost; *sensitivity*: "
+             "by output error on noise and relevance.",
              "", f"| compensation, scope | cost exponent | {' | '.join(heads)} |",
              "|---|---:|" + "---:|" * len(points)]  # fmt: skip
     for (way, weight), at in sorted(found.items(), reverse=True):
@@ -372,8 +372,8 @@ def _without_images(lines: list[Line]) -> list[Line]:
 
 
 def _is_about_noise(line: Line) -> bool:
-    """Whether layers competed by damage on noise, or were run beside it."""
-    return line.get("scope") == "measured" or bool(line.get("reestimate"))
+    """Whether layers competed by output error on noise, or were run beside it."""
+    return line.get("scope") == "measured" or bool(line.get("recalibrate"))
 
 
 def _point(line: Line) -> tuple[Any, ...]:
@@ -385,7 +385,7 @@ def _point(line: Line) -> tuple[Any, ...]:
 def _plot(lines: list[Line], title: str, path: Path) -> bool:
     """Accuracy against MACs, reconstructed and plain cuts side by side. False where there is one budget only."""
     curves: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(dict)
-    real = [line for line in lines if line["calibration"] != "distilled"]
+    real = [line for line in lines if line["calibration"] != "synthetic"]
     for macs in {line["macs"] for line in real}:
         found = cells(line for line in real if line["macs"] == macs)
         for (criterion, column), values in found.items():

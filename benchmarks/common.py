@@ -46,7 +46,7 @@ def place(line: dict[str, Any]) -> str:
 
 
 def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result as JSON; a reader never sees half of it."""
+    """Write a result as JSON; a consumer never sees half of it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     part = path.with_suffix(".part")

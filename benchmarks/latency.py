@@ -214,16 +214,16 @@ TABLE_USES: dict[str, tuple[bool, Any]] = {
 @contextlib.contextmanager
 def costs_of_macs() -> Iterator[None]:
     """While it lasts, a latency target weighs channels by the MACs that they cost, not by the time."""
-    by_time = Costs.per_family
+    by_time = Costs.per_channel_set
 
     def by_macs(self: Costs, units: Any, kind: Any) -> Floats:
         return by_time(self, units, "macs" if kind == "latency" else kind)
 
-    Costs.per_family = by_macs  # type: ignore[method-assign]
+    Costs.per_channel_set = by_macs  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Costs.per_family = by_time  # type: ignore[method-assign]
+        Costs.per_channel_set = by_time  # type: ignore[method-assign]
 
 
 def kept(report: Report) -> dict[str, float]:

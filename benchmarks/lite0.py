@@ -37,7 +37,7 @@ from benchmarks.cifar_data import draw, load
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.photos import crops, crops_of, few, labelled, scenes, things
 from ss_pruning import prune_
-from ss_pruning.compensation.synthetic_data import distilled
+from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.profiling.latency import machine
 from ss_pruning.sources.models import build_model
 
@@ -57,7 +57,7 @@ CASES = (
     ("mean", "none"),
     ("none", "mixed"),
     ("mean", "mixed"),
-    ("reconstruct", "distilled"),
+    ("reconstruct", "synthetic"),
     ("reconstruct", "mixed"),
     ("reconstruct", "things"),
     ("reconstruct", "few"),
@@ -156,8 +156,8 @@ class Material:
     def calibration(self, run: Run, dense: nn.Module) -> Tensor | None:
         if run.calibration == "none":
             return None
-        if run.calibration == "distilled":
-            return distilled(dense, self.example(), seed=self.draw)
+        if run.calibration == "synthetic":
+            return synthetic_images(dense, self.example(), seed=self.draw)
         images: Tensor = getattr(self, run.calibration)[0]
         return images.to(self.device)
 
@@ -177,7 +177,7 @@ def measure(run: Run, material: Material) -> dict[str, Any]:
     model, dense = dense_net().to(material.device), dense_net().to(material.device)
     began = time.perf_counter()
     images = material.calibration(run, dense)
-    distilling, began = time.perf_counter() - began, time.perf_counter()
+    synthesizing, began = time.perf_counter() - began, time.perf_counter()
     report = prune_(
         model,
         material.example(),
@@ -190,9 +190,9 @@ def measure(run: Run, material: Material) -> dict[str, Any]:
     result: dict[str, Any] = {
         "macs_kept": report.macs_after / report.macs_before,
         "images": 0 if images is None else len(images),
-        "reestimate": report.settings.get("reestimate", False),
+        "recalibrate": report.settings.get("recalibrate", False),
         "prune_seconds": round(time.perf_counter() - began, 1),
-        "distil_seconds": round(distilling, 1),
+        "synthesize_seconds": round(synthesizing, 1),
     }
     for kind in KINDS:
         _, on, *classes = getattr(material, kind)

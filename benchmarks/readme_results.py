@@ -23,16 +23,16 @@ HEADLINE = ("resnet56", 0.47)
 ROWS = (
     ("Magnitude L2", "none", "none", "cut by weight magnitude"),
     (OURS, "none", "none", "cut by the scores of ss-pruning, no image"),
-    (OURS, "none", "mixed", "cut by ss-pruning, damage measured on unlabelled images"),
+    (OURS, "none", "mixed", "cut by ss-pruning, sensitivity measured on unlabelled images"),
     (OURS, "reconstruct", "mixed", "cut and compensated by ss-pruning, unlabelled images"),
-    (OURS, "reconstruct", "distilled", "the same without any image"),
+    (OURS, "reconstruct", "synthetic", "the same without any image"),
 )
 #: The column of docs/accuracy.md for a compensation and what it is calibrated on.
 COLUMNS = {
     ("none", "none"): "none",
     ("none", "mixed"): "none, images",
     ("reconstruct", "mixed"): "reconstruct",
-    ("reconstruct", "distilled"): "reconstruct, distilled",
+    ("reconstruct", "synthetic"): "reconstruct, synthetic",
 }
 LITE0 = {"macs": 0.8, "side": 224, "all": False, "calibrated_on": 256}
 #: Nets and shares of the MACs that are shown; docs/accuracy.md has the rest.

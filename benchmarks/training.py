@@ -153,7 +153,7 @@ def train(
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """A reader never sees half a checkpoint."""
+    """A consumer never sees half a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(state, part)

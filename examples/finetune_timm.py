@@ -7,7 +7,7 @@
 
 `--data` holds train/CLASS/* and val/CLASS/*. Three ways to use it:
 
-    prune at once, then fine-tune, taught by the dense net:   --macs 0.5 --prune-epoch 0 --distil 0.5
+    prune at once, then fine-tune, taught by the dense model:   --macs 0.5 --prune-epoch 0 --distill 0.5
     train towards sparse synapses, prune, go on:              --penalty 1e-4 --prune-epoch 20 --sparsity 0.6 --macs 0.7
     fine-tune what ss-prune or another run has pruned:        --weights pruned.safetensors
 
@@ -85,9 +85,9 @@ class Run:
         self.wrapped, self.optimizer = self.accelerator.free_memory(self.wrapped, self.optimizer)
 
     def sparsify(self) -> None:
-        """Mask the weakest synapses, cut channels to the budget, in all processes alike. The dense net is kept."""
+        """Mask the weakest synapses, cut channels to the budget, in all processes alike. The dense model is kept."""
         options, models = self.options, (self.model, self.ema.module)
-        if options.distil and options.teacher is None:
+        if options.distill and options.teacher is None:
             self.teacher = copied(self.model).requires_grad_(False).eval()
             self.on_first(lambda: ss_pruning.save(self.teacher, options.out / "dense.safetensors", self.spec))
         for model in models:
@@ -160,7 +160,7 @@ class Run:
         for model, name in ((self.model, "model"), (self.ema.module, "ema")):
             self.plan.apply_(merge_masks_(model))
             mask_(model, saved["masks"]).load_state_dict(saved[name])
-        if self.sparsified and self.options.distil and self.options.teacher is None:
+        if self.sparsified and self.options.distill and self.options.teacher is None:
             self.teacher = ss_pruning.load(
                 self.options.out / "dense.safetensors", lambda: build_model(self.spec)
             ).to(self.accelerator.device)
@@ -217,7 +217,7 @@ class Run:
         return loss.detach()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, mixed with the distance to what the dense net says."""
+        """Cross-entropy, mixed with the distance to what the dense model says."""
         outputs = self.wrapped(images).float()
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.options.smoothing)
         if self.teacher is None:
@@ -226,7 +226,7 @@ class Run:
             wanted = self.teacher(images).float()
         logs = [F.log_softmax(scores / TEMPERATURE, 1) for scores in (outputs, wanted)]
         distance = F.kl_div(*logs, reduction="batchmean", log_target=True) * TEMPERATURE**2
-        return (1 - self.options.distil) * loss + self.options.distil * distance
+        return (1 - self.options.distill) * loss + self.options.distill * distance
 
     def share_buffers(self) -> None:
         """Each process has seen other images in its last step: the statistics of the first one count."""

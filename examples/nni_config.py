@@ -1,4 +1,4 @@
-"""NNI from config list to small model: mask synapses of a trained net, fine-tune under the masks, cut what is dead.
+"""NNI from config list to small model: mask synapses of a trained model, fine-tune under the masks, cut what is dead.
 
 python examples/nni_config.py                      # the demo network on scikit-learn's digits
 python examples/nni_config.py --ratio 0.9 --epochs 30

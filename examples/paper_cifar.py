@@ -60,7 +60,7 @@ class Training:
     """What is trained, and how.
 
     Attributes:
-        weight: Of the penalty; 0 for a net trained without one.
+        weight: Of the penalty; 0 for a model trained without one.
         form: See `StrengthPenalty`.
         step: "gradient": the penalty is a term of the loss; "proximal": kernels shrink after each step.
         warm_up: Epochs over which the penalty's weight rises.
@@ -117,7 +117,7 @@ class Sparsify:
 
 
 def trained(training: Training, images: Images, root: Path, say: Say) -> nn.Module:
-    """The trained net; what is done already is not done again."""
+    """The trained model; what is done already is not done again."""
     torch.manual_seed(training.seed)
     model = NETS[training.net](training.width).to(memory_format=torch.channels_last)
     steps = max(1, len(images[0]) // training.recipe.batch)
@@ -174,7 +174,7 @@ def tuned(
 
 
 def compacted(masked: nn.Module) -> tuple[nn.Module, Compaction]:
-    """The masked net, made small."""
+    """The masked model, made small."""
     small = merge_masks_(copy.deepcopy(masked)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return small, compact_(small, EXAMPLE)
 
@@ -196,7 +196,7 @@ def report(
 def prune_and_tune(
     training: Training, pruning: Pruning, model: nn.Module, sets: tuple[Images, Images], root: Path, say: Say
 ) -> tuple[dict[str, float], nn.Module, Compaction]:
-    """Top-1 on the test images by stage, the small net, and what was cut; the trained model is left as it is."""
+    """Top-1 on the test images by stage, the small model, and what was cut; the trained model is left as it is."""
     images, test = sets
     found = {"trained": top1(model, test)}
     say(f"trained: {found['trained']:.2f} % of the test images")

@@ -4,9 +4,9 @@
     python -m examples.sweep --data FOLDER --dataset cifar10 --images 0 --weights 0 1e-4 1e-3 --epochs 10
     python -m examples.sweep --data FOLDER --address auto        # on the Ray cluster that this machine belongs to
 
-One net is trained for each penalty weight, then pruned, fine-tuned and compacted for each share and criterion, as
+One model is trained for each penalty weight, then pruned, fine-tuned and compacted for each share and criterion, as
 `examples/paper_cifar.py` does it. Start the same command again after a crash or a kill, and it goes on: what Ray knows
-of its trials comes back by `Tuner.restore`, nets go on from their last whole epoch, and trials that have ended are
+of its trials comes back by `Tuner.restore`, models go on from their last whole epoch, and trials that have ended are
 read from their files. On a cluster, --data and --out have to be visible to all machines under the same path. Ray keeps
 its state in pickles: go on with no folder that others could write to.
 
@@ -65,7 +65,7 @@ def quiet(_: str) -> None:
 
 
 def train_net(config: dict[str, Any], options: Options) -> None:
-    """A trial of the first stage: the net of one penalty weight."""
+    """A trial of the first stage: the model of one penalty weight."""
     torch.set_num_threads(options.cpus)
     training = training_of(options, config["weight"])
     trained(training, images_of(options)[0], options.out / "nets", quiet)
@@ -73,7 +73,7 @@ def train_net(config: dict[str, Any], options: Options) -> None:
 
 
 def prune_net(config: dict[str, Any], options: Options) -> None:
-    """A trial of the second stage: one of those nets pruned, fine-tuned and compacted. One file is its result."""
+    """A trial of the second stage: one of those models pruned, fine-tuned and compacted. One file is its result."""
     torch.set_num_threads(options.cpus)
     training = training_of(options, config["weight"])
     tuning = replace(training.recipe, epochs=options.finetune_epochs, rate=options.finetune_rate)

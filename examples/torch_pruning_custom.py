@@ -1,4 +1,4 @@
-"""Your own importance on top of synaptic shares: how much entropy do the readers of a channel lose with it?
+"""Your own importance on top of synaptic shares: how much entropy do the consumers of a channel lose with it?
 
 python examples/torch_pruning_custom.py            # the demo network at 60, 50 and 40 % of its multiply-accumulates
 python examples/torch_pruning_custom.py --macs 0.3
@@ -31,7 +31,7 @@ READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 
 
 class EntropyLost(tp.importance.Importance):
-    """Nats of entropy that all readers of a channel lose with it.
+    """Nats of entropy that all consumers of a channel lose with it.
 
     Args:
         model: The model to prune; strengths are taken once, from its weights as they are.
@@ -40,7 +40,7 @@ class EntropyLost(tp.importance.Importance):
 
     def __init__(self, model: nn.Module, example_inputs: Tensor) -> None:
         self.lost: dict[nn.Module, Tensor] = {}
-        shares = ss_pruning.synaptic_strength(model, example_inputs, moments="gaussian").shares()
+        shares = ss_pruning.synaptic_strength(model, example_inputs, statistics="gaussian").shares()
         for path, share in shares.items():
             module = model.get_submodule(path)
             nats = -0.5 * torch.log1p(-share.clamp(max=1 - 1e-6))

@@ -28,10 +28,10 @@ from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.allocation import Budget, Costs, Scope
-from ss_pruning.planning.defaults import COST_EXPONENT, default_reestimate
+from ss_pruning.planning.defaults import COST_EXPONENT, default_recalibrate
 from ss_pruning.planning.latency_target import Measure, find_latency_plan, stopwatch
 from ss_pruning.planning.ranking import Ranker, Ranking
-from ss_pruning.planning.search import BudgetSearch, FailedUnits
+from ss_pruning.planning.search import BudgetSearch, FailedGroups
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import layer_times, roundings
 from ss_pruning.profiling.macs import count_macs
@@ -56,7 +56,7 @@ def prune_(
     cost_exponent: float | None = None,
     compensation: Method = "none",
     calibration: Any = None,
-    reestimate: bool | None = None,
+    recalibrate: bool | None = None,
     latency_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -76,35 +76,35 @@ def prune_(
             then compete by importance per second, see `ss_pruning.profiling.layer_latency`. Give exactly one of the
             four.
         importance: A Torch-Pruning importance. By default `SynapticImportance`, which takes the variance of what
-            arrives at each channel from the calibration inputs if there are any, else from the net run on noise; with
+            arrives at each channel from the calibration inputs if there are any, else from the model run on noise; with
             "linear" or "reconstruct" it counts less of what stronger channels tell already, without them it scores
             by "relevance" (by "share" in the local scope).
         ignore: Modules or module paths whose output channels stay; one alone, or several.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
-            share, "measured" ranks all channels by the damage to the output that their removal was seen to do on the
-            calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`;
-            without any it is measured on noise, on which relevance has a say, too. By default "measured" with 8
+            share, "sensitivity" ranks all channels by the output error that their removal was seen to do on
+            the calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`;
+            without any it is measured on noise, on which relevance has a say, too. By default "sensitivity" with 8
             calibration inputs or more, or with "mean" and none where batch norms tell what noise should come to; else
             "global".
         max_ratio: No layer loses a larger share of its channels than this.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
-            little, with 1 importance per cost decides. By default 1 for the measured scope, for which it is damage;
-            0.75 where relevance counts, in the global scope and on noise; 0.5 for other scores. Means nothing to
+            little, with 1 importance per cost decides. By default 1 for the sensitivity scope, for which it is output
+            error; 0.75 where relevance counts, in the global scope and on noise; 0.5 for other scores. Means nothing to
             `ratio` and to the local scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", see `ss_pruning.compensation.folding`. With "none" the pruned model equals the masked one.
-        calibration: Unlabelled inputs, to measure damage on and to compensate by: a tensor, or an iterable of batches
-            (a data loader). A few hundred. Or "distilled": images made from the model's batch norms, see
+        calibration: Unlabelled inputs, to measure output error on and to compensate by: a tensor, or an iterable of
+            batches (a data loader). A few hundred. Or "synthetic": images made from the model's batch norms, see
             `ss_pruning.compensation.synthetic_data`.
-        reestimate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has
-            moved, on the calibration inputs or, without any, on noise, see `ss_pruning.compensation.batchnorm`. By
+        recalibrate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them
+            has moved, on the calibration inputs or, without any, on noise, see `ss_pruning.compensation.batchnorm`. By
             default with "mean" and "linear". With "none" the pruned model then no longer equals the masked one, and
             works better.
         latency_inputs: What times are measured on, in the batch size that counts; `example_inputs` by default.
-        progress: Called with (stage, done, total), "distil" and "measure" in steps of their own.
+        progress: Called with (stage, done, total), "synthesize" and "measure" in steps of their own.
 
     Returns:
         What was done, see `ss_pruning.report.records.Report`.
@@ -121,7 +121,7 @@ def prune_(
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     _check_options(scope, max_ratio, round_to, cost_exponent)
     check_compensation(compensation, calibration)
-    reestimate = default_reestimate(compensation) if reestimate is None else reestimate
+    recalibrate = default_recalibrate(compensation) if recalibrate is None else recalibrate
     check_finite(model)
     clock = Clock(progress or (lambda *_: None))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
@@ -129,7 +129,7 @@ def prune_(
             connectivity = trace(model, example_inputs)
             coupling = couple(connectivity, model, _ignored(model, ignore, connectivity))
             costs = Costs(model, example_inputs, connectivity, coupling)
-        images = calibration_images(calibration, model, example_inputs, clock.steps("distil"))
+        images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
         with clock("score", 1):
             powers = powers_along(connectivity, model, example_inputs)
             strengths = {path: (power.numel(), _quantiles(power)) for path, power, _ in powers}
@@ -148,17 +148,17 @@ def prune_(
             importance,
             images,
             compensation,
-            reestimate,
+            recalibrate,
             cost_exponent,
         )
         found = _verified_plan(ranker, scope, latency, stopwatch(model, timed_on), clock)
         with clock("cut", 4):
             ready, plan, outcome = prepared(
-                model, found.verified.plan, connectivity, compensation, images, example_inputs, reestimate
+                model, found.verified.plan, connectivity, compensation, images, example_inputs, recalibrate
             )
         options = {"max_ratio": max_ratio, "round_to": round_to, "compensation": compensation}
-        if reestimate:
-            options["reestimate"] = True
+        if recalibrate:
+            options["recalibrate"] = True
         report = Report(
             model=type(model).__name__,
             **_sizes(ready, example_inputs, plan, costs),
@@ -197,10 +197,10 @@ def _settings(
         **options,
     }
     if ranking.on_noise:
-        settings["damage measured on"] = "noise"
+        settings["sensitivity measured on"] = "noise"
     if ranking.not_measured:
         on = " on noise" if calibration is None else ""
-        settings[f"damage not measured{on}"] = ranking.not_measured
+        settings[f"sensitivity not measured{on}"] = ranking.not_measured
     if isinstance(calibration, str):
         settings["calibration"] = calibration
     if outcome.inexact:
@@ -243,7 +243,7 @@ def _verified_plan(
                 try:
                     verified, times = _in_time(search, ranking.scores, latency, measure)
                     return _Found(verified, ranking, coupling.excluded, times)
-                except FailedUnits:
+                except FailedGroups:
                     less, known = coupling.without(search.reasons, search.excluded()), search.verified
             ranker = replace(ranker, coupling=less, importance=ranking.importance)
     finally:
@@ -298,10 +298,10 @@ def _check_options(
 
 
 def _rounded(round_to: Any, costs: Costs, coupling: Coupling) -> Any:
-    """Each unit's own multiple, if those are to be measured."""
+    """Each group's own multiple, if those are to be measured."""
     if round_to != "measured" or costs.times is None:
         return round_to
-    return roundings(costs.times, coupling.units)
+    return roundings(costs.times, coupling.groups)
 
 
 def _ignored(

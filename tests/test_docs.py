@@ -1,4 +1,4 @@
-"""The Python blocks of a page run, one after the other, as a reader would type them."""
+"""The Python blocks of a page run, one after the other, as a consumer would type them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import ss_pruning
 from ss_pruning import prune_
 from ss_pruning.cli.app import app
-from ss_pruning.compensation.synthetic_data import distill
+from ss_pruning.compensation.synthetic_data import synthesize
 from ss_pruning.config import METHODS
 from ss_pruning.errors import BudgetError, NothingToPruneError
 from tests.integrations.test_torch_pruning import pruner_of
@@ -79,7 +79,7 @@ def loss(model: nn.Module, dense: nn.Module, images: Tensor) -> float:
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_compensation_is_as_good_as_on_a_cpu(name: str, method: Any) -> None:
-    """Not the same: damage is measured and regressions are solved in single precision, and widths follow them."""
+    """Not the same: output error is measured and regressions are solved in single precision, and widths follow them."""
     net = BY_NAME[name]
     here, there, inputs = copies(net)
     dense = net.make().double()
@@ -131,10 +131,10 @@ def test_nothing_else_changes(method: Any) -> None:
 
 def test_distilled_images_are_made_there() -> None:
     net = BY_NAME["residual_chain"]
-    found = distill(net.make().to(GPU), net.inputs[0].to(GPU), images=16, steps=5)
+    found = synthesize(net.make().to(GPU), net.inputs[0].to(GPU), images=16, steps=5)
     assert found.device.type == "cuda"
     assert bool(found.isfinite().all())
-    there = distill(net.make(), net.inputs[0], images=16, steps=5, device=GPU)
+    there = synthesize(net.make(), net.inputs[0], images=16, steps=5, device=GPU)
     assert there.device.type == "cpu"
     torch.testing.assert_close(found.cpu(), there, atol=1e-2, rtol=1e-2)
 

@@ -240,8 +240,8 @@ def _fed_by_dead(connectivity: Connectivity, path: str, dead: Mapping[str, Tenso
     for edge in connectivity.edges[path]:
         source, channel = edge.pairs.cpu().unbind(1)
         fed[channel] = True
-        gone = dead.get(edge.source)
-        alive[channel] |= True if gone is None else ~gone[source]
+        pruned = dead.get(edge.source)
+        alive[channel] |= True if pruned is None else ~pruned[source]
     return fed & ~alive
 
 

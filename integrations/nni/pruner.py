@@ -68,7 +68,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
         evaluator: With one, `compress(max_steps, max_epochs)` trains with the strength penalty, then masks; `AGPPruner`
             and `LinearPruner` need one.
-        moments: Where variances come from: "batchnorm", "gaussian" or batches, see `ss_pruning.synaptic_strength`.
+        statistics: Where variances come from: "batchnorm", "gaussian" or batches, see `ss_pruning.synaptic_strength`.
         score: "share" or "strength".
         penalty: What the sum of the configured layers' strengths is multiplied with in the loss.
         existed_wrappers: For `from_compressor`.
@@ -86,7 +86,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         example_inputs: Any = None,
         evaluator: Evaluator | None = None,
         *,
-        moments: MomentSource = "batchnorm",
+        statistics: MomentSource = "batchnorm",
         score: Score = "share",
         penalty: float = 1e-4,
         existed_wrappers: Mapping[str, Any] | None = None,
@@ -99,7 +99,12 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
             raise InputError(f"score={score!r} is unknown; use 'share' or 'strength'")
         check_finite(model)
         self.connectivity = trace(model, example_inputs)
-        self.example_inputs, self.moments, self.score, self.penalty = example_inputs, moments, score, penalty
+        self.example_inputs, self.statistics, self.score, self.penalty = (
+            example_inputs,
+            statistics,
+            score,
+            penalty,
+        )
         config_list = _with_subclasses(model, config_list)
         super().__init__(model, config_list, evaluator, existed_wrappers)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -167,8 +172,8 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
     def _variances(self) -> dict[str, Tensor]:
         """By layer, `[in_channels]`: the variance of what arrives."""
         model, connectivity, paths = self.bound_model, self.connectivity, synaptic_paths(self.connectivity)
-        moments = measure(model, connectivity, self.moments, self.example_inputs, paths)
-        return {path: found.variance for path, found in moments.items()}
+        statistics = measure(model, connectivity, self.statistics, self.example_inputs, paths)
+        return {path: found.variance for path, found in statistics.items()}
 
     def _generate_sparsity(self, metrics: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         return generate_masks(metrics, self._target_spaces)

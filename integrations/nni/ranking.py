@@ -108,8 +108,8 @@ def rank_globally(targets: list[tuple[Tensor, Any]]) -> list[Tensor]:
         keys.append(flat.masked_fill(place >= high, torch.inf))
         grains.append(torch.full((n,), grain))
         forced.append(place < min(low, high))
-    gone = _lowest(torch.cat(keys), torch.cat(grains), torch.cat(forced), ratio)
-    parts = (~gone).split([scores.numel() for scores, _ in targets])
+    pruned = _lowest(torch.cat(keys), torch.cat(grains), torch.cat(forced), ratio)
+    parts = (~pruned).split([scores.numel() for scores, _ in targets])
     return [part.reshape(scores.shape).to(scores) for part, (scores, _) in zip(parts, targets, strict=True)]
 
 
@@ -120,6 +120,6 @@ def _lowest(keys: Tensor, grains: Tensor, forced: Tensor, ratio: float) -> Tenso
     allowed = keys[order].isfinite() | forced[order]
     order = order[allowed]
     count = int(torch.searchsorted(grains[order].cumsum(0), budget, right=True))
-    gone = forced.clone()
-    gone[order[:count]] = True
-    return gone
+    pruned = forced.clone()
+    pruned[order[:count]] = True
+    return pruned

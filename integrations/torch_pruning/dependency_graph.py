@@ -16,7 +16,7 @@ from torch import nn
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import IGNORED_REASON, Cell, Excluded, Member, Unit, couple
+from ss_pruning.graph.groups import IGNORED_REASON, Excluded, Member, PruningGroup, Subgroup, couple
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
 from ss_pruning.graph.refusals import check_bare, check_weights
 from ss_pruning.graph.tracing import trace
@@ -30,21 +30,23 @@ ROOT_TYPES = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 
 
 class ChannelGroup(tp.dependency.Group):  # type: ignore[misc]
-    """Families as a Torch-Pruning group: `group[i].idxs` are channels, `group[i].root_idxs` places in `group[0]`.
+    """Channel sets as a Torch-Pruning group: `group[i].idxs` are channels, `group[i].root_idxs` places in `group[0]`.
 
     Layers that Torch-Pruning has no name for are cut as well, though no item stands for them.
     """
 
-    def __init__(self, graph: ChannelGraph, cells: Iterable[Cell]) -> None:
+    def __init__(self, graph: ChannelGraph, subgroups: Iterable[Subgroup]) -> None:
         super().__init__()
-        self._DG, self.era, self.cells = graph, graph.latest, tuple(cells)
-        self.order = list(range(sum(cell.size for cell in self.cells)))  # families by place in the root
+        self._DG, self.era, self.subgroups = graph, graph.latest, tuple(subgroups)
+        self.order = list(
+            range(sum(subgroup.size for subgroup in self.subgroups))
+        )  # channel sets by place in the root
 
     def only(self, wanted: Callable[[Any], bool]) -> ChannelGroup | None:
         """The group with some of its items; None if its root is not among them."""
         if not wanted(self[0].dep):
             return None
-        group = ChannelGroup(self._DG, self.cells)
+        group = ChannelGroup(self._DG, self.subgroups)
         group.order, group._group = self.order, [item for item in self if wanted(item.dep)]
         return group
 
@@ -69,9 +71,9 @@ class ChannelGroup(tp.dependency.Group):  # type: ignore[misc]
                 f"{len(self[0].idxs)} channels of '{self[0].dep.target.name}' cannot go: something must stay, and all "
                 "parts (of a grouped convolution, of a split) must lose as many"
             )
-        plan = self.era.apply(self.era.verify(self.cells).plan, self.cells)
+        plan = self.era.apply(self.era.verify(self.subgroups).plan, self.subgroups)
         if record_history:
-            graph.record(self.cells[0].root.path, plan)
+            graph.record(self.subgroups[0].root.path, plan)
 
 
 class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
@@ -148,7 +150,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     @property
     def era(self) -> Era:
         """The model as it is now."""
-        if self._stale or self.latest.gone:
+        if self._stale or self.latest.pruned:
             self._trace_anew()
         return self.latest
 
@@ -165,11 +167,15 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     @property
     def excluded(self) -> list[Excluded]:
         """Layers that no group offers, with the reason."""
-        unequal = [unit for unit in self.era.units.values() if self.group_of(unit.cells) is None]
+        unequal = [
+            pruning_group
+            for pruning_group in self.era.groups.values()
+            if self.group_of(pruning_group.subgroups) is None
+        ]
         reason = "its parts come from several layers, which no Torch-Pruning group can express"
         return [
             *self.era.coupling.excluded,
-            *(Excluded((u.name,), sum(c.size for c in u.cells), reason) for u in unequal),
+            *(Excluded((u.name,), sum(c.size for c in u.subgroups), reason) for u in unequal),
         ]
 
     def get_all_groups(
@@ -179,19 +185,19 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     ) -> Iterator[ChannelGroup]:
         """All groups in full, each as the model is when it is its turn: earlier ones may be cut meanwhile."""
         ignored = set(ignored_layers)
-        for label in list(self.era.units):
-            unit = self.era.units.get(label)
-            if unit is None or not self.is_root(unit, root_module_types):
+        for label in list(self.era.groups):
+            pruning_group = self.era.groups.get(label)
+            if pruning_group is None or not self.is_root(pruning_group, root_module_types):
                 continue
-            group = self.group_of(unit.cells)
+            group = self.group_of(pruning_group.subgroups)
             if group is not None and not any(
                 _writes(i.dep) and i.dep.target.module in ignored for i in group
             ):
                 yield group
 
-    def is_root(self, unit: Unit, types: Sequence[Any]) -> bool:
-        """True if a layer of one of the types writes what the unit shrinks."""
-        return any(isinstance(self.modules[path], tuple(types)) for path in producers(unit))
+    def is_root(self, pruning_group: PruningGroup, types: Sequence[Any]) -> bool:
+        """True if a layer of one of the types writes what the group shrinks."""
+        return any(isinstance(self.modules[path], tuple(types)) for path in producers(pruning_group))
 
     def get_pruning_group(
         self, module: nn.Module, pruning_fn: Any, idxs: Iterable[int] | int
@@ -207,56 +213,63 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         era, path = self.era, self._module2name[module]
         sides = ("in",) if pruning_fn in _IN and not is_depthwise(module) else ("out", "through")
         wanted = np.atleast_1d(np.asarray(idxs if isinstance(idxs, int) else list(idxs), dtype=np.int64))
-        cells = []
-        for cell in (c for unit in era.coupling.units for c in unit.cells):
+        subgroups = []
+        for subgroup in (c for pruning_group in era.coupling.groups for c in pruning_group.subgroups):
             rows = [
-                np.isin(m.index, wanted).any(1) for m in cell.members if m.path == path and m.side in sides
+                np.isin(m.index, wanted).any(1)
+                for m in subgroup.members
+                if m.path == path and m.side in sides
             ]
             if rows and rows[0].any():
-                cells.append(rows_of(cell, np.flatnonzero(rows[0])))
-        group = self.group_of(cells, module, sides[0]) if cells else None
+                subgroups.append(rows_of(subgroup, np.flatnonzero(rows[0])))
+        group = self.group_of(subgroups, module, sides[0]) if subgroups else None
         if group is None:
             reasons = [left.reason for left in era.coupling.excluded if path in left.paths]
             raise InputError(f"these channels of '{path}' must stay: {'; '.join(reasons) or 'see excluded'}")
         return group
 
     def group_of(
-        self, cells: Sequence[Cell], root: nn.Module | None = None, side: str = "out"
+        self, subgroups: Sequence[Subgroup], root: nn.Module | None = None, side: str = "out"
     ) -> ChannelGroup | None:
-        """The families as one group, in the order of its root's channels; None if no layer side holds them all."""
+        """The channel sets as one group, in the order of its root's channels; None if no layer side holds them all."""
         merged: dict[Any, tuple[Any, list[int], list[int]]] = {}
         total = 0
-        for cell in cells:
-            for item in as_group(cell, self):
+        for subgroup in subgroups:
+            for item in as_group(subgroup, self):
                 found = merged.setdefault((item.dep.target.module, item.dep.handler), (item.dep, [], []))
                 found[1].extend(item.idxs)
-                found[2].extend(total + family for family in item.root_idxs)
-            total += cell.size
-        if not any(len(set(families)) == total for _, _, families in merged.values()):
+                found[2].extend(total + channel_set for channel_set in item.root_idxs)
+            total += subgroup.size
+        if not any(len(set(channel_sets)) == total for _, _, channel_sets in merged.values()):
             return None
 
         def rank(item: tuple[Any, list[int], list[int]]) -> tuple[bool, ...]:
-            dep, idxs, families = item
-            wrong = len(set(families)) < total, dep.layer is not root and len(idxs) > total
+            dep, idxs, channel_sets = item
+            wrong = len(set(channel_sets)) < total, dep.layer is not root and len(idxs) > total
             return *wrong, dep.layer is not root, _writes(dep) != (side == "out")
 
         items = sorted(merged.values(), key=rank)
         first = dict(zip(reversed(items[0][2]), reversed(items[0][1]), strict=True))
-        group = ChannelGroup(self, cells)
+        group = ChannelGroup(self, subgroups)
         group.order = sorted(first, key=first.__getitem__)
-        place = {family: i for i, family in enumerate(group.order)}
-        for dep, idxs, families in items:
-            pairs = sorted(zip((place[f] for f in families), idxs, strict=True))
+        place = {channel_set: i for i, channel_set in enumerate(group.order)}
+        for dep, idxs, channel_sets in items:
+            pairs = sorted(zip((place[f] for f in channel_sets), idxs, strict=True))
             group.add_dep(dep, [i for _, i in pairs])
             group[-1].root_idxs = [i for i, _ in pairs]
         return group
 
     def check_pruning_group(self, group: ChannelGroup) -> bool:
-        """True if something of every unit stays, and all its parts lose the same share."""
-        gone = {slot for cell in (*group.era.gone, *group.cells) for slot in _families(cell)}
-        for unit in group.era.coupling.units:
-            lost = {sum(s in gone for s in _families(cell)) * unit.steps / cell.size for cell in unit.cells}
-            if len(lost) > 1 or lost == {unit.steps}:
+        """True if something of every group stays, and all its parts lose the same share."""
+        pruned = {
+            slot for subgroup in (*group.era.pruned, *group.subgroups) for slot in _channel_sets(subgroup)
+        }
+        for pruning_group in group.era.coupling.groups:
+            lost = {
+                sum(s in pruned for s in _channel_sets(subgroup)) * pruning_group.steps / subgroup.size
+                for subgroup in pruning_group.subgroups
+            }
+            if len(lost) > 1 or lost == {pruning_group.steps}:
                 return False
         return True
 
@@ -294,19 +307,23 @@ def _writes(dep: Any) -> bool:
     return dep.handler not in _IN
 
 
-def rows_of(cell: Cell, rows: Ints) -> Cell:
-    """Some families of a cell."""
-    return Cell(tuple(Member(m.path, m.side, m.index[rows]) for m in cell.members))
+def rows_of(subgroup: Subgroup, rows: Ints) -> Subgroup:
+    """Some channel sets of a subgroup."""
+    return Subgroup(tuple(Member(m.path, m.side, m.index[rows]) for m in subgroup.members))
 
 
-def _families(cell: Cell) -> list[tuple[str, int]]:
-    """Names for the families of a cell: the first producer and its channel."""
-    return [(cell.root.path, channel) for channel in cell.root.index[:, 0].tolist()]
+def _channel_sets(subgroup: Subgroup) -> list[tuple[str, int]]:
+    """Names for the channel sets of a subgroup: the first producer and its channel."""
+    return [(subgroup.root.path, channel) for channel in subgroup.root.index[:, 0].tolist()]
 
 
-def producers(unit: Unit) -> list[str]:
-    """The layers whose outputs the unit shrinks."""
-    return list(dict.fromkeys(m.path for cell in unit.cells for m in cell.members if m.side == "out"))
+def producers(pruning_group: PruningGroup) -> list[str]:
+    """The layers whose outputs the group shrinks."""
+    return list(
+        dict.fromkeys(
+            m.path for subgroup in pruning_group.subgroups for m in subgroup.members if m.side == "out"
+        )
+    )
 
 
 def _width(module_or_node: Any, side: Literal["in", "out"]) -> int | None:

@@ -1,4 +1,4 @@
-"""Channel-graph cells dressed as Torch-Pruning groups, so that any of its importances can score them."""
+"""Channel-graph subgroups dressed as Torch-Pruning groups, so that any of its importances can score them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Cell, Member
+from ss_pruning.graph.groups import Member, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 
 
@@ -35,8 +35,8 @@ class _Node:
 
 
 @dataclass
-class CellGraph:
-    """Stands for Torch-Pruning's `DependencyGraph` in groups made from cells."""
+class SubgroupGraph:
+    """Stands for Torch-Pruning's `DependencyGraph` in groups made from subgroups."""
 
     model: nn.Module
     example_inputs: Any
@@ -55,12 +55,12 @@ class CellGraph:
         return handler not in (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 
 
-def as_group(cell: Cell, graph: CellGraph) -> Any:
-    """A cell as a Torch-Pruning group, for any importance; `root_idxs` number the cell's families from 0."""
+def as_group(subgroup: Subgroup, graph: SubgroupGraph) -> Any:
+    """A subgroup as a Torch-Pruning group, for any importance; `root_idxs` number its channel sets from 0."""
     group = tp.dependency.Group()
     group._DG = graph
     modules = graph.modules
-    members = sorted(cell.members, key=lambda m: not (m.side == "out" and m.index.shape[1] == 1))
+    members = sorted(subgroup.members, key=lambda m: not (m.side == "out" and m.index.shape[1] == 1))
     for member in members:
         handler = _handler(modules.get(member.path), member)
         if handler is None:
@@ -70,7 +70,7 @@ def as_group(cell: Cell, graph: CellGraph) -> Any:
             tp.dependency.Dependency(handler, handler, node, node), member.index.reshape(-1).tolist()
         )
         width = member.index.shape[1]
-        group[-1].root_idxs = np.repeat(np.arange(cell.size), width).tolist()
+        group[-1].root_idxs = np.repeat(np.arange(subgroup.size), width).tolist()
     return group
 
 
@@ -103,35 +103,37 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
     return None
 
 
-def cell_scores(importance: Any, cells: Sequence[Cell], graph: CellGraph) -> list[Tensor]:
-    """Score every cell with a Torch-Pruning importance; one value a family.
+def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: SubgroupGraph) -> list[Tensor]:
+    """Score every subgroup with a Torch-Pruning importance; one value a channel set.
 
-    Cells that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
+    Subgroups that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
     one group, so that an importance that normalises within a group sees the whole layer, as in Torch-Pruning.
 
     Raises:
         InputError: The importance returns scores of the wrong length, NaN, or minus infinity. Infinity keeps a channel.
     """
     alike: dict[Any, list[int]] = defaultdict(list)
-    for i, cell in enumerate(cells):
-        alike[tuple((m.path, m.side, m.index.shape[1]) for m in cell.members)].append(i)
+    for i, subgroup in enumerate(subgroups):
+        alike[tuple((m.path, m.side, m.index.shape[1]) for m in subgroup.members)].append(i)
     scores: dict[int, Tensor] = {}
     graph.round = object()
     for numbers in alike.values():
-        whole = _joined([cells[i] for i in numbers])
-        parts = _score_one(importance, whole, graph).split([cells[i].size for i in numbers])
+        whole = _joined([subgroups[i] for i in numbers])
+        parts = _score_one(importance, whole, graph).split([subgroups[i].size for i in numbers])
         scores.update(zip(numbers, parts, strict=True))
-    return [scores[i] for i in range(len(cells))]
+    return [scores[i] for i in range(len(subgroups))]
 
 
-def _joined(cells: Sequence[Cell]) -> Cell:
-    """Cells of the same layers as one."""
-    columns = zip(*(cell.members for cell in cells), strict=True)
-    return Cell(tuple(Member(c[0].path, c[0].side, np.concatenate([m.index for m in c])) for c in columns))
+def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:
+    """Subgroups of the same layers as one."""
+    columns = zip(*(subgroup.members for subgroup in subgroups), strict=True)
+    return Subgroup(
+        tuple(Member(c[0].path, c[0].side, np.concatenate([m.index for m in c])) for c in columns)
+    )
 
 
-def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
-    group = as_group(cell, graph)
+def _score_one(importance: Any, subgroup: Subgroup, graph: SubgroupGraph) -> Tensor:
+    group = as_group(subgroup, graph)
     try:
         values = importance(group)
     except (IndexError, RuntimeError):  # some of Torch-Pruning's own fail on what a grouped convolution reads
@@ -141,14 +143,14 @@ def _score_one(importance: Any, cell: Cell, graph: CellGraph) -> Tensor:
         group._group = items
         values = importance(group)
     if values is None:  # Torch-Pruning's sign for "knows nothing here"
-        values = torch.full((cell.size,), float("inf"))
+        values = torch.full((subgroup.size,), float("inf"))
     values = torch.as_tensor(values).detach().double().cpu().flatten()
-    if cell.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
+    if subgroup.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
         values = values.nan_to_num(nan=float("inf"))
     wrong = int((values.isnan() | values.isneginf()).sum())
-    if len(values) < cell.size or wrong:
+    if len(values) < subgroup.size or wrong:
         raise InputError(
             f"{type(importance).__name__} gave {len(values)} scores ({wrong} of them NaN or -inf) for the "
-            f"{cell.size} channels of '{cell.root.path}'; give each a number, or inf to keep it"
+            f"{subgroup.size} channels of '{subgroup.root.path}'; give each a number, or inf to keep it"
         )
-    return values[: cell.size]
+    return values[: subgroup.size]

@@ -23,7 +23,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.graph.tracing import trace
-from ss_pruning.importance.activation_stats import Moments, MomentSource, measure
+from ss_pruning.importance.activation_stats import ActivationStatistics, MomentSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
 from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
@@ -44,7 +44,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
     model: they are taken from the current weights, and who feeds whom is traced anew when a width has changed.
 
     Args:
-        moments: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
+        statistics: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
             that `benchmarks/accuracy.py` prefers on training images; "batchnorm" is the paper's, and the fastest:
             take it for pruners that regularise, which score at every training step.
         score: "share" of each output's variance (default), "strength" itself, its Gaussian "entropy", or "relevance":
@@ -55,11 +55,11 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             across layers as they are, which is what shares are for.
         example_inputs: What the model's `forward` takes. Without it, the input that Torch-Pruning's graph was built
             with is recovered from what its first layers have read, and the model is run on it to see whether it is.
-        conditional: Count less of what the stronger channels that a reader sees tell already, see
+        conditional: Count less of what the stronger channels that a consumer sees tell already, see
             `ss_pruning.importance.conditional_variance`: where they explain `R^2` of a channel, its score is multiplied
             by `1 - R^2` to this power, from 0 (nothing of it is made up for) to 1 (all). For cuts after which the
             weights that stay are solved anew: `prune_` takes 1 then, and 0.5 where layers compete by these scores.
-            Needs batches as `moments`.
+            Needs batches as `statistics`.
 
     Raises:
         InputError: An option is unknown or out of range.
@@ -67,7 +67,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def __init__(
         self,
-        moments: MomentSource = "gaussian",
+        statistics: MomentSource = "gaussian",
         score: Score = "share",
         reduce: Reduction = "sum",
         normalizer: Normalizer | None = None,
@@ -79,20 +79,22 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
         _check("normalizer", normalizer, (None, "mean", "max", "sum"))
         if not 0 <= conditional <= 1:
             raise InputError(f"conditional={conditional!r} must lie in [0, 1]")
-        if isinstance(moments, str):
-            _check("moments", moments, ("batchnorm", "gaussian"))
+        if isinstance(statistics, str):
+            _check("statistics", statistics, ("batchnorm", "gaussian"))
             if conditional:
                 raise InputError(
-                    f"conditional={conditional!r} needs covariances; {moments!r} has none: give batches as moments"
+                    f"conditional={conditional!r} needs covariances; {statistics!r} has none: give batches"
                 )
-        self.moments = (
-            list(moments) if isinstance(moments, Iterator) else moments
+        self.statistics = (
+            list(statistics) if isinstance(statistics, Iterator) else statistics
         )  # each look at it needs them all
         self.score, self.reduce, self.normalizer = score, reduce, normalizer
         self.conditional = conditional
         self.example_inputs = example_inputs
         self._connectivity: tuple[Any, Any, Connectivity] | None = None
-        self._moments: tuple[Connectivity, dict[str, Tensor], dict[str, Moments]] | None = None
+        self._statistics: tuple[Connectivity, dict[str, Tensor], dict[str, ActivationStatistics]] | None = (
+            None
+        )
         self._pass = _Pass()
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -125,7 +127,7 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def _read(self, model: nn.Module, connectivity: Connectivity, group: Any) -> Mapping[str, Tensor]:
         """What the scores of a group are made from: with the paper's variances only norms and its own layers."""
-        if self.moments != "batchnorm" or self.score == "relevance":
+        if self.statistics != "batchnorm" or self.score == "relevance":
             return tensors_of(model)
         own = {item.dep.target.module for item in group}
         return {
@@ -174,48 +176,50 @@ class SynapticImportance(tp.importance.Importance):  # type: ignore[misc]
             path = paths[module]
             if path not in connectivity.layers:
                 return None
-            moments = self._measured(model, connectivity, path, graph)
+            statistics = self._measured(model, connectivity, path, graph)
             if self.score == "relevance":
-                scores = self._relevance(model, connectivity)[path].to(moments.variance)
+                scores = self._relevance(model, connectivity)[path].to(statistics.variance)
             else:
-                power = synaptic_power(module, moments.variance)
+                power = synaptic_power(module, statistics.variance)
                 scores = self._reduced(by_input_channel(module, _scored(power, self.score)))
-            if moments.covariance is not None:
-                left = unexplained(moments.covariance, scores, moments.rows, groups_of(module))
+            if statistics.covariance is not None:
+                left = unexplained(statistics.covariance, scores, statistics.rows, groups_of(module))
                 scores = scores * left.pow(self.conditional).to(scores)
             known[module] = scores
         return known[module]
 
     def _relevance(self, model: nn.Module, connectivity: Connectivity) -> dict[str, Tensor]:
-        """Of what all layers read; their moments have been measured."""
+        """Of what all layers read; their statistics have been measured."""
         if not self._pass.relevance:
-            assert self._moments is not None
+            assert self._statistics is not None
             variances = {
-                path: m.variance for path, m in self._moments[2].items() if path in connectivity.layers
+                path: m.variance for path, m in self._statistics[2].items() if path in connectivity.layers
             }
             self._pass.relevance = relevance(model, connectivity, variances)
         return self._pass.relevance
 
-    def _measured(self, model: nn.Module, connectivity: Connectivity, path: str, graph: Any) -> Moments:
+    def _measured(
+        self, model: nn.Module, connectivity: Connectivity, path: str, graph: Any
+    ) -> ActivationStatistics:
         """Of what arrives at a layer; measured again when a weight has changed."""
         if not self._pass.measured:
             if not self._holds(connectivity):
-                inputs = None if self.moments == "batchnorm" else self._inputs(graph)
+                inputs = None if self.statistics == "batchnorm" else self._inputs(graph)
                 paths = synaptic_paths(connectivity)
                 found = measure(
-                    model, connectivity, self.moments, inputs, paths, covariance=self.conditional > 0
+                    model, connectivity, self.statistics, inputs, paths, covariance=self.conditional > 0
                 )
-                self._moments = (connectivity, dict(self._pass.numbers), found)
+                self._statistics = (connectivity, dict(self._pass.numbers), found)
             self._pass.measured = True
-        assert self._moments is not None
-        return self._moments[2][path]
+        assert self._statistics is not None
+        return self._statistics[2][path]
 
     def _holds(self, connectivity: Connectivity) -> bool:
         """Whether what was measured before still is what would be."""
         return (
-            self._moments is not None
-            and self._moments[0] is connectivity
-            and _same(self._pass.numbers, self._moments[1])
+            self._statistics is not None
+            and self._statistics[0] is connectivity
+            and _same(self._pass.numbers, self._statistics[1])
         )
 
     def _reduced(self, scores: Tensor) -> Tensor:
@@ -251,7 +255,7 @@ class _Pass:
     """What one round over all groups shares: scores and variances of layers.
 
     Torch-Pruning gives no sign when a round begins. It has begun when a root comes by that was seen before, or when a
-    number in the model was changed: everything is dropped then. `cell_scores` says which round it is.
+    number in the model was changed: everything is dropped then. `subgroup_scores` says which round it is.
     """
 
     round: object = None

@@ -23,7 +23,7 @@ from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_compensation, cut_
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Cell, Excluded, Unit
+from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.tracing import trace
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
@@ -33,10 +33,10 @@ from ss_pruning.integrations.torch_pruning.dependency_graph import (
     producers,
     rows_of,
 )
-from ss_pruning.integrations.torch_pruning.groups import cell_scores
+from ss_pruning.integrations.torch_pruning.groups import subgroup_scores
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.defaults import default_reestimate
+from ss_pruning.planning.defaults import default_recalibrate
 from ss_pruning.planning.search import FORWARD_REASON, PlanSearch
 from ss_pruning.surgery.plan import Plan
 
@@ -164,22 +164,22 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         *,
         compensation: Method = "none",
         calibration: Any = None,
-        reestimate: bool | None = None,
+        recalibrate: bool | None = None,
     ) -> Iterator[ChannelGroup] | None:
         """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
 
         Args:
             interactive: Hand out groups instead of cutting.
             compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation.folding`.
-            calibration: Unlabelled inputs for it: a tensor, batches, or "distilled".
-            reestimate: Move the statistics of the batch norms behind the cut; by default with "mean" and "linear".
+            calibration: Unlabelled inputs for it: a tensor, batches, or "synthetic".
+            recalibrate: Move the statistics of the batch norms behind the cut; by default with "mean" and "linear".
 
         Raises:
             InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
         """
         check_compensation(compensation, calibration)
-        reestimate = default_reestimate(compensation) if reestimate is None else reestimate
-        plain = compensation == "none" and not reestimate
+        recalibrate = default_recalibrate(compensation) if recalibrate is None else recalibrate
+        plain = compensation == "none" and not recalibrate
         if interactive and not plain:
             raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")
         self.current_step += 1
@@ -187,7 +187,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return self._prune()
         try:
             with torch.inference_mode(False), quiet_hooks(self.model, self.DG.example_inputs):
-                self._cut_chosen(None if plain else partial(self._cut, compensation, calibration, reestimate))
+                self._cut_chosen(
+                    None if plain else partial(self._cut, compensation, calibration, recalibrate)
+                )
         except BaseException:
             self.current_step -= 1  # nothing was cut: the step is still to come
             raise
@@ -200,67 +202,73 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             era: Era = self.DG.latest
             self.DG.record(
                 ", ".join(part[0].root.path for part in parts),
-                era.apply(plan, [cell for part in parts for cell in part], cut),
+                era.apply(plan, [subgroup for part in parts for subgroup in part], cut),
             )
 
-    def _cut(self, method: Method, calibration: Any, reestimate: bool, plan: Plan) -> Plan:
+    def _cut(self, method: Method, calibration: Any, recalibrate: bool, plan: Plan) -> Plan:
         """Cut with compensation; the connectivity is that of the model as earlier steps have left it."""
         inputs = self.DG.example_inputs
         images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
-        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, reestimate)[0]
+        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, recalibrate)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:
         for part in self._choose()[1]:
             yield self.DG.group_of(part) or ChannelGroup(self.DG, part)
 
-    def _choose(self) -> tuple[Plan, list[list[Cell]]]:
-        """What goes in this step: the verified plan, and unit by unit the families."""
+    def _choose(self) -> tuple[Plan, list[list[Subgroup]]]:
+        """What goes in this step: the verified plan, and group by group the channel sets."""
         if self.current_step > self.iterative_steps:
             warnings.warn("all iterative steps are done, so nothing more is pruned", stacklevel=4)
             return Plan(), []
         era: Era = self.DG.era
         search = _Scoped(era.verifier, era.coupling, self, era)
-        for number, (label, unit) in enumerate(era.units.items()):
-            if label in self._failed or not self.DG.is_root(unit, self.root_module_types):
+        for number, (label, group) in enumerate(era.groups.items()):
+            if label in self._failed or not self.DG.is_root(group, self.root_module_types):
                 search.reasons[number] = ""
         with torch.no_grad():
             scores = iter(
-                cell_scores(self.importance, [c for unit in era.coupling.units for c in unit.cells], self.DG)
+                subgroup_scores(
+                    self.importance, [c for group in era.coupling.groups for c in group.subgroups], self.DG
+                )
             )
         verified = search.find_verified_plan(
-            [[next(scores).numpy() for _ in unit.cells] for unit in era.coupling.units]
+            [[next(scores).numpy() for _ in group.subgroups] for group in era.coupling.groups]
         )
-        for number, (label, unit) in enumerate(era.units.items()):
+        for number, (label, group) in enumerate(era.groups.items()):
             if reason := search.reasons.get(number):
-                size = sum(cell.size for cell in unit.cells)
-                self._failed[label] = Excluded((unit.name,), size, f"{FORWARD_REASON}: {reason}")
+                size = sum(subgroup.size for subgroup in group.subgroups)
+                self._failed[label] = Excluded((group.name,), size, f"{FORWARD_REASON}: {reason}")
         self.removed += search.taken
         return verified.plan, search.parts()
 
-    def scope_of(self, label: str, unit: Unit, modules: Mapping[str, nn.Module]) -> tuple[Hashable, float]:
-        """With what a unit is ranked, and the share that is to be gone there after this step."""
-        own = next((modules[p] for p in producers(unit) if modules[p] in self.pruning_ratio_dict), None)
+    def scope_of(
+        self, label: str, group: PruningGroup, modules: Mapping[str, nn.Module]
+    ) -> tuple[Hashable, float]:
+        """With what a group is ranked, and the share that is to be gone there after this step."""
+        own = next((modules[p] for p in producers(group) if modules[p] in self.pruning_ratio_dict), None)
         ratios = self.per_step_pruning_ratio if own is None else self.pruning_ratio_dict[own]
         scope: Hashable = label
         if own is not None and self.global_pruning:
             scope = self._own_scope[own]
         elif own is None and self.isomorphic:
-            scope = tuple((type(modules.get(m.path)), m.side) for cell in unit.cells for m in cell.members)
+            scope = tuple(
+                (type(modules.get(m.path)), m.side) for subgroup in group.subgroups for m in subgroup.members
+            )
         elif own is None and self.global_pruning:
             scope = None
         return scope, min(ratios[self.current_step], self.max_pruning_ratio)
 
-    def allowed(self, unit: Unit, era: Era) -> float:
-        """Share of its channels that a unit may still lose."""
+    def allowed(self, group: PruningGroup, era: Era) -> float:
+        """Share of its channels that a group may still lose."""
         keep = 1 - self.max_pruning_ratio
         shares = [
-            1 - keep * self._first_widths[p] / era.connectivity.layers[p].outputs for p in producers(unit)
+            1 - keep * self._first_widths[p] / era.connectivity.layers[p].outputs for p in producers(group)
         ]
         return max(0.0, min(shares))
 
     def estimate_importance(self, group: ChannelGroup) -> Tensor:
         """Scores of the group's channels; NaN, which regularisers skip, where the importance knows nothing."""
-        scores = torch.cat(cell_scores(self.importance, group.cells, self.DG))[group.order]
+        scores = torch.cat(subgroup_scores(self.importance, group.subgroups, self.DG))[group.order]
         return torch.where(scores.isinf(), float("nan"), scores).to(next(self.model.parameters()))
 
     @property
@@ -309,49 +317,53 @@ class _Scoped(PlanSearch):
     era: Era
     taken: Counter[Hashable] = field(default_factory=Counter, init=False)
 
-    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
+    def shrink(
+        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
+    ) -> tuple[Schedule, Ints]:
         """The largest number of moves in each scope that removes no more than its ratio."""
-        labels = {id(unit): label for label, unit in self.era.units.items()}
+        labels = {id(group): label for label, group in self.era.groups.items()}
         scopes: dict[tuple[Hashable, float], list[int]] = defaultdict(list)
-        for i, unit in enumerate(units):
-            scopes[self.pruner.scope_of(labels[id(unit)], unit, self.era.modules)].append(i)
-        steps = np.zeros(len(units), dtype=np.int64)
-        ranked: list[list[Ints]] = [[] for _ in units]
+        for i, group in enumerate(groups):
+            scopes[self.pruner.scope_of(labels[id(group)], group, self.era.modules)].append(i)
+        steps = np.zeros(len(groups), dtype=np.int64)
+        ranked: list[list[Ints]] = [[] for _ in groups]
         self.taken = Counter()
         for (scope, ratio), members in scopes.items():
-            inside = [units[i] for i in members]
+            inside = [groups[i] for i in members]
             order = schedule(
                 inside,
                 [scores[i] for i in members],
                 scope="global" if len(inside) > 1 else "local",
-                max_ratio=[self.pruner.allowed(unit, self.era) for unit in inside],
+                max_ratio=[self.pruner.allowed(group, self.era) for group in inside],
                 round_to=self.pruner.round_to,
             )
             moves = self._affordable(order, inside, scope, ratio)
             steps[members] = order.taken(moves)
-            self.taken[scope] = int(order.families[:moves].sum())
+            self.taken[scope] = int(order.channel_sets[:moves].sum())
             for i, ranks in zip(members, order.ranked, strict=True):
                 ranked[i] = ranks
         none = np.zeros(0, dtype=np.int64)
         return Schedule(none, none, none, ranked), steps
 
-    def _affordable(self, order: Schedule, units: Sequence[Unit], scope: Hashable, ratio: float) -> int:
+    def _affordable(
+        self, order: Schedule, groups: Sequence[PruningGroup], scope: Hashable, ratio: float
+    ) -> int:
         """How many moves of a scope its ratio pays for; rounded as Torch-Pruning does, a part of a channel goes."""
-        now = sum(cell.size for unit in units for cell in unit.cells)
+        now = sum(subgroup.size for group in groups for subgroup in group.subgroups)
         stay = int((now + self.pruner.removed[scope]) * (1 - ratio) + 1e-9)
-        return int(np.searchsorted(order.families.cumsum(), now - stay, side="right"))
+        return int(np.searchsorted(order.channel_sets.cumsum(), now - stay, side="right"))
 
-    def parts(self) -> list[list[Cell]]:
-        """Unit by unit, the families that go."""
+    def parts(self) -> list[list[Subgroup]]:
+        """Unit by group, the channel sets that go."""
         assert self.trial is not None
         parts = []
-        for unit, ranks, steps in zip(
-            self.trial.units, self.trial.order.ranked, self.trial.steps, strict=True
+        for group, ranks, steps in zip(
+            self.trial.groups, self.trial.order.ranked, self.trial.steps, strict=True
         ):
             if steps:
-                pairs = zip(unit.cells, ranks, strict=True)
+                pairs = zip(group.subgroups, ranks, strict=True)
                 parts.append(
-                    [rows_of(c, np.sort(rank[: steps * (c.size // unit.steps)])) for c, rank in pairs]
+                    [rows_of(c, np.sort(rank[: steps * (c.size // group.steps)])) for c, rank in pairs]
                 )
         return parts
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Cell, Coupling, Selection, Unit
+from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Attribute, Plan
@@ -29,7 +29,7 @@ class Era:
     connectivity: Connectivity
     coupling: Coupling
     done: Plan = field(default_factory=Plan)
-    gone: list[Cell] = field(default_factory=list)
+    pruned: list[Subgroup] = field(default_factory=list)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -42,45 +42,47 @@ class Era:
         return Verifier(self.model, self.example_inputs, self.connectivity)
 
     @cached_property
-    def units(self) -> dict[str, Unit]:
-        """By a label that outlives cuts: the path of the first producer, numbered where it has several units."""
+    def groups(self) -> dict[str, PruningGroup]:
+        """By a label that outlives cuts: the path of the first producer, numbered where it has several groups."""
         seen: Counter[str] = Counter()
         labels = {}
-        for unit in self.coupling.units:
-            seen[unit.name] += 1
-            labels[f"{unit.name}#{seen[unit.name]}"] = unit
+        for group in self.coupling.groups:
+            seen[group.name] += 1
+            labels[f"{group.name}#{seen[group.name]}"] = group
         return labels
 
-    def verify(self, cells: Sequence[Cell]) -> Verified:
-        """Verify the cut of these families on top of all that is gone.
+    def verify(self, subgroups: Sequence[Subgroup]) -> Verified:
+        """Verify the cut of these channel sets on top of all that is gone.
 
         Raises:
             VerificationError: The cut model would be wrong; nothing was changed.
         """
         selection: Selection = {}
-        for cell in (*self.gone, *cells):
-            for m in cell.members:
+        for subgroup in (*self.pruned, *subgroups):
+            for m in subgroup.members:
                 kept = selection.get((m.path, m.side), range(self.coupling.widths[m.path, m.side]))
                 selection[m.path, m.side] = tuple(np.setdiff1d(kept, m.index).tolist())
         plan = to_plan(selection, self.coupling, self.connectivity)
         part = GroupBisection(
-            [Unit(tuple(cells))],
+            [PruningGroup(tuple(subgroups))],
             lambda _, fixed, locate: self.verifier.verify(
-                plan, selection, self.coupling.units, fixed=fixed, locate=locate
+                plan, selection, self.coupling.groups, fixed=fixed, locate=locate
             ),
             set(),
         )
         part.search([0])
         if part.verified is None:
-            raise VerificationError(f"'{cells[0].root.path}' is excluded: {part.failed[0]}")
+            raise VerificationError(f"'{subgroups[0].root.path}' is excluded: {part.failed[0]}")
         return part.verified
 
-    def apply(self, plan: Plan, cells: Iterable[Cell], cut: Callable[[Plan], Plan] | None = None) -> Plan:
+    def apply(
+        self, plan: Plan, subgroups: Iterable[Subgroup], cut: Callable[[Plan], Plan] | None = None
+    ) -> Plan:
         """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before.
 
         Args:
             plan: What is gone in all, afterwards.
-            cells: The families that go.
+            subgroups: The channel sets that go.
             cut: Cuts the model to a plan and returns what it did, if more than cutting is to be done.
         """
         later = _since(self.done, plan)
@@ -89,7 +91,7 @@ class Era:
         else:
             later = cut(later)
         self.done = plan
-        self.gone.extend(cells)
+        self.pruned.extend(subgroups)
         return later
 
 

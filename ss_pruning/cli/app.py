@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from ss_pruning.cli import options as option
-from ss_pruning.cli.choices import Compensation, Importance, Moments, Request, Score
+from ss_pruning.cli.choices import Compensation, Importance, Request, Score, StatisticsSource
 from ss_pruning.cli.console import FAILED, guarded, not_interrupted, progress_bars
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def prune(
     std: option.Std = None,
     batch: option.Batch = 1,
     importance: option.Criterion = Importance.synaptic,
-    moments: option.MomentsOption = None,
+    statistics: option.Statistics = None,
     score: option.ScoreOption = None,
     scope: option.ScopeOption = None,
     max_ratio: option.MaxRatio = 0.9,
@@ -58,7 +58,7 @@ def prune(
     compensation: option.CompensationOption = Compensation.none,
     calibration: option.CalibrationOption = None,
     calibration_images: option.CalibrationImages = None,
-    reestimate: option.Reestimate = None,
+    recalibrate: option.Recalibrate = None,
     ignore: option.Ignore = None,
     out: option.OutFolder = None,
     seed: option.Seed = 0,
@@ -68,7 +68,7 @@ def prune(
     """Prune a model to a budget, report, and write the result."""
     with guarded() as results:
         budget = _budget(macs=macs, params=params, ratio=ratio, latency=latency)
-        _check_synaptic_options(importance, moments, score)
+        _check_synaptic_options(importance, statistics, score)
         needed_by = _needs_images(compensation)
         request = Request.of(context.params)
         options = {
@@ -79,7 +79,7 @@ def prune(
             "compensation": compensation.value,
             **({} if scope is None else {"scope": scope.value}),
             **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
-            **({} if reestimate is None else {"reestimate": reestimate}),
+            **({} if recalibrate is None else {"recalibrate": recalibrate}),
         }
         with _output_folder(out, weights):
             with progress_bars() as progress:
@@ -109,7 +109,7 @@ def score(
     input_size: option.InputSize = None,
     mean: option.Mean = None,
     std: option.Std = None,
-    moments: option.MomentsOption = Moments.batchnorm,
+    statistics: option.Statistics = StatisticsSource.batchnorm,
     weakest: option.Weakest = 10,
     out: option.OutFile = None,
     seed: option.Seed = 0,
@@ -131,7 +131,7 @@ def score(
             with _job.input_size_named(request):
                 strengths = _job.strengths_of(request, job)
         summary = scores.summarise(strengths, job.model, weakest)
-        facts = {"model": model, "moments": (moments or Moments.batchnorm).value}
+        facts = {"model": model, "statistics": (statistics or StatisticsSource.batchnorm).value}
         with _written_after(out, lambda path: scores.write(path, strengths, summary, facts)):
             scores.show(summary, facts, as_json, results)
 
@@ -286,10 +286,12 @@ def _multiple(text: str | None) -> int | str | None:
     return int(text)
 
 
-def _check_synaptic_options(importance: Importance, moments: Moments | None, score: Score | None) -> None:
+def _check_synaptic_options(
+    importance: Importance, statistics: StatisticsSource | None, score: Score | None
+) -> None:
     from ss_pruning.errors import InputError
 
-    given = {"--moments": moments is not None, "--score": score is not None}
+    given = {"--statistics": statistics is not None, "--score": score is not None}
     for name in (name for name, is_given in given.items() if is_given):
         if importance is not Importance.synaptic:
             raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")

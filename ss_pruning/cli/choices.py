@@ -19,7 +19,7 @@ class Importance(str, Enum):
     random = "random"
 
 
-class Moments(str, Enum):
+class StatisticsSource(str, Enum):
     """Where the variances of the channels come from."""
 
     batchnorm = "batchnorm"
@@ -45,7 +45,7 @@ class Compensation(str, Enum):
     reconstruct = "reconstruct"
 
 
-DATA, DISTILLED = "data", "distilled"
+DATA, SYNTHETIC = "data", "synthetic"
 """What calibration images may be, besides those of a folder: of the data, or made from the model."""
 
 
@@ -54,7 +54,7 @@ class Scope(str, Enum):
 
     all_layers = "global"
     each_layer = "local"
-    measured = "measured"
+    sensitivity = "sensitivity"
 
 
 class Request(NamedTuple):
@@ -67,7 +67,7 @@ class Request(NamedTuple):
     mean: str | None
     std: str | None
     data: str | None
-    moments: Moments | None
+    statistics: StatisticsSource | None
     seed: int
     device: str | None
     images: int | None = None
@@ -78,5 +78,5 @@ class Request(NamedTuple):
     def of(cls, params: Mapping[str, Any]) -> Request:
         """Pick them out of the parameters of a command; the others of `params` are its own."""
         own = {name: params[name] for name in cls._fields if name in params}
-        moments = params["moments"]  # typer has left its text there
-        return cls(**{**own, "moments": None if moments is None else Moments(moments)})
+        statistics = params["statistics"]  # typer has left its text there
+        return cls(**{**own, "statistics": None if statistics is None else StatisticsSource(statistics)})

@@ -13,7 +13,7 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning.cli.choices import DATA, DISTILLED, Importance, Moments, Request, Score
+from ss_pruning.cli.choices import DATA, SYNTHETIC, Importance, Request, Score, StatisticsSource
 from ss_pruning.cli.console import ProgressCallback, note
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
@@ -47,11 +47,15 @@ class Job(NamedTuple):
 
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
-    if request.moments is Moments.data and request.data is None and not _folder_of_photos(request):
-        raise InputError("--moments data reads images: say where they are with --data.")
+    if (
+        request.statistics is StatisticsSource.data
+        and request.data is None
+        and not _folder_of_photos(request)
+    ):
+        raise InputError("--statistics data reads images: say where they are with --data.")
     if (photos := _folder_of_photos(request)) and not photos.is_dir():
         raise InputError(
-            f"--calibration is data, distilled, or a folder of images; there is no folder {str(photos)!r}."
+            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(photos)!r}."
         )
     device = device_of(request.device)
     torch.manual_seed(request.seed)
@@ -151,18 +155,18 @@ def make_importance(
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
         from ss_pruning import SynapticImportance
-        from ss_pruning.compensation.batchnorm import hears_noise
+        from ss_pruning.compensation.batchnorm import supports_noise_calibration
         from ss_pruning.planning.defaults import default_conditional, default_scope, default_score
 
         compensation = options["compensation"]
-        moments = _moments(request, job, pictures)
-        images = 0 if isinstance(moments, str) else sum(map(len, moments))
-        by_default = default_scope(images, compensation, hears_noise(job.model, job.example))
+        statistics = _statistics(request, job, pictures)
+        images = 0 if isinstance(statistics, str) else sum(map(len, statistics))
+        by_default = default_scope(images, compensation, supports_noise_calibration(job.model, job.example))
         scope = options.get("scope") or by_default
         chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
         if images:
             chosen["conditional"] = default_conditional(compensation, scope)
-        return SynapticImportance(moments=moments, **chosen)
+        return SynapticImportance(statistics=statistics, **chosen)
     import torch_pruning as tp
 
     makers = {
@@ -177,12 +181,12 @@ def make_importance(
 
 
 def _folder_of_photos(request: Request) -> Path | None:
-    return None if request.calibration in (None, DATA, DISTILLED) else Path(str(request.calibration))
+    return None if request.calibration in (None, DATA, SYNTHETIC) else Path(str(request.calibration))
 
 
 def _taken_of_data(request: Request) -> int:
     """How many images of the data are calibrated on: none where all come from elsewhere, so that none are held out."""
-    if request.calibration in (None, DATA) or request.moments is Moments.data:
+    if request.calibration in (None, DATA) or request.statistics is StatisticsSource.data:
         return request.calibration_images or _CALIBRATION_IMAGES
     return 0
 
@@ -192,11 +196,11 @@ def calibration_images(
 ) -> tuple[list[Tensor] | Tensor | None, dict[str, str]]:
     """Unlabelled images, if there are any or an option needs some, and what to say of them in the report."""
     said = {} if request.calibration is None else {"calibration": request.calibration}
-    if request.calibration == DISTILLED:
-        from ss_pruning.compensation.synthetic_data import distilled
+    if request.calibration == SYNTHETIC:
+        from ss_pruning.compensation.synthetic_data import synthetic_images
 
-        what, count = "distilling calibration images", request.calibration_images
-        return distilled(
+        what, count = "synthesizing calibration images", request.calibration_images
+        return synthetic_images(
             job.model,
             job.example,
             images=count,
@@ -213,7 +217,7 @@ def calibration_images(
         without = "; --compensation mean does without" if needed_by.startswith("--compensation") else ""
         raise InputError(
             f"{needed_by} calibrates on images: say where they are with --data, or --calibration DIR, or make some "
-            f"with --calibration distilled{without}."
+            f"with --calibration synthetic{without}."
         )
     return _pictures(job.data, job), {**said, "calibration images": _which(job.data)}
 
@@ -245,16 +249,18 @@ def strengths_of(request: Request, job: Job) -> Strengths:
     """Return the strength of every synapse of the model."""
     from ss_pruning import synaptic_strength
 
-    strengths: Strengths = synaptic_strength(job.model, job.example, moments=_moments(request, job, None))
+    strengths: Strengths = synaptic_strength(
+        job.model, job.example, statistics=_statistics(request, job, None)
+    )
     return strengths
 
 
-def _moments(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
+def _statistics(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
     """What was asked for; else the calibration images if there are any, else noise."""
-    if request.moments is None:
-        return Moments.gaussian.value if pictures is None else _batches(pictures)
-    if request.moments is not Moments.data:
-        return str(request.moments.value)
+    if request.statistics is None:
+        return StatisticsSource.gaussian.value if pictures is None else _batches(pictures)
+    if request.statistics is not StatisticsSource.data:
+        return str(request.statistics.value)
     return _batches(pictures) if job.data is None else _pictures(job.data, job)
 
 
@@ -291,7 +297,7 @@ def run(
 
     def stage(name: str, done: int, total: int) -> None:
         # What takes longest has a bar, and an estimate, of its own.
-        progress("measuring the damage" if name == "measure" else f"pruning: {name}", done, total)
+        progress("measuring the output error" if name == "measure" else f"pruning: {name}", done, total)
 
     timed_on = _timed_on(job, batch)
     inputs = {"calibration": pictures, "latency_inputs": timed_on}
@@ -355,9 +361,9 @@ def _tensor_bytes(model: nn.Module) -> int:
 
 def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
-    moments = getattr(chosen, "moments", None)
-    given = moments if isinstance(moments, str) else Moments.data.value
-    synaptic = {"moments": given, "score": getattr(chosen, "score", None)}
+    statistics = getattr(chosen, "statistics", None)
+    given = statistics if isinstance(statistics, str) else StatisticsSource.data.value
+    synaptic = {"statistics": given, "score": getattr(chosen, "score", None)}
     if getattr(chosen, "conditional", 0):
         synaptic["conditional"] = chosen.conditional
     return {

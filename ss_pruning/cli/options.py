@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ss_pruning.cli.choices import Compensation, Importance, Moments, Scope, Score
+from ss_pruning.cli.choices import Compensation, Importance, Scope, Score, StatisticsSource
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 _SETTING = "Setting"
@@ -92,8 +92,8 @@ Std = Annotated[
     str | None,
     _option(_IMAGES, help="Deviation per channel.", metavar="S,S,S", show_default="the model's own"),
 ]
-MomentsOption = Annotated[
-    Moments | None,
+Statistics = Annotated[
+    StatisticsSource | None,
     _option(
         _CRITERION,
         help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
@@ -137,8 +137,8 @@ ScopeOption = Annotated[
     _option(
         _CRITERION,
         help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
-        "damage to the output that was measured on the calibration images, or without any on noise (measured).",
-        show_default="measured with calibration images or mean, else global",
+        "output error that was measured on the calibration images, or without any on noise (sensitivity).",
+        show_default="sensitivity with calibration images or mean, else global",
     ),
 ]
 CompensationOption = Annotated[
@@ -153,10 +153,10 @@ CalibrationOption = Annotated[
     str | None,
     _option(
         _CRITERION,
-        help="What damage is measured on and compensation calibrates on: data (training images of --data; where there "
-        "are none, some are held out), a folder with images anywhere below it, without labels, or distilled (images "
-        "made from the model's batch norms; kept for the next time).",
-        metavar="data|distilled|DIR",
+        help="What sensitivity is measured on and compensation calibrates on: data (training images of --data; where "
+        "there are none, some are held out), a folder with images anywhere below it, without labels, or synthetic "
+        "(images made from the model's batch norms; kept for the next time).",
+        metavar="data|synthetic|DIR",
         show_default="data, if there is any",
     ),
 ]
@@ -164,17 +164,17 @@ CalibrationImages = Annotated[
     int | None,
     _option(
         _CRITERION,
-        help="Calibrate on so many images at most, drawn at random; distilled: make so many.",
+        help="Calibrate on so many images at most, drawn at random; synthetic: make so many.",
         metavar="N",
-        show_default="512; distilled: up to 256",
+        show_default="512; synthetic: up to 256",
         min=1,
     ),
 ]
-Reestimate = Annotated[
+Recalibrate = Annotated[
     bool | None,
     _option(
         _CRITERION,
-        "--reestimate/--no-reestimate",
+        "--recalibrate/--no-recalibrate",
         help="At the end, move mean and variance of the batch norms behind the cut as far as what reaches them has "
         "moved, on the calibration images if there are any, else on noise.",
         show_default="with mean and linear",
@@ -190,7 +190,7 @@ CostExponent = Annotated[
     _option(
         _CRITERION,
         help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost. By "
-        "default 1 where damage is measured on images, 0.75 for relevance, 0.5 elsewhere.",
+        "default 1 where output error is measured on images, 0.75 for relevance, 0.5 elsewhere.",
         metavar="P",
         show_default=False,
     ),
@@ -307,9 +307,9 @@ A model of your own, four fifths of its parameters, one layer left alone:
 
     ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
 
-A net that keeps working, without any image:
+A model that keeps working, without any image:
 
-    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration distilled
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration synthetic
 
 The same on photos of your own, without labels:
 

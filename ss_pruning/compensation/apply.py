@@ -9,17 +9,17 @@ from typing import Any
 from torch import nn
 
 from ss_pruning._utils.copying import copied
-from ss_pruning.compensation.batchnorm import reestimate_
+from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
 from ss_pruning.compensation.reconstruction import reconstruct_
-from ss_pruning.compensation.synthetic_data import DISTILLED, distilled
+from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
 from ss_pruning.config import METHODS, SOLVED, Method
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from ss_pruning.surgery.plan import Plan, adopt_
 
-#: Moments are measured on so many calibration images at a time.
+#: Activation statistics are measured on so many calibration images at a time.
 BATCH = 64
 
 
@@ -29,10 +29,10 @@ def calibration_images(
     """The calibration inputs as one batch; None without.
 
     Args:
-        calibration: A tensor, an iterable of batches, "distilled", or None.
-        model: What to distil from.
+        calibration: A tensor, an iterable of batches, "synthetic", or None.
+        model: What to synthesize from.
         example_inputs: What `forward` takes.
-        progress: Called with (steps done, steps in all) of the distillation.
+        progress: Called with (steps done, steps in all) of the synthesis.
 
     Raises:
         InputError: They are not what the model takes, see `ss_pruning.importance.calibration`, or fewer than it runs
@@ -41,7 +41,7 @@ def calibration_images(
     if calibration is None:
         return None
     if isinstance(calibration, str):
-        calibration = distilled(model, example_inputs, progress=progress)
+        calibration = synthetic_images(model, example_inputs, progress=progress)
     batch = gather(calibration, example_inputs)
     fitting = batch.limited(*sizes_that_run(model, example_inputs))
     if not len(fitting):
@@ -62,14 +62,14 @@ def check_compensation(compensation: str, calibration: Any) -> None:
         raise InputError(
             f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
         )
-    if isinstance(calibration, str) and calibration != DISTILLED:
+    if isinstance(calibration, str) and calibration != SYNTHETIC:
         raise InputError(
-            f"calibration={calibration!r} is unknown; give inputs, or {DISTILLED!r} to make some"
+            f"calibration={calibration!r} is unknown; give inputs, or {SYNTHETIC!r} to make some"
         )
     if compensation in SOLVED and calibration is None:
         raise InputError(
             f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
-            f"loader. Without any, calibration={DISTILLED!r} makes some, and compensation='mean' does without"
+            f"loader. Without any, calibration={SYNTHETIC!r} makes some, and compensation='mean' does without"
         )
 
 
@@ -80,14 +80,14 @@ def cut_(
     method: Method,
     images: Batch | None,
     example_inputs: Any,
-    reestimate: bool = False,
+    recalibrate: bool = False,
 ) -> tuple[Plan, Outcome]:
     """Cut the model, all or nothing; see `prepared`.
 
     Returns:
         The plan with the biases that layers got, and what the compensation did.
     """
-    ready, plan, outcome = prepared(model, plan, connectivity, method, images, example_inputs, reestimate)
+    ready, plan, outcome = prepared(model, plan, connectivity, method, images, example_inputs, recalibrate)
     adopt_(model, ready)
     return plan, outcome
 
@@ -99,7 +99,7 @@ def prepared(
     method: Method,
     images: Any,
     example_inputs: Any,
-    reestimate: bool = False,
+    recalibrate: bool = False,
 ) -> tuple[nn.Module, Plan, Outcome]:
     """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
 
@@ -110,27 +110,27 @@ def prepared(
         method: How to compensate.
         images: One batch of calibration inputs, or None; see `calibration_images`.
         example_inputs: What `forward` takes.
-        reestimate: Move the statistics of the batch norms behind the cut, at the end.
+        recalibrate: Move the statistics of the batch norms behind the cut, at the end.
 
     Returns:
         The copy, the plan with the biases that layers got, and what the compensation did.
 
     Raises:
-        ModelError: The compensation or the re-estimation failed.
+        ModelError: The compensation or the recalibration failed.
     """
-    if method == "none" and not reestimate:
+    if method == "none" and not recalibrate:
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
         outcome = _compensate(small, model, plan, connectivity, method, images, example_inputs)
-        if reestimate:
+        if recalibrate:
             means = method == "none" or images is not None
-            reestimate_(small, model, plan, connectivity, images, example_inputs, means)
+            recalibrate_(small, model, plan, connectivity, images, example_inputs, means)
     except SSPruningError:
         raise
     except Exception as error:
         raise ModelError(
-            f"compensation={method!r} with reestimate={reestimate} failed, the model is as it was "
+            f"compensation={method!r} with recalibrate={recalibrate} failed, the model is as it was "
             f"({type(error).__name__}: {error}); check that the calibration inputs are what the model takes"
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))

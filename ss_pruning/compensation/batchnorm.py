@@ -1,13 +1,13 @@
-"""Re-estimation: the statistics of batch norms behind a cut move as far as what reaches them has moved.
+"""Recalibration: the statistics of batch norms behind a cut move as far as what reaches them has moved.
 
 A cut takes mean and variance away from what reaches the norms behind it, whose statistics are still the dense model's.
-Both nets run on the same inputs, and what differs between them is what the statistics are moved by: means by their
+Both models run on the same inputs, and what differs between them is what the statistics are moved by: means by their
 difference, variances by their quotient. What both have in common, such as a sample that is not the training set,
-cancels; a net that lost nothing keeps its statistics as they are.
+cancels; a model that lost nothing keeps its statistics as they are.
 
-Without inputs both nets run on noise whose spectrum is that of photos (amplitude 1/f), and what reaches a norm is
-brought to its statistics on the way, channel by channel: every layer then reads what it reads in the dense net, as far
-as means and variances go.
+Without inputs both models run on noise whose spectrum is that of photos (amplitude 1/f), and what reaches a norm is
+brought to its statistics on the way, channel by channel: every layer then reads what it reads in the dense model, as
+far as means and variances go.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LEAST, _MOST, _POSITIONS = 16, 256, 2**18
 _AT_ONCE = 2**23
 
 
-def reestimate_(
+def recalibrate_(
     small: nn.Module,
     dense: nn.Module,
     plan: Plan,
@@ -96,7 +96,7 @@ def reestimate_(
     return [path for path in behind if path in seen]
 
 
-def hears_noise(model: nn.Module, inputs: Any) -> bool:
+def supports_noise_calibration(model: nn.Module, inputs: Any) -> bool:
     """Whether noise can stand for inputs: it takes a tensor alone, and norms tell what shall reach them."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     alone = len(tensors) == 1 and tensors[0].is_floating_point()

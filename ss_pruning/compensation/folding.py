@@ -69,9 +69,9 @@ def fold_means_(
     """
     outcome, norms = Outcome(), norms_behind(connectivity)
     consumers = _consumers(dense, plan)
-    moments = measure(dense, connectivity, source, inputs, list(consumers))
+    statistics = measure(dense, connectivity, source, inputs, list(consumers))
     for path, cut in consumers.items():
-        mean = moments[path].mean
+        mean = statistics[path].mean
         if mean is None:
             outcome.skipped[path] = IDLE
             continue
@@ -99,9 +99,9 @@ def fold_linear_(
     """
     outcome, norms = Outcome(), norms_behind(connectivity)
     consumers = _consumers(dense, plan)
-    moments = measure(dense, connectivity, batches, None, list(consumers), covariance=True)
+    statistics = measure(dense, connectivity, batches, None, list(consumers), covariance=True)
     for path, cut in consumers.items():
-        module, seen = dense.get_submodule(path), moments[path]
+        module, seen = dense.get_submodule(path), statistics[path]
         if seen.mean is None:
             outcome.skipped[path] = IDLE
             continue
@@ -175,10 +175,10 @@ def _is_padded(module: nn.Module) -> bool:
 
 def norms_behind(connectivity: Connectivity) -> dict[str, str]:
     """By layer: the norm that reads its output channel by channel, if nothing else does and it reads nothing else."""
-    readers: dict[str, set[str]] = {}
+    consumers: dict[str, set[str]] = {}
     for path, edges in connectivity.edges.items():
         for edge in edges:
-            readers.setdefault(edge.source, set()).add(path)
+            consumers.setdefault(edge.source, set()).add(path)
     behind = {}
     for path, layer in connectivity.layers.items():
         edges = connectivity.edges[path]
@@ -186,7 +186,7 @@ def norms_behind(connectivity: Connectivity) -> dict[str, str]:
             continue
         pairs, source = edges[0].pairs, edges[0].source
         same = len(pairs) == layer.inputs and bool((pairs[:, 0] == pairs[:, 1]).all())
-        if same and readers[source] == {path} and source not in connectivity.reaches_output:
+        if same and consumers[source] == {path} and source not in connectivity.reaches_output:
             behind[source] = path
     return behind
 

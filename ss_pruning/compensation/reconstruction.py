@@ -1,7 +1,7 @@
-"""Reconstruction: solve the remaining weights anew so that the pruned net puts out what the dense one does.
+"""Reconstruction: solve the remaining weights anew so that the pruned model puts out what the dense one does.
 
 Layer by layer in forward order, each layer's weights and bias are fitted by ridge least squares: fed with the *pruned*
-net's input it should reproduce the *dense* layer's output. That moves what removed channels carried onto what stays,
+model's input it should reproduce the *dense* layer's output. That moves what removed channels carried onto what stays,
 and repairs what went wrong upstream. A layer whose output is added to something that is known already (the end of a
 residual branch) reproduces the dense *sum*: else the errors of all branches would pile up in the stream, where no
 other layer sees them. Norms keep the dense statistics. No labels.
@@ -57,8 +57,8 @@ def reconstruct_(
 ) -> Outcome:
     """Re-solve every layer of `pruned`, in place and in forward order, to put out what `dense` does.
 
-    The pruned net runs once on all images: when a layer is reached, its input there and the dense layer's output are at
-    hand, its weights are solved, and the pass goes on with the new ones.
+    The pruned model runs once on all images: when a layer is reached, its input there and the dense layer's output are
+    at hand, its weights are solved, and the pass goes on with the new ones.
 
     Args:
         pruned: `dense` with `plan` applied; changed in place.

@@ -1,6 +1,6 @@
 """Which layers' outputs are added to what: there, reconstruction can aim at the sum.
 
-A residual sum puts a layer's output on top of a tensor that the pruned net has already got slightly wrong. If that
+A residual sum puts a layer's output on top of a tensor that the pruned model has already got slightly wrong. If that
 tensor is known when the layer is solved, the layer can make up for the error instead of adding its own on top. Found by
 watching one forward pass: no table of architectures.
 """

@@ -1,4 +1,4 @@
-"""Distilled calibration: images made from what batch norms remember of the training data.
+"""Synthetic calibration: images made from what batch norms remember of the training data.
 
 Starting from noise with the spectrum of photos, pixels are changed until every batch norm's input has the mean and the
 deviation that the norm recorded in training. Small terms ask for outputs that are confident for each image and differ
@@ -32,7 +32,7 @@ from ss_pruning.importance.calibration import sizes_that_run
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1
 #: The word for calibration images made here.
-DISTILLED = "distilled"
+SYNTHETIC = "synthetic"
 #: Called with (steps done, steps in all).
 StepProgress = Callable[[int, int], None]
 
@@ -45,7 +45,7 @@ _GREY = 0.8
 _MOST, _FEWEST, _POSITIONS = 256, 32, 2**21
 
 
-def distill(
+def synthesize(
     model: nn.Module,
     example_inputs: Any,
     *,
@@ -61,7 +61,7 @@ def distill(
     The work is done on a copy in float32; the model is not touched. The result is the same for the same seed.
 
     Args:
-        model: A trained net with batch norms.
+        model: A trained model with batch norms.
         example_inputs: What `forward` takes: one tensor `[batch, channels, positions...]`, alone, in a tuple or in a
             dict; gives the shape, type and place of the result.
         images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
@@ -83,7 +83,7 @@ def distill(
     if count < 1 or steps < 1:
         raise InputError(f"images={count} and steps={steps} must be positive whole numbers")
     shape = (count, *example.shape[1:])
-    name = f"distilled-{_key(model, shape, steps, seed)}" if cached else None
+    name = f"synthetic-{_key(model, shape, steps, seed)}" if cached else None
     found = None if name is None else _kept(name, shape)
     if found is None:
         place = example.device if device is None else torch.device(device)
@@ -95,18 +95,18 @@ def distill(
     return found.to(example).contiguous()
 
 
-def distilled(model: nn.Module, example_inputs: Any, **settings: Any) -> Tensor:
-    """`distill` with a cache: `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder.
+def synthetic_images(model: nn.Module, example_inputs: Any, **settings: Any) -> Tensor:
+    """`synthesize` with a cache: `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder.
 
     It knows a model by its structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder
     only costs time.
 
     Args:
-        model: As for `distill`.
-        example_inputs: As for `distill`.
-        settings: As for `distill`.
+        model: As for `synthesize`.
+        example_inputs: As for `synthesize`.
+        settings: As for `synthesize`.
     """
-    return distill(model, example_inputs, cached=True, **settings)
+    return synthesize(model, example_inputs, cached=True, **settings)
 
 
 def _make(
@@ -155,7 +155,7 @@ def _example(inputs: Any) -> Tensor:
         return tensors[0]
     kind = f"a tensor of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
     raise InputError(
-        f"distilled calibration makes images, one float tensor [batch, channels, height, width]; the example input is "
+        f"synthetic calibration makes images, one float tensor [batch, channels, height, width]; the example input is "
         f"{kind}. Give calibration inputs instead"
     )
 
@@ -181,7 +181,7 @@ def _listening(model: nn.Module, inputs: Any, device: torch.device, seed: int) -
     norms = [m for m in net.modules() if has_statistics(m)]
     if not norms:
         raise ModelError(
-            f"{type(model).__name__} has no batch norm with running statistics, so there is nothing to distil from; "
+            f"{type(model).__name__} has no batch norm with running statistics, nothing to synthesize from; "
             "give calibration images"
         )
     heard: list[Tensor] = []
@@ -194,7 +194,7 @@ def _listening(model: nn.Module, inputs: Any, device: torch.device, seed: int) -
             output = call(net, pytree.tree_map_only(Tensor, lambda _: images, inputs))
         except Exception as error:
             raise ModelError(
-                f"the model does not run on a batch of {list(images.shape)} for distilled calibration "
+                f"the model does not run on a batch of {list(images.shape)} for synthetic calibration "
                 f"({type(error).__name__}: {error}); give calibration images"
             ) from error
         if not heard:
@@ -257,7 +257,7 @@ def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int]
         loss = torch.stack(distances).mean() + _SMOOTH * _roughness(pixels) + _indecision(output)
         if not loss.isfinite():
             raise ModelError(
-                "distilled calibration met NaN or Inf: the model overflows on noise; give calibration images"
+                "synthetic calibration met NaN or Inf: the model overflows on noise; give calibration images"
             )
         (pixels.grad,) = torch.autograd.grad(loss, pixels)
         adam.step()

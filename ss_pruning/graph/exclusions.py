@@ -44,7 +44,7 @@ class Excluded:
 def frozen_slots(
     connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module], ignore: Mapping[str, str]
 ) -> list[tuple[Ints, str]]:
-    """Slots that must stay, each with the reason; the first reason that reaches a family is the one reported."""
+    """Slots that must stay, each with the reason; the first reason that reaches a channel set is the one reported."""
     frozen: list[tuple[Ints, str]] = []
     for origin, channels in connectivity.reaches_output.items():
         if origin in slots.out_key:
@@ -120,12 +120,12 @@ def _untouchable(modules: Mapping[str, nn.Module], connectivity: Connectivity) -
     return reasons
 
 
-def family_reasons(slots: Slots, family: Ints, frozen: list[tuple[Ints, str]]) -> Ints:
-    """`[total]`, by family label: 0 for a family that may go, else the number of its reason."""
+def channel_set_reasons(slots: Slots, channel_set: Ints, frozen: list[tuple[Ints, str]]) -> Ints:
+    """`[total]`, by channel set label: 0 for a channel set that may go, else the number of its reason."""
     reason = np.zeros(slots.total, dtype=np.int64)
     for numbers, text in reversed(frozen):
-        reason[family[numbers]] = _REASONS.number(text)
-    pairs, count = np.unique(family * len(slots.keys) + slots.side_of, return_counts=True)
+        reason[channel_set[numbers]] = _REASONS.number(text)
+    pairs, count = np.unique(channel_set * len(slots.keys) + slots.side_of, return_counts=True)
     widths = np.array([slots.widths[key] for key in slots.keys])
     whole = (pairs // len(slots.keys))[count >= widths[pairs % len(slots.keys)]]
     reason[whole[reason[whole] == 0]] = _REASONS.number(WHOLE_REASON)
@@ -148,7 +148,7 @@ _REASONS = _Reasons()
 
 
 def excluded_by_reason(
-    connectivity: Connectivity, slots: Slots, family: Ints, reasons: Ints
+    connectivity: Connectivity, slots: Slots, channel_set: Ints, reasons: Ints
 ) -> tuple[Excluded, ...]:
     """One entry a reason: the synaptic layers of whose outputs some stay for it."""
     paths: dict[int, list[str]] = defaultdict(list)
@@ -156,7 +156,7 @@ def excluded_by_reason(
     for path, layer in connectivity.layers.items():
         if layer.kind != "synaptic":
             continue
-        numbers, counts = np.unique(reasons[family[slots.numbers((path, "out"))]], return_counts=True)
+        numbers, counts = np.unique(reasons[channel_set[slots.numbers((path, "out"))]], return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             if number:
                 paths[number].append(path)

@@ -1,14 +1,15 @@
-"""Which channels must be cut together: families, the cells that share a pattern, and the units that keep proportions.
+"""Which channels must be cut together: channel sets, subgroups of one pattern, groups that keep proportions.
 
 From the connectivity (who feeds whom) three notions follow:
 
-* A **family** is a set of (layer, side, channel) slots that meet somewhere: a producer's output channel, the norms and
-  depthwise layers it passes through, the elements of loose tensors along it, every consumer's input channel. A family
-  is cut as a whole or not at all.
-* A **cell** is a run of families with the same pattern: the same layers on the same sides, neighbours in the producer
-  that comes first, and the same block of every grouped layer they touch.
-* A **unit** is a set of cells of which the same share must go: the groups of a grouped convolution or a GroupNorm, the
-  parts into which a producer's output is split. One *step* of a unit removes `size / gcd(sizes)` families of each cell.
+* A **channel set** is a set of (layer, side, channel) slots that meet somewhere: a producer's output channel, the
+  norms and depthwise layers it passes through, the elements of loose tensors along it, every consumer's input channel.
+  A channel set is cut as a whole or not at all.
+* A **subgroup** is a run of channel sets with the same pattern: the same layers on the same sides, neighbours in the
+  producer that comes first, and the same block of every grouped layer they touch.
+* A **pruning group** is a set of subgroups of which the same share must go: the groups of a grouped convolution or a
+  GroupNorm, the parts into which a producer's output is split. One *step* of a group removes `size / gcd(sizes)`
+  channel sets of each subgroup.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from ss_pruning.graph.exclusions import (
     IGNORED_REASON,
     UNEVEN_REASON,
     Excluded,
+    channel_set_reasons,
     excluded_by_reason,
-    family_reasons,
     frozen_slots,
     left_uncalled,
 )
@@ -38,20 +39,20 @@ from ss_pruning.graph.layers import blocks_of
 
 __all__ = [
     "IGNORED_REASON",
-    "Cell",
     "Coupling",
     "Excluded",
     "Key",
     "Member",
+    "PruningGroup",
     "Side",
-    "Unit",
+    "Subgroup",
     "couple",
 ]
 
 
 @dataclass(frozen=True)
 class Member:
-    """The slots of one layer side (or loose tensor) in a cell: `index[i]` are the channels of its family `i`."""
+    """The slots of a layer side (or loose tensor) in a subgroup: `index[i]` are the channels of its channel set `i`."""
 
     path: str
     side: Side
@@ -59,70 +60,70 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Families with the same pattern, in the order of the first producer's channels."""
+class Subgroup:
+    """Channel sets with the same pattern, in the order of the first producer's channels."""
 
     members: tuple[Member, ...]
 
     @property
     def size(self) -> int:
-        """Number of families."""
+        """Number of channel sets."""
         return len(self.members[0].index)
 
     @property
     def root(self) -> Member:
-        """The first producer: a layer whose output channels are the families."""
+        """The first producer: a layer whose output channels are the channel sets."""
         return self.members[0]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Cells that must lose the same share; most units are one cell.
+class PruningGroup:
+    """Subgroups that must lose the same share; most groups are one subgroup.
 
     Attributes:
-        cells: The cells.
+        subgroups: The subgroups.
         least: Steps that always stay.
     """
 
-    cells: tuple[Cell, ...]
+    subgroups: tuple[Subgroup, ...]
     least: int = 1
 
     @property
     def steps(self) -> int:
-        """How many equal steps the unit could shrink in, if it were allowed to vanish."""
-        return math.gcd(*(cell.size for cell in self.cells))
+        """How many equal steps the group could shrink in, if it were allowed to vanish."""
+        return math.gcd(*(subgroup.size for subgroup in self.subgroups))
 
     @property
     def name(self) -> str:
         """Path of the first producer."""
-        return self.cells[0].root.path
+        return self.subgroups[0].root.path
 
     @property
     def shuffled(self) -> bool:
         """True where neighbours of a producer arrive with others in between."""
-        return any(_interleaved(member) for cell in self.cells for member in cell.members)
+        return any(_interleaved(member) for subgroup in self.subgroups for member in subgroup.members)
 
     def paths(self) -> set[str]:
-        """Paths of the layers (and names of the loose tensors) that the unit touches."""
-        return {member.path for cell in self.cells for member in cell.members}
+        """Paths of the layers (and names of the loose tensors) that the group touches."""
+        return {member.path for subgroup in self.subgroups for member in subgroup.members}
 
 
 @dataclass(frozen=True)
 class Coupling:
     """What may be cut, and what may not."""
 
-    units: tuple[Unit, ...]
+    groups: tuple[PruningGroup, ...]
     excluded: tuple[Excluded, ...]
     widths: Mapping[Key, int]
 
     def without(self, numbers: Collection[int], reasons: Iterable[Excluded]) -> Coupling:
-        """The same with some units, by number, among what must stay."""
-        units = tuple(unit for number, unit in enumerate(self.units) if number not in numbers)
-        return Coupling(units, (*self.excluded, *reasons), self.widths)
+        """The same with some groups, by number, among what must stay."""
+        groups = tuple(group for number, group in enumerate(self.groups) if number not in numbers)
+        return Coupling(groups, (*self.excluded, *reasons), self.widths)
 
 
 def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:
-    """Derive families, cells and units from a connectivity.
+    """Derive channel sets, subgroups and groups from a connectivity.
 
     Args:
         connectivity: What `trace` found for `model`.
@@ -131,19 +132,23 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     """
     slots = Slots(connectivity)
     modules = modules_of(model)
-    family = components(slots.total, _ties(connectivity, slots, modules))
+    channel_set = components(slots.total, _ties(connectivity, slots, modules))
     frozen = frozen_slots(connectivity, slots, modules, ignore or {})
-    reasons = family_reasons(slots, family, frozen)
-    cells = _cells(connectivity, slots, modules, family, reasons)
-    units = _units(cells, modules, connectivity)
-    even = [_even(unit, slots.widths, modules) for unit in units]
-    whole = excluded_by_reason(connectivity, slots, family, reasons) + left_uncalled(connectivity, modules)
-    uneven = [unit for unit, fits in zip(units, even, strict=True) if not fits]
+    reasons = channel_set_reasons(slots, channel_set, frozen)
+    subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons)
+    groups = _groups(subgroups, modules, connectivity)
+    even = [_even(group, slots.widths, modules) for group in groups]
+    whole = excluded_by_reason(connectivity, slots, channel_set, reasons) + left_uncalled(
+        connectivity, modules
+    )
+    uneven = [group for group, fits in zip(groups, even, strict=True) if not fits]
     if uneven:
-        paths = dict.fromkeys(cell.root.path for unit in uneven for cell in unit.cells)
-        channels = sum(cell.size for unit in uneven for cell in unit.cells)
+        paths = dict.fromkeys(subgroup.root.path for group in uneven for subgroup in group.subgroups)
+        channels = sum(subgroup.size for group in uneven for subgroup in group.subgroups)
         whole += (Excluded(tuple(paths), channels, UNEVEN_REASON),)
-    return Coupling(tuple(unit for unit, fits in zip(units, even, strict=True) if fits), whole, slots.widths)
+    return Coupling(
+        tuple(group for group, fits in zip(groups, even, strict=True) if fits), whole, slots.widths
+    )
 
 
 def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
@@ -165,12 +170,16 @@ def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Mod
     return np.concatenate(ties)
 
 
-def _cells(
-    connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module], family: Ints, reasons: Ints
-) -> list[Cell]:
-    """Free families, grouped by pattern and by runs of neighbours."""
-    free = reasons[family] == 0
-    number, side, channel = family[free], slots.side_of[free], slots.channel_of[free]
+def _subgroups(
+    connectivity: Connectivity,
+    slots: Slots,
+    modules: Mapping[str, nn.Module],
+    channel_set: Ints,
+    reasons: Ints,
+) -> list[Subgroup]:
+    """Free channel sets, grouped by pattern and by runs of neighbours."""
+    free = reasons[channel_set] == 0
+    number, side, channel = channel_set[free], slots.side_of[free], slots.channel_of[free]
     order = np.lexsort((channel, side, number))
     number, side, channel = number[order], side[order], channel[order]
     if not len(number):
@@ -182,25 +191,25 @@ def _cells(
             here = side == s
             block[here] = channel[here] // (slots.widths[key] // blocks)
     starts = np.flatnonzero(np.diff(number, prepend=-1))
-    # A family's pattern is the multiset of its (side, block): summed up, random 64-bit numbers stand for them.
+    # A channel set's pattern is the multiset of its (side, block): summed up, random 64-bit numbers stand for them.
     _, place = np.unique(side * (block.max() + 1) + block, return_inverse=True)
     weight = np.random.default_rng(0).integers(2**64, size=place.max() + 1, dtype=np.uint64)
     _, kind = np.unique(np.add.reduceat(weight[place], starts), return_inverse=True)
     order = np.argsort(kind, kind="stable")
     groups = np.split(starts[order], np.flatnonzero(np.diff(kind[order])) + 1)
     ends = dict(zip(starts.tolist(), np.append(starts[1:], len(number)).tolist(), strict=True))
-    cells = []
+    subgroups = []
     for group in groups:
         index = group[:, None] + np.arange(ends[int(group[0])] - group[0])
-        cells += _runs(channel[index], side[index[0]], slots, connectivity)
-    return sorted(cells, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
+        subgroups += _runs(channel[index], side[index[0]], slots, connectivity)
+    return sorted(subgroups, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
 
 
-def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) -> list[Cell]:
-    """Split families of one pattern where the first producer's channels stop being neighbours, here or on arrival.
+def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) -> list[Subgroup]:
+    """Split channel sets of one pattern where the first producer's channels stop being neighbours, here or on arrival.
 
     Args:
-        index: `[families, slots]`, channel of each slot.
+        index: `[channel sets, slots]`, channel of each slot.
         sides: `[slots]`, layer side of each.
         slots: Numbers of the sides.
         connectivity: Who feeds whom.
@@ -224,45 +233,45 @@ def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) ->
         breaks = breaks[:0]
     parts = [np.split(m.index, breaks) for m in members]
     return [
-        Cell(tuple(Member(m.path, m.side, part) for m, part in zip(members, run, strict=True)))
+        Subgroup(tuple(Member(m.path, m.side, part) for m, part in zip(members, run, strict=True)))
         for run in zip(*parts, strict=True)
     ]
 
 
-def _units(
-    cells: list[Cell], modules: Mapping[str, nn.Module], connectivity: Connectivity
-) -> tuple[Unit, ...]:
-    """Tie the cells that share a grouped layer side, a producer whose output is split, or a shuffle.
+def _groups(
+    subgroups: list[Subgroup], modules: Mapping[str, nn.Module], connectivity: Connectivity
+) -> tuple[PruningGroup, ...]:
+    """Tie the subgroups that share a grouped layer side, a producer whose output is split, or a shuffle.
 
     Where the parts of a split have sizes that shrink in proportion only in coarse steps, they are left to shrink each
     for itself: such a split is at a number that the model stores, and stored numbers follow the cut.
     """
     hard: dict[Key, list[int]] = defaultdict(list)
     soft: dict[Key, list[int]] = defaultdict(list)
-    for i, cell in enumerate(cells):
-        for member in cell.members:
+    for i, subgroup in enumerate(subgroups):
+        for member in subgroup.members:
             key = (member.path, member.side)
             if blocks_of(modules.get(member.path), member.side) > 1 or _interleaved(member):
                 hard[key].append(i)
             elif member.side == "out":
                 soft[key].append(i)
-    units = []
-    for unit in _tied(cells, [*hard.values(), *soft.values()]):
-        steps, narrowest = Unit(tuple(unit)).steps, min(cell.size for cell in unit)
-        coarse = len(unit) > 1 and (steps == 1 or 2 * steps < narrowest)
-        units += _tied(unit, _local(unit, cells, hard)) if coarse else [unit]
+    groups = []
+    for group in _tied(subgroups, [*hard.values(), *soft.values()]):
+        steps, narrowest = PruningGroup(tuple(group)).steps, min(subgroup.size for subgroup in group)
+        coarse = len(group) > 1 and (steps == 1 or 2 * steps < narrowest)
+        groups += _tied(group, _local(group, subgroups, hard)) if coarse else [group]
     lonely = {path for path in connectivity.single if blocks_of(modules[path], "through") > 1}
-    return tuple(Unit(tuple(unit), 2 if _touch(unit, lonely) else 1) for unit in units)
+    return tuple(PruningGroup(tuple(group), 2 if _touch(group, lonely) else 1) for group in groups)
 
 
-def _touch(cells: Iterable[Cell], paths: Collection[str]) -> bool:
-    return any(member.path in paths for cell in cells for member in cell.members)
+def _touch(subgroups: Iterable[Subgroup], paths: Collection[str]) -> bool:
+    return any(member.path in paths for subgroup in subgroups for member in subgroup.members)
 
 
-def _even(unit: Unit, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:
-    """True if every group of every grouped layer that the unit touches would lose as many channels."""
+def _even(group: PruningGroup, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:
+    """True if every group of every grouped layer that the group touches would lose as many channels."""
     touched: dict[Key, list[Ints]] = defaultdict(list)
-    for member in (m for cell in unit.cells for m in cell.members):
+    for member in (m for subgroup in group.subgroups for m in subgroup.members):
         if blocks_of(modules.get(member.path), member.side) > 1:
             touched[member.path, member.side].append(member.index.reshape(-1))
     for key, parts in touched.items():
@@ -273,17 +282,19 @@ def _even(unit: Unit, widths: Mapping[Key, int], modules: Mapping[str, nn.Module
     return True
 
 
-def _tied(cells: Sequence[Cell], groups: Iterable[Sequence[int]]) -> list[list[Cell]]:
-    """The cells, in sets that are connected by groups of cell numbers."""
-    ties = [(group[0], other) for group in groups if group for other in group[1:]]
-    label = components(len(cells), np.array(ties, dtype=np.int64).reshape(-1, 2))
-    return [[cells[i] for i in np.flatnonzero(label == n).tolist()] for n in np.unique(label)]
+def _tied(subgroups: Sequence[Subgroup], tied: Iterable[Sequence[int]]) -> list[list[Subgroup]]:
+    """The subgroups, in sets that are connected by runs of numbers that are tied."""
+    ties = [(run[0], other) for run in tied if run for other in run[1:]]
+    label = components(len(subgroups), np.array(ties, dtype=np.int64).reshape(-1, 2))
+    return [[subgroups[i] for i in np.flatnonzero(label == n).tolist()] for n in np.unique(label)]
 
 
-def _local(unit: Sequence[Cell], cells: Sequence[Cell], groups: Mapping[Key, list[int]]) -> list[list[int]]:
-    """Groups of cell numbers, restricted to a unit and renumbered within it."""
-    place = {id(cell): i for i, cell in enumerate(unit)}
-    return [[place[id(cells[i])] for i in group if id(cells[i]) in place] for group in groups.values()]
+def _local(
+    group: Sequence[Subgroup], subgroups: Sequence[Subgroup], tied: Mapping[Key, list[int]]
+) -> list[list[int]]:
+    """Cell numbers that are tied, restricted to a group and renumbered within it."""
+    place = {id(subgroup): i for i, subgroup in enumerate(group)}
+    return [[place[id(subgroups[i])] for i in run if id(subgroups[i]) in place] for run in tied.values()]
 
 
 def _interleaved(member: Member) -> bool:
@@ -297,22 +308,22 @@ Selection = dict[Key, tuple[int, ...]]
 
 
 def ranks_of(scores: Sequence[Floats]) -> list[Ints]:
-    """By cell, the families in ascending order of importance."""
+    """By subgroup, the channel sets in ascending order of importance."""
     return [np.argsort(s, kind="stable") for s in scores]
 
 
-def step_scores(unit: Unit, scores: Sequence[Floats], ranks: Sequence[Ints]) -> Floats:
-    """`[steps]`: the summed scores of what goes with each step of a unit."""
+def step_scores(group: PruningGroup, scores: Sequence[Floats], ranks: Sequence[Ints]) -> Floats:
+    """`[steps]`: the summed scores of what goes with each step of a group."""
     pairs = zip(scores, ranks, strict=True)
-    summed: Floats = np.sum([s[rank].reshape(unit.steps, -1).sum(1) for s, rank in pairs], axis=0)
+    summed: Floats = np.sum([s[rank].reshape(group.steps, -1).sum(1) for s, rank in pairs], axis=0)
     return summed
 
 
-def gone_of(unit: Unit, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
-    """By layer side, the channels that go with the first `steps` of a unit."""
-    gone: dict[Key, list[Ints]] = {}
-    for cell, rank in zip(unit.cells, ranks, strict=True):
-        families = rank[: steps * (cell.size // unit.steps)]
-        for member in cell.members if len(families) else ():
-            gone.setdefault((member.path, member.side), []).append(member.index[families].reshape(-1))
-    return {key: np.concatenate(parts) for key, parts in gone.items()}
+def pruned_of(group: PruningGroup, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
+    """By layer side, the channels that go with the first `steps` of a group."""
+    pruned: dict[Key, list[Ints]] = {}
+    for subgroup, rank in zip(group.subgroups, ranks, strict=True):
+        channel_sets = rank[: steps * (subgroup.size // group.steps)]
+        for member in subgroup.members if len(channel_sets) else ():
+            pruned.setdefault((member.path, member.side), []).append(member.index[channel_sets].reshape(-1))
+    return {key: np.concatenate(parts) for key, parts in pruned.items()}

@@ -102,12 +102,12 @@ def _asked_kind(module: nn.Module, weight: Tensor) -> Kind | None:
     for shape in ((1, n, 3, 2), (1, 3, 2, n)):
         image = x.reshape(shape)
         with contextlib.suppress(Exception):
-            gone = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
+            pruned = ask(module, {"weight": torch.zeros_like(weight), **shift}, image)
             plain = ask(module, {"weight": torch.ones_like(weight), **shift}, image)
-            if gone.shape == plain.shape == shape and not plain.equal(image):
-                if not gone.any():
+            if pruned.shape == plain.shape == shape and not plain.equal(image):
+                if not pruned.any():
                     return "norm"
-                if gone.equal(image):
+                if pruned.equal(image):
                     return "response"
     return None
 

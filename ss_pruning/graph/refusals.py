@@ -73,6 +73,21 @@ def check_module(model: Any, verb: str = "prune") -> None:
             raise ModelError(f"'{name}' has no shape yet: run the model once on its inputs first")
         if tensor.is_meta:
             raise ModelError(f"'{name}' lies on the meta device, without values; load weights first")
+    check_whole(model, verb)
+
+
+def check_whole(model: nn.Module, verb: str) -> None:
+    """Refuse a model whose weights are sharded.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for name, tensor in tensors_of(model).items():
+        if hasattr(tensor, "device_mesh"):
+            raise ModelError(
+                f"'{name}' is sharded over several devices (FSDP): {verb} a model whose weights are whole; prune "
+                "before fully_shard"
+            )
 
 
 def _place(path: str) -> str:

@@ -20,7 +20,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis
 from ss_pruning.importance.calibration import Batch, stream
 
-# Images of noise for Gaussian moments: of maps each holds many values, of pooled vectors one.
+# Images of noise for Gaussian statistics: of maps each holds many values, of pooled vectors one.
 _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
 _LEAST_SIDE = 32
 # Positions of a batch from which the products of channels are taken, and the widest layer for which they are.
@@ -30,7 +30,7 @@ MomentSource = str | Iterable[Any]
 
 
 @dataclass(frozen=True)
-class Moments:
+class ActivationStatistics:
     """Per-channel mean and variance at the input of one layer.
 
     Attributes:
@@ -56,8 +56,8 @@ def measure(
     paths: Sequence[str],
     *,
     covariance: bool = False,
-) -> dict[str, Moments]:
-    """Moments of the inputs of the layers `paths`; layers that only run in training are told by their norms.
+) -> dict[str, ActivationStatistics]:
+    """Statistics of the inputs of the layers `paths`; layers that only run in training are told by their norms.
 
     With `covariance`, and batches as the source, covariances too, which take memory of the square of a width a layer:
     not of what depthwise layers read, nor of more than 4,096 channels.
@@ -73,13 +73,17 @@ def measure(
         if source == "gaussian":
             found = _on_noise(model, connectivity, example_inputs, paths)
         else:
-            raise InputError(f"unknown moments {source!r}; use 'batchnorm', 'gaussian', or batches of inputs")
+            raise InputError(
+                f"unknown statistics {source!r}; use 'batchnorm', 'gaussian', or batches of inputs"
+            )
     elif isinstance(source, Tensor):
-        raise InputError("moments must be an iterable of batches; wrap a single one in a list: moments=[x]")
+        raise InputError(
+            "statistics must be an iterable of batches; wrap a single one in a list: statistics=[x]"
+        )
     else:
         batches = stream(source, example_inputs)
         seen = _observe(model, connectivity, batches, paths, _Products if covariance else _Sums)
-        found = {path: s.moments for path, s in seen.items()}
+        found = {path: s.statistics for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
     scales = norm_scales(model, connectivity) if len(found) < len(paths) else {}
     return {path: found[path] if path in found else from_norms(connectivity, path, scales) for path in paths}
@@ -95,7 +99,7 @@ def norm_scales(model: nn.Module, connectivity: Connectivity) -> dict[str, Tenso
     return scales
 
 
-def from_norms(connectivity: Connectivity, path: str, scales: dict[str, Tensor]) -> Moments:
+def from_norms(connectivity: Connectivity, path: str, scales: dict[str, Tensor]) -> ActivationStatistics:
     """The paper's case: a channel's variance is the sum of the squared scales of the norms that feed it.
 
     Where a norm and a layer without a norm meet (a gate, a shortcut), only the norm is counted; where no norm feeds a
@@ -119,17 +123,17 @@ def from_norms(connectivity: Connectivity, path: str, scales: dict[str, Tensor])
         calls[edge.call] = before
     if not calls:
         ones = torch.ones(inputs, device=device)
-        return Moments(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
+        return ActivationStatistics(None, ones, torch.ones(inputs, dtype=torch.bool, device=device))
     variance = torch.stack(
         [torch.where(covered[c], calls[c], torch.ones_like(calls[c])) for c in calls]
     ).mean(0)
-    return Moments(None, variance, ~torch.stack(list(covered.values())).all(0))
+    return ActivationStatistics(None, variance, ~torch.stack(list(covered.values())).all(0))
 
 
 def _on_noise(
     model: nn.Module, connectivity: Connectivity, example_inputs: Any, paths: Sequence[str]
-) -> dict[str, Moments]:
-    """Run the net on its own noise: every norm puts out `gamma z + beta`, and the image is standard noise too.
+) -> dict[str, ActivationStatistics]:
+    """Run the model on its own noise: every norm puts out `gamma z + beta`, and the image is standard noise too.
 
     Of the example only the shape counts, and not even its batch size unless the model runs on no other. Maps are seen
     with noise that is independent from position to position. Averaging over positions would leave next to nothing of
@@ -152,7 +156,7 @@ def _on_noise(
                     shrink=shrink,
                 )
                 break
-    return {path: s.moments for path, s in seen.items()}
+    return {path: s.statistics for path, s in seen.items()}
 
 
 def _noisy_run(
@@ -165,7 +169,7 @@ def _noisy_run(
     by_image: bool = False,
     shrink: int = 1,
 ) -> dict[str, _Seen]:
-    """Moments on one batch of noise, on maps of which each side is `1 / shrink` of the example's.
+    """Activation statistics on one batch of noise, on maps of which each side is `1 / shrink` of the example's.
 
     A model that does not run on so many images sees as many batches, of the example's size.
     """
@@ -186,7 +190,7 @@ def _seen_on_noise(
     by_image: bool,
     shrink: int,
 ) -> dict[str, _Seen]:
-    """Moments on noise in the place of batches."""
+    """Activation statistics on noise in the place of batches."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(t: Tensor) -> Tensor:
@@ -299,9 +303,9 @@ def _normal_quantiles(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Moments, and how many values a channel and how many images they are from."""
+    """Activation statistics, and how many values a channel and how many images they are from."""
 
-    moments: Moments
+    statistics: ActivationStatistics
     values: int
     images: int
 
@@ -329,8 +333,10 @@ class _Sums:
         mean = torch.as_tensor(self.total / self.values)
         variance = (torch.as_tensor(self.squares / self.values) - mean.square()).clamp_min(0)
         dtype = torch.promote_types(dtype, torch.float32)
-        moments = Moments(mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool))
-        return _Seen(moments, self.values, self.images)
+        statistics = ActivationStatistics(
+            mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool)
+        )
+        return _Seen(statistics, self.values, self.images)
 
 
 class _Products(_Sums):
@@ -367,8 +373,8 @@ class _Products(_Sums):
         seen = super().seen(dtype)
         mean = torch.as_tensor(self.first / max(self.drawn, 1))
         covariance = torch.as_tensor(self.second / max(self.drawn, 1)) - mean.outer(mean)
-        moments = replace(seen.moments, covariance=covariance, rows=self.drawn)
-        return replace(seen, moments=moments)
+        statistics = replace(seen.statistics, covariance=covariance, rows=self.drawn)
+        return replace(seen, statistics=statistics)
 
 
 def _observe(
@@ -378,7 +384,7 @@ def _observe(
     paths: Sequence[str],
     kind: type[_Sums] = _Sums,
 ) -> dict[str, _Seen]:
-    """Moments of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
+    """Statistics of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
     sums: dict[str, _Sums] = {}
     for path in paths:  # a depthwise layer reads each channel by itself
         layer = connectivity.layers[path]

@@ -1,6 +1,6 @@
-"""Copies of a net that miss channels, run side by side in one batch: what of the output is lost with each.
+"""Copies of a model that miss channels, run side by side in one batch: what of the output is lost with each.
 
-What the readers find in place of a channel that is gone, and what is fitted behind it, stands in
+What the consumers find in place of a channel that is gone, and what is fitted behind it, stands in
 `ss_pruning.importance.sensitivity`.
 """
 
@@ -25,20 +25,20 @@ from ss_pruning.config import FOLDED, Method
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of, has_statistics
-from ss_pruning.importance.activation_stats import Moments
+from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.regression import Predicted, constant_output, precision
 from ss_pruning.importance.shared_prefix import Prefix, length
 
 OTHERWISE = "take scope='global'"
-# A copy that lost nothing may differ from the dense net by this share of the output's variance.
+# A copy that lost nothing may differ from the dense model by this share of the output's variance.
 _SAME = 1e-3
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass
 class BatchedAblation:
-    """Runs copies of the dense net that miss channels, all in one batch; with `follow` batch norms follow the cut.
+    """Runs copies of the dense model that miss channels, all in one batch; with `follow` batch norms follow the cut.
 
     Raises:
         ModelError: The model does not run on several copies, or images see each other.
@@ -47,7 +47,7 @@ class BatchedAblation:
     model: nn.Module
     connectivity: Connectivity
     images: Any
-    moments: Mapping[str, Moments]
+    statistics: Mapping[str, ActivationStatistics]
     method: Method = "reconstruct"
     follow: bool = False
 
@@ -87,7 +87,7 @@ class BatchedAblation:
             )
 
     def _heard(self, outputs: Any) -> list[Tensor]:
-        """Those of the outputs that tell of damage: numbers that go by images."""
+        """Those of the outputs that tell of output error: numbers that go by images."""
         leaves = pytree.tree_leaves(outputs)
         if len(leaves) != len(self.grow):
             raise ModelError(f"how many outputs there are depends on the number of images; {OTHERWISE}")
@@ -95,41 +95,43 @@ class BatchedAblation:
         numbers = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in heard]
         return [leaf for leaf in numbers if leaf.is_floating_point()]
 
-    def damage(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
+    def sensitivity(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
         """`[cuts]`: the share of the output's variance that is lost with each."""
         paths = dict.fromkeys(path for cut in cuts for path in cut)
-        readers = [path for path in paths if self.moments[path].mean is not None]  # the others do not run
-        strange = [path for path in readers if path not in self.fitted]
+        consumers = [
+            path for path in paths if self.statistics[path].mean is not None
+        ]  # the others do not run
+        strange = [path for path in consumers if path not in self.fitted]
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
         if self.method == "reconstruct":
-            return _lost(self._run(readers, [{}, *cuts]), len(cuts) + 1)
+            return _lost(self._run(consumers, [{}, *cuts]), len(cuts) + 1)
         dense = self.dense  # first: copies follow what reaches its norms
-        joined = map(torch.cat, zip(dense, self._run(readers, cuts), strict=True))
+        joined = map(torch.cat, zip(dense, self._run(consumers, cuts), strict=True))
         return _lost(list(joined), len(cuts) + 1)
 
     @cached_property
     def dense(self) -> list[Tensor]:
-        """The outputs of the dense net; what reaches its norms is noted on the way."""
+        """The outputs of the dense model; what reaches its norms is noted on the way."""
 
         def note(path: str, norm: nn.Module, x: Tensor) -> None:
-            self.reached[path] = _Reached(len(x), *_moments(x))
+            self.reached[path] = _Reached(len(x), *_statistics(x))
 
         with contextlib.ExitStack() as undo:
             for path, norm in self.norms.items():
                 undo.callback(on_input(norm, partial(note, path)).remove)
             return self._heard(self._outputs(1))
 
-    def _run(self, readers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> list[Tensor]:
+    def _run(self, consumers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> list[Tensor]:
         """The outputs of copies with each of the cuts; what comes before they differ runs for one of them."""
         copies = len(cuts)
-        gone = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in readers}
-        differ = [path for path, each in gone.items() if len({g.tobytes() for g in each}) > 1]
+        pruned = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in consumers}
+        differ = [path for path, each in pruned.items() if len({g.tobytes() for g in each}) > 1]
         begin = min((self.prefix.begin(path) for path in differ), default=0)
         with contextlib.ExitStack() as undo:
             self.prefix.run_once(begin, copies, undo)
-            for path in readers:  # one that runs once reads one copy, all of whose parts miss the same
-                stand_ins = [self._stand_in(path, g) if len(g) else None for g in gone[path]]
+            for path in consumers:  # one that runs once reads one copy, all of whose parts miss the same
+                stand_ins = [self._stand_in(path, g) if len(g) else None for g in pruned[path]]
                 undo.callback(on_input(self.modules[path], _replace(stand_ins)).remove)
                 undo.callback(self.modules[path].register_forward_hook(_shift(stand_ins)).remove)
             for path in self.fitted if self.method == "reconstruct" else ():
@@ -150,25 +152,25 @@ class BatchedAblation:
                 f"({type(error).__name__}: {error}); {OTHERWISE}"
             ) from error
 
-    def _stand_in(self, path: str, gone: Ints) -> _StandIn:
-        key = gone.tobytes()
+    def _stand_in(self, path: str, pruned: Ints) -> _StandIn:
+        key = pruned.tobytes()
         if path not in self.last or self.last[path][0] != key:
-            predicted, shift = self._predict(path, gone), None
+            predicted, shift = self._predict(path, pruned), None
             if self.method in FOLDED:
                 shift = constant_output(self.modules[path], predicted.constants())
             self.last[path] = key, _StandIn(predicted, shift)
         return self.last[path][1]
 
-    def _predict(self, path: str, gone: Ints) -> Predicted:
-        moments = self.moments[path]
-        mean, covariance = moments.mean, moments.covariance
+    def _predict(self, path: str, pruned: Ints) -> Predicted:
+        statistics = self.statistics[path]
+        mean, covariance = statistics.mean, statistics.covariance
         assert mean is not None
         if self.method == "none":
             mean = torch.zeros_like(mean)
         if covariance is not None and path not in self.precisions:
-            self.precisions[path] = precision(covariance, groups_of(self.modules[path]), moments.rows)
-        kept = np.setdiff1d(np.arange(len(mean)), gone)
-        return Predicted.of(mean, self.precisions.get(path), torch.from_numpy(kept), torch.from_numpy(gone))
+            self.precisions[path] = precision(covariance, groups_of(self.modules[path]), statistics.rows)
+        kept = np.setdiff1d(np.arange(len(mean)), pruned)
+        return Predicted.of(mean, self.precisions.get(path), torch.from_numpy(kept), torch.from_numpy(pruned))
 
 
 @dataclass(frozen=True)
@@ -236,14 +238,14 @@ def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
 
 @dataclass(frozen=True)
 class _Reached:
-    """What reaches a norm in the dense net: so many rows, of this mean and variance."""
+    """What reaches a norm in the dense model: so many rows, of this mean and variance."""
 
     rows: int
     mean: Tensor
     variance: Tensor
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the channels of `[N, C, ...]`, in its dimensions."""
     over = [axis for axis in range(x.dim()) if axis != 1]
     mean = x.float().mean(over, keepdim=True)
@@ -251,12 +253,12 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A hook that brings each channel of all copies to the mean and variance that it has in the dense net."""
+    """A hook that brings each channel of all copies to the mean and variance that it has in the dense model."""
 
     def hook(module: nn.Module, x: Tensor) -> Tensor:
         found = torch.empty_like(x)  # once: large tensors cost more than what fills them
         for copy, brought in zip(x.split(dense.rows), found.split(dense.rows), strict=True):
-            mean, variance = _moments(copy)
+            mean, variance = _statistics(copy)
             scale = ((dense.variance + eps) / (variance + eps)).sqrt()
             torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
         return found

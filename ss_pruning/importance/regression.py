@@ -93,7 +93,7 @@ class Predicted:
 
     @staticmethod
     def of(mean: Tensor, precision: Tensor | None, kept: Tensor, removed: Tensor) -> Predicted:
-        """From the moments of what is read; the mean alone without `precision`, see there."""
+        """From the statistics of what is read; the mean alone without `precision`, see there."""
         kept, removed, mean = kept.to(mean.device), removed.to(mean.device), mean.double()
         if precision is None:
             return Predicted(removed, kept, None, mean[removed])

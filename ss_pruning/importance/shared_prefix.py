@@ -1,4 +1,4 @@
-"""What runs before copies of a net differ runs for one of them: which modules, is seen in runs of one and of two.
+"""What runs before copies of a model differ runs for one of them: which modules, is seen in runs of one and of two.
 
 The copies lie one behind the other in the batch. What goes by images is twice as long in a run of two as in a run of
 one; a constant is as long as before, however many numbers it has. Of modules that lie in each other the outermost is

@@ -13,7 +13,8 @@ What the number means where the derivation does not hold:
 * **gamma < 0.** Only `|gamma|` enters. Behind a ReLU the synapse then sees the other half of the distribution: the
   strength is still the scale of what arrives, but gamma cannot be moved out of the activation.
 * **SiLU, GELU, sigmoid and other activations that are not positively homogeneous.** Scaling by gamma does not commute
-  with them: the strength is an approximation. `moments="gaussian"` or batches measure the variance behind them instead.
+  with them: the strength is an approximation. `statistics="gaussian"` or batches measure the variance behind them
+  instead.
 * **Several norms feed one channel** (a residual sum): their variances add, as if independent.
 * **No norm behind a channel** (the image, a layer without a norm): `v_c = 1`, and `Strengths.unscaled` says so.
 """
@@ -33,7 +34,7 @@ from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
-from ss_pruning.importance.activation_stats import Moments, MomentSource, measure
+from ss_pruning.importance.activation_stats import ActivationStatistics, MomentSource, measure
 
 
 class Strengths(dict[str, Tensor]):
@@ -62,7 +63,7 @@ class Strengths(dict[str, Tensor]):
 def synaptic_strength(
     model: nn.Module,
     example_inputs: Any,
-    moments: MomentSource = "batchnorm",
+    statistics: MomentSource = "batchnorm",
     *,
     connectivity: Connectivity | None = None,
 ) -> Strengths:
@@ -71,15 +72,16 @@ def synaptic_strength(
     Args:
         model: Any module; not changed.
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        moments: Where variances come from: "batchnorm" (the paper: squared scales of the norms), "gaussian" (no data:
-            the net is run on its own noise, every norm putting out `gamma z + beta`), or an iterable of batches.
+        statistics: Where variances come from: "batchnorm" (the paper: squared scales of the norms), "gaussian" (no
+            data: the model is run on its own noise, every norm putting out `gamma z + beta`), or an iterable of
+                batches.
         connectivity: What `trace` found, if it is at hand.
 
     Returns:
         By module path, `[out_channels, in_channels // groups]`, on the device and in the dtype of the weights.
 
     Raises:
-        InputError: Unknown moments, or no batch.
+        InputError: Unknown statistics, or no batch.
         ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
 
     Examples:
@@ -96,29 +98,31 @@ def synaptic_strength(
     check_bare(model)
     check_finite(model)
     with quiet_hooks(model, example_inputs):
-        return strengths_along(connectivity or trace(model, example_inputs), model, example_inputs, moments)
+        return strengths_along(
+            connectivity or trace(model, example_inputs), model, example_inputs, statistics
+        )
 
 
 def strengths_along(
-    connectivity: Connectivity, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
+    connectivity: Connectivity, model: nn.Module, example_inputs: Any, statistics: MomentSource = "batchnorm"
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose connectivity is at hand."""
-    found = list(powers_along(connectivity, model, example_inputs, moments))
+    found = list(powers_along(connectivity, model, example_inputs, statistics))
     strengths = {path: power.sqrt() for path, power, _ in found}
     return Strengths(strengths, {path: m.unscaled for path, _, m in found})
 
 
 @torch.no_grad()
 def powers_along(
-    connectivity: Connectivity, model: nn.Module, example_inputs: Any, moments: MomentSource = "batchnorm"
-) -> Iterator[tuple[str, Tensor, Moments]]:
-    """Layer by layer the squared strengths, and the moments that they come from.
+    connectivity: Connectivity, model: nn.Module, example_inputs: Any, statistics: MomentSource = "batchnorm"
+) -> Iterator[tuple[str, Tensor, ActivationStatistics]]:
+    """Layer by layer the squared strengths, and the statistics that they come from.
 
-    All of a net of 1x1 kernels together would take as much memory as the net.
+    All of a model of 1x1 kernels together would take as much memory as the model.
     """
     modules = modules_of(model)
     for path, m in measure(
-        model, connectivity, moments, example_inputs, synaptic_paths(connectivity)
+        model, connectivity, statistics, example_inputs, synaptic_paths(connectivity)
     ).items():
         yield path, synaptic_power(modules[path], m.variance), m
 

@@ -1,7 +1,7 @@
 """Choosing what goes: scores and a budget in, a selection of channels out.
 
-Every unit shrinks in equal steps, least important families first. All steps of all units are put in one order and a
-prefix of it is taken: the shortest that meets the budget. The cost of a prefix is exact and cheap, since MACs and
+Every group shrinks in equal steps, least important channel sets first. All steps of all groups are put in one order and
+a prefix of it is taken: the shortest that meets the budget. The cost of a prefix is exact and cheap, since MACs and
 parameters of a layer are bilinear in its input and output widths.
 """
 
@@ -19,12 +19,12 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Key, Selection, Unit, gone_of, ranks_of, step_scores
+from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, pruned_of, ranks_of, step_scores
 from ss_pruning.profiling.layer_latency import LayerTimes
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.surgery.plan import Cut, Plan
 
-Scope = Literal["global", "local", "measured"]
+Scope = Literal["global", "local", "sensitivity"]
 #: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.
 Cost = Literal["macs", "params", "latency"]
 
@@ -60,7 +60,7 @@ class Budget:
 
 
 class Costs:
-    """MACs, parameters and seconds of the model as functions of how far each unit has shrunk.
+    """MACs, parameters and seconds of the model as functions of how far each group has shrunk.
 
     Attributes:
         times: What the layers take; None unless latency is the budget.
@@ -118,20 +118,22 @@ class Costs:
             removed[self.number[cut.path, cut.side]] = cut.width - len(cut.kept)
         return round(self.after("macs", removed))
 
-    def removed_per_step(self, units: Sequence[Unit]) -> Floats:
-        """`[units, sides]`: how many channels of each side one step of each unit removes."""
-        removed = np.zeros((len(units), len(self.keys)))
-        for u, unit in enumerate(units):
-            for cell in unit.cells:
-                for member in cell.members:
-                    removed[u, self.number[member.path, member.side]] += member.index.size / unit.steps
+    def removed_per_step(self, groups: Sequence[PruningGroup]) -> Floats:
+        """`[groups, sides]`: how many channels of each side one step of each group removes."""
+        removed = np.zeros((len(groups), len(self.keys)))
+        for u, group in enumerate(groups):
+            for subgroup in group.subgroups:
+                for member in subgroup.members:
+                    removed[u, self.number[member.path, member.side]] += member.index.size / group.steps
         return removed
 
-    def per_family(self, units: Sequence[Unit], kind: Cost) -> Floats:
-        """`[units]`: what the dense model saves with the first family of each unit, as a share of its cost."""
-        saved = self.removed_per_step(units) @ (self._slope(kind) / self.widths)
-        families = np.array([sum(cell.size for cell in unit.cells) / unit.steps for unit in units])
-        saved_each: Floats = saved / families / self.dense(kind)
+    def per_channel_set(self, groups: Sequence[PruningGroup], kind: Cost) -> Floats:
+        """`[groups]`: what the dense model saves with the first channel set of each group, as a share of its cost."""
+        saved = self.removed_per_step(groups) @ (self._slope(kind) / self.widths)
+        channel_sets = np.array(
+            [sum(subgroup.size for subgroup in group.subgroups) / group.steps for group in groups]
+        )
+        saved_each: Floats = saved / channel_sets / self.dense(kind)
         return saved_each
 
     def _slope(self, kind: Cost) -> Floats:
@@ -186,54 +188,54 @@ class Costs:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The moves of all units in the order in which they would be taken; a move is one step or, with rounding, several.
+    """The moves of all groups in the order in which they would be taken; a move is one step or, with rounding, several.
 
     Attributes:
-        unit: `[moves]`, which unit each move shrinks.
+        group: `[moves]`, which group each move shrinks.
         steps: `[moves]`, by how many steps.
-        families: `[moves]`, how many families that removes.
-        ranked: By unit and cell, the families in ascending order of importance.
+        channel_sets: `[moves]`, how many channel sets that removes.
+        ranked: By group and subgroup, the channel sets in ascending order of importance.
     """
 
-    unit: Ints
+    group: Ints
     steps: Ints
-    families: Ints
+    channel_sets: Ints
     ranked: list[list[Ints]]
 
     def taken(self, moves: int) -> Ints:
-        """`[units]`: steps of each unit among the first `moves`."""
+        """`[groups]`: steps of each group among the first `moves`."""
         weights = self.steps[:moves].astype(np.float64)
-        return np.bincount(self.unit[:moves], weights, minlength=len(self.ranked)).astype(np.int64)
+        return np.bincount(self.group[:moves], weights, minlength=len(self.ranked)).astype(np.int64)
 
 
 def schedule(
-    units: Sequence[Unit],
+    groups: Sequence[PruningGroup],
     scores: Sequence[Sequence[Floats]],
     *,
     scope: Scope = "global",
     max_ratio: float | Sequence[float] = 0.9,
     round_to: int | Mapping[str, int] | None = None,
 ) -> Schedule:
-    """Order the moves of all units.
+    """Order the moves of all groups.
 
     Args:
-        units: What may shrink.
-        scores: By unit and cell, one score a family; higher stays longer, and what is infinite stays.
-        scope: "local" shrinks all units evenly; any other compares scores across units.
-        max_ratio: No unit loses a larger share than this (or than its own, if one a unit is given); some steps of
-            every unit always stay.
-        round_to: Widths that remain are multiples of this, or of its own by a unit's name.
+        groups: What may shrink.
+        scores: By group and subgroup, one score a channel set; higher stays longer, and what is infinite stays.
+        scope: "local" shrinks all groups evenly; any other compares scores across groups.
+        max_ratio: No group loses a larger share than this (or than its own, if one a group is given); some steps of
+            every group always stay.
+        round_to: Widths that remain are multiples of this, or of its own by a group's name.
     """
     keys: list[Floats] = []
     moves: list[Ints] = []
-    ranked = [ranks_of(cells) for cells in scores]
-    caps = [max_ratio] * len(units) if isinstance(max_ratio, (int, float)) else max_ratio
-    for u, (unit, cell_scores) in enumerate(zip(units, scores, strict=True)):
-        steps = unit.steps
-        per_step = sum(cell.size for cell in unit.cells) // steps
-        multiple = round_to.get(unit.name, 1) if isinstance(round_to, Mapping) else round_to
-        summed = step_scores(unit, cell_scores, ranked[u])
-        ends = _stops(unit, caps[u], multiple, int(np.isfinite(summed).sum()))
+    ranked = [ranks_of(subgroups) for subgroups in scores]
+    caps = [max_ratio] * len(groups) if isinstance(max_ratio, (int, float)) else max_ratio
+    for u, (group, subgroup_scores) in enumerate(zip(groups, scores, strict=True)):
+        steps = group.steps
+        per_step = sum(subgroup.size for subgroup in group.subgroups) // steps
+        multiple = round_to.get(group.name, 1) if isinstance(round_to, Mapping) else round_to
+        summed = step_scores(group, subgroup_scores, ranked[u])
+        ends = _stops(group, caps[u], multiple, int(np.isfinite(summed).sum()))
         taken = np.diff(ends, prepend=0)
         if scope == "local":
             keys.append(ends / steps)
@@ -245,28 +247,28 @@ def schedule(
     return Schedule(table[:, 0], table[:, 1], table[:, 2], ranked)
 
 
-def _stops(unit: Unit, max_ratio: float, round_to: int | None, free: int) -> Ints:
-    """Numbers of steps after which the unit may stop shrinking; no more than are free to go."""
-    size, steps = unit.cells[0].size, unit.steps
-    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - unit.least, free) + 1)
+def _stops(group: PruningGroup, max_ratio: float, round_to: int | None, free: int) -> Ints:
+    """Numbers of steps after which the group may stop shrinking; no more than are free to go."""
+    size, steps = group.subgroups[0].size, group.steps
+    stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - group.least, free) + 1)
     rest = size - stops * (size // steps)
     fitting: Ints = stops[rest % (round_to or 1) == 0]
     return fitting
 
 
 def allot(
-    units: Sequence[Unit],
+    groups: Sequence[PruningGroup],
     scores: Sequence[Sequence[Floats]],
     costs: Costs,
     budget: Budget,
     cost_exponent: float,
     **options: Any,
 ) -> tuple[Schedule, Ints]:
-    """The moves in order, and `[units]`, how many steps each unit takes to meet the budget.
+    """The moves in order, and `[groups]`, how many steps each group takes to meet the budget.
 
     Args:
-        units: What may shrink.
-        scores: By unit and cell, one score a family; higher stays longer.
+        groups: What may shrink.
+        scores: By group and subgroup, one score a channel set; higher stays longer.
         costs: Of the model.
         budget: What to reach.
         cost_exponent: Scores are divided by what a channel costs, to this power, before they are compared.
@@ -277,51 +279,51 @@ def allot(
         BudgetError: The budget is out of reach.
     """
     if budget.kind != "ratio" and cost_exponent:
-        weights = np.maximum(costs.per_family(units, budget.kind) ** cost_exponent, 1e-300)
-        scores = [[s / weight for s in cells] for weight, cells in zip(weights, scores, strict=True)]
-    order = schedule(units, scores, **options)
-    return order, choose(order, units, costs, budget)
+        weights = np.maximum(costs.per_channel_set(groups, budget.kind) ** cost_exponent, 1e-300)
+        scores = [[s / weight for s in subgroups] for weight, subgroups in zip(weights, scores, strict=True)]
+    order = schedule(groups, scores, **options)
+    return order, choose(order, groups, costs, budget)
 
 
-def choose(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> Ints:
-    """`[units]`: how many steps each unit takes, for the shortest prefix of moves that meets the budget.
+def choose(plan: Schedule, groups: Sequence[PruningGroup], costs: Costs, budget: Budget) -> Ints:
+    """`[groups]`: how many steps each group takes, for the shortest prefix of moves that meets the budget.
 
     Raises:
         NothingToPruneError: No move is possible.
         BudgetError: All moves together do not reach the budget; says the smallest that can be reached.
     """
-    total = len(plan.unit)
+    total = len(plan.group)
     if not total:
         raise NothingToPruneError(
             "no layer is wide enough to lose a channel under max_ratio and round_to; raise the one or lower the other "
             "(channels of infinite importance stay)"
         )
     if budget.kind == "ratio":
-        goal = budget.value * sum(cell.size for unit in units for cell in unit.cells)
-        moves = int(np.searchsorted(plan.families.cumsum(), goal + 1e-9, side="right"))
+        goal = budget.value * sum(subgroup.size for group in groups for subgroup in group.subgroups)
+        moves = int(np.searchsorted(plan.channel_sets.cumsum(), goal + 1e-9, side="right"))
         if not moves:
             raise BudgetError(
-                f"ratio={budget.value} is less than one step; the smallest is {plan.families[0]} channels"
+                f"ratio={budget.value} is less than one step; the smallest is {plan.channel_sets[0]} channels"
             )
-        if moves == total and plan.families.sum() < goal - plan.families.max():
-            reachable = plan.families.sum() / (goal / budget.value)
+        if moves == total and plan.channel_sets.sum() < goal - plan.channel_sets.max():
+            reachable = plan.channel_sets.sum() / (goal / budget.value)
             raise BudgetError(
                 f"ratio={budget.value} is out of reach; the largest is {reachable:.4f} (see max_ratio)"
             )
         return plan.taken(moves)
-    return plan.taken(_search(plan, units, costs, budget))
+    return plan.taken(_search(plan, groups, costs, budget))
 
 
-def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget) -> int:
+def _search(plan: Schedule, groups: Sequence[PruningGroup], costs: Costs, budget: Budget) -> int:
     """The smallest number of moves whose cost is within the budget, by bisection."""
-    per_step = costs.removed_per_step(units)
+    per_step = costs.removed_per_step(groups)
     kind: Cost = "params" if budget.kind == "ratio" else budget.kind
     dense = costs.dense(kind)
 
     def cost(moves: int) -> float:
         return costs.after(kind, plan.taken(moves) @ per_step)
 
-    goal, low, high = budget.value * dense, 0, len(plan.unit)
+    goal, low, high = budget.value * dense, 0, len(plan.group)
     if cost(high) > goal:
         if kind == "latency":  # a table's seconds are a guess: the clock will say how far this goes
             return high
@@ -336,11 +338,11 @@ def _search(plan: Schedule, units: Sequence[Unit], costs: Costs, budget: Budget)
     return high
 
 
-def select(plan: Schedule, units: Sequence[Unit], steps: Ints, coupling: Coupling) -> Selection:
-    """The channels that stay, by layer side, when each unit takes so many steps."""
+def select(plan: Schedule, groups: Sequence[PruningGroup], steps: Ints, coupling: Coupling) -> Selection:
+    """The channels that stay, by layer side, when each group takes so many steps."""
     removed: dict[Key, list[Ints]] = {}
-    for unit, ranks, count in zip(units, plan.ranked, steps.tolist(), strict=True):
-        for key, channels in gone_of(unit, ranks, count).items():
+    for group, ranks, count in zip(groups, plan.ranked, steps.tolist(), strict=True):
+        for key, channels in pruned_of(group, ranks, count).items():
             removed.setdefault(key, []).append(channels)
     selection: Selection = {}
     for key, parts in removed.items():

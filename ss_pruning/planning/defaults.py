@@ -9,22 +9,22 @@ from ss_pruning.importance.sensitivity import LEAST_IMAGES
 from ss_pruning.planning.allocation import Scope
 
 #: By scope, what `prune_` takes where no `cost_exponent` is given.
-COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "measured": 1.0}
-#: Where layers compete by relevance, or it has a say: it estimates damage, but not as well as measuring does.
+COST_EXPONENT: dict[Scope, float] = {"global": 0.5, "local": 0.5, "sensitivity": 1.0}
+#: Where layers compete by relevance, or it has a say: it estimates output error, but not as well as measuring does.
 RELEVANCE_EXPONENT = 0.75
-#: On noise damage is known less well: it counts with this exponent, and relevance with what is left of 1.
+#: On noise output error is known less well: it counts with this exponent, and relevance with what is left of 1.
 ON_NOISE = 2 / 3
 
 
 def default_scope(inputs: int, compensation: Method, on_noise: bool) -> Scope:
     """What `prune_` takes where no scope is given, by the number of calibration inputs.
 
-    Without any, "mean" has damage measured on noise, where the model hears it. Plain cuts, whose norms do not follow,
-    lose by that as often as they gain.
+    Without any, "mean" has sensitivity measured on noise, where the model hears it. Plain cuts, whose norms do not
+    follow, lose by that as often as they gain.
     """
     if not inputs:
-        return "measured" if on_noise and compensation == "mean" else "global"
-    return "measured" if inputs >= LEAST_IMAGES else "global"
+        return "sensitivity" if on_noise and compensation == "mean" else "global"
+    return "sensitivity" if inputs >= LEAST_IMAGES else "global"
 
 
 def default_conditional(compensation: Method, scope: Scope) -> float:
@@ -34,7 +34,7 @@ def default_conditional(compensation: Method, scope: Scope) -> float:
     """
     if compensation not in SOLVED:
         return 0.0
-    return 1.0 if scope == "measured" else 0.5
+    return 1.0 if scope == "sensitivity" else 0.5
 
 
 def default_score(compensation: Method, scope: Scope) -> Literal["share", "relevance"]:
@@ -42,7 +42,7 @@ def default_score(compensation: Method, scope: Scope) -> Literal["share", "relev
     return "relevance" if scope != "local" and compensation not in SOLVED else "share"
 
 
-def default_reestimate(compensation: Method) -> bool:
+def default_recalibrate(compensation: Method) -> bool:
     """What `prune_` takes where nothing is said: norms follow what means and regressions leave.
 
     Without compensation the cut shall equal the mask, and "reconstruct" fits layers to the norms as they are.
@@ -52,7 +52,7 @@ def default_reestimate(compensation: Method) -> bool:
 
 def default_cost_exponent(importance: Any, scope: Scope, on_noise: bool = False) -> float:
     """What `prune_` takes for an importance; in the measured scope, whether on noise. Chosen on training images."""
-    by_relevance = is_relevance(importance) and (scope == "global" or (scope == "measured" and on_noise))
+    by_relevance = is_relevance(importance) and (scope == "global" or (scope == "sensitivity" and on_noise))
     return RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
 
 

@@ -1,7 +1,7 @@
 """Finding the largest part of a cut that is sound, in few trials.
 
-All units are tried together. When that fails, those that touch the module where it failed are suspects, and with them
-their likes elsewhere: the same layers in other blocks. Once a unit is found to fail by itself, another of the same
+All groups are tried together. When that fails, those that touch the module where it failed are suspects, and with them
+their likes elsewhere: the same layers in other blocks. Once a group is found to fail by itself, another of the same
 layers and widths is not tried any more, and one of other widths is tried apart from the rest.
 """
 
@@ -14,20 +14,20 @@ from typing import Protocol
 
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.connectivity import pattern
-from ss_pruning.graph.groups import Unit
+from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.surgery.size_attributes import Number, alike
 from ss_pruning.surgery.verification import Verified
 
-# How often a unit is tried with numbers fixed.
+# How often a group is tried with numbers fixed.
 _PATIENCE = 10
 
-#: What units have in common that are alike: the layers they touch; and, to be the same, the sizes of their cells.
+#: What groups have in common that are alike: the layers they touch; and, to be the same, the sizes of their subgroups.
 Kind = tuple[tuple[str, str], ...]
 Size = tuple[int, ...]
 
 
 class Attempt(Protocol):
-    """Verifies the cut of some units."""
+    """Verifies the cut of some groups."""
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         """Raise `VerificationError` if it is wrong; with `locate`, the error says where it goes wrong."""
@@ -39,15 +39,15 @@ class GroupBisection:
     """The search.
 
     Attributes:
-        units: What may be cut, by number.
+        groups: What may be cut, by number.
         attempt: Verifies some of them.
         fixed: Stored numbers known not to follow a cut; what is found is added.
-        sound: Units that were verified together.
+        sound: Groups that were verified together.
         verified: What was verified last.
-        failed: By unit that fails, the reason.
+        failed: By group that fails, the reason.
     """
 
-    units: Sequence[Unit]
+    groups: Sequence[PruningGroup]
     attempt: Attempt
     fixed: set[Number]
     sound: set[int] = field(default_factory=set)
@@ -56,11 +56,11 @@ class GroupBisection:
 
     def __post_init__(self) -> None:
         self.same: list[tuple[Kind, Size]] = [
-            (_kind(unit), tuple(c.size for c in unit.cells)) for unit in self.units
+            (_kind(group), tuple(c.size for c in group.subgroups)) for group in self.groups
         ]
 
     def search(self, items: list[int]) -> None:
-        """Sort the units `items` into sound ones and failed ones."""
+        """Sort the groups `items` into sound ones and failed ones."""
         stack = [items]
         while stack:
             popped = stack.pop()
@@ -97,7 +97,7 @@ class GroupBisection:
             same = self.same[i]
             if same in known:
                 first = known[same]
-                self.failed[i] = f"as it does on that of '{self.units[first].name}': {self.failed[first]}"
+                self.failed[i] = f"as it does on that of '{self.groups[first].name}': {self.failed[first]}"
             elif same[0] in kinds and same not in passed:
                 doubtful.setdefault(same, []).append(i)
             else:
@@ -118,17 +118,17 @@ class GroupBisection:
         return [part[len(part) // 2 :], part[: len(part) // 2]]
 
     def _touching(self, part: list[int], path: str) -> list[int]:
-        """The units that touch a layer inside the module `path`, or else inside what encloses it."""
+        """The groups that touch a layer inside the module `path`, or else inside what encloses it."""
         while path:
-            found = [i for i in part if any(_inside(p, path) for p in self.units[i].paths())]
+            found = [i for i in part if any(_inside(p, path) for p in self.groups[i].paths())]
             if found:
                 return found
             path = path.rpartition(".")[0]
         return []
 
     def _nearness(self, part: list[int], error: VerificationError) -> int:
-        """How deep the module where it failed lies in what holds a layer of the units, too."""
-        return max(_shared(path, error.at or "") for i in part for path in self.units[i].paths())
+        """How deep the module where it failed lies in what holds a layer of the groups, too."""
+        return max(_shared(path, error.at or "") for i in part for path in self.groups[i].paths())
 
     def _without_numbers(self, part: list[int], error: VerificationError) -> Verified | str:
         """Verify again with numbers fixed that followed here: perhaps some only happened to equal a width.
@@ -177,8 +177,10 @@ def _shared(path: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _kind(unit: Unit) -> Kind:
-    return tuple(sorted({(pattern(m.path), m.side) for cell in unit.cells for m in cell.members}))
+def _kind(group: PruningGroup) -> Kind:
+    return tuple(
+        sorted({(pattern(m.path), m.side) for subgroup in group.subgroups for m in subgroup.members})
+    )
 
 
 def _inside(path: str, module: str) -> bool:

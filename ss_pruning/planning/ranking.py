@@ -1,4 +1,4 @@
-"""How channels of different layers compete: by their scores, or by the damage that was seen to be done."""
+"""How channels of different layers compete: by their scores, or by the output error that was seen to be done."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import BATCH
-from ss_pruning.compensation.batchnorm import hears_noise, on_noise
+from ss_pruning.compensation.batchnorm import on_noise, supports_noise_calibration
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling
-from ss_pruning.importance.sensitivity import by_damage
+from ss_pruning.importance.sensitivity import by_sensitivity
 from ss_pruning.planning.allocation import Budget, Costs, Scope, allot
 from ss_pruning.planning.defaults import (
     ON_NOISE,
@@ -30,15 +30,15 @@ from ss_pruning.planning.defaults import (
 
 @dataclass(frozen=True)
 class Ranking:
-    """Of all families of a model.
+    """Of all channel sets of a model.
 
     Attributes:
         importance: What scored them.
-        scores: By unit and cell, one a family.
-        moves: How units may be cut, as `ss_pruning.planning.allocation.allot` takes it.
+        scores: By group and subgroup, one a channel set.
+        moves: How groups may be cut, as `ss_pruning.planning.allocation.allot` takes it.
         cost_exponent: Before they are compared, scores are divided by costs to this power.
-        on_noise: Whether scores are damage that was measured on noise.
-        not_measured: Why no damage was measured, where it would have been by default.
+        on_noise: Whether scores are output error that was measured on noise.
+        not_measured: Why no output error was measured, where it would have been by default.
     """
 
     importance: Any
@@ -74,28 +74,28 @@ class Ranker:
     importance: Any
     images: Any
     compensation: Method
-    reestimate: bool
+    recalibrate: bool
     cost_exponent: float | None
 
     def ranked(self, scope: Scope | None, clock: Clock) -> Ranking:
         """Rank channels as asked, or by default.
 
         Raises:
-            InputError: Damage cannot be measured without calibration inputs.
+            InputError: Output error cannot be measured without calibration inputs.
             ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
         """
-        hears = hears_noise(self.model, self.example_inputs)
+        supported = supports_noise_calibration(self.model, self.example_inputs)
         if scope is not None:
-            if scope == "measured" and self.images is None and not hears:
+            if scope == "sensitivity" and self.images is None and not supported:
                 raise InputError(
-                    "scope='measured' needs calibration=, some unlabelled inputs to measure on; without any it is "
+                    "scope='sensitivity' needs calibration=, some unlabelled inputs to measure on; without any it is "
                     "measured on noise, but this model takes more than a tensor or has no batch norms to tell what "
                     "should reach them. scope='global' does without"
                 )
             return self._ranked(scope, clock)
         count = 0 if self.images is None else len(self.images)
-        scope = default_scope(count, self.compensation, hears)
-        if scope != "measured":
+        scope = default_scope(count, self.compensation, supported)
+        if scope != "sensitivity":
             return self._ranked(scope, clock)
         try:
             return self._ranked(scope, clock)
@@ -110,9 +110,9 @@ class Ranker:
         with clock("score", 1):
             scores = self._scores(importance)
         moves = {**self.options, "scope": scope}
-        if scope == "measured":
+        if scope == "sensitivity":
             scores = self._measured(importance, scores, moves, exponent, clock)
-        return Ranking(importance, scores, moves, exponent, scope == "measured" and self.images is None)
+        return Ranking(importance, scores, moves, exponent, scope == "sensitivity" and self.images is None)
 
     def _default_importance(self, scope: Scope) -> Any:
         from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
@@ -121,16 +121,16 @@ class Ranker:
         if self.images is None:
             return SynapticImportance(score=score)
         conditional = default_conditional(self.compensation, scope)
-        return SynapticImportance(moments=self.images.split(BATCH), score=score, conditional=conditional)
+        return SynapticImportance(statistics=self.images.split(BATCH), score=score, conditional=conditional)
 
     def _scores(self, importance: Any) -> list[list[Floats]]:
-        """By unit and cell, one score a family."""
-        from ss_pruning.integrations.torch_pruning.groups import CellGraph, cell_scores
+        """By group and subgroup, one score a channel set."""
+        from ss_pruning.integrations.torch_pruning.groups import SubgroupGraph, subgroup_scores
 
-        graph = CellGraph(self.model, self.example_inputs, self.connectivity)
-        cells = [cell for unit in self.coupling.units for cell in unit.cells]
-        scored = iter(cell_scores(importance, cells, graph))
-        return [[next(scored).numpy() for _ in unit.cells] for unit in self.coupling.units]
+        graph = SubgroupGraph(self.model, self.example_inputs, self.connectivity)
+        subgroups = [subgroup for group in self.coupling.groups for subgroup in group.subgroups]
+        scored = iter(subgroup_scores(importance, subgroups, graph))
+        return [[next(scored).numpy() for _ in group.subgroups] for group in self.coupling.groups]
 
     def _measured(
         self,
@@ -140,15 +140,15 @@ class Ranker:
         exponent: float,
         clock: Clock,
     ) -> list[list[Floats]]:
-        """Damage in the order of the scores, on the calibration inputs; on noise relevance has a say, too."""
+        """Output error in the order of the scores, on the calibration inputs; on noise relevance has a say, too."""
 
         def taken(scores: list[list[Floats]]) -> Ints:
-            return allot(self.coupling.units, scores, self.costs, self.budget, exponent, **moves)[1]
+            return allot(self.coupling.groups, scores, self.costs, self.budget, exponent, **moves)[1]
 
         model, images = self.model, self.images
         if images is None:
             model, images = on_noise(model, self.example_inputs)
-        damage = by_damage(
+        sensitivity = by_sensitivity(
             model,
             self.connectivity,
             self.coupling,
@@ -159,14 +159,14 @@ class Ranker:
             self.compensation,
             None if self.compensation == "reconstruct" else taken,
             clock.steps("measure"),
-            self.reestimate,
+            self.recalibrate,
         )
         if self.images is not None or not is_relevance(importance):
-            return damage
+            return sensitivity
         return [
             [
                 np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
-                for lost, score in zip(*cells, strict=True)
+                for lost, score in zip(*subgroups, strict=True)
             ]
-            for cells in zip(damage, scores, strict=True)
+            for subgroups in zip(sensitivity, scores, strict=True)
         ]

@@ -263,9 +263,9 @@ class _Alive(TorchDispatchMode):
             self.now += size
             self.most = max(self.most, self.now)
         self.views[place] += 1
-        weakref.finalize(tensor, self._gone, place, size)
+        weakref.finalize(tensor, self._pruned, place, size)
 
-    def _gone(self, place: int, size: int) -> None:
+    def _pruned(self, place: int, size: int) -> None:
         self.views[place] -= 1
         if not self.views[place]:
             self.now -= size

@@ -23,7 +23,7 @@ from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Key, Side, Unit
+from ss_pruning.graph.groups import Key, PruningGroup, Side
 from ss_pruning.graph.layers import groups_of, is_depthwise, width
 from ss_pruning.profiling.latency import machine, race
 from ss_pruning.surgery.plan import Cut, cut_layer
@@ -33,7 +33,7 @@ GRID = (0.125, 0.5, 1.0)
 #: Multiples that widths may be rounded to.
 ROUNDINGS = (1, 2, 4, 8, 16, 32)
 _BLOCK = ROUNDINGS[-1]
-#: A coarser rounding must spare more than this share of a unit's time.
+#: A coarser rounding must spare more than this share of a group's time.
 _WORTH = 0.02
 #: What a layer saves when it vanishes is at least this share of its time.
 _LEAST = 0.05
@@ -86,16 +86,16 @@ class LayerTimes:
                     found[key] += max(2 * (whole - time.at(*halved)), _LEAST * whole)
         return found
 
-    def rounding(self, unit: Unit) -> int:
-        """The finest multiple for the unit's widths that wastes next to nothing of what its layers take."""
+    def rounding(self, group: PruningGroup) -> int:
+        """The finest multiple for the group's widths that wastes next to nothing of what its layers take."""
         wasted, whole = np.zeros(len(ROUNDINGS)), 0.0
-        for member in (member for cell in unit.cells for member in cell.members):
+        for member in (member for subgroup in group.subgroups for member in subgroup.members):
             time, _, _ = self.layers.get(member.path, (None, None, None))
             if time is not None and member.side in time.waste:
                 seconds = time.at(1.0, 1.0)
                 wasted, whole = wasted + seconds * time.waste[member.side], whole + seconds
         fine = [r for r, waste in zip(ROUNDINGS, wasted, strict=True) if waste <= _WORTH * whole]
-        size = min(cell.size for cell in unit.cells)
+        size = min(subgroup.size for subgroup in group.subgroups)
         return next((r for r in fine if size >= 2 * r), 1)
 
 
@@ -248,6 +248,6 @@ class _Lone:
         )
 
 
-def roundings(times: LayerTimes, units: Iterable[Unit]) -> dict[str, int]:
-    """By a unit's name, the multiple that its widths should be of."""
-    return {unit.name: times.rounding(unit) for unit in units}
+def roundings(times: LayerTimes, groups: Iterable[PruningGroup]) -> dict[str, int]:
+    """By a group's name, the multiple that its widths should be of."""
+    return {group.name: times.rounding(group) for group in groups}

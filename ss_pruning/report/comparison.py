@@ -49,7 +49,7 @@ class Comparison:
         figures: the headline, the same numbers of both.
         layers: by path, in the order of the first report, then what only the second has.
         settings: (name, of A, of B) where they differ; None where one does not have it.
-        notes: what a reader must know before trusting the comparison.
+        notes: what a consumer must know before trusting the comparison.
     """
 
     name_a: str

@@ -87,7 +87,7 @@ def _cut(report: Report) -> str:
 
 def _compensation(report: Report) -> str:
     method = report.settings.get("compensation", "none")
-    norms = " Batch norms behind the cut follow what is left." if report.settings.get("reestimate") else ""
+    norms = " Batch norms behind the cut follow what is left." if report.settings.get("recalibrate") else ""
     if method == "none":
         return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
     inexact = report.settings.get("inexact at padded borders")
@@ -101,12 +101,14 @@ def _compensation(report: Report) -> str:
 def _strengths(report: Report) -> str:
     if not any(layer.strength for layer in report.layers):
         return "Not recorded."
-    scored = _VARIANCES.get(str(report.settings.get("moments")))
+    scored = _VARIANCES.get(str(report.settings.get("statistics")))
     told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
     chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
-    if report.settings.get("scope") == "measured":
-        on = report.settings.get("damage measured on", "calibration inputs")
-        chosen += f" How much each layer gave was decided by the damage that shrinking it did to the output on {on}."
+    if report.settings.get("scope") == "sensitivity":
+        on = report.settings.get("sensitivity measured on", "calibration inputs")
+        chosen += (
+            f" How much each layer gave was decided by the output error of shrinking it, measured on {on}."
+        )
     share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
     return (
         f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "

@@ -190,7 +190,7 @@ class Report:
             return "The cut model was not compared with the masked one."
         method = self.settings.get("compensation", "none")
         after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
-        if self.settings.get("reestimate"):
+        if self.settings.get("recalibrate"):
             after += " Batch norms behind the cut follow what is left."
         if self.by_decisions:
             return (

@@ -1,4 +1,4 @@
-"""The strengths of a model in figures for a reader: one row per layer, and the weakest synapses."""
+"""The strengths of a model in figures for a consumer: one row per layer, and the weakest synapses."""
 
 from __future__ import annotations
 

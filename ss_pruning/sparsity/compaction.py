@@ -26,7 +26,7 @@ from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Excluded, Selection, Unit, couple
+from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection, couple
 from ss_pruning.graph.layers import check_finite, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
@@ -72,7 +72,7 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> with torch.no_grad():
-        ...     _ = net[0].weight[:5].zero_()  # five units no longer see the input: constants
+        ...     _ = net[0].weight[:5].zero_()  # five neurons no longer see the input: constants
         >>> compact_(net, torch.randn(4, 3)).after.params, net[0]
         (20, Linear(in_features=3, out_features=3, bias=True))
     """
@@ -158,13 +158,13 @@ class _MaskedVerifier(Verifier):
         self,
         plan: Plan,
         selection: Selection,
-        units: Sequence[Unit] = (),
+        groups: Sequence[PruningGroup] = (),
         *,
         fixed: Collection[Number] = (),
         locate: bool = True,
     ) -> Verified:
         """As ever; then the compacted model's output must be the masked one's."""
-        plan = super().verify(plan, selection, units, fixed=fixed, locate=locate).plan
+        plan = super().verify(plan, selection, groups, fixed=fixed, locate=locate).plan
         return Verified(plan, self.difference(self.compacted(plan)[0]))
 
     def difference(self, small: nn.Module) -> float:
@@ -191,26 +191,29 @@ class _MaskedVerifier(Verifier):
 
 @dataclass
 class Compactor(PlanSearch):
-    """Takes as many dead families of every unit as its cells can lose in equal shares."""
+    """Takes as many dead channel sets of every group as its subgroups can lose in equal shares."""
 
     verifier: _MaskedVerifier
     found: list[list[Dead]] = field(default_factory=list, init=False)
 
     def scores(self) -> list[list[Floats]]:
-        """By unit and cell: 0 for a family that may go, 1 for one that stays."""
+        """By group and subgroup: 0 for a channel set that may go, 1 for one that stays."""
         self.found = [
-            [self.verifier.folding.dead(cell) for cell in unit.cells] for unit in self.coupling.units
+            [self.verifier.folding.dead(subgroup) for subgroup in group.subgroups]
+            for group in self.coupling.groups
         ]
-        return [[1.0 - dead.goes.numpy().astype(np.float64) for dead in unit] for unit in self.found]
+        return [[1.0 - dead.goes.numpy().astype(np.float64) for dead in group] for group in self.found]
 
-    def shrink(self, units: Sequence[Unit], scores: Sequence[Sequence[Floats]]) -> tuple[Schedule, Ints]:
-        """All dead families that can go."""
-        steps = [_steps(unit, cells) for unit, cells in zip(units, scores, strict=True)]
-        return schedule(units, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
+    def shrink(
+        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
+    ) -> tuple[Schedule, Ints]:
+        """All dead channel sets that can go."""
+        steps = [_steps(group, subgroups) for group, subgroups in zip(groups, scores, strict=True)]
+        return schedule(groups, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
 
     def find_verified_plan(self, scores: list[list[Floats]]) -> Verified:
         """As ever, but that nothing may go is no error."""
-        if all(bool((cell == 1).all()) for unit in scores for cell in unit):
+        if all(bool((subgroup == 1).all()) for group in scores for subgroup in group):
             return Verified(Plan(), 0.0)
         try:
             return super().find_verified_plan(scores)
@@ -218,20 +221,20 @@ class Compactor(PlanSearch):
             return Verified(Plan(), 0.0)
 
     def stays(self) -> list[Excluded]:
-        """The dead families that stay, and why."""
+        """The dead channel sets that stay, and why."""
         stays = _Stays()
-        for u, (unit, found) in enumerate(zip(self.coupling.units, self.found, strict=True)):
-            for cell, dead in zip(unit.cells, found, strict=True):
-                for reason, families in dead.stays.items():
-                    stays.add(reason, cell.root.path, families)
+        for u, (group, found) in enumerate(zip(self.coupling.groups, self.found, strict=True)):
+            for subgroup, dead in zip(group.subgroups, found, strict=True):
+                for reason, channel_sets in dead.stays.items():
+                    stays.add(reason, subgroup.root.path, channel_sets)
             if u not in self.reasons:
                 size, going = (
-                    sum(cell.size for cell in unit.cells),
+                    sum(subgroup.size for subgroup in group.subgroups),
                     sum(int(dead.goes.sum()) for dead in found),
                 )
-                steps = _steps(unit, [1.0 - dead.goes.numpy() for dead in found])
+                steps = _steps(group, [1.0 - dead.goes.numpy() for dead in found])
                 reason = LAST_REASON if going == size else SHARE_REASON
-                stays.add(reason, unit.name, going - steps * (size // unit.steps))
+                stays.add(reason, group.name, going - steps * (size // group.steps))
         return stays.as_list() + self.excluded()
 
 
@@ -270,12 +273,13 @@ class _Stays:
         return whole
 
 
-def _steps(unit: Unit, scores: Sequence[Floats]) -> int:
-    """How many steps the cells can take together; one always stays."""
+def _steps(group: PruningGroup, scores: Sequence[Floats]) -> int:
+    """How many steps the subgroups can take together; one always stays."""
     shares = (
-        int((s == 0).sum()) * unit.steps // cell.size for cell, s in zip(unit.cells, scores, strict=True)
+        int((s == 0).sum()) * group.steps // subgroup.size
+        for subgroup, s in zip(group.subgroups, scores, strict=True)
     )
-    return min(unit.steps - 1, *shares) if unit.steps > 1 else 0
+    return min(group.steps - 1, *shares) if group.steps > 1 else 0
 
 
 def _later(before: list[Excluded], now: list[Excluded]) -> list[Excluded]:
@@ -287,7 +291,7 @@ def _later(before: list[Excluded], now: list[Excluded]) -> list[Excluded]:
 def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
     """Output channels without a living kernel that the channel graph does not allow to go at all."""
     free: dict[str, list[int]] = defaultdict(list)
-    for member in (m for unit in coupling.units for cell in unit.cells for m in cell.members):
+    for member in (m for group in coupling.groups for subgroup in group.subgroups for m in subgroup.members):
         if member.side == "out":
             free[member.path] += member.index.reshape(-1).tolist()
     stays, seen = _Stays(), set[str]()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
 from ss_pruning.graph.connectivity import Connectivity, Layer
-from ss_pruning.graph.groups import Cell, Coupling, Member
+from ss_pruning.graph.groups import Coupling, Member, Subgroup
 from ss_pruning.graph.layers import channel_axis, mixes_channels
 from ss_pruning.sparsity.dead_channels import (
     Liveness,
@@ -40,11 +40,11 @@ MIXED_REASON = (
 
 @dataclass
 class Dead:
-    """The dead families of one cell.
+    """The dead channel sets of one subgroup.
 
     Attributes:
-        goes: `[families]`: True for what may be cut.
-        stays: By reason, how many families are dead and stay.
+        goes: `[channel sets]`: True for what may be cut.
+        stays: By reason, how many channel sets are dead and stay.
     """
 
     goes: Tensor
@@ -52,7 +52,7 @@ class Dead:
 
 
 class Folding:
-    """Decides which families are dead, and moves constants before they are cut."""
+    """Decides which channel sets are dead, and moves constants before they are cut."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class Folding:
             p for p, layer in connectivity.layers.items() if layer.kind == "positional"
         } | liveness.opaque
         self.mixing |= {p for p in connectivity.layers if mixes_channels(model.get_submodule(p))}
-        cells = [cell for unit in coupling.units for cell in unit.cells]
-        outputs = living_outputs(connectivity, model, liveness.kernels, cells, self.mixing)
+        subgroups = [subgroup for group in coupling.groups for subgroup in group.subgroups]
+        outputs = living_outputs(connectivity, model, liveness.kernels, subgroups, self.mixing)
         self.wanted = {
             path: by_input(model.get_submodule(path), rows, outputs[path])
             for path, rows in liveness.kernels.items()
@@ -89,15 +89,15 @@ class Folding:
         self._borderless: dict[str, bool] = {}
         self.carriers: dict[str, dict[int, int]] = {}
 
-    def dead(self, cell: Cell) -> Dead:
-        """The families of a cell that may go, and those that are dead and have to stay."""
-        consumers = [m for m in cell.members if is_consumer(m.path, m.side, self.connectivity)]
+    def dead(self, subgroup: Subgroup) -> Dead:
+        """The channel sets of a subgroup that may go, and those that are dead and have to stay."""
+        consumers = [m for m in subgroup.members if is_consumer(m.path, m.side, self.connectivity)]
         slots = [self._slots(m) for m in consumers]
-        still = _all([~s.wanted | s.still for s in slots], cell.size)
-        constant = _all([~s.wanted | s.constant for s in slots], cell.size)
-        if any(member.path in self.mixing for member in cell.members):
-            return _stay(cell, {MIXED_REASON: int(constant.sum())})
-        easy = _all([~s.wanted | (s.constant & ~s.carried) for s in slots], cell.size)
+        still = _all([~s.wanted | s.still for s in slots], subgroup.size)
+        constant = _all([~s.wanted | s.constant for s in slots], subgroup.size)
+        if any(member.path in self.mixing for member in subgroup.members):
+            return _stay(subgroup, {MIXED_REASON: int(constant.sum())})
+        easy = _all([~s.wanted | (s.constant & ~s.carried) for s in slots], subgroup.size)
         stays = {PATTERN_REASON: int((still & ~constant).sum())}
         goes, bound = easy, constant & ~easy
         carrier = self._carrier(slots, bound)
@@ -167,7 +167,7 @@ class Folding:
 
     @staticmethod
     def _carrier(slots: list[_Slots], bound: Tensor) -> int | None:
-        """The family with the largest constants wherever one of the `bound` families needs a carrier."""
+        """The channel set with the largest constants wherever one of the `bound` channel sets needs a carrier."""
         strength = torch.where(bound, torch.inf, 0.0).double()
         for s in slots:
             needed = (s.wanted & s.carried & bound[:, None]).any(0)
@@ -177,20 +177,24 @@ class Folding:
         best = int(strength.argmax())
         return best if 0 < strength[best] < torch.inf else None
 
-    def _carry(self, consumers: Iterable[Member], families: list[int], carrier: int) -> None:
+    def _carry(self, consumers: Iterable[Member], channel_sets: list[int], carrier: int) -> None:
         for member in consumers:
             if not self._sees_no_border(member.path):
                 to = self.carriers.setdefault(member.path, {})
-                for family in families:
-                    if family != carrier:
+                for channel_set in channel_sets:
+                    if channel_set != carrier:
                         to.update(
-                            zip(member.index[family].tolist(), member.index[carrier].tolist(), strict=True)
+                            zip(
+                                member.index[channel_set].tolist(),
+                                member.index[carrier].tolist(),
+                                strict=True,
+                            )
                         )
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """By family and slot of one consumer: is it read, what arrives, and would that need a carrier."""
+    """By channel set and slot of one consumer: is it read, what arrives, and would that need a carrier."""
 
     wanted: Tensor
     still: Tensor
@@ -199,16 +203,16 @@ class _Slots:
     carried: Tensor
 
 
-def _all(slots: list[Tensor], families: int) -> Tensor:
-    """`[families]`: True where all slots of all consumers agree."""
-    agree = torch.ones(families, dtype=torch.bool)
+def _all(slots: list[Tensor], channel_sets: int) -> Tensor:
+    """`[channel sets]`: True where all slots of all consumers agree."""
+    agree = torch.ones(channel_sets, dtype=torch.bool)
     for s in slots:
         agree &= s.all(1)
     return agree
 
 
-def _stay(cell: Cell, reasons: dict[str, int]) -> Dead:
-    return Dead(torch.zeros(cell.size, dtype=torch.bool), {r: n for r, n in reasons.items() if n})
+def _stay(subgroup: Subgroup, reasons: dict[str, int]) -> Dead:
+    return Dead(torch.zeros(subgroup.size, dtype=torch.bool), {r: n for r, n in reasons.items() if n})
 
 
 def _arriving(shapes: list[tuple[int, ...]], layer: Layer) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Cell
+from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import channel_axis, groups_of, mixes_channels
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
@@ -129,7 +129,7 @@ def living_outputs(
     connectivity: Connectivity,
     model: nn.Module,
     kernels: dict[str, Tensor],
-    cells: Iterable[Cell],
+    subgroups: Iterable[Subgroup],
     mixing: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """By layer, `[out]`: the channels from which a path of living kernels leads to the model's output.
@@ -140,12 +140,14 @@ def living_outputs(
         connectivity: The connectivity of `model`.
         model: The masked model.
         kernels: Which of its kernels are alive.
-        cells: The families that may be cut; all other channels count as read.
+        subgroups: The channel sets that may be cut; all other channels count as read.
         mixing: Layers that look at several channels together: what they see is read.
     """
-    cells = list(cells)
+    subgroups = list(subgroups)
     alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
-    for member in (m for cell in cells for m in cell.members if m.side == "out" and m.path in alive):
+    for member in (
+        m for subgroup in subgroups for m in subgroup.members if m.side == "out" and m.path in alive
+    ):
         alive[member.path][member.index.reshape(-1)] = False
     changed = True
     while changed:
@@ -153,9 +155,9 @@ def living_outputs(
         wanted = {
             path: by_input(model.get_submodule(path), rows, alive[path]) for path, rows in kernels.items()
         }
-        for cell in cells:
-            read = reads(cell, wanted, connectivity, mixing)
-            for member in cell.members:
+        for subgroup in subgroups:
+            read = reads(subgroup, wanted, connectivity, mixing)
+            for member in subgroup.members:
                 if member.side != "out" or member.path not in alive:
                     continue
                 index = torch.from_numpy(member.index)
@@ -167,11 +169,11 @@ def living_outputs(
 
 
 def reads(
-    cell: Cell, wanted: dict[str, Tensor], connectivity: Connectivity, mixing: Collection[str]
+    subgroup: Subgroup, wanted: dict[str, Tensor], connectivity: Connectivity, mixing: Collection[str]
 ) -> Tensor:
-    """`[families]`: True where some consumer wants one of the family's channels."""
-    read = torch.full((cell.size,), any(member.path in mixing for member in cell.members))
-    for member in cell.members:
+    """`[channel sets]`: True where some consumer wants one of the channel set's channels."""
+    read = torch.full((subgroup.size,), any(member.path in mixing for member in subgroup.members))
+    for member in subgroup.members:
         if is_consumer(member.path, member.side, connectivity):
             read |= wanted[member.path][torch.from_numpy(member.index)].any(1)
     return read
@@ -292,12 +294,12 @@ def _run_on_noise(
         seen[path].add(x, connectivity.layers[path].in_axis)
 
     def after(path: str, module: nn.Module, y: Tensor) -> Tensor | None:
-        gone = dead[path]
-        if gone is None:
+        pruned = dead[path]
+        if pruned is None:
             return None
         axis = channel_axis(module, y)
         shape = [-1 if a == axis else 1 for a in range(y.dim())]
-        return torch.where(gone.to(y.device).reshape(shape), y, noise(y))
+        return torch.where(pruned.to(y.device).reshape(shape), y, noise(y))
 
     noisy = pytree.tree_map_only(
         Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs

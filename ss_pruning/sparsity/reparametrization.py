@@ -121,7 +121,9 @@ class ExplicitStrengths:
             for f in connectivity.edges[p]
             if _has_scale(model, connectivity, f.source)
         }
-        owning = {norm: readers for norm in feeding if (readers := _readers(connectivity, norm)) is not None}
+        owning = {
+            norm: consumers for norm in feeding if (consumers := _readers(connectivity, norm)) is not None
+        }
         self.moved = tuple(norm for norm in connectivity.layers if norm in owning and norm not in keep)
         self.kept = tuple(norm for norm in connectivity.layers if norm in feeding and norm not in self.moved)
         for path in (*self.paths, *(path for norm in self.moved for path in owning[norm])):
@@ -169,7 +171,7 @@ def _readers(connectivity: Connectivity, norm: str) -> Readers | None:
     """By layer that reads the norm: pairs of its channels and theirs; None if the norm does not own those channels."""
     if len(connectivity.reaches_output.get(norm, ())):
         return None
-    readers: Readers = {}
+    consumers: Readers = {}
     for path, edges in connectivity.edges.items():
         mine = [edge for edge in edges if edge.source == norm]
         if not mine:
@@ -183,26 +185,26 @@ def _readers(connectivity: Connectivity, norm: str) -> Readers | None:
         repeated = len(edges) != len({edge.source for edge in edges})
         if shared or spread or repeated or connectivity.layers[path].kind not in _SCALABLE:
             return None
-        readers[path] = [edge.pairs for edge in mine]
-    return readers
+        consumers[path] = [edge.pairs for edge in mine]
+    return consumers
 
 
 @torch.no_grad()
-def _move_scale_(model: nn.Module, norm: str, readers: Readers) -> None:
+def _move_scale_(model: nn.Module, norm: str, consumers: Readers) -> None:
     """Divide what the norm puts out by its scale, and multiply the kernels that read it."""
     module = model.get_submodule(norm)
     scale, shift = module.weight, module.bias
     assert isinstance(scale, Tensor)
     assert isinstance(shift, Tensor)
-    for path, all_pairs in readers.items():
-        reader = model.get_submodule(path)
-        weight = reader.weight
+    for path, all_pairs in consumers.items():
+        consumer = model.get_submodule(path)
+        weight = consumer.weight
         assert isinstance(weight, Tensor)
-        powers = kernel_powers(reader)
-        factors = scale.new_ones(width(reader, "in"))
+        powers = kernel_powers(consumer)
+        factors = scale.new_ones(width(consumer, "in"))
         for pairs in all_pairs:
             factors[pairs[:, 1]] = scale[pairs[:, 0]]
-        weight.mul_(by_kernel(reader, weight, at_synapses(reader, factors, len(powers))))
+        weight.mul_(by_kernel(consumer, weight, at_synapses(consumer, factors, len(powers))))
     shift.div_(scale)
     scale.fill_(1.0)
 
@@ -224,10 +226,10 @@ def _check_movable(model: nn.Module, example_inputs: Any, norms: dict[str, Reade
     inputs = _noise_like(example_inputs)
     with torch.no_grad(), preserved(twin, training=False):
         expected = _leaves(call(twin, inputs))
-        for norm, readers in norms.items():
-            before = {path: twin.get_parameter(f"{path}.weight").clone() for path in (norm, *readers)}
+        for norm, consumers in norms.items():
+            before = {path: twin.get_parameter(f"{path}.weight").clone() for path in (norm, *consumers)}
             shift = twin.get_parameter(f"{norm}.bias").clone()
-            _move_scale_(twin, norm, readers)
+            _move_scale_(twin, norm, consumers)
             if not _equal(expected, _leaves(call(twin, inputs))):
                 raise ModelError(
                     f"moving the scale of '{norm}' into the kernels that read it changes the output: the activation "

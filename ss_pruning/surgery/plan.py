@@ -25,6 +25,7 @@ from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import PlanError
 from ss_pruning.graph.groups import Key, Side
 from ss_pruning.graph.layers import groups_of, is_depthwise, long_axis, width
+from ss_pruning.graph.refusals import check_whole
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
@@ -91,8 +92,9 @@ class Plan:
 
         Raises:
             PlanError: The plan does not fit the model.
-            ModelError: The model cannot be copied.
+            ModelError: The model cannot be copied, or is sharded.
         """
+        check_whole(model, "cut")
         return adopt_(model, self.cut_copy(model))
 
     def cut_copy(self, model: nn.Module, values: nn.Module | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity, pattern
-from ss_pruning.graph.groups import Selection, Unit
+from ss_pruning.graph.groups import PruningGroup, Selection
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
 
@@ -168,18 +168,18 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
 
 
 def part_sizes(
-    units: Sequence[Unit], selection: Selection, connectivity: Connectivity
+    groups: Sequence[PruningGroup], selection: Selection, connectivity: Connectivity
 ) -> dict[str, list[tuple[int, int]]]:
     """By layer that touches an output that splits: old and new size of each part of it, and of the whole."""
     parts: dict[str, list[tuple[int, int]]] = {}
-    for unit in units:
+    for group in groups:
         sizes = []
-        for cell in unit.cells:
-            path, side = cell.root.path, cell.root.side
-            if (path, side) in selection and cell.size < connectivity.layers[path].outputs:
-                left = np.isin(cell.root.index[:, 0], selection[path, side]).sum()
-                sizes.append((cell.size, int(left)))
+        for subgroup in group.subgroups:
+            path, side = subgroup.root.path, subgroup.root.side
+            if (path, side) in selection and subgroup.size < connectivity.layers[path].outputs:
+                left = np.isin(subgroup.root.index[:, 0], selection[path, side]).sum()
+                sizes.append((subgroup.size, int(left)))
                 sizes.append((connectivity.layers[path].outputs, len(selection[path, side])))
-        for path in unit.paths() if sizes else ():
+        for path in group.paths() if sizes else ():
             parts.setdefault(path, []).extend(sizes)
     return parts

@@ -36,7 +36,7 @@ from ss_pruning._utils.outputs import values_in
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Selection, Unit
+from ss_pruning.graph.groups import PruningGroup, Selection
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.agreement import (
     certified,
@@ -140,7 +140,7 @@ class Verifier:
         self,
         plan: Plan,
         selection: Selection,
-        units: Sequence[Unit] = (),
+        groups: Sequence[PruningGroup] = (),
         *,
         fixed: Collection[Number] = (),
         locate: bool = True,
@@ -150,14 +150,14 @@ class Verifier:
         Args:
             plan: What to cut.
             selection: The same as channels by layer side (positional layers included).
-            units: The units of the plan; the sizes of their cells are numbers that modules may store.
+            groups: The units of the plan; the sizes of their subgroups are numbers that modules may store.
             fixed: Stored numbers that must not follow the cut.
             locate: If the outputs differ, say in the error from which layer on.
 
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
-        attempt = partial(self._verify, plan, selection, units, locate=locate, reorder=True)
+        attempt = partial(self._verify, plan, selection, groups, locate=locate, reorder=True)
         try:
             with self.watch():
                 verified = self._with_fewest_numbers(attempt, frozenset(fixed), last=not locate)
@@ -213,14 +213,14 @@ class Verifier:
         self,
         plan: Plan,
         selection: Selection,
-        units: Sequence[Unit],
+        groups: Sequence[PruningGroup],
         fixed: Collection[Number],
         *,
         locate: bool,
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
-        parts = part_sizes(units, selection, self.connectivity)
+        parts = part_sizes(groups, selection, self.connectivity)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures and self.ghost is not None:
             ghost = _cut(self.ghost, plan)
@@ -238,12 +238,12 @@ class Verifier:
             worst = holding.error if by_decisions else match.error
             return Verified(Plan(plan.cuts, tuple(sizes_that_follow.found)), worst, by_decisions)
         except VerificationError as error:
-            if not reorder or not any(unit.shuffled for unit in units):
+            if not reorder or not any(group.shuffled for group in groups):
                 at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), sizes_that_follow.numbers(), at) from error
         _let_follow(small, sizes_that_follow)
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
-        return self._verify(replace(plan, cuts=moved), selection, units, fixed, locate=locate, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, groups, fixed, locate=locate, reorder=False)
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""

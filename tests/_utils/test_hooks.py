@@ -68,10 +68,10 @@ IMAGES = torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"compensation": "mean"},
-    {"compensation": "mean", "scope": "global", "reestimate": True, "calibration": IMAGES},
+    {"compensation": "mean", "scope": "global", "recalibrate": True, "calibration": IMAGES},
     {"compensation": "linear", "calibration": IMAGES},
     {"compensation": "reconstruct", "calibration": IMAGES},
-    {"compensation": "mean", "calibration": "distilled"},
+    {"compensation": "mean", "calibration": "synthetic"},
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import prune_, synaptic_strength, trace
-from ss_pruning.compensation.batchnorm import reestimate_
+from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.residual_sums import Others, Sum, find_sums
 from ss_pruning.importance.activation_stats import measure
@@ -58,8 +58,8 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "trace": trace,
     "macs": count_macs,
     "strength": synaptic_strength,
-    "moments": lambda model, x: measure(model, trace(model, x), [x], None, ["0", "3", "6"]),
-    "norms": lambda model, x: reestimate_(model, model, Plan(), trace(model, x), x, x),
+    "statistics": lambda model, x: measure(model, trace(model, x), [x], None, ["0", "3", "6"]),
+    "norms": lambda model, x: recalibrate_(model, model, Plan(), trace(model, x), x, x),
     "sums": lambda model, x: find_sums(model, x, norms_behind(trace(model, x))),
     "others": sums,
     "prune": lambda model, x: prune_(model, x[:1], macs=0.7, calibration=x),

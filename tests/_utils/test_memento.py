@@ -187,7 +187,7 @@ def test_nnis_pruner_leaves_nothing_behind(seed: int) -> None:
     random_numbers = torch.get_rng_state().tolist()
     try:
         pruner = nni.SynapticStrengthPruner(
-            model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], x, moments="gaussian"
+            model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], x, statistics="gaussian"
         )
         pruner.compress()
         pruner.unwrap_model()

@@ -63,14 +63,14 @@ def test_re_estimated_norms_are_runs_of_their_own(monkeypatch: pytest.MonkeyPatc
     words = ("--criteria", OURS, "--compensations", "none", "--seeds", "2")
     plain, anew = (
         list(accuracy.grid(options(monkeypatch, *words, *more)))
-        for more in (("--calibration", "none"), ("--reestimate",))
+        for more in (("--calibration", "none"), ("--recalibrate",))
     )
     assert [(run.seed, run.calibration) for run in plain] == [(0, "none")]
     assert [(run.seed, run.calibration) for run in anew] == [(0, "real"), (1, "real")]
     assert plain[0].code() != anew[0].code()
     old = line(OURS, 59.0, cost_exponent=0.75)
     assert accuracy.key(old)[:-1] == tuple(vars(plain[0]).values())
-    table = accuracy_page.table([old, line(OURS, 70.0, reestimate=True, calibration="real")])
+    table = accuracy_page.table([old, line(OURS, 70.0, recalibrate=True, calibration="real")])
     assert table[0] == "| criterion | none | none, images, norms moved |"
     assert "59.00 | 70.00 (one seed)" in table[2]
 
@@ -86,17 +86,17 @@ def test_images_go_to_whom_they_are_of_use(
 
     assert given() == ["real", "real", "real", "none", "none", "real"]
     assert given("--calibration", "real") == ["real", "real", "real", "none", "real", "real"]
-    assert given("--calibration", "distilled")[3:] == ["none", "distilled", "distilled"]
+    assert given("--calibration", "synthetic")[3:] == ["none", "synthetic", "synthetic"]
     with pytest.raises(SystemExit):
         given("--calibration", "none")
     assert "linear needs images" in capsys.readouterr().err
 
 
 def test_a_plain_cut_that_has_no_use_for_images_stands_beside_one_that_has() -> None:
-    images = {"calibration": "real", "cost_exponent": 1.0, "scope": "measured"}
+    images = {"calibration": "real", "cost_exponent": 1.0, "scope": "sensitivity"}
     lines = [line(OURS, 60.0), line("LAMP", 61.0), line("Random", 20.0), line("Random", 22.0, seed=1)]
     lines += [line(OURS, 70.0 + seed, seed=seed, **images) for seed in range(3)]
-    lines += [line("LAMP", 64.0, compensation="mean", calibration="real", reestimate=True)]
+    lines += [line("LAMP", 64.0, compensation="mean", calibration="real", recalibrate=True)]
     assert accuracy_page.table(lines) == [
         "| criterion | none | none, images | mean, images |",
         "|---|---:|---:|---:|",
@@ -171,15 +171,15 @@ def test_after_the_first_seed_only_the_better_cost_exponent_is_run(
 def test_ours_is_what_is_done_by_default_and_names_ask_for_other_scopes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = (OURS, f"{OURS}:scope=global", "LAMP", "LAMP:scope=measured")
+    names = (OURS, f"{OURS}:scope=global", "LAMP", "LAMP:scope=sensitivity")
     words = ("--criteria", *names, "--compensations", "none", "reconstruct", "--seeds", "1")
     runs = [
         (r.criterion, r.compensation, r.scope, r.cost_exponent)
         for r in accuracy.grid(options(monkeypatch, *words))
     ]
     assert runs == [
-        (OURS, "none", "measured", 1.0),
-        (OURS, "reconstruct", "measured", 1.0),
+        (OURS, "none", "sensitivity", 1.0),
+        (OURS, "reconstruct", "sensitivity", 1.0),
         (names[1], "none", "global", 0.75),
         (names[1], "reconstruct", "global", 0.5),
         *(
@@ -187,7 +187,10 @@ def test_ours_is_what_is_done_by_default_and_names_ask_for_other_scopes(
             for compensation in ("none", "reconstruct")
             for e in (0.0, 0.5)
         ),
-        *(("LAMP:scope=measured", compensation, "measured", 1.0) for compensation in ("none", "reconstruct")),
+        *(
+            ("LAMP:scope=sensitivity", compensation, "sensitivity", 1.0)
+            for compensation in ("none", "reconstruct")
+        ),
     ]
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(3))
     images = torch.randn(16, 3, 8, 8)
@@ -224,7 +227,7 @@ def test_gains_are_over_the_plain_cut_of_the_same_point() -> None:
         line("LAMP", 70.0, **solved),
         line("LAMP", 75.0, **solved, seed=1, macs=0.5),  # no plain cut to compare with
         line(OURS, 45.0),
-        line(OURS, 90.0, **solved, cost_exponent=1.0, scope="measured"),
+        line(OURS, 90.0, **solved, cost_exponent=1.0, scope="sensitivity"),
     ]
     found = accuracy_page._gains(lines)
     assert found[-2:] == [f"| {OURS} | +45.0 (1 runs) |", "| LAMP | +30.0 (1 runs) |"][::-1]
@@ -409,10 +412,10 @@ def test_norms_that_are_not_as_by_default_have_tables_of_their_own(tmp_path: Pat
     today = {"cost_exponent": 0.75}
     lines = [
         line(OURS, 50.0, **today),
-        line(OURS, 60.0, compensation="mean", reestimate=True, scope="measured", **today),
+        line(OURS, 60.0, compensation="mean", recalibrate=True, scope="sensitivity", **today),
         line(OURS, 55.0, compensation="mean"),
         line("LAMP", 54.0, compensation="mean"),
-        line(OURS, 58.0, reestimate=True),
+        line(OURS, 58.0, recalibrate=True),
     ]
     main, _, others = (
         accuracy_page.write_page(lines, tmp_path / "page.md")
@@ -437,8 +440,8 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
             split="train",
             cost_exponent=0.75,
             compensation="mean",
-            reestimate=True,
-            scope="measured",
+            recalibrate=True,
+            scope="sensitivity",
         ),
         line(
             f"{OURS}:scope=global",
@@ -446,13 +449,20 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
             split="train",
             cost_exponent=0.75,
             compensation="mean",
-            reestimate=True,
+            recalibrate=True,
         ),
-        line(f"{OURS}:scope=measured", 66.0, split="train", macs=0.5, cost_exponent=0.75, scope="measured"),
+        line(
+            f"{OURS}:scope=sensitivity",
+            66.0,
+            split="train",
+            macs=0.5,
+            cost_exponent=0.75,
+            scope="sensitivity",
+        ),
     ]
     newest = line(OURS, 50.0, cost_exponent=0.75)
     text = accuracy_page.write_page([newest, *tried], tmp_path / "page.md").read_text()
-    tables, _, noise = text.partition("## Damage measured on noise")
+    tables, _, noise = text.partition("## Output error measured on noise")
     table = tables.partition("what was tried")[2].strip().splitlines()[-5:]
     assert table[0] == "| scores | cost exponent | resnet20, 70%, none | resnet20, 70%, mean, norms left |"
     assert table[2:] == [
@@ -471,7 +481,7 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
 
 
 def test_defaults_of_the_past_are_not_todays(tmp_path: Path) -> None:
-    today = {"compensation": "mean", "reestimate": True, "cost_exponent": 0.75, "scope": "measured"}
+    today = {"compensation": "mean", "recalibrate": True, "cost_exponent": 0.75, "scope": "sensitivity"}
     lines = [line("LAMP", 50.0), line(OURS, 40.0, **today)]
     lines += [
         line(OURS, 60.0, **today | {"scope": "global"}),

@@ -105,10 +105,10 @@ def test_a_gpu_that_is_not_there_is_asked_for(
 
 
 def test_costs_are_of_macs_only_for_a_while() -> None:
-    before = Costs.per_family
+    before = Costs.per_channel_set
     with latency.costs_of_macs():
-        assert Costs.per_family is not before
-    assert Costs.per_family is before
+        assert Costs.per_channel_set is not before
+    assert Costs.per_channel_set is before
 
 
 def test_what_a_run_has_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_runs_that_are_there_are_not_run_again(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
     means = [
-        line(0, 20.0, compensation="mean", calibration="none", **more) for more in ({}, {"reestimate": True})
+        line(0, 20.0, compensation="mean", calibration="none", **more) for more in ({}, {"recalibrate": True})
     ]
     for of, name in zip(means, ("mean, norms left", "mean"), strict=True):
         assert (

@@ -188,8 +188,8 @@ def test_other_criteria_prune_too(net: str, importance: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--moments", "gaussian"),
-        ("--moments", "data", "--data"),
+        ("--statistics", "gaussian"),
+        ("--statistics", "data", "--data"),
         ("--score", "entropy"),
         ("--round-to", 8),
         ("--max-ratio", 0.5),
@@ -217,12 +217,12 @@ def test_data_moments_read_the_calibration_images(
     monkeypatch.setattr(
         _job, "run", lambda job, chosen, *rest: seen.append(chosen) or real(job, chosen, *rest)
     )
-    result = run("prune", net, *SIZE, "--macs", 0.7, "--moments", "data", "--data", photos, "--json")
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--statistics", "data", "--data", photos, "--json")
     assert result.exit_code == 0
-    assert [tuple(batch.shape) for batch in seen[0].moments] == [(2, 3, 16, 16)]
+    assert [tuple(batch.shape) for batch in seen[0].statistics] == [(2, 3, 16, 16)]
 
 
-@pytest.mark.parametrize("source", ["data", "distilled"])
+@pytest.mark.parametrize("source", ["data", "synthetic"])
 def test_compensation_calibrates_on_what_was_asked_for(
     net: str, photos: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,19 +234,19 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert (settings["compensation"], settings["calibration"]) == ("reconstruct", source)
     assert settings["conditional"] == default_conditional("reconstruct", settings["scope"]) > 0
     kept = list((tmp_path / "cache").glob("*"))
-    assert len(kept) == (source == "distilled")
+    assert len(kept) == (source == "synthetic")
 
 
-@pytest.mark.parametrize("scope", [(), ("--scope", "measured")])
+@pytest.mark.parametrize("scope", [(), ("--scope", "sensitivity")])
 def test_damage_is_measured_on_images_without_compensation_too(
     scope: tuple[str, ...], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
-    result = run("prune", net, *SIZE, "--macs", 0.7, *scope, "--calibration", "distilled", "--json")
+    result = run("prune", net, *SIZE, "--macs", 0.7, *scope, "--calibration", "synthetic", "--json")
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)["settings"]
     assert (settings["scope"], settings["compensation"], settings["score"]) == (
-        "measured",
+        "sensitivity",
         "none",
         "relevance",
     )
@@ -264,7 +264,7 @@ def unlabelled(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "used"), [((), 9), (("--calibration-images", 4), 4), (("--moments", "data"), 9)]
+    ("options", "used"), [((), 9), (("--calibration-images", 4), 4), (("--statistics", "data"), 9)]
 )
 def test_photos_without_labels_are_calibrated_on(
     net: str, unlabelled: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[Any, ...], used: int
@@ -279,7 +279,7 @@ def test_photos_without_labels_are_calibrated_on(
     assert seen == [used]
     assert settings["calibration"] == str(unlabelled)
     assert settings["calibration images"] == f"{used} of 9 images below {unlabelled}"
-    assert settings["moments"] == "data"
+    assert settings["statistics"] == "data"
 
 
 def test_images_that_are_evaluated_on_are_never_calibrated_on(
@@ -314,7 +314,7 @@ def test_made_images_are_as_many_as_asked_for(
     seen: list[int] = []
     real = _job.run
     monkeypatch.setattr(_job, "run", lambda *args: seen.append(len(args[3])) or real(*args))
-    options = ("--calibration", "distilled", "--calibration-images", 10, "--data", photos)
+    options = ("--calibration", "synthetic", "--calibration-images", 10, "--data", photos)
     result = run("prune", net, *SIZE, "--macs", 0.7, *options, "--json")
     assert result.exit_code == 0, result.output
     assert seen == [10]
@@ -356,13 +356,13 @@ def test_norms_are_re_estimated_on_the_images(
     net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    real = cutting.reestimate_
+    real = cutting.recalibrate_
     monkeypatch.setattr(
         cutting, "reestimate_", lambda *args: seen.append(tuple(args[4].inputs.shape)) or real(*args)
     )
-    result = run("prune", net, *SIZE, "--macs", 0.7, "--reestimate", "--data", photos, "--json")
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--recalibrate", "--data", photos, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["settings"]["reestimate"] is True
+    assert json.loads(result.stdout)["settings"]["recalibrate"] is True
     assert seen == [(2, 3, 16, 16)]
 
 
@@ -406,10 +406,10 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
             "--score belongs to --importance synaptic",
         ),
         (
-            ("--macs", 0.5, "--importance", "lamp", "--moments", "batchnorm"),
-            "--moments belongs to --importance",
+            ("--macs", 0.5, "--importance", "lamp", "--statistics", "batchnorm"),
+            "--statistics belongs to --importance",
         ),
-        (("--macs", 0.5, "--moments", "data"), "say where they are with --data"),
+        (("--macs", 0.5, "--statistics", "data"), "say where they are with --data"),
         (
             ("--macs", 0.5, "--input-size", "224"),
             "channels x height x width, as in 3x224x224 (or channels x length",
@@ -425,7 +425,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         ),
         (
             ("--macs", 0.5, "--calibration", "absent"),
-            "--calibration is data, distilled, or a folder of images; there is no folder 'absent'",
+            "--calibration is data, synthetic, or a folder of images; there is no folder 'absent'",
         ),
         (("--macs", 0.5, "--input-size", "3x0x4"), "as in 3x224x224 (or channels x length, as in 1x64"),
         (
@@ -672,7 +672,7 @@ def test_score_writes_its_summary(tmp_path: Path) -> None:
 def test_score_refuses_other_files(net: str, tmp_path: Path) -> None:
     assert "ends in .safetensors or .json" in refused("score", net, "--out", tmp_path / "scores.csv")
     assert "does not exist; create it first" in refused("score", net, "--out", tmp_path / "absent" / "a.json")
-    assert "say where they are with --data" in refused("score", net, "--moments", "data")
+    assert "say where they are with --data" in refused("score", net, "--statistics", "data")
 
 
 def test_outputs_without_any_input_have_no_effective_inputs(tmp_path: Path) -> None:

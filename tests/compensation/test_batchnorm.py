@@ -1,4 +1,4 @@
-"""Re-estimated batch norms: the statistics of what reaches them, and nothing else is changed."""
+"""Recalibrated batch norms: the statistics of what reaches them, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ss_pruning import prune_
-from ss_pruning.compensation.batchnorm import noise_like, on_noise, reestimate_
+from ss_pruning.compensation.batchnorm import noise_like, on_noise, recalibrate_
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.plan import Cut, Plan
@@ -59,7 +59,7 @@ def cut(model: Net) -> tuple[Net, Plan]:
     return plan.apply_(copy.deepcopy(model)), plan  # type: ignore[return-value]
 
 
-def moments(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def statistics(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance by channel, from the definition."""
     rows = torch.cat([part.movedim(1, -1).reshape(-1, part.shape[1]) for part in parts])
     mean = rows.sum(0) / len(rows)
@@ -78,7 +78,7 @@ def seen_at(model: nn.Module, path: str, x: Tensor) -> tuple[list[Tensor], list[
 
 def moved(model: Net, x: Tensor | None, like: Tensor, means: bool = True) -> tuple[Net, list[str]]:
     small, plan = cut(model)
-    return small, reestimate_(small, model, plan, trace(model, like), x, like, means)
+    return small, recalibrate_(small, model, plan, trace(model, like), x, like, means)
 
 
 def test_a_norm_puts_out_the_mean_and_variance_that_the_dense_one_puts_out() -> None:
@@ -86,19 +86,19 @@ def test_a_norm_puts_out_the_mean_and_variance_that_the_dense_one_puts_out() -> 
     small, paths = moved(model, x, x)
     assert paths == ["bn2", "bn3"]
     for now, then in zip(
-        moments(seen_at(small, "bn2", x)[1]), moments(seen_at(model, "bn2", x)[1]), strict=True
+        statistics(seen_at(small, "bn2", x)[1]), statistics(seen_at(model, "bn2", x)[1]), strict=True
     ):
         torch.testing.assert_close(now, then[list(KEPT)], rtol=1e-3, atol=1e-3)
     old = cut(model)[0]
     assert not torch.allclose(
-        moments(seen_at(old, "bn3", x)[1])[1], moments(seen_at(model, "bn3", x)[1])[1], rtol=0.1
+        statistics(seen_at(old, "bn3", x)[1])[1], statistics(seen_at(model, "bn3", x)[1])[1], rtol=0.1
     )
 
 
 def test_statistics_are_those_of_the_formula() -> None:
     model, x = net(), images()
     small, _ = moved(model, x, x)
-    (m, v), (m2, v2) = moments(seen_at(model, "bn2", x)[0]), moments(seen_at(small, "bn2", x)[0])
+    (m, v), (m2, v2) = statistics(seen_at(model, "bn2", x)[0]), statistics(seen_at(small, "bn2", x)[0])
     for position, channel in enumerate(KEPT):
         e = model.bn2.eps
         centre, spread = float(model.bn2.running_mean[channel]), float(model.bn2.running_var[channel])
@@ -113,7 +113,7 @@ def test_without_a_change_nothing_moves() -> None:
     small = copy.deepcopy(model)
     everything = Plan((Cut("conv2", "out", 6, tuple(range(6))),))
     for given in (x, None):
-        reestimate_(small, model, everything, trace(model, x), given, x)
+        recalibrate_(small, model, everything, trace(model, x), given, x)
         for name, value in small.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
 
@@ -122,15 +122,15 @@ def test_calls_of_one_norm_are_pooled() -> None:
     model, x = net(), images()
     small, _ = moved(model, x, x)
     # By its second call the norm has the statistics of both calls: those stay.
-    before, after = moments(seen_at(model, "bn3", x)[0]), None
+    before, after = statistics(seen_at(model, "bn3", x)[0]), None
     first = copy.deepcopy(small)
     reads = seen_at(first, "bn3", x)[0]
     e = model.bn3.eps
-    (m, v), (m2, v2) = (moments(seen_at(model, "bn3", x)[0][:1]), moments(reads[:1]))
+    (m, v), (m2, v2) = (statistics(seen_at(model, "bn3", x)[0][:1]), statistics(reads[:1]))
     # What the first call had set, for what the second one reads.
     first.bn3.running_mean.copy_(m2 + (model.bn3.running_mean - m) * ((v2 + e) / (v + e)).sqrt())
     first.bn3.running_var.copy_((model.bn3.running_var + e) * (v2 + e) / (v + e) - e)
-    after = moments([reads[0], seen_at(first, "bn3", x)[0][1]])
+    after = statistics([reads[0], seen_at(first, "bn3", x)[0][1]])
     (m, v), (m2, v2) = before, after
     mean = m2 + (model.bn3.running_mean - m) * ((v2 + e) / (v + e)).sqrt()
     torch.testing.assert_close(small.bn3.running_mean, mean, rtol=1e-9, atol=1e-9)
@@ -152,10 +152,10 @@ def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     small = plan.apply_(copy.deepcopy(model))
     small[2].register_forward_pre_hook(lambda module, args: args[0][:, list(kept)])
     moved = copy.deepcopy(small)
-    assert reestimate_(moved, model, plan, trace(model, x), None, x) == ["3"]
+    assert recalibrate_(moved, model, plan, trace(model, x), None, x) == ["3"]
     assert float(moved[3].running_mean) == pytest.approx(24.0, rel=0.04)
     assert float(moved[3].running_var) == pytest.approx(16.0, rel=0.1)
-    reestimate_(small, model, plan, trace(model, x), None, x, False)
+    recalibrate_(small, model, plan, trace(model, x), None, x, False)
     assert float(small[3].running_mean) == 48.0
     assert float(small[3].running_var) == pytest.approx(16.0, rel=0.1)
 
@@ -195,8 +195,8 @@ def test_nothing_else_is_changed(training: bool) -> None:
     small.train(training)
     before = snapshot(small)
     dense = snapshot(model)
-    reestimate_(small, model, plan, trace(model, x), x, x)
-    reestimate_(small, model, plan, trace(model, x), None, x)
+    recalibrate_(small, model, plan, trace(model, x), x, x)
+    recalibrate_(small, model, plan, trace(model, x), None, x)
     assert snapshot(model) == dense
     after = snapshot(small)
     changed = {name for name, value in after.items() if value != before[name]}
@@ -206,9 +206,9 @@ def test_nothing_else_is_changed(training: bool) -> None:
 def test_half_precision_is_summed_in_single() -> None:
     model, x = net(), images(64) + 20
     small, plan = cut(model)
-    reestimate_(small, model, plan, trace(model, x), x, x)
+    recalibrate_(small, model, plan, trace(model, x), x, x)
     half, _ = cut(model.bfloat16())
-    reestimate_(half, model, plan, trace(model, x.bfloat16()), x.bfloat16(), x)
+    recalibrate_(half, model, plan, trace(model, x.bfloat16()), x.bfloat16(), x)
     assert half.bn2.running_mean.dtype == torch.bfloat16
     assert torch.allclose(half.bn2.running_var.double(), small.bn2.running_var, rtol=0.05)
 
@@ -231,11 +231,11 @@ def test_prune_moves_norms_by_default_with_means_and_regressions(
     options: dict[str, Any] = {"compensation": compensation, "calibration": calibration}
     options |= {"ratio": 0.2, "ignore": ["conv1", "conv3"]}
     report, _ = (
-        prune_(model, x[:1], reestimate=flag, **options)
+        prune_(model, x[:1], recalibrate=flag, **options)
         for model, flag in zip(models, (asked, False), strict=True)
     )
     assert [model.conv2.out_channels for model in models] == [5, 5]
-    assert report.settings.get("reestimate", False) is done
+    assert report.settings.get("recalibrate", False) is done
     variances = [model.bn3.running_var for model in models]
     assert torch.equal(*variances) is not done
 
@@ -244,7 +244,7 @@ def test_means_that_were_folded_stay_without_images() -> None:
     models, x = [net().eval() for _ in range(2)], images()
     for model, flag in zip(models, (True, False), strict=True):
         ignore = ["conv1", "conv3"]  # as above
-        prune_(model, x[:1], ratio=0.2, ignore=ignore, compensation="mean", reestimate=flag)
+        prune_(model, x[:1], ratio=0.2, ignore=ignore, compensation="mean", recalibrate=flag)
     for name in ("bn1", "bn2", "bn3"):
         moved, left = (model.get_submodule(name) for model in models)
         assert torch.equal(moved.running_mean, left.running_mean)
@@ -262,11 +262,11 @@ def test_on_noise_norms_recognise_what_reaches_them() -> None:
     assert torch.equal(on_noise(model, x)[1].inputs, noise)
     for path in ("bn1", "bn2"):  # bn3 runs twice, the first time with less to go by
         read, put_out = seen_at(twin, path, noise)
-        mean, variance = moments(read)
+        mean, variance = statistics(read)
         norm = twin.get_submodule(path)
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-5, atol=1e-7)
-        centre, spread = moments(put_out)
+        centre, spread = statistics(put_out)
         torch.testing.assert_close(centre, norm.bias, rtol=1e-5, atol=1e-6)
         seen = variance / (variance + norm.eps) * norm.weight.square()
         torch.testing.assert_close(spread, seen, rtol=1e-5, atol=1e-6)
@@ -281,8 +281,8 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
     monkeypatch.setattr("ss_pruning.compensation.apply.reestimate_", fails)
     model, x = net(), images()
     before = snapshot(model)
-    with pytest.raises(ModelError, match=r"reestimate=True failed, the model is as it was .*out of memory"):
-        prune_(model, x[:1], ratio=0.3, compensation=compensation, calibration=x, reestimate=True)
+    with pytest.raises(ModelError, match=r"recalibrate=True failed, the model is as it was .*out of memory"):
+        prune_(model, x[:1], ratio=0.3, compensation=compensation, calibration=x, recalibrate=True)
     assert snapshot(model) == before
 
 
@@ -291,5 +291,5 @@ def test_no_hook_survives_an_error() -> None:
     small, plan = cut(model)
     connectivity = trace(model, x)
     with pytest.raises(RuntimeError, match="expected input"):
-        reestimate_(small, model, plan, connectivity, x[:, :2], x)
+        recalibrate_(small, model, plan, connectivity, x[:, :2], x)
     assert not any(module._forward_pre_hooks for net in (small, model) for module in net.modules())

@@ -57,7 +57,7 @@ def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan,
     selection = {}
     for cell in unit.cells:
         for member in cell.members:
-            gone = {
+            pruned = {
                 channel
                 for row, root in zip(member.index, cell.root.index[:, 0], strict=True)
                 if root in removed
@@ -65,7 +65,7 @@ def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan,
             }
             width = coupling.widths[member.path, member.side]
             before = selection.get((member.path, member.side), tuple(range(width)))
-            selection[member.path, member.side] = tuple(c for c in before if c not in gone)
+            selection[member.path, member.side] = tuple(c for c in before if c not in pruned)
     return to_plan(selection, coupling, connectivity), connectivity
 
 
@@ -106,7 +106,7 @@ def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pyte
 
 
 def test_affine_copies_go_without_a_trace_by_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`x_6 = 2 x_0 + 3`: a slope from moments that are not about the mean would be another."""
+    """`x_6 = 2 x_0 + 3`: a slope from statistics that are not about the mean would be another."""
     monkeypatch.setattr("ss_pruning.importance.regression._share", lambda *_: 1e-9)
     dense, x = double_net(), images()
     with torch.no_grad():

@@ -156,7 +156,7 @@ def test_whatever_stops_it_leaves_the_model_as_it_was_and_no_thread(
 
     def stop(x: Tensor) -> None:
         seen.append(len(x))
-        if seen.count(24) == after:  # for its moments, the pruned one, the dense one
+        if seen.count(24) == after:  # for its statistics, the pruned one, the dense one
             raise error("stop")
 
     WATCHER.append(stop)

@@ -1,4 +1,4 @@
-"""Distilled calibration: images on which the norms find what they remember; the model is never touched."""
+"""Synthetic calibration: images on which the norms find what they remember; the model is never touched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ss_pruning import prune_
 from ss_pruning._utils import cache as _cache
-from ss_pruning.compensation.synthetic_data import default_images, distill, distilled
+from ss_pruning.compensation.synthetic_data import default_images, synthesize, synthetic_images
 from ss_pruning.errors import InputError, ModelError
 from tests.support.snapshot import snapshot
 
@@ -69,15 +69,15 @@ def surprise(net: Net, images: Tensor) -> float:
 
 
 def test_norms_find_what_they_remember(net: Net) -> None:
-    images = distill(net, EXAMPLE, images=32, steps=150)
+    images = synthesize(net, EXAMPLE, images=32, steps=150)
     assert images.shape == (32, 3, 8, 8)
     assert surprise(net, images) < 0.25 * surprise(net, torch.randn(32, 3, 8, 8))
 
 
 def test_a_seed_gives_the_same_images_again(net: Net) -> None:
-    first, again = distill(net, EXAMPLE, **FEW), distill(net, EXAMPLE, **FEW)
+    first, again = synthesize(net, EXAMPLE, **FEW), synthesize(net, EXAMPLE, **FEW)
     assert torch.equal(first, again)
-    assert not torch.equal(first, distill(net, EXAMPLE, seed=1, **FEW))
+    assert not torch.equal(first, synthesize(net, EXAMPLE, seed=1, **FEW))
 
 
 class Drawing(Net):
@@ -87,12 +87,12 @@ class Drawing(Net):
 
 def test_a_model_that_draws_numbers_gives_the_same_images_again() -> None:
     net = Drawing()
-    assert torch.equal(distill(net, EXAMPLE, **FEW), distill(net, EXAMPLE, **FEW))
+    assert torch.equal(synthesize(net, EXAMPLE, **FEW), synthesize(net, EXAMPLE, **FEW))
 
 
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
     steps: list[tuple[int, int]] = []
-    images = distill(
+    images = synthesize(
         net, EXAMPLE, images=139, steps=2, progress=lambda done, total: steps.append((done, total))
     )
     assert len(images) == 139
@@ -101,29 +101,29 @@ def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
 
 
 def test_type_and_place_are_those_of_the_example(net: Net) -> None:
-    assert distill(net.double(), EXAMPLE.double(), **FEW).dtype == torch.float64
-    assert distill(net.bfloat16(), EXAMPLE.bfloat16(), **FEW).dtype == torch.bfloat16
+    assert synthesize(net.double(), EXAMPLE.double(), **FEW).dtype == torch.float64
+    assert synthesize(net.bfloat16(), EXAMPLE.bfloat16(), **FEW).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(net: Net, context: Any) -> None:
-    expected = distill(net, EXAMPLE, **FEW)
+    expected = synthesize(net, EXAMPLE, **FEW)
     with context():
-        assert torch.equal(distill(net, EXAMPLE, **FEW), expected)
+        assert torch.equal(synthesize(net, EXAMPLE, **FEW), expected)
 
 
 @pytest.mark.parametrize("example", [EXAMPLE[..., 0], EXAMPLE[..., None]])
 def test_other_numbers_of_axes(example: Tensor) -> None:
     conv, norm = (nn.Conv1d, nn.BatchNorm1d) if example.dim() == 3 else (nn.Conv3d, nn.BatchNorm3d)
     net = nn.Sequential(conv(3, 4, 1), norm(4)).eval()
-    assert distill(net, (example,), **FEW).shape == (8, *example.shape[1:])
+    assert synthesize(net, (example,), **FEW).shape == (8, *example.shape[1:])
 
 
 def test_the_model_is_left_alone(net: Net) -> None:
     net.train()
     net.conv1.weight.requires_grad_(False)
     before, random = snapshot(net), torch.get_rng_state()
-    distill(net, EXAMPLE, **FEW)
+    synthesize(net, EXAMPLE, **FEW)
     assert snapshot(net) == before
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -138,11 +138,15 @@ class Overflowing(Net):
     [
         (Overflowing, EXAMPLE, "NaN or Inf"),
         (Net, EXAMPLE[:, :2], "does not run"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), EXAMPLE, "nothing to distil from"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)),
+            EXAMPLE,
+            "nothing to synthesize from",
+        ),
         (
             lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
             EXAMPLE,
-            "nothing to distil from",
+            "nothing to synthesize from",
         ),
     ],
 )
@@ -152,7 +156,7 @@ def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
     net = make().train()
     before = snapshot(net)
     with pytest.raises(ModelError, match=message):
-        distill(net, example, **FEW)
+        synthesize(net, example, **FEW)
     assert snapshot(net) == before
 
 
@@ -162,19 +166,19 @@ def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
 )
 def test_inputs_that_are_no_images(net: Net, inputs: Any) -> None:
     with pytest.raises(InputError, match="makes images"):
-        distill(net, inputs, **FEW)
+        synthesize(net, inputs, **FEW)
 
 
 def test_the_image_may_come_in_a_tuple_or_by_name(net: Net) -> None:
-    alone = distill(net, EXAMPLE, **FEW)
-    assert torch.equal(distill(net, (EXAMPLE,), **FEW), alone)
-    assert torch.equal(distill(net, {"x": EXAMPLE}, **FEW), alone)
+    alone = synthesize(net, EXAMPLE, **FEW)
+    assert torch.equal(synthesize(net, (EXAMPLE,), **FEW), alone)
+    assert torch.equal(synthesize(net, {"x": EXAMPLE}, **FEW), alone)
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"steps": 0}])
 def test_numbers_that_are_not_positive(net: Net, wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="positive"):
-        distill(net, EXAMPLE, **{**FEW, **wrong})
+        synthesize(net, EXAMPLE, **{**FEW, **wrong})
 
 
 def test_large_images_are_fewer() -> None:
@@ -194,18 +198,18 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cache_hands_out_what_was_made(net: Net, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = distilled(net, EXAMPLE, **FEW)
-    assert torch.equal(first, distill(net, EXAMPLE, **FEW))
+    first = synthetic_images(net, EXAMPLE, **FEW)
+    assert torch.equal(first, synthesize(net, EXAMPLE, **FEW))
     assert len(list(cache.iterdir())) == 1
     forbid(monkeypatch)
-    assert torch.equal(distilled(net, EXAMPLE, **FEW), first)
+    assert torch.equal(synthetic_images(net, EXAMPLE, **FEW), first)
 
 
 @pytest.mark.parametrize("change", ["seed", "steps", "images", "weights", "structure"])
 def test_the_cache_knows_models_and_settings_apart(
     net: Net, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distilled(net, EXAMPLE, **FEW)
+    synthetic_images(net, EXAMPLE, **FEW)
     forbid(monkeypatch)
     settings: dict[str, Any] = {**FEW, change: 3} if change in ("seed", "steps", "images") else FEW
     if change == "weights":
@@ -213,12 +217,12 @@ def test_the_cache_knows_models_and_settings_apart(
     if change == "structure":
         net.bn1.eps = 1e-3
     with pytest.raises(AssertionError, match="made anew"):
-        distilled(net, EXAMPLE, **settings)
+        synthetic_images(net, EXAMPLE, **settings)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other tensor", "wrong shape", "NaN"])
 def test_a_damaged_cache_file_is_written_anew(net: Net, cache: Path, damage: str) -> None:
-    first = distilled(net, EXAMPLE, **FEW)
+    first = synthetic_images(net, EXAMPLE, **FEW)
     (path,) = cache.iterdir()
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:50])
@@ -226,18 +230,18 @@ def test_a_damaged_cache_file_is_written_anew(net: Net, cache: Path, damage: str
         name = "others" if damage == "other tensor" else "images"
         value = torch.full((3, 3), 1.0) if damage == "wrong shape" else torch.full_like(first, torch.nan)
         _cache.write(path.stem, {name: value}, {})
-    assert torch.equal(distilled(net, EXAMPLE, **FEW), first)
+    assert torch.equal(synthetic_images(net, EXAMPLE, **FEW), first)
     tensors, _ = _cache.read(path.stem) or ({}, {})
     assert torch.equal(tensors["images"], first)
 
 
 def test_an_unwritable_cache_costs_only_time(net: Net, cache: Path) -> None:
     cache.write_text("a file where the folder would be")
-    assert len(distilled(net, EXAMPLE, **FEW)) == 8
+    assert len(synthetic_images(net, EXAMPLE, **FEW)) == 8
 
 
 def test_prune_distils_from_the_dense_model(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = distilled(net, EXAMPLE, images=256)
+    images = synthetic_images(net, EXAMPLE, images=256)
     stages: list[str] = []
     torch.manual_seed(0)
     twin = Net()
@@ -246,15 +250,15 @@ def test_prune_distils_from_the_dense_model(net: Net, monkeypatch: pytest.Monkey
         EXAMPLE,
         ratio=0.4,
         compensation="reconstruct",
-        calibration="distilled",
+        calibration="synthetic",
         progress=lambda stage, done, total: stages.append(stage),
     )
     prune_(twin, EXAMPLE, ratio=0.4, compensation="reconstruct", calibration=images)
-    assert report.settings["calibration"] == "distilled"
+    assert report.settings["calibration"] == "synthetic"
     assert {name: t.tolist() for name, t in net.state_dict().items()} == {
         name: t.tolist() for name, t in twin.state_dict().items()
     }
-    assert "distil" not in stages  # all was in the cache
+    assert "synthesize" not in stages  # all was in the cache
     assert "cut" in stages
 
 
@@ -265,22 +269,22 @@ def test_prune_reports_the_steps(net: Net, monkeypatch: pytest.MonkeyPatch) -> N
         EXAMPLE,
         ratio=0.4,
         compensation="mean",
-        calibration="distilled",
+        calibration="synthetic",
         progress=lambda *stage: stages.append(stage),
     )
-    steps = [(done, total) for stage, done, total in stages if stage == "distil"]
+    steps = [(done, total) for stage, done, total in stages if stage == "synthesize"]
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
-    assert report.seconds["distil"] > 0
+    assert report.seconds["synthesize"] > 0
 
 
 def test_prune_leaves_a_model_without_norms_alone() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     before = snapshot(net)
-    with pytest.raises(ModelError, match="nothing to distil from"):
-        prune_(net, EXAMPLE, ratio=0.4, compensation="reconstruct", calibration="distilled")
+    with pytest.raises(ModelError, match="nothing to synthesize from"):
+        prune_(net, EXAMPLE, ratio=0.4, compensation="reconstruct", calibration="synthetic")
     assert snapshot(net) == before
 
 
 def test_prune_refuses_other_words(net: Net) -> None:
-    with pytest.raises(InputError, match="'distiled' is unknown"):
-        prune_(net, EXAMPLE, ratio=0.4, compensation="reconstruct", calibration="distiled")
+    with pytest.raises(InputError, match="'syntetic' is unknown"):
+        prune_(net, EXAMPLE, ratio=0.4, compensation="reconstruct", calibration="syntetic")

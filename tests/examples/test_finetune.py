@@ -43,7 +43,7 @@ from tests.support.killing import forks
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--size", "32", "--batch", "16", "--workers", "0", "--cpu", "--rate", "0.005")
 PRUNED = ("--epochs", "3", "--prune-epoch", "1", "--macs", "0.6", "--sparsity", "0.3", "--penalty", "1e-4",
-          "--distil", "0.5")  # fmt: skip
+          "--distill", "0.5")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_missing_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_options_that_exclude_each_other_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (["--distil", "0.5"], ["--prune-epoch", "3"]):
+    for options in (["--distill", "0.5"], ["--prune-epoch", "3"]):
         with pytest.raises(SystemExit):
             finetune_timm.main(["test_resnet", "--data", "nowhere", *options])
     assert "--prune-epoch needs --macs" in capsys.readouterr().err

@@ -99,12 +99,12 @@ def test_runs_killed_at_any_moment_end_with_the_same_numbers(data: Path, tmp_pat
         return max((path.stat().st_mtime for path in out.rglob("*.pt")), default=0.0)
 
     assert start(tmp_path / "whole").wait() == 0
-    out, moments = tmp_path / "killed", random.Random(0)
+    out, statistics = tmp_path / "killed", random.Random(0)
     for _ in range(4):  # each is killed a moment after it has written its next checkpoint
         last, run = newest(out), start(out)
         while newest(out) == last and run.poll() is None:
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.1))
+        time.sleep(statistics.uniform(0, 0.1))
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
     assert start(out).wait() == 0

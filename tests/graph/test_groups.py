@@ -1,16 +1,18 @@
-"""Coupling: families channel by channel, and units, against the zoo's hand-written truth."""
+"""Coupling: channel sets channel by channel, and groups, against the zoo's hand-written truth."""
 
 from __future__ import annotations
 
 import pytest
 from torch import nn
 
-from ss_pruning.graph.groups import Cell, Coupling, couple
+from ss_pruning.graph.groups import Coupling, Subgroup, couple
 from ss_pruning.graph.tracing import trace
 from tests.support import oracle
-from tests.support.zoo import BY_NAME, ZOO, Family, Net
+from tests.support.zoo import BY_NAME, ZOO, ChannelSet, Net
 
-with_families = pytest.mark.parametrize("net", [n for n in ZOO if n.families], ids=lambda net: net.name)
+with_channel_sets = pytest.mark.parametrize(
+    "net", [n for n in ZOO if n.channel_sets], ids=lambda net: net.name
+)
 
 
 def coupling_of(net: Net) -> tuple[nn.Module, Coupling]:
@@ -18,16 +20,16 @@ def coupling_of(net: Net) -> tuple[nn.Module, Coupling]:
     return model, couple(trace(model, net.example), model)
 
 
-def families_of(model: nn.Module, cell: Cell) -> list[Family]:
-    """A cell's families in the zoo's words."""
+def channel_sets_of(model: nn.Module, subgroup: Subgroup) -> list[ChannelSet]:
+    """A subgroup's channel sets in the zoo's words."""
     return [
         frozenset(
             (named, side, channel)
-            for member in cell.members
+            for member in subgroup.members
             for named, side in words(model, member.path, member.side)
             for channel in member.index[i].tolist()
         )
-        for i in range(cell.size)
+        for i in range(subgroup.size)
     ]
 
 
@@ -47,34 +49,41 @@ def words(model: nn.Module, path: str, side: str) -> list[tuple[str, str]]:
     return [(path, "out"), *((name, "out") for name in further)]
 
 
-@with_families
+@with_channel_sets
 def test_families_equal_the_truth(net: Net) -> None:
     model, coupling = coupling_of(net)
-    found = [f for unit in coupling.units for cell in unit.cells for f in families_of(model, cell)]
+    found = [
+        f
+        for group in coupling.groups
+        for subgroup in group.subgroups
+        for f in channel_sets_of(model, subgroup)
+    ]
     assert len(found) == len(set(found))
-    assert set(found) == net.families
+    assert set(found) == net.channel_sets
 
 
 @pytest.mark.parametrize("net", [n for n in ZOO if n.balanced], ids=lambda net: net.name)
 def test_balanced_parts_are_cells_of_one_unit(net: Net) -> None:
-    """Each part is made of whole cells, as many and as large as the next part's, all of one unit."""
+    """Each part is made of whole subgroups, as many and as large as the next part's, all of one group."""
     model, coupling = coupling_of(net)
     for constraint in net.balanced:
         parts = [{(path, "out", c) for path, c in part} for part in constraint]
         sizes: list[list[int]] = [[] for _ in parts]
-        units = set()
-        for u, unit in enumerate(coupling.units):
-            for cell in unit.cells:
-                hits = [[part & family for family in families_of(model, cell)] for part in parts]
+        groups = set()
+        for u, group in enumerate(coupling.groups):
+            for subgroup in group.subgroups:
+                hits = [
+                    [part & channel_set for channel_set in channel_sets_of(model, subgroup)] for part in parts
+                ]
                 touched = [k for k, hit in enumerate(hits) if any(hit)]
                 assert len(touched) <= 1, (
-                    f"a cell of {net.name} spans several parts, which could get out of balance"
+                    f"a subgroup of {net.name} spans several parts, which could get out of balance"
                 )
                 if touched:
                     assert all(hits[touched[0]])
-                    sizes[touched[0]].append(cell.size)
-                    units.add(u)
-        assert len(units) == 1
+                    sizes[touched[0]].append(subgroup.size)
+                    groups.add(u)
+        assert len(groups) == 1
         assert all(sorted(part) == sorted(sizes[0]) for part in sizes)
 
 

@@ -90,7 +90,7 @@ def made(kind: type[nn.Module] = Net) -> nn.Module:
 
 
 def pruned(kind: type[nn.Module], example: Any, **options: Any) -> dict[str, Tensor]:
-    """By the global scope, which is quick, where images would have damage measured."""
+    """By the global scope, which is quick, where images would have output error measured."""
     model, scope = made(kind), "global" if "calibration" in options else None
     prune_(model, example, ratio=0.4, **{"scope": scope, **options})
     return model.state_dict()
@@ -102,7 +102,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"compensation": "mean"}, {"reestimate": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"compensation": "mean"}, {"recalibrate": True}], ids=str)
 def test_forms_and_batch_sizes_of_the_example_give_one_plan(options: dict[str, Any]) -> None:
     x = IMAGES[:1]
     expected = pruned(Net, x, **options)
@@ -176,7 +176,7 @@ def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) 
         {"compensation": "mean"},
         {"compensation": "mean", "calibration": IMAGES, "scope": "global"},
         {"compensation": "linear", "calibration": IMAGES, "scope": "global"},
-        {"reestimate": True},
+        {"recalibrate": True},
     ],
     ids=str,
 )
@@ -251,7 +251,7 @@ def test_a_broken_image_is_named(method: str, value: float) -> None:
 
 
 def test_a_broken_image_among_moments_is_named() -> None:
-    importance = SynapticImportance(moments=[IMAGES, IMAGES / 0])
+    importance = SynapticImportance(statistics=[IMAGES, IMAGES / 0])
     with pytest.raises(InputError, match="batch 1 holds NaN or Inf at index 0"):
         prune_(made(), IMAGES[:1], ratio=0.4, importance=importance)
 
@@ -308,12 +308,12 @@ def test_what_is_missing_of_several_inputs_is_named(example: Any, calibration: A
 def test_a_generator_of_moments_serves_every_step() -> None:
     x = IMAGES[:1]
 
-    def widths(moments: Any) -> Iterator[int]:
+    def widths(statistics: Any) -> Iterator[int]:
         model = made()
         pruner = tp.pruner.MagnitudePruner(
             model,
             x,
-            SynapticImportance(moments=moments),
+            SynapticImportance(statistics=statistics),
             pruning_ratio=0.5,
             iterative_steps=2,
             ignored_layers=[model.c],

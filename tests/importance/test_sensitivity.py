@@ -1,4 +1,4 @@
-"""Measured damage, against loops that run one copy at a time and fit one channel at a time."""
+"""Measured output error, against loops that run one copy at a time and fit one channel at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ss_pruning.importance.sensitivity import (
     _removed,
     _scored,
     added_by,
-    by_damage,
+    by_sensitivity,
 )
 from ss_pruning.importance.shared_prefix import Prefix
 from ss_pruning.planning.allocation import Budget, Costs, allot, schedule, select, to_plan
@@ -70,8 +70,8 @@ def lab_of(
 ) -> BatchedAblation:
     connectivity = trace(model, x[:1])
     paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
-    moments = measure(model, connectivity, [x], None, paths, covariance=method in SOLVED)
-    return BatchedAblation(model, connectivity, x, moments, method, follow)
+    statistics = measure(model, connectivity, [x], None, paths, covariance=method in SOLVED)
+    return BatchedAblation(model, connectivity, x, statistics, method, follow)
 
 
 def fitted(y: Tensor, dense: Tensor) -> Tensor:
@@ -101,24 +101,26 @@ def following(layer: Any, small: Tensor, dense: Tensor) -> Any:
 def by_loops(
     model: nn.Sequential, x: Tensor, cut: dict[int, list[int]], method: str, follow: bool = False
 ) -> float:
-    """Damage of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
+    """Output error of a chain whose layers miss channels: layer by layer, with a regression by least squares."""
     dense = small = x
     for number, layer in enumerate(model):
-        gone, shift = cut.get(number), torch.zeros(())
-        if gone:
+        pruned, shift = cut.get(number), torch.zeros(())
+        if pruned:
             rows, others = (t.movedim(1, -1).flatten(0, -2).double() for t in (dense, small))
-            kept = [c for c in range(rows.shape[1]) if c not in gone]
+            kept = [c for c in range(rows.shape[1]) if c not in pruned]
             one = torch.ones(len(rows), 1, dtype=torch.float64)
             told = torch.cat([rows[:, kept] if method in SOLVED else 0 * rows[:, kept], one], 1)
-            solution = torch.linalg.lstsq(told, rows[:, gone], driver="gelsd").solution
+            solution = torch.linalg.lstsq(told, rows[:, pruned], driver="gelsd").solution
             solution = solution * (method != "none")
             if method in ("mean", "linear"):  # what is constant goes into the bias, which knows of no border
-                taps = layer.weight[:, gone].unflatten(1, (len(gone), 1)).flatten(2).sum(2)
+                taps = layer.weight[:, pruned].unflatten(1, (len(pruned), 1)).flatten(2).sum(2)
                 shift = (taps.double() @ solution[-1]).float().reshape(-1, *[1] * (dense.dim() - 2))
                 solution[-1] = 0
             predicted = torch.cat([others[:, kept], one], 1) @ solution
             small = small.clone()
-            small[:, gone] = predicted.float().reshape(*dense[:, gone].movedim(1, -1).shape).movedim(-1, 1)
+            small[:, pruned] = (
+                predicted.float().reshape(*dense[:, pruned].movedim(1, -1).shape).movedim(-1, 1)
+            )
         moved = following(layer, small, dense) if follow and isinstance(layer, nn.BatchNorm2d) else layer
         dense, small = layer(dense), moved(small) + shift
         if method == "reconstruct" and number >= min(cut) and isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -130,8 +132,8 @@ def by_loops(
 def test_it_is_what_loops_from_the_definition_give() -> None:
     model, x = chain(), images()
     cuts = [[1], [0, 5], [2, 3, 4, 6]]
-    found = lab_of(model, x).damage([{"3": np.array(gone)} for gone in cuts])
-    wanted = [by_loops(model, x, {3: gone}, "reconstruct") for gone in cuts]
+    found = lab_of(model, x).sensitivity([{"3": np.array(pruned)} for pruned in cuts])
+    wanted = [by_loops(model, x, {3: pruned}, "reconstruct") for pruned in cuts]
     assert found.tolist() == pytest.approx(wanted, rel=0.02)  # but for the regression's ridge
     assert min(wanted) > 1e-3
 
@@ -145,7 +147,9 @@ def test_where_no_layer_behind_takes_back_it_is_what_the_cut_loses(
     model, x = chain(), images()
     cuts: list[dict[int, list[int]]] = [{3: [1]}, {3: [0, 5], 6: [2]}, {3: [4], 6: [1, 3]}, {}]
     ablation = lab_of(model, x, method, follow)
-    found = ablation.damage([{str(reader): np.array(gone) for reader, gone in cut.items()} for cut in cuts])
+    found = ablation.sensitivity(
+        [{str(consumer): np.array(pruned) for consumer, pruned in cut.items()} for cut in cuts]
+    )
     wanted = [by_loops(model, x, cut, method, follow) for cut in cuts]
     assert found.tolist() == pytest.approx(wanted, rel=close, abs=1e-7)
     assert min(wanted[:3]) > 1e-3
@@ -175,11 +179,11 @@ class Flat(nn.Module):
 @torch.no_grad()
 def test_a_norm_that_sees_rows_follows_copy_by_copy() -> None:
     model, x = Flat().eval(), images()
-    gone = [0, 3, 5]
-    (found,) = lab_of(model, x, "mean", follow=True).damage([{"narrow": np.array(gone)}])
+    pruned = [0, 3, 5]
+    (found,) = lab_of(model, x, "mean", follow=True).sensitivity([{"narrow": np.array(pruned)}])
     dense = torch.relu(model.wide(x))
     small = dense.clone()
-    small[:, gone] = dense[:, gone].mean((0, 2, 3), keepdim=True)
+    small[:, pruned] = dense[:, pruned].mean((0, 2, 3), keepdim=True)
     moved = following(model.flat, model.rows(small), model.rows(dense))
     y = model.head(moved(model.rows(small)).relu().unflatten(0, (len(x), -1)).mean(1))
     wanted = (y - model(x)).square().mean() / (model(x) - model(x).mean(0)).square().mean()
@@ -188,10 +192,10 @@ def test_a_norm_that_sees_rows_follows_copy_by_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "reestimate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
+    ("method", "recalibrate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
 )
 def test_norms_follow_where_they_will(
-    method: Any, reestimate: bool | None, monkeypatch: pytest.MonkeyPatch
+    method: Any, recalibrate: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
 
@@ -202,9 +206,9 @@ def test_norms_follow_where_they_will(
 
     monkeypatch.setattr("ss_pruning.importance.sensitivity.BatchedAblation", Seen)
     x = images()
-    report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, reestimate=reestimate)
-    wanted = method == "mean" if reestimate is None else reestimate
-    assert seen == [wanted] == [report.settings.get("reestimate", False)]
+    report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, recalibrate=recalibrate)
+    wanted = method == "mean" if recalibrate is None else recalibrate
+    assert seen == [wanted] == [report.settings.get("recalibrate", False)]
 
 
 Wired = tuple[Connectivity, Coupling, list[list[Floats]]]
@@ -213,11 +217,15 @@ Wired = tuple[Connectivity, Coupling, list[list[Floats]]]
 def wired(model: nn.Module, x: Tensor) -> Wired:
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    return connectivity, coupling, [[1.0 + np.arange(c.size) for c in unit.cells] for unit in coupling.units]
+    return (
+        connectivity,
+        coupling,
+        [[1.0 + np.arange(c.size) for c in group.subgroups] for group in coupling.groups],
+    )
 
 
 def halves(coupling: Coupling) -> Ints:
-    return np.array([unit.steps // 2 for unit in coupling.units])
+    return np.array([group.steps // 2 for group in coupling.groups])
 
 
 @pytest.mark.parametrize("method", ["none", "mean"])
@@ -228,16 +236,16 @@ def test_beside_other_cuts_it_is_what_a_cut_adds_to_them(method: Any) -> None:
     connectivity, coupling, scores = wired(model, x)
     ablation = lab_of(model, x, method)
     context = _context(coupling, connectivity, scores, halves(coupling))
-    assert {path: gone.tolist() for path, gone in context.items()} == {
+    assert {path: pruned.tolist() for path, pruned in context.items()} == {
         "3": [0, 1, 2, 3], "6": [0, 1, 2], "10": [0, 1]
     }  # fmt: skip
-    unit = next(unit for unit in coupling.units if unit.name == "3")  # read by 6
-    ((found),) = _scored(ablation, unit, [1.0 + np.arange(6)], 0.9, context)
+    group = next(group for group in coupling.groups if group.name == "3")  # read by 6
+    ((found),) = _scored(ablation, group, [1.0 + np.arange(6)], 0.9, context)
     others = {3: [0, 1, 2, 3], 10: [0, 1]}
     base = by_loops(model, x, others, method)
     lost = [by_loops(model, x, {**others, 6: list(range(stop))}, method) - base for stop in range(1, 6)]
     assert found.sum() - found[-1] == pytest.approx(max(0.0, *lost), rel=1e-3)  # the last channel never goes
-    alone = _scored(ablation, unit, [1.0 + np.arange(6)], 0.9, {})[0]
+    alone = _scored(ablation, group, [1.0 + np.arange(6)], 0.9, {})[0]
     assert not np.allclose(found, alone, rtol=0.01)
 
 
@@ -255,27 +263,27 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     costs = Costs(model, x[:1], connectivity, coupling)
 
     def taken(scores: list[list[Floats]]) -> Ints:
-        return allot(coupling.units, scores, costs, Budget("macs", 0.6), 1.0)[1]
+        return allot(coupling.groups, scores, costs, Budget("macs", 0.6), 1.0)[1]
 
     def note(*step: int) -> None:
         steps.append((step[0], step[1]))
 
-    chosen = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, note)
+    chosen = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, note)
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
     held, others = _held_out(x)
     paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
-    moments = measure(model, connectivity, others.split(BATCH), None, paths, covariance=method in SOLVED)
-    ablation = BatchedAblation(model, connectivity, held, moments, method)
-    alone = [_scored(ablation, u, c, 0.9, {}) for u, c in zip(coupling.units, scores, strict=True)]
+    statistics = measure(model, connectivity, others.split(BATCH), None, paths, covariance=method in SOLVED)
+    ablation = BatchedAblation(model, connectivity, held, statistics, method)
+    alone = [_scored(ablation, u, c, 0.9, {}) for u, c in zip(coupling.groups, scores, strict=True)]
     context = _context(coupling, connectivity, alone, taken(alone))
-    beside = [_scored(ablation, u, c, 0.9, context) for u, c in zip(coupling.units, scores, strict=True)]
+    beside = [_scored(ablation, u, c, 0.9, context) for u, c in zip(coupling.groups, scores, strict=True)]
     both = [[c + d for c, d in zip(a, b, strict=True)] for a, b in zip(alone, beside, strict=True)]
 
     def loses(scores: list[list[Floats]]) -> float:
-        gone = _context(coupling, connectivity, scores, taken(scores))
-        return float(ablation.damage([gone])[0])
+        pruned = _context(coupling, connectivity, scores, taken(scores))
+        return float(ablation.sensitivity([pruned])[0])
 
     assert loses(chosen) == pytest.approx(min(map(loses, (alone, beside, both))), rel=1e-3)
     assert len({loses(found) for found in (alone, beside, both)}) == 3
@@ -287,7 +295,7 @@ def test_what_the_others_can_tell_does_no_damage() -> None:
     for tensor in (model[0].weight, model[0].bias, *model[1].parameters(), *list(model[1].buffers())[:2]):
         tensor[7] = tensor[2]  # the same channel twice
     model[1].weight[4], model[1].bias[4] = 0.0, -1.0  # behind the ReLU always 0
-    lost = lab_of(model, images()).damage([{"3": np.array(gone)} for gone in ([7], [4], [2, 7])])
+    lost = lab_of(model, images()).sensitivity([{"3": np.array(pruned)} for pruned in ([7], [4], [2, 7])])
     assert lost[:2].max() < 1e-4 < 1e-3 < lost[2]
 
 
@@ -298,7 +306,7 @@ def test_what_the_layers_behind_make_up_for_does_no_damage() -> None:
     model[3].weight[2] = 0  # an output that reads channel 6 and nothing else,
     model[3].weight[2, 6, 1, 1] = 1
     model[6].weight[:, 2] = 0  # and that nothing reads
-    assert lab_of(model, images()).damage([{"3": np.array([6])}])[0] < 1e-9
+    assert lab_of(model, images()).sensitivity([{"3": np.array([6])}])[0] < 1e-9
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.data())
@@ -319,11 +327,11 @@ def test_the_hull_is_below_all_points_and_bends_upwards(values: list[float], dat
     st.booleans(),
 )
 def test_what_steps_add_grows_and_sums_to_the_damage(
-    scores: list[float], damage: list[float], dead: bool
+    scores: list[float], sensitivity: list[float], dead: bool
 ) -> None:
     ascending = np.sort(np.array(scores)) * (not dead)
-    stops = np.unique(np.linspace(1, len(scores) - 1, len(damage)).round().astype(np.int64))
-    measured = np.array(damage[: len(stops)])
+    stops = np.unique(np.linspace(1, len(scores) - 1, len(sensitivity)).round().astype(np.int64))
+    measured = np.array(sensitivity[: len(stops)])
     added = added_by(stops, measured, ascending)
     assert len(added) == len(scores)
     assert np.all(np.diff(added) > 0)
@@ -359,25 +367,25 @@ def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
     generator = np.random.default_rng(0)
-    scores = [[generator.random(cell.size) for cell in unit.cells] for unit in coupling.units]
+    scores = [[generator.random(subgroup.size) for subgroup in group.subgroups] for group in coupling.groups]
     steps: list[tuple[int, int]] = []
-    found = by_damage(
+    found = by_sensitivity(
         model, connectivity, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
     )
     assert steps == [(done, len(scores)) for done in range(len(scores) + 1)]
-    for unit, measured in zip(scores, found, strict=True):
-        ranks = zip(ranks_of(unit), ranks_of(measured), strict=True)
+    for group, measured in zip(scores, found, strict=True):
+        ranks = zip(ranks_of(group), ranks_of(measured), strict=True)
         assert all(np.array_equal(a, b) for a, b in ranks)
-        assert all((cell >= 0).all() and np.isfinite(cell).all() for cell in measured)
+        assert all((subgroup >= 0).all() and np.isfinite(subgroup).all() for subgroup in measured)
 
 
 def test_scores_that_are_not_finite_stay() -> None:
     model, x = chain(), images()
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    scores = [[np.full(cell.size, np.inf) for cell in unit.cells] for unit in coupling.units]
-    found = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9)
-    assert all(np.isinf(cell).all() for unit in found for cell in unit)
+    scores = [[np.full(subgroup.size, np.inf) for subgroup in group.subgroups] for group in coupling.groups]
+    found = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9)
+    assert all(np.isinf(subgroup).all() for group in found for subgroup in group)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -385,9 +393,11 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
-    by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9)
-    by_damage(
+    scores = [
+        [np.arange(subgroup.size, dtype=float) for subgroup in group.subgroups] for group in coupling.groups
+    ]
+    by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9)
+    by_sensitivity(
         model, connectivity, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -411,7 +421,9 @@ class Blended(nn.Module):
 def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() -> None:
     model = Blended()
     with pytest.raises(ModelError, match="others in its batch"):
-        prune_(model, images(1), macs=0.7, compensation="reconstruct", calibration=images(), scope="measured")
+        prune_(
+            model, images(1), macs=0.7, compensation="reconstruct", calibration=images(), scope="sensitivity"
+        )
     assert model.body.out_channels == 8
 
 
@@ -423,7 +435,7 @@ def test_it_is_the_default_where_there_are_images(compensation: Any, weight: flo
     for count in (LEAST_IMAGES - 1, LEAST_IMAGES):
         report = prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images(count))
         found.append((report.settings["scope"], report.settings["cost_exponent"]))
-    assert found == [("global", weight), ("measured", 1.0)]
+    assert found == [("global", weight), ("sensitivity", 1.0)]
 
 
 class Pair(nn.Module):
@@ -458,7 +470,7 @@ def without_norms() -> nn.Module:
     ("make", "compensation", "wanted"),
     [
         (chain, "none", ("global", 0.75)),
-        (chain, "mean", ("measured", 0.75)),
+        (chain, "mean", ("sensitivity", 0.75)),
         (without_norms, "mean", ("global", 0.75)),
         (Pair, "mean", ("global", 0.75)),
         (Crowd, "mean", ("global", 0.75)),
@@ -471,10 +483,10 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
     x: Any = (images(1), images(1)) if make is Pair else images(1)
     report = prune_(model, x, macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
-    on = report.settings.get("damage measured on")
-    assert on == ("noise" if wanted[0] == "measured" else None)
+    on = report.settings.get("sensitivity measured on")
+    assert on == ("noise" if wanted[0] == "sensitivity" else None)
     assert (f"did to the output on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
-    why = report.settings.get("damage not measured on noise", "")
+    why = report.settings.get("sensitivity not measured on noise", "")
     assert ("depends on the others in its batch" in why) is (make is Crowd)
     assert report.macs_after <= 0.7 * report.macs_before
 
@@ -489,19 +501,19 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
     )  # fmt: skip
     seen: list[Tensor] = []
 
-    def damage(net: nn.Module, *args: Any) -> list[list[Floats]]:
+    def sensitivity(net: nn.Module, *args: Any) -> list[list[Floats]]:
         assert net is not model
         seen.append(args[3])
-        return [[np.arange(1.0, 1 + len(cell)) for cell in unit] for unit in args[2]]
+        return [[np.arange(1.0, 1 + len(subgroup)) for subgroup in group] for group in args[2]]
 
-    monkeypatch.setattr("ss_pruning.planning.ranking.by_damage", damage)
-    found = ranker.ranked("measured", Clock(lambda *_: None)).scores
+    monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", sensitivity)
+    found = ranker.ranked("sensitivity", Clock(lambda *_: None)).scores
     relevance = ranker._scores(importance or SynapticImportance(score="relevance"))
-    for unit, scores in zip(found, relevance, strict=True):
-        for cell, score in zip(unit, scores, strict=True):
-            lost = np.arange(1.0, 1 + len(cell))
+    for group, scores in zip(found, relevance, strict=True):
+        for subgroup, score in zip(group, scores, strict=True):
+            lost = np.arange(1.0, 1 + len(subgroup))
             wanted = lost if importance else np.cbrt(lost * lost * score)
-            assert cell.tolist() == pytest.approx(wanted.tolist())
+            assert subgroup.tolist() == pytest.approx(wanted.tolist())
     assert torch.equal(seen[0].inputs, noise_like(x).inputs)
 
 
@@ -519,19 +531,19 @@ def test_a_budget_out_of_reach_is_said_before_the_cut() -> None:
 
 def test_what_is_asked_for_is_what_is_done() -> None:
     settings = prune_(
-        chain(), images(1), macs=0.7, scope="measured", cost_exponent=0.3, calibration=images()
+        chain(), images(1), macs=0.7, scope="sensitivity", cost_exponent=0.3, calibration=images()
     ).settings
-    assert (settings["scope"], settings["cost_exponent"]) == ("measured", 0.3)
-    few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "measured"}
+    assert (settings["scope"], settings["cost_exponent"]) == ("sensitivity", 0.3)
+    few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "sensitivity"}
     with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
         prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
-    settings = prune_(chain(), images(1), macs=0.7, scope="measured").settings
-    assert (settings["scope"], settings["compensation"]) == ("measured", "none")
+    settings = prune_(chain(), images(1), macs=0.7, scope="sensitivity").settings
+    assert (settings["scope"], settings["compensation"]) == ("sensitivity", "none")
     for make, x in ((without_norms, images(1)), (Pair, (images(1), images(1)))):
         with pytest.raises(InputError, match="needs calibration="):
-            prune_(make(), x, macs=0.7, scope="measured")
+            prune_(make(), x, macs=0.7, scope="sensitivity")
     with pytest.raises(ModelError, match="depends on the others in its batch"):
-        prune_(Crowd(), images(1), macs=0.7, scope="measured")
+        prune_(Crowd(), images(1), macs=0.7, scope="sensitivity")
 
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,7 +555,7 @@ def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.Monke
         real(self, *args, **options)
 
     monkeypatch.setattr(SynapticImportance, "__init__", watch)
-    for scope in ("measured", "global"):
+    for scope in ("sensitivity", "global"):
         given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images()}
         prune_(chain(), images(1), macs=0.7, **given)
     prune_(chain(), images(1), macs=0.7, compensation="mean", calibration=images())
@@ -569,7 +581,7 @@ def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
     for a, b in zip(model.loud.parameters(), model.quiet.parameters(), strict=True):
         b.data.copy_(a.data)
     kept = {}
-    for scope in ("global", "measured"):
+    for scope in ("global", "sensitivity"):
         torch.manual_seed(2)
         twin = Net()
         twin.load_state_dict(model.state_dict())
@@ -577,7 +589,7 @@ def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
         prune_(twin, images(1), ratio=0.3, ignore=["loud.2", "quiet.2"], **given)
         kept[scope] = twin.loud[0].out_channels - twin.quiet[0].out_channels
     assert abs(kept["global"]) <= 1
-    assert kept["measured"] >= 5
+    assert kept["sensitivity"] >= 5
 
 
 class Twice(nn.Module):
@@ -604,12 +616,16 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
     model, x = make(), images()
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    scores = [[np.arange(cell.size, dtype=float) for cell in unit.cells] for unit in coupling.units]
+    scores = [
+        [np.arange(subgroup.size, dtype=float) for subgroup in group.subgroups] for group in coupling.groups
+    ]
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
-    once = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
-    assert sum(float(cell.sum()) for unit in once for cell in unit) > 1e-3
+    once = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    assert sum(float(subgroup.sum()) for group in once for subgroup in group) > 1e-3
     monkeypatch.setattr(Prefix, "before", lambda *_: [])
-    always = by_damage(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    always = by_sensitivity(
+        model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow
+    )
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
 
@@ -632,7 +648,7 @@ def test_a_layer_that_does_not_see_images_is_left_alone(rows: int) -> None:
     torch.manual_seed(4)
     model = Tokens(rows)
     report = prune_(model, images(1), macs=0.7, compensation="linear", calibration=images())
-    assert report.settings["scope"] == "measured"
+    assert report.settings["scope"] == "sensitivity"
     assert model.body.out_channels == model.embed.out_features < 6
 
 
@@ -646,7 +662,7 @@ def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
 
     model = Small(*chain())
     with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
-        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80), scope="measured")
+        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80), scope="sensitivity")
     assert model[0].out_channels == 8
 
 
@@ -660,7 +676,7 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
     x = images(24)
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    ((found,),) = by_damage(model, connectivity, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
+    ((found,),) = by_sensitivity(model, connectivity, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
     assert found[:230].sum() > 0.3
 
 
@@ -709,26 +725,26 @@ READERS = {
 
 
 @pytest.mark.parametrize("method", ["none", "mean", "linear"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("consumer", READERS)
 @torch.no_grad()
-def test_predicted_damage_is_true_damage(reader: str, method: Any) -> None:
+def test_predicted_damage_is_true_damage(consumer: str, method: Any) -> None:
     """Measured, and then cut and compensated on the same images."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), READERS[reader](), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        nn.Conv2d(3, 16, 3), nn.ReLU(), READERS[consumer](), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     ).eval()  # fmt: skip
     mixed = torch.randn(16, 16) * torch.block_diag(*[torch.ones(4, 4)] * 4)  # neighbours tell of each other
     model[0].weight.copy_((mixed @ model[0].weight.flatten(1)).reshape_as(model[0].weight))
     x = images(24, 10)
     connectivity, coupling, _ = wired(model, x)
-    unit = next(unit for unit in coupling.units if unit.name == "0")
-    scores = [np.random.default_rng(0).random(cell.size) for cell in unit.cells]
-    steps = unit.steps // 2
-    gone = _removed(unit, ranks_of(scores), steps, _readers(unit, connectivity))
-    assert sum(len(channels) for channels in gone.values()) == 8
-    predicted = lab_of(model, x, method).damage([gone])[0]
-    chosen = schedule([unit], [scores], max_ratio=1.0)
-    plan = to_plan(select(chosen, [unit], np.array([steps]), coupling), coupling, connectivity)
+    group = next(group for group in coupling.groups if group.name == "0")
+    scores = [np.random.default_rng(0).random(subgroup.size) for subgroup in group.subgroups]
+    steps = group.steps // 2
+    pruned = _removed(group, ranks_of(scores), steps, _readers(group, connectivity))
+    assert sum(len(channels) for channels in pruned.values()) == 8
+    predicted = lab_of(model, x, method).sensitivity([pruned])[0]
+    chosen = schedule([group], [scores], max_ratio=1.0)
+    plan = to_plan(select(chosen, [group], np.array([steps]), coupling), coupling, connectivity)
     small = copy.deepcopy(model)
     cut_(small, plan, connectivity, method, x, x[:1])
     assert small[0].out_channels == 8
@@ -771,7 +787,7 @@ class Marked(SynapticImportance):
         return scores
 
 
-@pytest.mark.parametrize("scope", ["measured", "global", "local"])
+@pytest.mark.parametrize("scope", ["sensitivity", "global", "local"])
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_infinity_keeps_a_channel_and_changes_nothing_elsewhere(scope: Any, scale: float) -> None:
     """It is the weakest one otherwise: the first to go in each scope."""
@@ -791,7 +807,7 @@ def test_a_layer_that_is_kept_whole_loses_nothing() -> None:
             scores = super().__call__(group)
             return torch.full_like(scores, torch.inf) if group[0].dep.target.name == "3" else scores
 
-    for scope in ("measured", "global", "local"):
+    for scope in ("sensitivity", "global", "local"):
         model, x = chain(), images()
         prune_(model, x[:1], ratio=0.3, importance=All(1.0, None), calibration=x, scope=scope)  # type: ignore[arg-type]
         assert model[3].out_channels == 6
@@ -822,14 +838,14 @@ class Fixed(nn.Module):
 def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
     x = images()
     with pytest.raises(ModelError, match=r"40 images.*scope='global'"):
-        prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="measured")
+        prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="sensitivity")
     report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
     assert report.settings["scope"] == "global"
     assert report.settings["cost_exponent"] == 0.75
-    assert "40 images" in report.settings["damage not measured"]
+    assert "40 images" in report.settings["sensitivity not measured"]
     other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="global")
     assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
-    assert "damage not measured" not in other.settings
+    assert "sensitivity not measured" not in other.settings
 
 
 class Anchored(nn.Module):
@@ -858,9 +874,9 @@ class Block(nn.Module):
 @torch.no_grad()
 def test_a_constant_is_no_batch_however_long_it_is(method: Any) -> None:
     x = images()
-    cuts = [{"rest.3": np.array(gone)} for gone in ([0], [0, 1], [2, 3], [4, 5])]
-    wanted = lab_of(Anchored(79).eval(), x, method).damage(cuts)
+    cuts = [{"rest.3": np.array(pruned)} for pruned in ([0], [0, 1], [2, 3], [4, 5])]
+    wanted = lab_of(Anchored(79).eval(), x, method).sensitivity(cuts)
     assert wanted.max() > 1e-3
     for length in (16, 32, 64, 80, 240, 960):
-        found = lab_of(Anchored(length).eval(), x, method).damage(cuts)
+        found = lab_of(Anchored(length).eval(), x, method).sensitivity(cuts)
         np.testing.assert_allclose(found, wanted, rtol=0.02, atol=1e-7)

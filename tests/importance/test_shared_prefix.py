@@ -123,5 +123,5 @@ def test_damage_is_measured_in_any_mode(mode: Any) -> None:
     x = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     with mode():
         report = prune_(net, x[:1], macs=0.6, calibration=x)
-    assert report.settings["scope"] == "measured"
+    assert report.settings["scope"] == "sensitivity"
     assert report.macs_after < report.macs_before

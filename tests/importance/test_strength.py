@@ -1,4 +1,4 @@
-"""Strength, shares, entropy and moments against slow twins, and the invariances of the definition."""
+"""Strength, shares, entropy and statistics against slow twins, and the invariances of the definition."""
 
 from __future__ import annotations
 
@@ -95,26 +95,28 @@ def module_of(model: nn.Module, path: str) -> nn.Module | None:
     return None if path == oracle.INPUT else model.get_submodule(path)
 
 
-@pytest.mark.parametrize("moments", ["batchnorm", "gaussian", "data"])
+@pytest.mark.parametrize("statistics", ["batchnorm", "gaussian", "data"])
 @pytest.mark.parametrize(
     "name", ["plain", "shared", "layer_scale", "blur_pool", "flattened", "instance_norm", "prelu"]
 )
-def test_a_call_leaves_the_model_alone(name: str, moments: str) -> None:
+def test_a_call_leaves_the_model_alone(name: str, statistics: str) -> None:
     net = BY_NAME[name]
     model = net.make().train()
     sum(x.sum() for x in oracle.tensors(model(*net.inputs))).backward()
     before = snapshot(model)
-    synaptic_strength(model, net.example, moments=[net.example] if moments == "data" else moments)
+    synaptic_strength(model, net.example, statistics=[net.example] if statistics == "data" else statistics)
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("moments", ["batchnorm", "gaussian", "data"])
-def test_a_call_leaves_the_model_alone_when_forward_raises(moments: str) -> None:
+@pytest.mark.parametrize("statistics", ["batchnorm", "gaussian", "data"])
+def test_a_call_leaves_the_model_alone_when_forward_raises(statistics: str) -> None:
     net = BY_NAME["residual"]
     model = Bomb(net.make()).train()
     before = snapshot(model)
     with pytest.raises(ModelError, match="boom"):
-        synaptic_strength(model, net.example, moments=[net.example] if moments == "data" else moments)
+        synaptic_strength(
+            model, net.example, statistics=[net.example] if statistics == "data" else statistics
+        )
     assert snapshot(model) == before
 
 
@@ -143,8 +145,8 @@ def test_entropy_of_a_known_synapse() -> None:
     assert entropy.item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 9), rel=1e-6)
 
 
-@pytest.mark.parametrize("moments", ["batchnorm", "gaussian", "data"])
-def test_permuting_channels_permutes_strengths(moments: str) -> None:
+@pytest.mark.parametrize("statistics", ["batchnorm", "gaussian", "data"])
+def test_permuting_channels_permutes_strengths(statistics: str) -> None:
     net = BY_NAME["plain_bias"]
     model, twin = net.make(), net.make()
     order = torch.tensor([3, 1, 7, 0, 6, 2, 5, 4])
@@ -159,10 +161,10 @@ def test_permuting_channels_permutes_strengths(moments: str) -> None:
             tensor.copy_(tensor[order])
         twin.conv2.weight.copy_(twin.conv2.weight[:, order])
     torch.testing.assert_close(twin(net.example), model(net.example))
-    chosen = [net.example] if moments == "data" else moments
+    chosen = [net.example] if statistics == "data" else statistics
     a, b = synaptic_strength(model, net.example, chosen), synaptic_strength(twin, net.example, chosen)
     tolerance = (
-        {"rtol": 0.1, "atol": 0.0} if moments == "gaussian" else {"rtol": 1e-4, "atol": 1e-7}
+        {"rtol": 0.1, "atol": 0.0} if statistics == "gaussian" else {"rtol": 1e-4, "atol": 1e-7}
     )  # other noise
     torch.testing.assert_close(b["conv1"], a["conv1"][order], **tolerance)
     torch.testing.assert_close(b["conv2"], a["conv2"][:, order], **tolerance)
@@ -177,7 +179,7 @@ def test_rescaling_weights_before_a_norm_changes_no_share(name: str) -> None:
     net = BY_NAME[name]
     model, twin = net.make(), net.make()
     norms = dict(twin.named_modules())
-    followed = {p: n for family in net.families for p, n in pairs_before_norms(model, family)}
+    followed = {p: n for channel_set in net.channel_sets for p, n in pairs_before_norms(model, channel_set)}
     assert followed
     with torch.no_grad():
         for path, norm in followed.items():
@@ -194,10 +196,12 @@ def test_rescaling_weights_before_a_norm_changes_no_share(name: str) -> None:
     assert any(not torch.allclose(b[path], a[path]) for path in followed)
 
 
-def pairs_before_norms(model: nn.Module, family: frozenset[tuple[str, str, int]]) -> list[tuple[str, str]]:
-    """`(layer, norm)` where a family holds a channel of each, by name: conv1 with bn1, dw with bn1.0."""
+def pairs_before_norms(
+    model: nn.Module, channel_set: frozenset[tuple[str, str, int]]
+) -> list[tuple[str, str]]:
+    """`(layer, norm)` where a channel set holds a channel of each, by name: conv1 with bn1, dw with bn1.0."""
     table = {"conv0": "bn0", "conv1": "bn1", "conv2": "bn2", "pw": "bn2", "dw": "bn1.0", "up": "bn2"}
-    layers = {path for path, side, _ in family if side == "out"}
+    layers = {path for path, side, _ in channel_set if side == "out"}
     found = []
     for path in layers:
         head, _, last = path.rpartition(".")
@@ -222,7 +226,7 @@ def test_gaussian_moments_equal_a_long_simulation(act: str) -> None:
     """Each norm's output is `gamma z + beta`; then the activation, and a 2x2 maximum before conv3."""
     net = BY_NAME[act]
     model = net.make()
-    strengths = synaptic_strength(model, net.example, moments="gaussian")
+    strengths = synaptic_strength(model, net.example, statistics="gaussian")
     noise = torch.Generator().manual_seed(11)
     for norm, path, places in ((model.bn1, "conv2", 1), (model.bn2, "conv3", 4)):
         scales = []
@@ -243,7 +247,7 @@ def test_gaussian_moments_of_a_rectifier_in_closed_form() -> None:
         mean = abs(gamma) * (t * below + density)
         scales.append(gamma**2 * ((1 + t * t) * below + t * density) - mean**2)
     expected = torch.tensor(oracle.strength(model.conv2, scales), dtype=torch.float64)
-    found = synaptic_strength(model, net.example, moments="gaussian")["conv2"].double()
+    found = synaptic_strength(model, net.example, statistics="gaussian")["conv2"].double()
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
 
 
@@ -251,9 +255,9 @@ def test_gaussian_moments_look_at_the_shape_of_the_example_only() -> None:
     """Neither the values of the example nor its batch size (a head sees one vector an image) may matter."""
     net = BY_NAME["plain"]
     model = net.make()
-    a = synaptic_strength(model, net.example, moments="gaussian")
-    b = synaptic_strength(model, torch.zeros_like(net.example), moments="gaussian")
-    c = synaptic_strength(model, torch.zeros_like(net.example[:1]), moments="gaussian")
+    a = synaptic_strength(model, net.example, statistics="gaussian")
+    b = synaptic_strength(model, torch.zeros_like(net.example), statistics="gaussian")
+    c = synaptic_strength(model, torch.zeros_like(net.example[:1]), statistics="gaussian")
     for path, s in a.items():
         torch.testing.assert_close(b[path], s, rtol=0, atol=0)
         torch.testing.assert_close(c[path], s, rtol=0.2, atol=0)
@@ -263,9 +267,9 @@ def test_gaussian_moments_look_at_the_shape_of_the_example_only() -> None:
 def test_gaussian_moments_are_reproducible() -> None:
     net = BY_NAME["residual_chain"]
     model = net.make()
-    a = synaptic_strength(model, net.example, moments="gaussian")
+    a = synaptic_strength(model, net.example, statistics="gaussian")
     torch.manual_seed(99)
-    b = synaptic_strength(model, net.example, moments="gaussian")
+    b = synaptic_strength(model, net.example, statistics="gaussian")
     assert all(torch.equal(a[path], b[path]) for path in a)
 
 
@@ -278,7 +282,7 @@ def test_data_moments_equal_what_is_measured(name: str) -> None:
     model = net.make()
     generator = torch.Generator().manual_seed(2)
     batches = [torch.randn(n, *net.shapes[0][1:], generator=generator) * 2 + 0.5 for n in (40, 24, 40)]
-    strengths = synaptic_strength(model, net.example, moments=iter(batches))
+    strengths = synaptic_strength(model, net.example, statistics=iter(batches))
     for path in synaptic_paths(net, model):
         scales = measured_variances(model, path, batches)
         expected = torch.tensor(oracle.strength(model.get_submodule(path), scales), dtype=torch.float64)
@@ -304,8 +308,8 @@ def test_data_moments_take_images_with_labels() -> None:
     model = net.make()
     images = torch.randn(32, *net.shapes[0][1:])
     labelled = [(images[:16], torch.zeros(16)), (images[16:], torch.zeros(16))]
-    a = synaptic_strength(model, net.example, moments=labelled)
-    b = synaptic_strength(model, net.example, moments=[images[:16], images[16:]])
+    a = synaptic_strength(model, net.example, statistics=labelled)
+    b = synaptic_strength(model, net.example, statistics=[images[:16], images[16:]])
     assert all(torch.equal(a[path], b[path]) for path in a)
 
 
@@ -338,13 +342,13 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 def test_unknown_moments_are_refused_by_name() -> None:
     net = BY_NAME["plain"]
     with pytest.raises(InputError, match=r"batchnorm.*gaussian"):
-        synaptic_strength(net.make(), net.example, moments="gausian")
+        synaptic_strength(net.make(), net.example, statistics="gausian")
 
 
 def test_no_batches_are_refused() -> None:
     net = BY_NAME["plain"]
     with pytest.raises(InputError, match="batch"):
-        synaptic_strength(net.make(), net.example, moments=[])
+        synaptic_strength(net.make(), net.example, statistics=[])
 
 
 def test_functional_twin_of_the_example_in_the_definition() -> None:

@@ -35,7 +35,7 @@ REGULARISERS = {
     "group lasso": (ours.BNScalePruner, {"group_lasso": True}),
     "growing": (ours.GrowingRegPruner, {}),
 }
-PRUNABLE = [net for net in ZOO if net.families]
+PRUNABLE = [net for net in ZOO if net.channel_sets]
 # Torch-Pruning traces these wrongly, or not at all.
 HARD = ["padded_shortcut", "swapped_chunks", "unequal_split", "shuffle_unit", "partial_add", "doubled"]
 with_net = pytest.mark.parametrize("net", PRUNABLE, ids=lambda net: net.name)
@@ -271,7 +271,9 @@ def test_a_regulariser_skips_what_its_importance_does_not_know() -> None:
 def test_groups_hold_whole_families(net: Net) -> None:
     model = net.make()
     graph = ours.ChannelGraph().build_dependency(model, net.example)
-    known = {frozenset((path, side, c) for path, side, c in family) for family in net.families or ()}
+    known = {
+        frozenset((path, side, c) for path, side, c in channel_set) for channel_set in net.channel_sets or ()
+    }
     assert known
     for group in graph.get_all_groups():
         scores = IMPORTANCES["synaptic"]()(group)
@@ -280,10 +282,10 @@ def test_groups_hold_whole_families(net: Net) -> None:
             path = graph._module2name[item.dep.layer]
             side = "in" if not graph.is_out_channel_pruning_fn(item.dep.handler) else "out"
             for channel, root in zip(item.idxs, item.root_idxs, strict=True):
-                (family,) = [f for f in known if (path, side, channel) in f]
+                (channel_set,) = [f for f in known if (path, side, channel) in f]
                 first = graph._module2name[group[0].dep.layer]
                 at = [c for c, r in zip(group[0].idxs, group[0].root_idxs, strict=True) if r == root]
-                assert {(first, c) for c in at} <= {(p, c) for p, _, c in family}
+                assert {(first, c) for c in at} <= {(p, c) for p, _, c in channel_set}
 
 
 def test_groups_are_made_for_the_model_as_it_is_at_their_turn() -> None:
@@ -385,7 +387,7 @@ def test_a_compensated_step_is_nearer_to_the_dense_model(method: str, steps: int
     [
         ({"compensation": "magic"}, "unknown"),
         ({"compensation": "linear"}, "needs calibration"),
-        ({"reestimate": True, "calibration": torch.zeros(1), "interactive": True}, "one by one"),
+        ({"recalibrate": True, "calibration": torch.zeros(1), "interactive": True}, "one by one"),
         ({"compensation": "mean", "interactive": True}, "one by one"),
     ],
 )

@@ -185,10 +185,10 @@ def test_every_kind_of_layer(name: str, granularity: str) -> None:
         assert sparsity(mask["weight"]) == pytest.approx(0.5, abs=0.5 / sizes[granularity] + 1e-6), name
 
 
-@pytest.mark.parametrize("moments", ["gaussian", [IMAGES]])
-def test_other_moments(moments: Any) -> None:
+@pytest.mark.parametrize("statistics", ["gaussian", [IMAGES]])
+def test_other_moments(statistics: Any) -> None:
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    masks = compress(SynapticStrengthPruner(grouped(), config, IMAGES, moments=moments))
+    masks = compress(SynapticStrengthPruner(grouped(), config, IMAGES, statistics=statistics))
     assert sparsity(masks["conv3"]["weight"]) == pytest.approx(0.5)
 
 
@@ -221,9 +221,9 @@ def test_a_global_ratio_is_met_to_within_one_block(granularity: Any, ratio: floa
         SynapticStrengthPruner(grouped(), global_config(sparse_ratio=ratio, granularity=granularity), IMAGES)
     )
     counted = zeros(masks)
-    gone, total = (sum(column) for column in zip(*counted.values(), strict=True))
+    pruned, total = (sum(column) for column in zip(*counted.values(), strict=True))
     largest = {str(KERNEL): 9, IN: 16 * 9, OUT: 8 * 9}[str(granularity)]
-    assert total * ratio - largest < gone <= total * ratio
+    assert total * ratio - largest < pruned <= total * ratio
     assert all(n < size for n, size in counted.values())
 
 
@@ -231,8 +231,8 @@ def test_global_caps_hold() -> None:
     masks = compress(
         SynapticStrengthPruner(grouped(), global_config(max_sparse_ratio=0.6, min_sparse_ratio=0.4), IMAGES)
     )
-    for name, (gone, size) in zeros(masks).items():
-        assert 0.4 - 9 / size <= gone / size <= 0.6, name
+    for name, (pruned, size) in zeros(masks).items():
+        assert 0.4 - 9 / size <= pruned / size <= 0.6, name
 
 
 def test_global_order_matches_plain_sorting() -> None:

@@ -177,12 +177,12 @@ def test_normalizers(normalizer: str) -> None:
         torch.testing.assert_close(scores / scores.sum(), plain / plain.sum())
 
 
-@pytest.mark.parametrize("moments", ["gaussian", "data"])
-def test_other_moments(moments: str) -> None:
+@pytest.mark.parametrize("statistics", ["gaussian", "data"])
+def test_other_moments(statistics: str) -> None:
     net = BY_NAME["residual"]
     model = net.make()
     batches = [torch.randn(16, 3, 16, 16) for _ in range(2)]
-    importance = SynapticImportance(moments=batches if moments == "data" else moments)
+    importance = SynapticImportance(statistics=batches if statistics == "data" else statistics)
     pruner = pruner_of(model, net.example, importance=importance, global_pruning=True)
     pruner.step()
     runs(model, net.example)
@@ -199,7 +199,7 @@ def test_scoring_leaves_the_model_alone(net: Net) -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("option", ["score", "reduce", "normalizer", "moments"])
+@pytest.mark.parametrize("option", ["score", "reduce", "normalizer", "statistics"])
 def test_unknown_options_are_refused(option: str) -> None:
     with pytest.raises(InputError, match=f"{option}='shares?'"):
         SynapticImportance(**{option: "shares"})
@@ -237,8 +237,8 @@ EDITS = {
     [
         ({}, False),
         ({}, True),
-        ({"moments": "batchnorm"}, False),
-        ({"moments": "batchnorm", "score": "relevance"}, False),
+        ({"statistics": "batchnorm"}, False),
+        ({"statistics": "batchnorm", "score": "relevance"}, False),
     ],
     ids=str,
 )

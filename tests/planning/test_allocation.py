@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ss_pruning import couple, prune_, trace
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
-from ss_pruning.graph.groups import Cell, Coupling, Member, Unit
+from ss_pruning.graph.groups import Coupling, Member, PruningGroup, Subgroup
 from ss_pruning.planning.allocation import Budget, Costs, Schedule, choose, schedule, select
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME, randomise
@@ -54,22 +54,22 @@ def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None
     connectivity = trace(model, net.example)
     coupling = couple(connectivity, model)
     costs = Costs(model, net.example, connectivity, coupling)
-    step = costs.removed_per_step(coupling.units)
-    each = costs.per_family(coupling.units, kind)  # type: ignore[arg-type]
+    step = costs.removed_per_step(coupling.groups)
+    each = costs.per_channel_set(coupling.groups, kind)  # type: ignore[arg-type]
     tiny = 1e-6
-    for u, unit in enumerate(coupling.units):
-        families = sum(cell.size for cell in unit.cells) / unit.steps
+    for u, group in enumerate(coupling.groups):
+        channel_sets = sum(subgroup.size for subgroup in group.subgroups) / group.steps
         saved = costs.after(kind, 0 * step[u]) - costs.after(kind, tiny * step[u])  # type: ignore[arg-type]
         dense = costs.macs if kind == "macs" else costs.params
-        assert each[u] == pytest.approx(saved / tiny / families / dense, rel=1e-3)
+        assert each[u] == pytest.approx(saved / tiny / channel_sets / dense, rel=1e-3)
 
 
 def test_one_channel_costs_what_cutting_it_saves() -> None:
     model = randomise(TwoWidths(), 0)
     connectivity = trace(model, X)
     costs = Costs(model, X, connectivity, couple(connectivity, model))
-    units = couple(connectivity, model).units
-    each = dict(zip((unit.name for unit in units), costs.per_family(units, "macs"), strict=True))
+    groups = couple(connectivity, model).groups
+    each = dict(zip((group.name for group in groups), costs.per_channel_set(groups, "macs"), strict=True))
     dear, cheap = 64 * (4 + 4), 16 * (4 + 4)
     assert each["dear_in"] == pytest.approx(dear / (8 * dear + 8 * cheap))
     assert each["cheap_in"] == pytest.approx(cheap / (8 * dear + 8 * cheap))
@@ -108,10 +108,12 @@ def test_a_silly_exponent_is_refused(exponent: float) -> None:
 # ---------------------------------------------------------------- the order of moves
 
 
-def unit(name: str, *sizes: int) -> Unit:
-    """A unit of one cell per size; each family is one output channel of a layer named after unit and cell."""
-    cells = (Cell((Member(f"{name}{n}", "out", np.arange(size)[:, None]),)) for n, size in enumerate(sizes))
-    return Unit(tuple(cells))
+def group(name: str, *sizes: int) -> PruningGroup:
+    """A group of one subgroup per size; each channel set is an output channel of a layer named after both."""
+    subgroups = (
+        Subgroup((Member(f"{name}{n}", "out", np.arange(size)[:, None]),)) for n, size in enumerate(sizes)
+    )
+    return PruningGroup(tuple(subgroups))
 
 
 def scores(*values: float) -> list[Floats]:
@@ -119,88 +121,88 @@ def scores(*values: float) -> list[Floats]:
 
 
 def moves(plan: Schedule) -> list[tuple[int, int, int]]:
-    return list(zip(plan.unit.tolist(), plan.steps.tolist(), plan.families.tolist(), strict=True))
+    return list(zip(plan.group.tolist(), plan.steps.tolist(), plan.channel_sets.tolist(), strict=True))
 
 
 def test_globally_the_least_score_goes_first_whatever_its_unit() -> None:
-    units = [unit("a", 4), unit("b", 3)]
-    plan = schedule(units, [scores(4.0, 1.0, 9.0, 6.0), scores(5.0, 2.0, 8.0)], max_ratio=1.0)
-    # In ascending order 1 (a), 2 (b), 4 (a), 5 (b), 6 (a); the best of each unit never goes.
+    groups = [group("a", 4), group("b", 3)]
+    plan = schedule(groups, [scores(4.0, 1.0, 9.0, 6.0), scores(5.0, 2.0, 8.0)], max_ratio=1.0)
+    # In ascending order 1 (a), 2 (b), 4 (a), 5 (b), 6 (a); the best of each group never goes.
     assert moves(plan) == [(0, 1, 1), (1, 1, 1), (0, 1, 1), (1, 1, 1), (0, 1, 1)]
     assert [ranks[0].tolist() for ranks in plan.ranked] == [[1, 0, 3, 2], [1, 0, 2]]
     assert plan.taken(3).tolist() == [2, 1]
 
 
 def test_locally_units_shrink_evenly() -> None:
-    units = [unit("a", 4), unit("b", 2)]
-    plan = schedule(units, [scores(9.0, 9.0, 9.0, 9.0), scores(1.0, 1.0)], scope="local", max_ratio=1.0)
-    assert plan.unit.tolist() == [0, 0, 1, 0]  # 1/4, 2/4, 1/2, 3/4
+    groups = [group("a", 4), group("b", 2)]
+    plan = schedule(groups, [scores(9.0, 9.0, 9.0, 9.0), scores(1.0, 1.0)], scope="local", max_ratio=1.0)
+    assert plan.group.tolist() == [0, 0, 1, 0]  # 1/4, 2/4, 1/2, 3/4
 
 
 @pytest.mark.parametrize(("max_ratio", "most"), [(0.9, 9), (0.3, 3), (0.29, 2), (0.05, 0), (1.0, 9)])
 def test_max_ratio_is_met_exactly_and_one_step_always_stays(max_ratio: float, most: int) -> None:
-    plan = schedule([unit("a", 10)], [scores(*range(10))], max_ratio=max_ratio)
-    assert len(plan.unit) == most
-    assert schedule([unit("a", 10)], [scores(*range(10))], max_ratio=[max_ratio]).steps.sum() == most
+    plan = schedule([group("a", 10)], [scores(*range(10))], max_ratio=max_ratio)
+    assert len(plan.group) == most
+    assert schedule([group("a", 10)], [scores(*range(10))], max_ratio=[max_ratio]).steps.sum() == most
 
 
 def test_rounded_widths_are_multiples_and_moves_take_what_lies_between() -> None:
-    plan = schedule([unit("a", 10)], [scores(*range(1, 11))], round_to=4, max_ratio=1.0)
+    plan = schedule([group("a", 10)], [scores(*range(1, 11))], round_to=4, max_ratio=1.0)
     assert moves(plan) == [(0, 2, 2), (0, 4, 4)]  # 10 -> 8 -> 4
 
 
 def test_a_rounded_move_counts_with_its_mean_score() -> None:
     """a loses two channels at once, of scores 1 and 7: the mean, 4, stands between b's 3 and 5."""
-    units = [unit("a", 4), unit("b", 3)]
+    groups = [group("a", 4), group("b", 3)]
     given = [scores(1.0, 7.0, 8.0, 9.0), scores(3.0, 5.0, 6.0)]
-    plan = schedule(units, given, round_to=2, max_ratio=1.0)
+    plan = schedule(groups, given, round_to=2, max_ratio=1.0)
     assert moves(plan) == [(1, 1, 1), (0, 2, 2)]
     assert plan.taken(2).tolist() == [2, 1]
 
 
 def test_cells_of_a_unit_lose_the_same_share() -> None:
-    """Cells of 2 and 4 families: a step takes one of the first and two of the second; means compare with others."""
-    units = [unit("a", 2, 4), unit("b", 4)]
+    """Subgroups of 2 and 4: a step takes one of the first and two of the second; means compare with others."""
+    groups = [group("a", 2, 4), group("b", 4)]
     given = [[np.array([1.0, 9.0]), np.array([8.0, 2.0, 3.0, 7.0])], scores(1.0, 2.5, 5.0, 6.0)]
-    plan = schedule(units, given, max_ratio=1.0)
+    plan = schedule(groups, given, max_ratio=1.0)
     # a's one step costs (1 + 2 + 3) / 3 = 2.
     assert moves(plan) == [(1, 1, 1), (0, 1, 3), (1, 1, 1), (1, 1, 1)]
 
 
 def test_the_selection_holds_what_stays() -> None:
-    units = [unit("a", 2, 4), unit("b", 3)]
+    groups = [group("a", 2, 4), group("b", 3)]
     given = [[np.array([9.0, 1.0]), np.array([8.0, 2.0, 3.0, 7.0])], scores(3.0, 1.0, 2.0)]
-    plan = schedule(units, given, max_ratio=1.0)
+    plan = schedule(groups, given, max_ratio=1.0)
     widths = {("a0", "out"): 2, ("a1", "out"): 4, ("b0", "out"): 3}
-    coupling = Coupling(tuple(units), (), widths)  # type: ignore[arg-type]
-    chosen = select(plan, units, np.array([1, 2]), coupling)
+    coupling = Coupling(tuple(groups), (), widths)  # type: ignore[arg-type]
+    chosen = select(plan, groups, np.array([1, 2]), coupling)
     assert chosen == {("a0", "out"): (0,), ("a1", "out"): (0, 3), ("b0", "out"): (0,)}
-    assert select(plan, units, np.array([0, 1]), coupling) == {("b0", "out"): (0, 2)}
+    assert select(plan, groups, np.array([0, 1]), coupling) == {("b0", "out"): (0, 2)}
 
 
 # ---------------------------------------------------------------- budgets
 
 
-def two_widths() -> tuple[Costs, tuple[Unit, ...], Schedule]:
+def two_widths() -> tuple[Costs, tuple[PruningGroup, ...], Schedule]:
     model = randomise(TwoWidths(), 0)
     connectivity = trace(model, X)
     coupling = couple(connectivity, model)
-    given = [scores(*range(unit.cells[0].size)) for unit in coupling.units]
-    plan = schedule(coupling.units, given, max_ratio=0.75)
-    return Costs(model, X, connectivity, coupling), coupling.units, plan
+    given = [scores(*range(group.subgroups[0].size)) for group in coupling.groups]
+    plan = schedule(coupling.groups, given, max_ratio=0.75)
+    return Costs(model, X, connectivity, coupling), coupling.groups, plan
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_shortest_prefix_within_the_budget_is_taken(kind: str) -> None:
     """Against every prefix, one after the other."""
-    costs, units, plan = two_widths()
-    step = costs.removed_per_step(units)
+    costs, groups, plan = two_widths()
+    step = costs.removed_per_step(groups)
     dense = costs.macs if kind == "macs" else costs.params
     for value in (0.9, 0.7, 0.5, 0.4):
-        steps = choose(plan, units, costs, Budget(kind, value))  # type: ignore[arg-type]
+        steps = choose(plan, groups, costs, Budget(kind, value))  # type: ignore[arg-type]
         within = [
             n
-            for n in range(len(plan.unit) + 1)
+            for n in range(len(plan.group) + 1)
             if costs.after(kind, plan.taken(n) @ step) <= value * dense  # type: ignore[arg-type]
         ]
         assert steps.tolist() == plan.taken(within[0]).tolist()
@@ -208,33 +210,33 @@ def test_the_shortest_prefix_within_the_budget_is_taken(kind: str) -> None:
 
 
 def test_a_budget_of_exactly_a_prefix_takes_that_prefix() -> None:
-    costs, units, plan = two_widths()
-    step = costs.removed_per_step(units)
-    for moves_taken in (1, 3, len(plan.unit)):
+    costs, groups, plan = two_widths()
+    step = costs.removed_per_step(groups)
+    for moves_taken in (1, 3, len(plan.group)):
         goal = costs.after("macs", plan.taken(moves_taken) @ step)
-        found = choose(plan, units, costs, Budget("macs", goal / costs.macs))
+        found = choose(plan, groups, costs, Budget("macs", goal / costs.macs))
         assert found.tolist() == plan.taken(moves_taken).tolist()
 
 
 @pytest.mark.parametrize(("ratio", "taken"), [(0.25, 4), (0.5, 8), (0.3, 4), (0.0625, 1)])
 def test_a_ratio_takes_no_more_than_its_share_of_the_channels(ratio: float, taken: int) -> None:
-    costs, units, plan = two_widths()
-    assert sum(cell.size for unit in units for cell in unit.cells) == 16
-    assert choose(plan, units, costs, Budget("ratio", ratio)).sum() == taken
+    costs, groups, plan = two_widths()
+    assert sum(subgroup.size for group in groups for subgroup in group.subgroups) == 16
+    assert choose(plan, groups, costs, Budget("ratio", ratio)).sum() == taken
 
 
 def test_budgets_out_of_reach_name_the_smallest_that_is_not() -> None:
-    costs, units, plan = two_widths()
+    costs, groups, plan = two_widths()
     with pytest.raises(BudgetError, match=r"ratio=0\.05 is less than one step; the smallest is 1 channels"):
-        choose(plan, units, costs, Budget("ratio", 0.05))
+        choose(plan, groups, costs, Budget("ratio", 0.05))
     with pytest.raises(BudgetError, match=r"ratio=0\.9 is out of reach; the largest is 0\.7500"):
-        choose(plan, units, costs, Budget("ratio", 0.9))
-    least = costs.after("macs", plan.taken(len(plan.unit)) @ costs.removed_per_step(units)) / costs.macs
+        choose(plan, groups, costs, Budget("ratio", 0.9))
+    least = costs.after("macs", plan.taken(len(plan.group)) @ costs.removed_per_step(groups)) / costs.macs
     with pytest.raises(BudgetError, match=rf"macs=0\.1 is below .* the smallest is macs={least:.4f}"):
-        choose(plan, units, costs, Budget("macs", 0.1))
-    nothing = schedule(units, [scores(*range(8)), scores(*range(8))], max_ratio=0.01)
+        choose(plan, groups, costs, Budget("macs", 0.1))
+    nothing = schedule(groups, [scores(*range(8)), scores(*range(8))], max_ratio=0.01)
     with pytest.raises(NothingToPruneError, match="max_ratio"):
-        choose(nothing, units, costs, Budget("macs", 0.5))
+        choose(nothing, groups, costs, Budget("macs", 0.5))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 2.0])

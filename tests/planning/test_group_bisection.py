@@ -1,4 +1,4 @@
-"""The search for the sound part of a cut, on made-up units: what it finds, and in how few trials."""
+"""The search for the sound part of a cut, on made-up groups: what it finds, and in how few trials."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from torch import Tensor, nn
 
 from ss_pruning import prune_
 from ss_pruning.errors import VerificationError
-from ss_pruning.graph.groups import Cell, Member, Unit
+from ss_pruning.graph.groups import Member, PruningGroup, Subgroup
 from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Attribute, Plan
 from ss_pruning.surgery.size_attributes import Number
 from ss_pruning.surgery.verification import Verified
 
 
-def unit(path: str, size: int = 4) -> Unit:
-    return Unit((Cell((Member(path, "out", np.arange(size)[:, None]),)),))
+def group(path: str, size: int = 4) -> PruningGroup:
+    return PruningGroup((Subgroup((Member(path, "out", np.arange(size)[:, None]),)),))
 
 
 class Verifier:
-    """Refuses cuts that hold certain units, and says which, or only that something is wrong."""
+    """Refuses cuts that hold certain groups, and says which, or only that something is wrong."""
 
-    def __init__(self, units: list[Unit], wrong: Collection[str], *, tells: bool = True) -> None:
-        self.units, self.wrong, self.tells = units, set(wrong), tells
+    def __init__(self, groups: list[PruningGroup], wrong: Collection[str], *, tells: bool = True) -> None:
+        self.groups, self.wrong, self.tells = groups, set(wrong), tells
         self.trials = 0
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         self.trials += 1
-        bad = sorted(self.wrong & {self.units[i].name for i in part})
+        bad = sorted(self.wrong & {self.groups[i].name for i in part})
         if bad:
             raise VerificationError("wrong", (), bad[0] if self.tells else None)
         return Verified(Plan(), 0.0)
 
 
 def searched(verifier: Verifier) -> GroupBisection:
-    part = GroupBisection(verifier.units, verifier, set())
-    part.search(list(range(len(verifier.units))))
+    part = GroupBisection(verifier.groups, verifier, set())
+    part.search(list(range(len(verifier.groups))))
     return part
 
 
 def test_all_sound_takes_one_trial() -> None:
-    verifier = Verifier([unit(f"blocks.{i}.conv") for i in range(50)], ())
+    verifier = Verifier([group(f"blocks.{i}.conv") for i in range(50)], ())
     assert searched(verifier).sound == set(range(50))
     assert verifier.trials == 1
 
@@ -52,26 +52,26 @@ def test_all_sound_takes_one_trial() -> None:
 @pytest.mark.parametrize("tells", [True, False])
 @pytest.mark.parametrize("wrong", [{"a"}, {"a", "c"}, {"b", "d", "e"}, set("abcdefgh")])
 def test_finds_just_what_fails(wrong: set[str], tells: bool) -> None:
-    verifier = Verifier([unit(name) for name in "abcdefgh"], wrong, tells=tells)
+    verifier = Verifier([group(name) for name in "abcdefgh"], wrong, tells=tells)
     part = searched(verifier)
-    assert {verifier.units[i].name for i in part.failed} == wrong
+    assert {verifier.groups[i].name for i in part.failed} == wrong
     assert part.sound == set(range(8)) - set(part.failed)
 
 
 def test_what_is_the_same_as_what_failed_is_not_tried() -> None:
     """Forty blocks alike, each with an attention that cannot be cut: a few trials, not some for each."""
-    units = [unit(f"blocks.{i}.{name}") for i in range(40) for name in ("qkv", "mlp")]
-    verifier = Verifier(units, {f"blocks.{i}.qkv" for i in range(40)})
+    groups = [group(f"blocks.{i}.{name}") for i in range(40) for name in ("qkv", "mlp")]
+    verifier = Verifier(groups, {f"blocks.{i}.qkv" for i in range(40)})
     part = searched(verifier)
-    assert {units[i].name.partition(".qkv")[1] for i in part.failed} == {".qkv"}
+    assert {groups[i].name.partition(".qkv")[1] for i in part.failed} == {".qkv"}
     assert len(part.failed) == len(part.sound) == 40
     assert verifier.trials < 12
 
 
 def test_alike_ones_of_another_width_are_tried() -> None:
-    units = [unit(f"stages.{i}.qkv", size) for i, size in enumerate((4, 8, 8, 16))]
-    verifier = Verifier(units, {"stages.0.qkv", "stages.3.qkv"})
-    assert {units[i].name for i in searched(verifier).failed} == verifier.wrong
+    groups = [group(f"stages.{i}.qkv", size) for i, size in enumerate((4, 8, 8, 16))]
+    verifier = Verifier(groups, {"stages.0.qkv", "stages.3.qkv"})
+    assert {groups[i].name for i in searched(verifier).failed} == verifier.wrong
 
 
 def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
@@ -87,7 +87,7 @@ class Coincidence(Verifier):
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         self.trials += 1
-        paths = [self.units[i].name.rpartition(".")[0] for i in sorted(part)]
+        paths = [self.groups[i].name.rpartition(".")[0] for i in sorted(part)]
         loose = [
             p for p in paths if not {(p, "heads", None), (p.replace(p[-1], "#"), "heads", None)} & set(fixed)
         ]
@@ -97,7 +97,7 @@ class Coincidence(Verifier):
 
 
 def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
-    verifier = Coincidence([unit(f"blocks.{i}.proj") for i in range(8)], ())
+    verifier = Coincidence([group(f"blocks.{i}.proj") for i in range(8)], ())
     part = searched(verifier)
     assert not part.failed
     assert ("blocks.#", "heads", None) in part.fixed
@@ -116,7 +116,7 @@ class Stacked(Verifier):
 
 
 def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> None:
-    verifier = Stacked([unit("net.0.conv")], ())
+    verifier = Stacked([group("net.0.conv")], ())
     part = searched(verifier)
     assert not part.failed
     assert ("net.3", "index", None) in part.fixed
@@ -124,7 +124,7 @@ def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> 
 
 
 def test_the_reason_is_what_is_wrong_nearest_to_the_cut() -> None:
-    """A width that only happens to be stored elsewhere fails there first; that is not why the unit stays."""
+    """A width that only happens to be stored elsewhere fails there first; that is not why the group stays."""
     chance = ("other", "limit", None)
 
     def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
@@ -134,17 +134,17 @@ def test_the_reason_is_what_is_wrong_nearest_to_the_cut() -> None:
             raise VerificationError("wrong in 'own'", (), "own")
         raise VerificationError("wrong in 'other'", [chance], "other")
 
-    part = GroupBisection([unit("own")], attempt, set())
+    part = GroupBisection([group("own")], attempt, set())
     part.search([0])
     assert part.failed == {0: "wrong in 'own'"}
 
 
 def test_what_was_not_tried_says_what_it_is_like() -> None:
-    units = [unit(f"blocks.{i}.qkv") for i in range(3)]
-    part = searched(Verifier(units, {unit.name for unit in units}))
+    groups = [group(f"blocks.{i}.qkv") for i in range(3)]
+    part = searched(Verifier(groups, {group.name for group in groups}))
     tried = [i for i, reason in part.failed.items() if reason == "wrong"]
     assert len(tried) == 1
-    said = f"as it does on that of '{units[tried[0]].name}': wrong"
+    said = f"as it does on that of '{groups[tried[0]].name}': wrong"
     assert sorted(part.failed.values()) == sorted(["wrong", said, said])
 
 
@@ -171,12 +171,12 @@ class Fixed(nn.Module):
 def test_numbers_that_moved_by_chance_are_not_searched_for_unit_by_unit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither before nor after a unit was found to fail."""
+    """Neither before nor after a group was found to fail."""
     asked: list[str] = []
     ask = GroupBisection._without_numbers
 
     def noted(self: GroupBisection, part: list[int], error: VerificationError) -> Verified | str:
-        asked.append(self.units[part[0]].name)
+        asked.append(self.groups[part[0]].name)
         return ask(self, part, error)
 
     monkeypatch.setattr(GroupBisection, "_without_numbers", noted)

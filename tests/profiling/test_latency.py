@@ -197,9 +197,9 @@ def test_roundings_are_the_steps_of_the_hardware(step: int, monkeypatch: pytest.
     monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
     model = Net(128)
     connectivity = trace(model, X)
-    units = couple(connectivity, model).units
+    groups = couple(connectivity, model).groups
     times = layer_times.layer_times(model, X, connectivity)
-    found = layer_times.roundings(times, units)
+    found = layer_times.roundings(times, groups)
     assert (found["slow"], found["quick"]) == (step, step)
 
 
@@ -213,7 +213,7 @@ def test_noise_alone_asks_for_no_rounding(monkeypatch: pytest.MonkeyPatch) -> No
     model = Net(128)
     connectivity = trace(model, X)
     times = layer_times.layer_times(model, X, connectivity)
-    assert set(layer_times.roundings(times, couple(connectivity, model).units).values()) == {1}
+    assert set(layer_times.roundings(times, couple(connectivity, model).groups).values()) == {1}
 
 
 def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
@@ -278,13 +278,13 @@ def test_seconds_cost_like_macs_where_they_are_proportional() -> None:
     costs = Costs(model, X, connectivity, coupling)
     amounts = {"slow": 1.0, "back": 1.0, "quick": 1.0, "out": 1.0}
     costs.times = table(model, **amounts)
-    units = [unit for unit in coupling.units if unit.name in ("slow", "quick")]
-    removed = costs.removed_per_step(units).T @ np.array([8.0, 24.0])
+    groups = [group for group in coupling.groups if group.name in ("slow", "quick")]
+    removed = costs.removed_per_step(groups).T @ np.array([8.0, 24.0])
     assert costs.after("latency", removed) / costs.dense("latency") == pytest.approx(
         costs.after("macs", removed) / costs.macs, rel=0.02
     )
     for kind in ("macs", "latency"):
-        each = costs.per_family(units, kind)  # type: ignore[arg-type]
+        each = costs.per_channel_set(groups, kind)  # type: ignore[arg-type]
         assert each == pytest.approx([2 * 0.25 / 64] * 2, rel=0.01)
 
 

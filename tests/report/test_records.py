@@ -495,7 +495,7 @@ def test_it_says_that_norms_were_moved() -> None:
     sentence = "Batch norms behind the cut follow what is left."
     for method in ("none", "mean"):
         left = example(settings={"compensation": method})
-        moved = replace(left, settings={"compensation": method, "reestimate": True})
+        moved = replace(left, settings={"compensation": method, "recalibrate": True})
         assert sentence in dict(certainty(moved))["compensation"]
         assert sentence in moved.verification()
         assert sentence not in dict(certainty(left))["compensation"] + left.verification()
@@ -513,14 +513,14 @@ def test_certainty_does_not_claim_what_was_not_done() -> None:
 
 
 def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_variances() -> None:
-    settings = {"compensation": "linear", "inexact at padded borders": "a, b", "moments": "gaussian"}
+    settings = {"compensation": "linear", "inexact at padded borders": "a, b", "statistics": "gaussian"}
     said = dict(certainty(example(settings=settings)))
     assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
     skipped = example(settings={"compensation": "mean", "not compensated": "aux: it sleeps"})
     assert dict(certainty(skipped))["compensation"].endswith("Not compensated: aux: it sleeps.")
     assert "its own noise" in said["strengths"]
     assert "shrinking it" not in said["strengths"]
-    measured = dict(certainty(example(settings={"scope": "measured"})))
+    measured = dict(certainty(example(settings={"scope": "sensitivity"})))
     assert "shrinking it did to the output on calibration inputs." in measured["strengths"]
 
 

@@ -36,9 +36,9 @@ def mask(model: nn.Module, share: float, kind: str = "kernel", seed: int = 1) ->
         outputs, inputs = oracle.widths(layer)
         per_group = inputs // oracle.groups_of(layer)
         shape = {"kernel": (outputs, per_group), "out": (outputs, 1), "in": (1, per_group)}[kind]
-        gone = (torch.rand(shape, generator=generator) < share).expand(outputs, per_group)
+        pruned = (torch.rand(shape, generator=generator) < share).expand(outputs, per_group)
         with torch.no_grad():
-            for k, j in gone.nonzero().tolist():
+            for k, j in pruned.nonzero().tolist():
                 zero(layer, k, j)
     return model
 

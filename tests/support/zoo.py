@@ -31,7 +31,7 @@ CLASSES = 5
 Source = tuple[str, int]
 Sources = list[set[Source]]
 Member = tuple[str, str, int]
-Family = frozenset[Member]
+ChannelSet = frozenset[Member]
 Place = Callable[[int], Iterable[Member]]
 
 
@@ -76,7 +76,7 @@ def _place(path: str, side: str, at: int | Callable[[int], Iterable[int]]) -> Pl
     return lambda c: [(path, side, where) for where in at(c)]
 
 
-def couple(channels: int | Iterable[int], *places: Place) -> set[Family]:
+def couple(channels: int | Iterable[int], *places: Place) -> set[ChannelSet]:
     """One family per channel, with a member at every place."""
     chosen = range(channels) if isinstance(channels, int) else channels
     return {frozenset(member for place in places for member in place(c)) for c in chosen}
@@ -104,7 +104,7 @@ class Net:
         shapes: The shapes of its inputs.
         sources: For every convolution and linear layer that runs, and each absolute input channel, what feeds
             it; the union over its calls.
-        families: The families that may be cut; `None` where that is a matter of policy (channels that mix).
+        channel_sets: The families that may be cut; `None` where that is a matter of policy (channels that mix).
         calls: The sources call by call, for modules that run more than once.
         broadcast: Source channels that feed several input channels of one layer through one and the same
             element (a gate for all channels, a mean over channels); a probe may leave them out of the
@@ -121,7 +121,7 @@ class Net:
     name: str
     build: Callable[[], nn.Module]
     sources: dict[str, Sources]
-    families: set[Family] | None
+    channel_sets: set[ChannelSet] | None
     shapes: tuple[tuple[int, ...], ...] = ((2, 3, 16, 16),)
     calls: dict[str, list[Sources]] = field(default_factory=dict)
     broadcast: set[Source] = field(default_factory=set)
@@ -215,7 +215,7 @@ def plain(name: str, build: Callable[[], nn.Module], **more: object) -> Net:
         name,
         build,
         sources={"conv1": image(), "conv2": fed("bn1", 8), "conv3": fed("bn2", 12), "fc": fed("bn3", 10)},
-        families=couple(8, out("conv1"), out("bn1"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("bn1"), into("conv2"))
         | couple(12, out("conv2"), out("bn2"), into("conv3"))
         | couple(10, out("conv3"), out("bn3"), into("fc")),
         **more,
@@ -298,21 +298,21 @@ PLAIN = [
             "stages.1.0": fed("stages.0.1", 8),
             "head.fc": fed("stages.1.1", 12),
         },
-        families=couple(8, out("stages.0.0"), out("stages.0.1"), into("stages.1.0"))
+        channel_sets=couple(8, out("stages.0.0"), out("stages.0.1"), into("stages.1.0"))
         | couple(12, out("stages.1.0"), out("stages.1.1"), into("head.fc")),
     ),
     Net(
         "prelu",
         PerChannelSlope,
         sources={"conv1": image(), "conv2": fed("bn1", 8), "fc": fed("conv2", 6)},
-        families=couple(8, out("conv1"), out("bn1"), out("act1"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("bn1"), out("act1"), into("conv2"))
         | couple(6, out("conv2"), into("fc")),
     ),
     Net(
         "unused_head",
         Unused,
         sources={"conv1": image(), "fc": fed("bn1", 8), "aux": fed("bn1", 8)},
-        families=couple(8, out("conv1"), out("bn1"), into("fc"), into("aux")),
+        channel_sets=couple(8, out("conv1"), out("bn1"), into("fc"), into("aux")),
         training={"aux"},
     ),
 ]
@@ -351,16 +351,18 @@ def residual(name: str, blocks: int) -> Net:
     sources = {"conv0": image()}
     stream = fed("bn0", 8)
     places = [out("conv0"), out("bn0"), into("fc")]
-    families: set[Family] = set()
+    channel_sets: set[ChannelSet] = set()
     for b in range(blocks):
         path = f"blocks.{b}"
         sources[f"{path}.conv1"] = stream
         sources[f"{path}.conv2"] = fed(f"{path}.bn1", 6)
         stream = meet(stream, fed(f"{path}.bn2", 8))
         places += [into(f"{path}.conv1"), out(f"{path}.conv2"), out(f"{path}.bn2")]
-        families |= couple(6, out(f"{path}.conv1"), out(f"{path}.bn1"), into(f"{path}.conv2"))
+        channel_sets |= couple(6, out(f"{path}.conv1"), out(f"{path}.bn1"), into(f"{path}.conv2"))
     sources["fc"] = stream
-    return Net(name, lambda: Residual(blocks), sources=sources, families=families | couple(8, *places))
+    return Net(
+        name, lambda: Residual(blocks), sources=sources, channel_sets=channel_sets | couple(8, *places)
+    )
 
 
 class Projection(nn.Module):
@@ -457,7 +459,7 @@ def padded_shortcut(name: str, build: Callable[[], nn.Module]) -> Net:
             "conv2": fed("bn1", 6),
             "fc": meet(fed("bn2", 16), nothing + fed("bn0", 8) + nothing),
         },
-        families=couple(6, out("conv1"), out("bn1"), into("conv2"))
+        channel_sets=couple(6, out("conv1"), out("bn1"), into("conv2"))
         | couple(8, out("conv0"), out("bn0"), into("conv1"), out("conv2", 4), out("bn2", 4), into("fc", 4))
         | couple([*range(4), *range(12, 16)], out("conv2"), out("bn2"), into("fc")),
         static=True,
@@ -511,7 +513,7 @@ RESIDUAL = [
             "down.0": fed("bn0", 8),
             "fc": meet(fed("bn2", 12), fed("down.1", 12)),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("conv1"), into("down.0"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conv1"), into("down.0"))
         | couple(10, out("conv1"), out("bn1"), into("conv2"))
         | couple(12, out("conv2"), out("bn2"), out("down.0"), out("down.1"), into("fc")),
     ),
@@ -525,7 +527,7 @@ RESIDUAL = [
             "conv3": fed("bn3", 8),
             "fc": fed("bn4", 8),
         },
-        families=couple(6, out("conv1"), out("bn2"), into("conv2"))
+        channel_sets=couple(6, out("conv1"), out("bn2"), into("conv2"))
         | couple(
             8,
             *(out("conv0"), out("bn1"), into("conv1"), out("conv2"), out("bn3"), into("conv3"), out("conv3")),
@@ -542,7 +544,7 @@ RESIDUAL = [
             "conv1": fed("bn0", 8),
             "fc": meet(fed("bn1", 12), fed("bn0", 8) + [set() for _ in range(4)]),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("conv1"), out("conv1"), out("bn1"), into("fc"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conv1"), out("conv1"), out("bn1"), into("fc"))
         | couple(range(8, 12), out("conv1"), out("bn1"), into("fc")),
         static=True,
     ),
@@ -550,7 +552,7 @@ RESIDUAL = [
         "layer_scale",
         Scaled,
         sources={"conv0": image(), "conv1": fed("bn0", 8), "fc": meet(fed("bn0", 8), fed("conv1", 8))},
-        families=couple(
+        channel_sets=couple(
             8, out("conv0"), out("bn0"), into("conv1"), out("conv1"), out("gamma"), out("offset"), into("fc")
         ),
     ),
@@ -721,7 +723,7 @@ JOINED = [
             "conv2": fed("bn0", 6) + fed("bn1", 4),
             "fc": fed("bn2", 5) + fed("bn0", 6) + fed("bn1", 4),
         },
-        families=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv2"), into("fc", 5))
+        channel_sets=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv2"), into("fc", 5))
         | couple(4, out("conv1"), out("bn1"), into("conv2", 6), into("fc", 11))
         | couple(5, out("conv2"), out("bn2"), into("fc")),
     ),
@@ -729,7 +731,7 @@ JOINED = [
         "dense_pre_activation",
         DensePreActivation,
         sources={"conv0": image(), "conv1": fed("bn1", 6), "conv2": fed("bn2", 10), "fc": fed("bn3", 14)},
-        families=couple(
+        channel_sets=couple(
             6, out("conv0"), out("bn1"), into("conv1"), out("bn2"), into("conv2"), out("bn3"), into("fc")
         )
         | couple(4, out("conv1"), out("bn2", 6), into("conv2", 6), out("bn3", 6), into("fc", 6))
@@ -739,7 +741,7 @@ JOINED = [
         "doubled",
         Doubled,
         sources={"conv0": image(), "conv1": fed("bn0", 6) + image() + fed("bn0", 6), "fc": fed("conv1", 4)},
-        families=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv1", 9))
+        channel_sets=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv1", 9))
         | couple(4, out("conv1"), into("fc")),
     ),
     Net(
@@ -751,7 +753,7 @@ JOINED = [
             "convb": fed("bn0", 4, at=4),
             "fc": fed("bnb", 6) + fed("bna", 5),
         },
-        families=couple(4, out("conv0"), out("bn0"), into("conva"))
+        channel_sets=couple(4, out("conv0"), out("bn0"), into("conva"))
         | couple(4, out("conv0", 4), out("bn0", 4), into("convb"))
         | couple(5, out("conva"), out("bna"), into("fc", 6))
         | couple(6, out("convb"), out("bnb"), into("fc")),
@@ -761,7 +763,7 @@ JOINED = [
         "unequal_split",
         UnequalSplit,
         sources={"conv0": image(), "conv1": fed("bn0", 5, at=3), "fc": fed("bn0", 3) + fed("bn1", 6)},
-        families=couple(3, out("conv0"), out("bn0"), into("fc"))
+        channel_sets=couple(3, out("conv0"), out("bn0"), into("fc"))
         | couple(5, out("conv0", 3), out("bn0", 3), into("conv1"))
         | couple(6, out("conv1"), out("bn1"), into("fc", 3)),
         static=True,
@@ -774,7 +776,7 @@ JOINED = [
             "conv1": [{("bn0", k)} for k in (0, 4, 1, 5, 2, 6, 3, 7)],
             "fc": fed("bn1", 6),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("conv1", lambda c: [shuffled(c)]))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conv1", lambda c: [shuffled(c)]))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
         balanced=[parts("conv0", 4, 4)],
     ),
@@ -788,7 +790,7 @@ JOINED = [
             "pw2": fed("bn2", 6),
             "fc": [{source} for k in range(4) for source in (("bn0", k), ("bn3", k))],
         },
-        families=couple(4, out("conv0"), out("bn0"), into("fc", lambda c: [2 * c]))
+        channel_sets=couple(4, out("conv0"), out("bn0"), into("fc", lambda c: [2 * c]))
         | couple(4, out("conv0", 4), out("bn0", 4), into("pw1"))
         | couple(6, out("pw1"), out("bn1"), out("dw"), out("bn2"), into("pw2"))
         | couple(4, out("pw2"), out("bn3"), into("fc", lambda c: [2 * c + 1])),
@@ -798,7 +800,7 @@ JOINED = [
         "gated_halves",
         GatedHalves,
         sources={"conv0": image(), "conv1": meet(fed("bn0", 6), fed("bn0", 6, at=6)), "fc": fed("bn1", 4)},
-        families=couple(6, out("conv0"), out("conv0", 6), out("bn0"), out("bn0", 6), into("conv1"))
+        channel_sets=couple(6, out("conv0"), out("conv0", 6), out("bn0"), out("bn0", 6), into("conv1"))
         | couple(4, out("conv1"), out("bn1"), into("fc")),
     ),
     Net(
@@ -809,7 +811,7 @@ JOINED = [
             "conv1": [{("bn0", 4 * c + k) for k in range(4)} for c in range(3)],
             "fc": fed("bn1", 6),
         },
-        families=couple(
+        channel_sets=couple(
             3,
             out("conv0", lambda c: range(4 * c, 4 * c + 4)),
             out("bn0", lambda c: range(4 * c, 4 * c + 4)),
@@ -887,7 +889,7 @@ def transposed(name: str, groups: int) -> Net:
             "conv2": fed("bn0", 6) + fed("bn2", 10),
             "head": fed("bn3", 7),
         },
-        families=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv2"))
+        channel_sets=couple(6, out("conv0"), out("bn0"), into("conv1"), into("conv2"))
         | couple(8, out("conv1"), out("bn1"), into("up"))
         | couple(10, out("up"), out("bn2"), into("conv2", 6))
         | couple(7, out("conv2"), out("bn3"), into("head")),
@@ -900,7 +902,7 @@ CONVOLUTIONS = [
         "grouped",
         Grouped,
         sources={"conv0": image(), "conv1": fed("bn0", 8), "conv2": fed("bn1", 12), "fc": fed("bn2", 8)},
-        families=couple(8, out("conv0"), out("bn0"), into("conv1"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conv1"))
         | couple(12, out("conv1"), out("bn1"), into("conv2"))
         | couple(8, out("conv2"), out("bn2"), into("fc")),
         balanced=[parts("conv0", 4, 4), parts("conv1", 3, 3, 3, 3), parts("conv2", 2, 2, 2, 2)],
@@ -909,21 +911,21 @@ CONVOLUTIONS = [
         "separable",
         lambda: Separable(norm=True),
         sources={"conv0": image(), "dw": fed("bn0", 8), "pw": fed("bn1.0", 8), "fc": fed("bn2", 6)},
-        families=couple(8, out("conv0"), out("bn0"), out("dw"), out("bn1.0"), into("pw"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), out("dw"), out("bn1.0"), into("pw"))
         | couple(6, out("pw"), out("bn2"), into("fc")),
     ),
     Net(
         "separable_bare",
         lambda: Separable(norm=False),
         sources={"conv0": image(), "dw": fed("bn0", 8), "pw": fed("dw", 8), "fc": fed("bn2", 6)},
-        families=couple(8, out("conv0"), out("bn0"), out("dw"), into("pw"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), out("dw"), into("pw"))
         | couple(6, out("pw"), out("bn2"), into("fc")),
     ),
     Net(
         "separable_twofold",
         lambda: Separable(norm=True, times=2),
         sources={"conv0": image(), "dw": fed("bn0", 8), "pw": fed("bn1.0", 16), "fc": fed("bn2", 6)},
-        families=couple(
+        channel_sets=couple(
             8,
             out("conv0"),
             out("bn0"),
@@ -974,7 +976,7 @@ def squeeze_excite(name: str, *, linear: bool) -> Net:
             "conv1": meet(fed("bn0", 8), fed("fc2", 8)),
             "fc": fed("bn1", 6),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("fc1"), out("fc2"), into("conv1"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("fc1"), out("fc2"), into("conv1"))
         | couple(4, out("fc1"), into("fc2"))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
     )
@@ -1012,7 +1014,7 @@ def spatial_gate(name: str, *, mean: bool) -> Net:
             "conv1": meet(fed("bn0", 8), [{("gate", 0)}] * 8),
             "fc": fed("bn1", 6),
         },
-        families=(set() if mean else inner) | couple(6, out("conv1"), out("bn1"), into("fc")),
+        channel_sets=(set() if mean else inner) | couple(6, out("conv1"), out("bn1"), into("fc")),
         broadcast={("gate", 0)},
     )
 
@@ -1068,7 +1070,7 @@ GATES = [
             "conv1": meet(fed("bn0", 8), fed("eca", 8)),
             "fc": fed("bn1", 6),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("conv1"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conv1"))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
         exact=False,
     ),
@@ -1083,7 +1085,7 @@ GATES = [
             "select": fed("bnr", 4),
             "fc": meet(fed("bna", 6), fed("bnb", 6), fed("select", 6), fed("select", 6, at=6)),
         },
-        families=couple(8, out("conv0"), out("bn0"), into("conva"), into("convb"))
+        channel_sets=couple(8, out("conv0"), out("bn0"), into("conva"), into("convb"))
         | couple(
             6,
             *(out("conva"), out("bna"), out("convb"), out("bnb"), into("reduce")),
@@ -1156,7 +1158,7 @@ def other_norm(name: str, norm: Callable[[int], nn.Module], **more: object) -> N
         name,
         lambda: OtherNorm(norm),
         sources={"conv1": image(), "conv2": fed("n1", 8), "fc": fed("n2", 12)},
-        families=couple(8, out("conv1"), out("n1"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("n1"), into("conv2"))
         | couple(12, out("conv2"), out("n2"), into("fc")),
         **more,
     )
@@ -1202,13 +1204,13 @@ NORMS = [
         "norm_free",
         NormFree,
         sources={"conv1": image(), "conv2": fed("conv1", 8), "fc": fed("conv2", 6)},
-        families=couple(8, out("conv1"), into("conv2")) | couple(6, out("conv2"), into("fc")),
+        channel_sets=couple(8, out("conv1"), into("conv2")) | couple(6, out("conv2"), into("fc")),
     ),
     Net(
         "standardised",
         Standardised,
         sources={"conv1": image(), "conv2": fed("conv1", 8), "fc": fed("conv2", 6)},
-        families=couple(8, out("conv1"), out("conv1.gain"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("conv1.gain"), into("conv2"))
         | couple(6, out("conv2"), out("conv2.gain"), into("fc")),
         exact=False,
     ),
@@ -1231,7 +1233,7 @@ NORMS = [
             "fc2": fed("fc1", 12),
             "head": fed("last", 8),
         },
-        families=couple(
+        channel_sets=couple(
             8,
             *(
                 out("stem"),
@@ -1251,7 +1253,7 @@ NORMS = [
         "functional_norm",
         FunctionalNorm,
         sources={"conv1": image(), "conv2": whole("conv1", 8, over=8), "fc": fed("conv2", 6)},
-        families=None,
+        channel_sets=None,
         broadcast={("conv1", c) for c in range(8)},
         exact=False,
     ),
@@ -1346,7 +1348,7 @@ def blurred(name: str, channels: int | None) -> Net:
         name,
         lambda: Blurred(channels),
         sources={"conv1": image(), "conv2": fed("bn1", 8), "fc": fed("bn2", 6)},
-        families=couple(8, *(places if channels is None else [*places, out("pool.kernel")]))
+        channel_sets=couple(8, *(places if channels is None else [*places, out("pool.kernel")]))
         | couple(6, out("conv2"), out("bn2"), into("fc")),
     )
 
@@ -1373,7 +1375,7 @@ def other_dimension(name: str, dimension: int, shape: tuple[int, ...]) -> Net:
         name,
         lambda: OtherDimension(dimension),
         sources={"conv1": image(2), "conv2": fed("bn1", 8), "fc": fed("bn2", 6)},
-        families=couple(8, out("conv1"), out("bn1"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("bn1"), into("conv2"))
         | couple(6, out("conv2"), out("bn2"), into("fc")),
         shapes=(shape,),
     )
@@ -1419,7 +1421,7 @@ HEADS = [
             "shared": meet(fed("bn0", 8), fed("bn1", 8)),
             "fc": fed("bn2", 8),
         },
-        families=couple(
+        channel_sets=couple(
             8, out("conv0"), out("bn0"), into("shared"), out("shared"), out("bn1"), out("bn2"), into("fc")
         ),
         calls={"shared": [fed("bn0", 8), fed("bn1", 8)]},
@@ -1433,7 +1435,9 @@ HEADS = [
             "head.0": meet(fed("bna", 8), fed("bnb", 8)),
             "fc": fed("head.1", 6) + fed("head.1", 6),
         },
-        families=couple(8, out("conva"), out("bna"), into("convb"), out("convb"), out("bnb"), into("head.0"))
+        channel_sets=couple(
+            8, out("conva"), out("bna"), into("convb"), out("convb"), out("bnb"), into("head.0")
+        )
         | couple(6, out("head.0"), out("head.1"), into("fc"), into("fc", 6)),
         calls={"head.0": [fed("bna", 8), fed("bnb", 8)]},
     ),
@@ -1445,7 +1449,7 @@ HEADS = [
             "fc1": [{("features.1", c)} for c in range(6) for _ in range(4)],
             "fc2": fed("norm", 10),
         },
-        families=couple(
+        channel_sets=couple(
             6, out("features.0"), out("features.1"), into("fc1", lambda c: range(4 * c, 4 * c + 4))
         )
         | couple(10, out("fc1"), out("norm"), into("fc2")),
@@ -1463,7 +1467,7 @@ HEADS = [
             "conv1": meet(fed("bna", 8), fed("bnb", 8)),
             "fc": fed("bn1", 6),
         },
-        families=couple(8, out("conva"), out("bna"), out("convb"), out("bnb"), into("conv1"))
+        channel_sets=couple(8, out("conva"), out("bna"), out("convb"), out("bnb"), into("conv1"))
         | couple(6, out("conv1"), out("bn1"), into("fc")),
         shapes=((2, 3, 16, 16), (2, 1, 16, 16)),
     ),
@@ -1471,7 +1475,7 @@ HEADS = [
         "dict_output",
         DictOutput,
         sources={"conv1": image(), "conv2": fed("bn1", 8), "conv3": fed("bn2", 6), "fc": fed("bn3", 7)},
-        families=couple(8, out("conv1"), out("bn1"), into("conv2"))
+        channel_sets=couple(8, out("conv1"), out("bn1"), into("conv2"))
         | couple(7, out("conv3"), out("bn3"), into("fc")),
     ),
 ]

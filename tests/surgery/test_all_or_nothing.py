@@ -330,9 +330,9 @@ def test_exclusions_of_the_zoo_are_as_if_ignored_from_the_start(
 ) -> None:
     """With half of a net's groups made to fail, where each layer has one group alone."""
     model = net.make()
-    units = ss_pruning.couple(ss_pruning.trace(model, net.example), model).units
-    members = Counter(path for unit in units for path in unit.paths())
-    victims = {unit.name for unit in units[::2] if all(members[path] == 1 for path in unit.paths())}
+    groups = ss_pruning.couple(ss_pruning.trace(model, net.example), model).groups
+    members = Counter(path for group in groups for path in group.paths())
+    victims = {group.name for group in groups[::2] if all(members[path] == 1 for path in group.paths())}
     verify = Verifier.verify
 
     def failing(verifier: Verifier, plan: Plan, *given: Any, **more: Any) -> Any:

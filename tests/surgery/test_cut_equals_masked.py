@@ -22,7 +22,9 @@ from tests.support import oracle
 from tests.support.snapshot import Bomb, snapshot
 from tests.support.zoo import BY_NAME, CLASSES, ZOO, BlurPool, Net, conv, pooled, randomise
 
-with_families = pytest.mark.parametrize("net", [n for n in ZOO if n.families], ids=lambda net: net.name)
+with_channel_sets = pytest.mark.parametrize(
+    "net", [n for n in ZOO if n.channel_sets], ids=lambda net: net.name
+)
 
 # A cut of its inputs changes the mean that a standardised kernel subtracts: it cannot equal masking.
 CANNOT_EQUAL_MASKING = {"standardised"}
@@ -48,7 +50,7 @@ def left_for_the_forward(report: Report) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-@with_families
+@with_channel_sets
 def test_cut_equals_masked(net: Net, scope: str) -> None:
     dense, model = net.make(), net.make().train()  # as it is in the middle of somebody's training
     report = prune_(model, net.example, ratio=0.4, scope=scope)
@@ -60,7 +62,7 @@ def test_cut_equals_masked(net: Net, scope: str) -> None:
         assert left_for_the_forward(report) == []
 
 
-@with_families
+@with_channel_sets
 def test_a_plan_cuts_a_model_without_data_alike(net: Net) -> None:
     """Verification tells wrong plans apart on shapes alone."""
     cut, ghost = net.make(), net.make().to("meta")
@@ -70,7 +72,7 @@ def test_a_plan_cuts_a_model_without_data_alike(net: Net) -> None:
     assert shapes[0] == shapes[1]
 
 
-@with_families
+@with_channel_sets
 def test_only_whole_families_go(net: Net) -> None:
     dense, model = net.make(), net.make()
     prune_(model, net.example, ratio=0.4)
@@ -80,12 +82,12 @@ def test_only_whole_families_go(net: Net) -> None:
         for named, side in words(dense, cut.path, cut.side)
         for channel in cut.removed
     }
-    for family in net.families or ():
-        assert family <= removed or not family & removed
-    assert removed <= {member for family in net.families or () for member in family}
+    for channel_set in net.channel_sets or ():
+        assert channel_set <= removed or not channel_set & removed
+    assert removed <= {member for channel_set in net.channel_sets or () for member in channel_set}
 
 
-@with_families
+@with_channel_sets
 def test_a_cut_net_trains(net: Net) -> None:
     model = net.make()
     prune_(model, net.example, ratio=0.3)

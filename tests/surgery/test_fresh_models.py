@@ -42,7 +42,7 @@ DETECTS_NOTHING = (
 
 
 def small_one_of_each() -> Iterator[tuple[str, str, bool]]:
-    """Library, name and whether it is slow: the first of each family."""
+    """Library, name and whether it is slow: the first of each channel set."""
     torchvision_names = {
         fresh.family: fresh.name for fresh in reversed([*coverage_fresh.torchvision_detectors()])
     }

@@ -60,7 +60,7 @@ def without(model: nn.Module, count: int) -> tuple[Plan, dict[tuple[str, str], t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scope": "some"}, "scope='some' is unknown; use 'global', 'local', 'measured'"),
+        ({"scope": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
         ({"max_ratio": 0.0}, r"max_ratio=0.0 must lie in \(0, 1\]"),
         ({"max_ratio": 1.5}, "max_ratio=1.5"),
         ({"round_to": 0}, "round_to=0"),
