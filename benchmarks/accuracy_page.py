@@ -350,7 +350,7 @@ def _noise(lines: list[Line]) -> list[str]:
         line for line in _without_images(lines) if (line["criterion"], line["compensation"]) == (OURS, "none")
     ]
     for line in (*plain, *tried):
-        way = "sensitivity" if line.get("scope") == "measured" else "global"
+        way = "sensitivity" if line.get("scope") == "sensitivity" else "global"
         found[f"{line['compensation']}, {way}", line["cost_exponent"]][line["net"], line["macs"]] = line[
             "top1"
         ]
@@ -373,7 +373,7 @@ def _without_images(lines: list[Line]) -> list[Line]:
 
 def _is_about_noise(line: Line) -> bool:
     """Whether layers competed by output error on noise, or were run beside it."""
-    return line.get("scope") == "measured" or bool(line.get("recalibrate"))
+    return line.get("scope") == "sensitivity" or bool(line.get("recalibrate"))
 
 
 def _point(line: Line) -> tuple[Any, ...]:

@@ -473,9 +473,9 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
     rows = noise.strip().splitlines()
     assert rows[2] == "| compensation, scope | cost exponent | resnet20, 70% | resnet20, 50% |"
     assert rows[4:] == [
-        "| none, measured | 0.75 |  | 66.0 |",
+        "| none, sensitivity | 0.75 |  | 66.0 |",
         "| none, global | 0.75 | 62.0 |  |",
-        "| mean, measured | 0.75 | 64.0 |  |",
+        "| mean, sensitivity | 0.75 | 64.0 |  |",
         "| mean, global | 0.75 | 65.0 |  |",
     ]
 

@@ -358,7 +358,7 @@ def test_norms_are_re_estimated_on_the_images(
     seen: list[tuple[int, ...]] = []
     real = cutting.recalibrate_
     monkeypatch.setattr(
-        cutting, "reestimate_", lambda *args: seen.append(tuple(args[4].inputs.shape)) or real(*args)
+        cutting, "recalibrate_", lambda *args: seen.append(tuple(args[4].inputs.shape)) or real(*args)
     )
     result = run("prune", net, *SIZE, "--macs", 0.7, "--recalibrate", "--data", photos, "--json")
     assert result.exit_code == 0, result.output
@@ -421,7 +421,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
         (("--macs", 0.5, "--ignore", "nowhere"), "nowhere"),
         (
             ("--macs", 0.5, "--compensation", "linear"),
-            "or --calibration DIR, or make some with --calibration dist",
+            "or --calibration DIR, or make some with --calibration synth",
         ),
         (
             ("--macs", 0.5, "--calibration", "absent"),

@@ -278,7 +278,7 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
     def fails(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("ss_pruning.compensation.apply.reestimate_", fails)
+    monkeypatch.setattr("ss_pruning.compensation.apply.recalibrate_", fails)
     model, x = net(), images()
     before = snapshot(model)
     with pytest.raises(ModelError, match=r"recalibrate=True failed, the model is as it was .*out of memory"):

@@ -53,13 +53,13 @@ def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan,
     """Cut the given output channels of conv1."""
     connectivity = trace(model, x)
     coupling = couple(connectivity, model)
-    unit = next(u for u in coupling.units if u.name == "conv1")
+    group = next(u for u in coupling.groups if u.name == "conv1")
     selection = {}
-    for cell in unit.cells:
-        for member in cell.members:
+    for subgroup in group.subgroups:
+        for member in subgroup.members:
             pruned = {
                 channel
-                for row, root in zip(member.index, cell.root.index[:, 0], strict=True)
+                for row, root in zip(member.index, subgroup.root.index[:, 0], strict=True)
                 if root in removed
                 for channel in row.tolist()
             }

@@ -485,7 +485,7 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
     assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
     on = report.settings.get("sensitivity measured on")
     assert on == ("noise" if wanted[0] == "sensitivity" else None)
-    assert (f"did to the output on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
+    assert (f"of shrinking it, measured on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
     why = report.settings.get("sensitivity not measured on noise", "")
     assert ("depends on the others in its batch" in why) is (make is Crowd)
     assert report.macs_after <= 0.7 * report.macs_before

@@ -521,7 +521,7 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     assert "its own noise" in said["strengths"]
     assert "shrinking it" not in said["strengths"]
     measured = dict(certainty(example(settings={"scope": "sensitivity"})))
-    assert "shrinking it did to the output on calibration inputs." in measured["strengths"]
+    assert "shrinking it, measured on calibration inputs." in measured["strengths"]
 
 
 # ---------------------------------------------------------------- contrast
