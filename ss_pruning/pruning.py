@@ -18,7 +18,6 @@ from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning._utils.progress import Clock, Progress
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_compensation, prepared
-from ss_pruning.compensation.folding import Outcome
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
@@ -162,11 +161,15 @@ def prune_(
         report = Report(
             model=type(model).__name__,
             **_sizes(ready, example_inputs, plan, costs),
-            layers=_layer_reports(model, plan, connectivity, strengths),
+            layers=_layer_reports((model, ready), plan, connectivity, strengths, costs.layer_macs),
             excluded=list(found.excluded),
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
-            settings=_settings(budget, found.ranking, options, calibration, outcome),
+            settings=_settings(budget, found.ranking, options, calibration),
+            sensitivity_on_noise=found.ranking.on_noise,
+            sensitivity_not_measured=found.ranking.not_measured or None,
+            inexact_layers=outcome.inexact,
+            not_compensated=outcome.skipped,
             seconds=clock.seconds,
             versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
             **found.times,
@@ -185,10 +188,8 @@ def _sizes(ready: nn.Module, example_inputs: Any, plan: Plan, costs: Costs) -> d
     }
 
 
-def _settings(
-    budget: Budget, ranking: Ranking, options: dict[str, Any], calibration: Any, outcome: Outcome
-) -> dict[str, Any]:
-    """What a report says of how it came about."""
+def _settings(budget: Budget, ranking: Ranking, options: dict[str, Any], calibration: Any) -> dict[str, Any]:
+    """The options in effect."""
     settings = {
         budget.kind: budget.value,
         "importance": type(ranking.importance).__name__,
@@ -196,17 +197,8 @@ def _settings(
         "cost_exponent": ranking.cost_exponent,
         **options,
     }
-    if ranking.on_noise:
-        settings["sensitivity measured on"] = "noise"
-    if ranking.not_measured:
-        on = " on noise" if calibration is None else ""
-        settings[f"sensitivity not measured{on}"] = ranking.not_measured
     if isinstance(calibration, str):
         settings["calibration"] = calibration
-    if outcome.inexact:
-        settings["inexact at padded borders"] = ", ".join(outcome.inexact)
-    if outcome.skipped:
-        settings["not compensated"] = "; ".join(f"{path}: {why}" for path, why in outcome.skipped.items())
     return settings
 
 
@@ -326,12 +318,14 @@ def _ignored(
 
 
 def _layer_reports(
-    model: nn.Module,
+    models: tuple[nn.Module, nn.Module],
     plan: Plan,
     connectivity: Connectivity,
     strengths: Mapping[str, tuple[int, tuple[float, ...]]],
+    macs: Mapping[str, int],
 ) -> list[LayerReport]:
-    modules = modules_of(model)
+    """Each layer in the dense and the cut model; a layer's multiply-accumulates are proportional to its synapses."""
+    dense, ready = map(modules_of, models)
     kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
     reports = []
     for path, (synapses, strength) in strengths.items():
@@ -339,17 +333,22 @@ def _layer_reports(
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
         groups_before = layer.inputs * layer.outputs // synapses
         groups_after = inputs if layer.kind == "depthwise" else groups_before
+        left = outputs * inputs // groups_after
         reports.append(
             LayerReport(
                 path=path,
-                kind=type(modules[path]).__name__,
+                kind=type(dense[path]).__name__,
                 inputs_before=layer.inputs,
                 inputs_after=inputs,
                 outputs_before=layer.outputs,
                 outputs_after=outputs,
                 synapses_before=synapses,
-                synapses_after=outputs * inputs // groups_after,
+                synapses_after=left,
                 strength=strength,
+                macs_before=macs.get(path, 0),
+                macs_after=macs.get(path, 0) * left // synapses,
+                params_before=sum(p.numel() for p in dense[path].parameters()),
+                params_after=sum(p.numel() for p in ready[path].parameters()),
             )
         )
     return reports

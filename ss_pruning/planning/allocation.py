@@ -63,6 +63,9 @@ class Costs:
     """MACs, parameters and seconds of the model as functions of how far each group has shrunk.
 
     Attributes:
+        macs: Multiply-accumulates of the dense model.
+        layer_macs: The same by layer path.
+        params: Parameters of the dense model.
         times: What the layers take; None unless latency is the budget.
     """
 
@@ -74,21 +77,20 @@ class Costs:
         self.keys = list(coupling.widths)
         self.number = {key: i for i, key in enumerate(self.keys)}
         self.widths: Floats = np.array([coupling.widths[key] for key in self.keys], dtype=np.float64)
-        self.macs, by_path = count_macs(model, example_inputs)
+        self.macs, self.layer_macs = count_macs(model, example_inputs)
         parameters = parameters_of(model)
         self.params = sum(p.numel() for p in parameters.values())
         # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
         self.excluded = coupling.excluded
-        self._collect(modules_of(model), parameters, connectivity, by_path)
+        self._collect(modules_of(model), parameters, connectivity)
 
     def _collect(
         self,
         modules: Mapping[str, nn.Module],
         parameters: Mapping[str, Tensor],
         connectivity: Connectivity,
-        by_path: Mapping[str, int],
     ) -> None:
         full = len(self.keys)
         for path, layer in connectivity.layers.items():
@@ -96,7 +98,7 @@ class Costs:
                 continue
             out = self.number[(path, "through") if layer.kind in ("norm", "response") else (path, "out")]
             into = self.number[path, "in"] if layer.kind == "synaptic" else full
-            self.mac_terms.append((by_path.get(path, 0), into, out))
+            self.mac_terms.append((self.layer_macs.get(path, 0), into, out))
             for name, parameter in modules[path]._parameters.items():
                 if parameter is None:
                     continue

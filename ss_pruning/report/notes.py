@@ -90,12 +90,22 @@ def _compensation(report: Report) -> str:
     norms = " Batch norms behind the cut follow what is left." if report.settings.get("recalibrate") else ""
     if method == "none":
         return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
-    inexact = report.settings.get("inexact at padded borders")
+    inexact = ", ".join(report.inexact_layers)
     border = f" At zero-padded borders it is inexact in {inexact}." if inexact else ""
-    skipped = report.settings.get("not compensated")
+    skipped = "; ".join(f"{path}: {why}" for path, why in report.not_compensated.items())
     without = f" Not compensated: {skipped}." if skipped else ""
     seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
     return f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}"
+
+
+def _sensitivity(report: Report) -> str:
+    if report.sensitivity_not_measured:
+        why = report.sensitivity_not_measured.rstrip(".")
+        return f" Layers compete by these scores, as no output error was measured: {why}."
+    if report.settings.get("scope") != "sensitivity":
+        return ""
+    on = "noise" if report.sensitivity_on_noise else "calibration inputs"
+    return f" How much each layer gave was decided by the output error of shrinking it, measured on {on}."
 
 
 def _strengths(report: Report) -> str:
@@ -104,11 +114,7 @@ def _strengths(report: Report) -> str:
     scored = _VARIANCES.get(str(report.settings.get("statistics")))
     told = ", less what stronger channels tell already" if report.settings.get("conditional") else ""
     chosen = f" What went was chosen by variances {scored}{told}." if scored else ""
-    if report.settings.get("scope") == "sensitivity":
-        on = report.settings.get("sensitivity measured on", "calibration inputs")
-        chosen += (
-            f" How much each layer gave was decided by the output error of shrinking it, measured on {on}."
-        )
+    chosen += _sensitivity(report)
     share = percent(sum(bool(layer.strength) for layer in report.layers) / len(report.layers), 0)
     return (
         f"Computed for {share} of the layers from the scales of the norms, as in the paper; an approximation behind "

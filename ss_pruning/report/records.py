@@ -23,7 +23,7 @@ QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 TOO_NOISY = "too noisy to tell"
 """What is said in place of a share of time that may be more or less than all of it."""
 
-_FORMAT = "ss-pruning report 2"
+_FORMAT = "ss-pruning report 3"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class LayerReport:
         synapses_after: connections that live on.
         strength: quantiles (`QUANTILES`) of the dense layer's synaptic strengths; empty where unknown.
         share_cut: fraction of the synapses that was cut; computed from the two counts where not given.
+        macs_before: multiply-accumulates of the dense layer on the example inputs; None where unknown, as for the next.
+        macs_after: the same, pruned.
+        params_before: parameters of the dense layer.
+        params_after: the same, pruned; biases that a compensation added count.
     """
 
     path: str
@@ -53,6 +57,10 @@ class LayerReport:
     synapses_after: int
     strength: tuple[float, ...] = ()
     share_cut: float = math.nan
+    macs_before: int | None = None
+    macs_after: int | None = None
+    params_before: int | None = None
+    params_after: int | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.share_cut):
@@ -75,7 +83,7 @@ class Report:
         excluded: what was not pruned, and why.
         max_error: largest difference between the cut and the masked model's outputs, relative to the largest
             output.
-        settings: the options of the run.
+        settings: the options in effect, by name.
         seconds: time by stage.
         versions: package name to version.
         accuracy_before: fraction (0 to 1) of the images that the dense model gets right.
@@ -94,6 +102,12 @@ class Report:
         model_sha256: checksum in the model's file that was written with this report.
         by_decisions: nothing that the model returned on the example input could be compared (a detector that found
             nothing): what was compared, for `max_error`, too, is what the model's decisions looked at.
+        sensitivity_on_noise: layer sensitivity was measured on noise, for lack of calibration inputs.
+        sensitivity_not_measured: why it was not measured where it would have been by default.
+        inexact_layers: paths of the layers where compensation is wrong at zero-padded borders.
+        not_compensated: paths of the layers that could not be compensated, with the reason.
+        random_weights: no weights were loaded, so that only sizes and times mean anything.
+        file: where the pruned model was written.
     """
 
     model: str
@@ -119,6 +133,12 @@ class Report:
     latency_spread: tuple[float, float] | None = None
     model_sha256: str | None = None
     by_decisions: bool = False
+    sensitivity_on_noise: bool = False
+    sensitivity_not_measured: str | None = None
+    inexact_layers: list[str] = field(default_factory=list)
+    not_compensated: dict[str, str] = field(default_factory=dict)
+    random_weights: bool = False
+    file: str | None = None
 
     @property
     def too_noisy(self) -> bool:
@@ -390,10 +410,10 @@ def _fits(value: object, kind: str) -> bool:
     name, _, inner = kind.rstrip("]").partition("[")
     if not isinstance(value, _KINDS[name]):
         return False
-    return not isinstance(value, dict) or all(
-        isinstance(key, str) and isinstance(entry, _KINDS[inner.rpartition(", ")[2]])
-        for key, entry in value.items()
-    )
+    held = _KINDS.get(inner.rpartition(", ")[2], (object,))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and isinstance(entry, held) for key, entry in value.items())
+    return not isinstance(value, list) or all(isinstance(entry, held) for entry in value)
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerReport:

@@ -483,10 +483,10 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
     x: Any = (images(1), images(1)) if make is Pair else images(1)
     report = prune_(model, x, macs=0.7, compensation=compensation)
     assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
-    on = report.settings.get("sensitivity measured on")
-    assert on == ("noise" if wanted[0] == "sensitivity" else None)
-    assert (f"of shrinking it, measured on {on}." in dict(certainty(report))["strengths"]) is (on is not None)
-    why = report.settings.get("sensitivity not measured on noise", "")
+    on_noise = wanted[0] == "sensitivity"
+    assert report.sensitivity_on_noise is on_noise
+    assert ("of shrinking it, measured on noise." in dict(certainty(report))["strengths"]) is on_noise
+    why = report.sensitivity_not_measured or ""
     assert ("depends on the others in its batch" in why) is (make is Crowd)
     assert report.macs_after <= 0.7 * report.macs_before
 
@@ -842,10 +842,11 @@ def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_rep
     report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
     assert report.settings["scope"] == "global"
     assert report.settings["cost_exponent"] == 0.75
-    assert "40 images" in report.settings["sensitivity not measured"]
+    assert report.sensitivity_not_measured is not None
+    assert "40 images" in report.sensitivity_not_measured
     other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="global")
     assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
-    assert "sensitivity not measured" not in other.settings
+    assert other.sensitivity_not_measured is None
 
 
 class Anchored(nn.Module):

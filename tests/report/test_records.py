@@ -119,6 +119,34 @@ def test_json_round_trip_is_exact(tmp_path: Path) -> None:
     assert Report.load_json(tmp_path / "report.json") == report
 
 
+def test_each_layer_tells_what_it_costs() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+    )
+    report = prune_(net, torch.zeros(2, 3, 9, 9), ratio=0.5)
+    # outputs * inputs of each * kernel * positions * images: 7x7 and 5x5 positions of 2 images
+    a, b = report.layers[0].outputs_after, report.layers[2].outputs_after
+    assert a < 8
+    assert b < 12
+    found = [(row.macs_before, row.macs_after, row.params_before, row.params_after) for row in report.layers]
+    assert found == [
+        (8 * 3 * 9 * 49 * 2, a * 3 * 9 * 49 * 2, 8 * 3 * 9, a * 3 * 9),
+        (8 * 9 * 25 * 2, a * 9 * 25 * 2, 8 * 9 + 8, a * 9 + a),
+        (12 * 8 * 25 * 2, b * a * 25 * 2, 12 * 8 + 12, b * a + b),
+        (5 * 12 * 2, 5 * b * 2, 5 * 12 + 5, 5 * b + 5),
+    ]
+    assert sum(row.macs_after or 0 for row in report.layers) == report.macs_after
+
+
 def test_what_json_lacks_survives_or_becomes_text() -> None:
     report = example(max_error=math.inf, settings={"importance": object, "when": {"deep": (1, math.nan)}})
     values = json.loads(report.to_json())
@@ -146,6 +174,8 @@ def test_anything_becomes_json(value: object) -> None:
         ({"layers": None}, "the report is damaged"),
         ({"max_error": "much"}, "the report is damaged: could not convert"),
         ({"surprise": 1}, "the report is damaged: .*surprise"),
+        ({"inexact_layers": [1]}, "the report is damaged: inexact_layers is"),
+        ({"not_compensated": {"a": 1}}, "the report is damaged: not_compensated is"),
     ],
 )
 def test_damaged_reports_are_refused(change: dict[str, Any], message: str) -> None:
@@ -513,15 +543,19 @@ def test_certainty_does_not_claim_what_was_not_done() -> None:
 
 
 def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_variances() -> None:
-    settings = {"compensation": "linear", "inexact at padded borders": "a, b", "statistics": "gaussian"}
-    said = dict(certainty(example(settings=settings)))
+    settings = {"compensation": "linear", "statistics": "gaussian"}
+    said = dict(certainty(example(settings=settings, inexact_layers=["a", "b"])))
     assert said["compensation"].endswith("At zero-padded borders it is inexact in a, b.")
-    skipped = example(settings={"compensation": "mean", "not compensated": "aux: it sleeps"})
+    skipped = example(settings={"compensation": "mean"}, not_compensated={"aux": "it sleeps"})
     assert dict(certainty(skipped))["compensation"].endswith("Not compensated: aux: it sleeps.")
     assert "its own noise" in said["strengths"]
     assert "shrinking it" not in said["strengths"]
     measured = dict(certainty(example(settings={"scope": "sensitivity"})))
+    noisy = dict(certainty(example(settings={"scope": "sensitivity"}, sensitivity_on_noise=True)))
+    assert noisy["strengths"].endswith("measured on noise.")
     assert "shrinking it, measured on calibration inputs." in measured["strengths"]
+    failed = dict(certainty(example(sensitivity_not_measured="it takes one image.")))
+    assert failed["strengths"].endswith("no output error was measured: it takes one image.")
 
 
 # ---------------------------------------------------------------- contrast
