@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.image_tar import tar_images
 from ss_pruning.errors import InputError
-from ss_pruning.sources.data import cifar10, normalise
 
 #: Images are scaled to [0, 1], then normalised with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,8 +28,15 @@ def load(folder: Path, split: Split) -> Images:
         InputError: They are not there.
     """
     tar = folder / "cifar10-png.tar"
-    pixels, labels = cifar10(tar if tar.is_file() else folder, split).tensors
-    return pixels, labels
+    if tar.is_file():
+        return tar_images(tar, split)
+    from torchvision.datasets import CIFAR10
+
+    try:
+        stored = CIFAR10(str(folder), train=split == "train")
+    except RuntimeError as error:
+        raise InputError(f"no cifar10-png.tar and no CIFAR-10 of torchvision's in {str(folder)!r}") from error
+    return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)
 
 
 def load_dataset(name: str, folder: Path, split: Split) -> Images:
@@ -65,7 +72,8 @@ def draw(images: Images, count: int, seed: int) -> Images:
 
 def as_input(pixels: Tensor) -> Tensor:
     """What a net takes: normalised, channels last, which is the faster layout on a CPU."""
-    return normalise(pixels, MEAN, STD).contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

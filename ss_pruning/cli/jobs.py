@@ -17,8 +17,8 @@ from ss_pruning.cli.choices import DATA, SYNTHETIC, Importance, Request, Score, 
 from ss_pruning.cli.console import ProgressCallback, note
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
-from ss_pruning.sources.accuracy import batches
-from ss_pruning.sources.data import accuracy, open_data, open_photos
+from ss_pruning.sources.accuracy import accuracy, batches
+from ss_pruning.sources.data import open_data, open_photos
 from ss_pruning.sources.models import build_model, input_of
 from ss_pruning.sources.preprocessing import random_inputs
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from ss_pruning.importance.strength import Strengths
     from ss_pruning.report.records import Report
-    from ss_pruning.sources.data import Data, Preprocess
+    from ss_pruning.sources.data import Data
+    from ss_pruning.sources.preprocessing import Preprocess
 
 WRITTEN = ("model.safetensors", "report.json", "report.html")
 """What `ss-prune prune --out` writes into its folder."""
@@ -71,7 +72,6 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
             calibration_size=_taken_of_data(request),
             evaluation_size=request.images,
             seed=request.seed,
-            progress=progress,
         )
     example = random_inputs(1, preprocess.size, request.seed)
     return Job(request.model, model, example.to(device), preprocess, data, device)

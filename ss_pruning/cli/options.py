@@ -66,8 +66,8 @@ DataPlace = Annotated[
     str | None,
     _option(
         _IMAGES,
-        help="digits, cifar10:PATH, a folder with one folder per class (or with train/ and val/ of these), "
-        "or a .tar of that layout.",
+        help="digits, cifar10:ROOT (torchvision's copy), or a folder with one folder per class (or with train/ and "
+        "val/ of these).",
         metavar="PLACE",
         show_default=False,
     ),

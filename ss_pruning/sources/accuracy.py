@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ss_pruning._utils.progress import Progress
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.sources.image_files import Progress
 
 if TYPE_CHECKING:
     Loader = DataLoader[Any]

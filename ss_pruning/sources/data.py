@@ -1,4 +1,4 @@
-"""Images to measure on: named sets, folders and tars of images, as evaluation and calibration loaders.
+"""Images to measure on: digits, CIFAR-10 and folders of images, as loaders to evaluate and to calibrate on.
 
 torchvision does the loading; it is imported when called.
 """
@@ -7,44 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ss_pruning.errors import InputError
-from ss_pruning.sources.accuracy import accuracy, batches
-from ss_pruning.sources.cifar import CIFAR10_CLASSES, cifar10, find_cifar10, split_folder
-from ss_pruning.sources.image_files import IMAGE_SUFFIXES, Progress, open_rgb, tar_images
-from ss_pruning.sources.preprocessing import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Normalised,
-    Preprocess,
-    normalise,
-    times,
-    transform,
-)
+from ss_pruning.sources.accuracy import batches
+from ss_pruning.sources.image_files import image_files, open_rgb, split_folder, suffixes
+from ss_pruning.sources.preprocessing import Preprocess, times, transform
 
 if TYPE_CHECKING:
     Loader = DataLoader[Any]
-
-__all__ = [
-    "CIFAR10_CLASSES",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Data",
-    "Photos",
-    "Preprocess",
-    "accuracy",
-    "cifar10",
-    "normalise",
-    "open_data",
-    "open_photos",
-]
 
 
 @dataclass(frozen=True)
@@ -101,26 +78,23 @@ def open_data(
     calibration_size: int = 512,
     evaluation_size: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Data:
     """Open a set of images.
 
     Args:
-        spec: `digits`; `cifar10:PATH` (a torchvision root, a folder or a tar; `cifar10` alone looks in the
-            usual places); a folder `PATH/<class>/*` or `PATH/{train,test or val}/<class>/*`; or a `.tar` of
-            the latter layout.
+        spec: `digits`; `cifar10:ROOT`, where torchvision has put it (`data` unless said otherwise); or a folder
+            `PATH/<class>/*` or `PATH/{train,test or val}/<class>/*`.
         preprocess: size and normalisation; digits come normalised.
         batch_size: images a batch.
         calibration_size: how many images to calibrate on, drawn from the training split; where there is none, held
             out of the images, at most half of them, and not evaluated on.
         evaluation_size: how many images to evaluate on, drawn at random; all of them by default.
         seed: draws the images.
-        progress: called while a tar is decoded for the first time.
 
     Raises:
         InputError: nothing usable there; the message names what is missing and how to get it.
     """
-    evaluation, calibration, classes = _datasets(spec, preprocess, progress)
+    evaluation, calibration, classes = _datasets(spec, preprocess)
     generator = torch.Generator().manual_seed(seed)
     held_out = 0
     if calibration is None:
@@ -157,14 +131,14 @@ def open_photos(
     Raises:
         InputError: there is no such folder, no image in it, or none but those that are evaluated on.
     """
-    paths = list(_image_files(root))
+    paths = list(image_files(root))
     free = [path for path in paths if os.path.realpath(path) not in evaluated]
     if not free:
         why = (
             f"all images below {str(root)!r} are evaluated on, and are therefore not calibrated on; leave out "
             "--calibration, which holds some of them out, or give a folder of other images"
             if paths
-            else f"no images below {str(root)!r}; give a folder that holds some ({', '.join(sorted(IMAGE_SUFFIXES))})"
+            else f"no images below {str(root)!r}; give a folder that holds some ({', '.join(suffixes())})"
         )
         raise InputError(f"{why}.")
     drawn = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))[:size].tolist()
@@ -185,19 +159,10 @@ class _Unlabelled(Dataset[Tensor]):
         return self.change(open_rgb(self.paths[index]))
 
 
-def _image_files(root: str | os.PathLike[str]) -> Iterator[str]:
-    """By name, so that the same seed draws the same images."""
-    if not Path(root).is_dir():
-        raise InputError(f"there is no folder {str(root)!r} of images to calibrate on.")
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield os.path.join(folder, name)
-
-
 def _files(dataset: Any) -> list[str]:
     """Paths of the images of a dataset; none where they are not files of their own."""
+    if isinstance(dataset, _Unlabelled):
+        return list(dataset.paths)
     if isinstance(dataset, Subset):
         known = _files(dataset.dataset)
         return [known[index] for index in dataset.indices] if known else []
@@ -225,27 +190,34 @@ def _drawn(dataset: Dataset[Any], size: int | None, generator: torch.Generator) 
     return dataset if size is None else Subset(dataset, chosen[:size].tolist())
 
 
-def _datasets(
-    spec: str, preprocess: Preprocess, progress: Progress | None
-) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
+def _datasets(spec: str, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
     """Return evaluation images, calibration images (None: to be held out) and the number of classes."""
     if spec == "digits":
         return (*_digits(preprocess), 10)
-    if spec == "cifar10" or spec.startswith("cifar10:"):
-        place = spec.partition(":")[2] or find_cifar10()
-        test, train = (Normalised(cifar10(place, split, progress), preprocess) for split in ("test", "train"))
-        return test, train, 10
-    path = Path(spec)
-    if path.is_file() and path.suffix == ".tar":
-        stored, classes = tar_images(path, "test", progress)
-        train = Normalised(tar_images(path, "train", progress)[0], preprocess)
-        return Normalised(stored, preprocess), train, len(classes)
-    if path.is_dir():
-        return _folders(path, preprocess)
+    kind, _, root = spec.partition(":")
+    if kind == "cifar10":
+        return (*_cifar10(root or "data", preprocess), 10)
+    if Path(spec).is_dir():
+        return _folders(Path(spec), preprocess)
     raise InputError(
-        f"no data at {spec!r}. Give digits, cifar10:PATH, a folder with one folder of images per class, "
-        "or a .tar with train/<class>/* and test/<class>/*."
+        f"no data at {spec!r}. Give digits, cifar10:ROOT or a folder with one folder of images per class; "
+        "archives are to be unpacked first."
     )
+
+
+def _cifar10(root: str, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Test and training images. The files are pickles: torchvision opens those whose checksums are the published."""
+    from torchvision.datasets import CIFAR10
+
+    whole = transform(replace(preprocess, crop=1.0))  # the objects fill these images
+    try:
+        return CIFAR10(root, train=False, transform=whole), CIFAR10(root, train=True, transform=whole)
+    except RuntimeError as error:
+        raise InputError(
+            f"no CIFAR-10 at {root!r}, or a damaged one; say where it is with cifar10:ROOT, or download it with\n"
+            f'  python -c "from torchvision.datasets import CIFAR10; CIFAR10({root!r}, download=True)"\n'
+            "A folder of images, one folder a class, is given without the name cifar10."
+        ) from error
 
 
 def _digits(preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -277,11 +249,8 @@ def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[
 
 
 def _loader(dataset: Dataset[Any], batch_size: int) -> Loader:
-    # Decoding photos is worth processes of its own; tensors in memory are not.
-    in_memory = isinstance(dataset, TensorDataset | Normalised) or (
-        isinstance(dataset, Subset) and isinstance(dataset.dataset, TensorDataset | Normalised)
-    )
-    return DataLoader(dataset, batch_size=batch_size, num_workers=0 if in_memory else _workers())
+    # Decoding files is worth processes of its own; images in memory are not.
+    return DataLoader(dataset, batch_size=batch_size, num_workers=_workers() if _files(dataset) else 0)
 
 
 def _workers() -> int:

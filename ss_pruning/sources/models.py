@@ -18,22 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ss_pruning.errors import InputError, SSPruningError
-from ss_pruning.sources.data import Preprocess
+from ss_pruning.sources.preprocessing import Preprocess
+from ss_pruning.sources.weights import load_weights, nearby
 
 SPEC_HELP = "timm:NAME, torchvision:NAME, path/to/file.py:factory or demo:digits"
-
-_NESTS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-)  # averaged weights first: they are the better ones
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
-_TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
 def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool = False) -> nn.Module:
@@ -75,11 +66,17 @@ def input_of(spec: str, model: nn.Module) -> Preprocess:
         return Preprocess(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop=1.0)  # its images come normalised
     noted = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(noted, Mapping) and "input_size" in noted:
-        wanted = {"size": "input_size", "mean": "mean", "std": "std", "crop": "crop_pct"}
-        given = {ours: noted[theirs] for ours, theirs in wanted.items() if noted.get(theirs)}
-        bicubic = noted.get("interpolation") == "bicubic"
-        return Preprocess(**given, interpolation="bicubic" if bicubic else "bilinear")
+        return _timm_input(noted)
     return _torchvision_input(name) if kind == "torchvision" else Preprocess()
+
+
+def _timm_input(noted: Mapping[str, Any]) -> Preprocess:
+    from timm.data import resolve_data_config
+
+    found = resolve_data_config(pretrained_cfg=noted)
+    names = {"size": "input_size", "crop": "crop_pct", "timm_crop": "crop_mode"}
+    same = {name: name for name in ("mean", "std", "interpolation")}
+    return Preprocess(**{ours: found[theirs] for ours, theirs in (names | same).items()})
 
 
 def _torchvision_input(name: str) -> Preprocess:
@@ -91,61 +88,9 @@ def _torchvision_input(name: str) -> Preprocess:
         asked = next(iter(models.get_model_weights(name))).transforms()
         side, resized = asked.crop_size[0], asked.resize_size[0]
         return Preprocess(
-            size=(3, side, side),
-            mean=tuple(asked.mean),
-            std=tuple(asked.std),
-            crop=side / resized,
-            interpolation=asked.interpolation.value,
+            (3, side, side), tuple(asked.mean), tuple(asked.std), side / resized, asked.interpolation.value
         )
     return Preprocess()
-
-
-def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) -> None:
-    """Load a file of weights into `model`; everything must fit, or nothing is changed.
-
-    Args:
-        model: changed in place.
-        path: see `read_weights`.
-        by_order: match by order and shape, not by name: for files of the same architecture with other names.
-
-    Raises:
-        InputError: keys or shapes differ; the first few are named.
-    """
-    found = read_weights(path)
-    wanted = model.state_dict()
-    if by_order:
-        found = _renamed_by_order(found, wanted, path)
-    elif not set(found) & set(wanted):
-        found = _without_prefixes(found)
-    _check_fit(found, wanted, path)
-    model.load_state_dict(found, strict=False)  # strict but for the counters that _check_fit allows to lack
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read tensors by name, running no code from the file.
-
-    Nested checkpoints (`state_dict`, `model`, `state_dict_ema`) are opened; averaged weights are preferred.
-
-    Args:
-        path: `.safetensors`, or `.pth`, `.pt`, `.th`, `.bin` as `torch.save` writes them.
-
-    Raises:
-        InputError: the file is missing, damaged, of another kind, or holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no weights file at {str(path)!r}. {_nearby(path)}".rstrip())
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in _TORCH_SUFFIXES:
-        return _tensors_in(_read_torch(path), path)
-    raise InputError(
-        f"{str(path)!r} has no suffix of a weights file; understood are .safetensors and "
-        f"{', '.join(_TORCH_SUFFIXES)}."
-    )
-
-
-# ---------------------------------------------------------------- specs
 
 
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
@@ -209,7 +154,7 @@ def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
         raise InputError(f"name the function that builds the model, as in {name}:build")
     path = Path(place)
     if not path.is_file():
-        raise InputError(f"no file {place!r} to take the model from. {_nearby(path)}".rstrip())
+        raise InputError(f"no file {place!r} to take the model from. {nearby(path)}".rstrip())
     with _same_folder():
         module = _import_file(path)
         function = getattr(module, factory, None)
@@ -295,127 +240,3 @@ def _unknown(library: str, name: str, names: Iterable[str]) -> str:
 def _closest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
     return f" The closest names are {', '.join(close)}." if close else ""
-
-
-def _nearby(path: Path) -> str:
-    """Suggest a file of a similar name in the same folder."""
-    if not path.parent.is_dir():
-        return f"There is no folder {str(path.parent)!r} either."
-    close = difflib.get_close_matches(
-        path.name, [entry.name for entry in path.parent.iterdir() if entry.is_file()], n=1
-    )
-    return f"Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
-
-
-# ---------------------------------------------------------------- weights
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
-
-
-def _read_torch(path: Path) -> object:
-    import pickle
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{str(path)!r} holds more than tensors, or is damaged. Loading the rest would run code from the "
-            "file, which is refused. If you trust its source, save the tensors alone: "
-            "torch.save(model.state_dict(), 'weights.pth')."
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"{str(path)!r} is damaged or was not written by torch.save: {first}") from error
-
-
-def _tensors_in(value: object, path: Path, depth: int = 0) -> dict[str, Tensor]:
-    """Open nests until there is a dict from names to tensors."""
-    if not isinstance(value, Mapping):
-        kind = type(value).__name__
-        raise InputError(f"{str(path)!r} holds a {kind}, not tensors by name. Save model.state_dict().")
-    for key in _NESTS:
-        if depth < 3 and isinstance(value.get(key), Mapping):
-            return _tensors_in(value[key], path, depth + 1)
-    tensors = {str(key): entry for key, entry in value.items() if isinstance(entry, Tensor)}
-    if not tensors:
-        listed = ", ".join(repr(key) for key in list(value)[:6]) or "nothing"
-        raise InputError(f"no tensors by name in {str(path)!r}; it holds {listed}. Save model.state_dict().")
-    return tensors
-
-
-def _without_prefixes(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES * 2:  # they nest either way around
-        if found and all(key.startswith(prefix) for key in found):
-            found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
-
-
-def _renamed_by_order(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path
-) -> dict[str, Tensor]:
-    """Give the file's tensors the model's names, one after the other; counters of batches do not count."""
-    values = [value for key, value in found.items() if not _is_counter(key)]
-    names = [key for key in wanted if not _is_counter(key)]
-    if len(values) != len(names):
-        raise InputError(
-            f"{str(path)!r} holds {len(values)} tensors, the model {len(names)}: "
-            "they cannot be matched by order."
-        )
-    return dict(zip(names, values, strict=True))
-
-
-def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise unless names and shapes agree; counters of batches, which old files lack, may be missing."""
-    missing = [key for key in wanted if key not in found and not _is_counter(key)]
-    extra = [key for key in found if key not in wanted]
-    shapes = [
-        f"{key} is {list(found[key].shape)} in the file, {list(value.shape)} in the model"
-        for key, value in wanted.items()
-        if key in found and found[key].shape != value.shape
-    ]
-    if not (missing or extra or shapes):
-        return
-    parts = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
-        if names
-    ]
-    raise InputError(
-        f"{str(path)!r} does not fit the model.\n{chr(10).join(parts)}\n{_advice(found, wanted)}"
-    )
-
-
-def _advice(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    def shapes(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
-        return [value.shape for key, value in tensors.items() if not _is_counter(key)]
-
-    if shapes(found) == shapes(wanted):
-        return (
-            "The shapes agree in order, only the names differ: if it is the same architecture, "
-            "match by order (--weights-by-order)."
-        )
-    for key, value in wanted.items():
-        if key in found and value.ndim == found[key].ndim == 2 and len(value) != len(found[key]):
-            classes = len(found[key])
-            return (
-                f"{key} has {classes} outputs in the file: give the model as many, as in "
-                f"timm:NAME,num_classes={classes}."
-            )
-    return "Name the model that these weights were trained with."
-
-
-def _is_counter(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + rest

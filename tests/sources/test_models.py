@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ss_pruning.errors import InputError
-from ss_pruning.sources.data import IMAGENET_MEAN, Preprocess
 from ss_pruning.sources.demo import digits_weights
-from ss_pruning.sources.models import build_model, input_of, load_weights, read_weights
+from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.preprocessing import IMAGENET_MEAN, Preprocess
+from ss_pruning.sources.weights import load_weights, read_weights
 
 FACTORY = """
 import helper
