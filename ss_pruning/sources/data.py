@@ -249,8 +249,9 @@ def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[
 
 
 def _loader(dataset: Dataset[Any], batch_size: int) -> Loader:
-    # Decoding files is worth processes of its own; images in memory are not.
-    return DataLoader(dataset, batch_size=batch_size, num_workers=_workers() if _files(dataset) else 0)
+    # Decoding many files is worth processes of its own; a few are read sooner than those start.
+    workers = min(_workers(), len(_files(dataset)) // batch_size)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
 
 
 def _workers() -> int:

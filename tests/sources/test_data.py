@@ -333,7 +333,7 @@ def test_damaged_photo_is_named_even_from_a_worker(
 ) -> None:
     (folder / "test" / "cat" / "1.png").write_bytes(b"no picture")
     monkeypatch.setattr(data, "_workers", lambda: workers)
-    opened = open_data(str(folder), SMALL)
+    opened = open_data(str(folder), SMALL, batch_size=4)
     assert opened.evaluation.num_workers == workers
     with pytest.raises(InputError) as caught:
         accuracy(Flat(), opened.evaluation)
