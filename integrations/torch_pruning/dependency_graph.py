@@ -20,7 +20,7 @@ from ss_pruning.graph.groups import IGNORED_REASON, Excluded, Member, PruningGro
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
 from ss_pruning.graph.refusals import check_bare, check_weights
 from ss_pruning.graph.tracing import trace
-from ss_pruning.integrations.torch_pruning.groups import as_group
+from ss_pruning.importance.scoring import as_group
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.surgery.plan import Plan
 

@@ -26,6 +26,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.scoring import subgroup_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
     ROOT_TYPES,
     ChannelGraph,
@@ -33,7 +34,6 @@ from ss_pruning.integrations.torch_pruning.dependency_graph import (
     producers,
     rows_of,
 )
-from ss_pruning.integrations.torch_pruning.groups import subgroup_scores
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
 from ss_pruning.planning.defaults import default_recalibrate

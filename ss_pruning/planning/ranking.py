@@ -16,7 +16,9 @@ from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling
+from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
 from ss_pruning.importance.sensitivity import by_sensitivity
+from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Budget, Costs, Scope, allot
 from ss_pruning.planning.defaults import (
     ON_NOISE,
@@ -115,8 +117,6 @@ class Ranker:
         return Ranking(importance, scores, moves, exponent, scope == "sensitivity" and self.images is None)
 
     def _default_importance(self, scope: Scope) -> Any:
-        from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
-
         score = default_score(self.compensation, scope)
         if self.images is None:
             return SynapticImportance(score=score)
@@ -125,8 +125,6 @@ class Ranker:
 
     def _scores(self, importance: Any) -> list[list[Floats]]:
         """By group and subgroup, one score a channel set."""
-        from ss_pruning.integrations.torch_pruning.groups import SubgroupGraph, subgroup_scores
-
         graph = SubgroupGraph(self.model, self.example_inputs, self.connectivity)
         subgroups = [subgroup for group in self.coupling.groups for subgroup in group.subgroups]
         scored = iter(subgroup_scores(importance, subgroups, graph))

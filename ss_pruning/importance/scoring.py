@@ -1,9 +1,9 @@
-"""Channel-graph subgroups dressed as Torch-Pruning groups, so that any of its importances can score them."""
+"""Score subgroups with any importance: one that knows them directly, one of Torch-Pruning's on groups made for it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,6 @@ class SubgroupGraph:
     model: nn.Module
     example_inputs: Any
     connectivity: Connectivity
-    round: object = None
 
     def __post_init__(self) -> None:
         self.modules = modules_of(self.model)
@@ -104,10 +103,16 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
 
 
 def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: SubgroupGraph) -> list[Tensor]:
-    """Score every subgroup with a Torch-Pruning importance; one value a channel set.
+    """Score every subgroup; one value a channel set, in float64 on the CPU.
 
     Subgroups that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
-    one group, so that an importance that normalises within a group sees the whole layer, as in Torch-Pruning.
+    one, so that an importance that normalises sees the whole layer.
+
+    Args:
+        importance: With a method `scorer`, as `SynapticImportance` has it; else a Torch-Pruning importance: a callable
+            that takes a Torch-Pruning group.
+        subgroups: What to score.
+        graph: The model that they are of.
 
     Raises:
         InputError: The importance returns scores of the wrong length, NaN, or minus infinity. Infinity keeps a channel.
@@ -115,13 +120,22 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, subgroup in enumerate(subgroups):
         alike[tuple((m.path, m.side, m.index.shape[1]) for m in subgroup.members)].append(i)
+    score = _scorer(importance, graph)
     scores: dict[int, Tensor] = {}
-    graph.round = object()
     for numbers in alike.values():
         whole = _joined([subgroups[i] for i in numbers])
-        parts = _score_one(importance, whole, graph).split([subgroups[i].size for i in numbers])
-        scores.update(zip(numbers, parts, strict=True))
+        values = _checked(score(whole), whole, importance)
+        scores.update(zip(numbers, values.split([subgroups[i].size for i in numbers]), strict=True))
     return [scores[i] for i in range(len(subgroups))]
+
+
+def _scorer(importance: Any, graph: SubgroupGraph) -> Callable[[Subgroup], Any]:
+    if hasattr(importance, "scorer"):
+        scorer: Callable[[Subgroup], Any] = importance.scorer(
+            graph.model, graph.connectivity, graph.example_inputs
+        )
+        return scorer
+    return lambda subgroup: _as_torch_pruning_does(importance, as_group(subgroup, graph))
 
 
 def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:
@@ -132,25 +146,28 @@ def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:
     )
 
 
-def _score_one(importance: Any, subgroup: Subgroup, graph: SubgroupGraph) -> Tensor:
-    group = as_group(subgroup, graph)
+def _as_torch_pruning_does(importance: Any, group: Any) -> Any:
+    """What the importance says of a group; some of Torch-Pruning's own fail on what a grouped convolution reads."""
     try:
-        values = importance(group)
-    except (IndexError, RuntimeError):  # some of Torch-Pruning's own fail on what a grouped convolution reads
+        return importance(group)
+    except (IndexError, RuntimeError):
         items = [item for item in group if not _reads_in_groups(item.dep)]
         if not 0 < len(items) < len(group):
             raise
         group._group = items
-        values = importance(group)
-    if values is None:  # Torch-Pruning's sign for "knows nothing here"
+        return importance(group)
+
+
+def _checked(values: Any, subgroup: Subgroup, importance: Any) -> Tensor:
+    if values is None:  # the sign for "knows nothing here"
         values = torch.full((subgroup.size,), float("inf"))
-    values = torch.as_tensor(values).detach().double().cpu().flatten()
+    scores = torch.as_tensor(values).detach().double().cpu().flatten()
     if subgroup.size == 1:  # nothing to compare it with: normalising within the group may give 0 / 0
-        values = values.nan_to_num(nan=float("inf"))
-    wrong = int((values.isnan() | values.isneginf()).sum())
-    if len(values) < subgroup.size or wrong:
+        scores = scores.nan_to_num(nan=float("inf"))
+    wrong = int((scores.isnan() | scores.isneginf()).sum())
+    if len(scores) < subgroup.size or wrong:
         raise InputError(
-            f"{type(importance).__name__} gave {len(values)} scores ({wrong} of them NaN or -inf) for the "
+            f"{type(importance).__name__} gave {len(scores)} scores ({wrong} of them NaN or -inf) for the "
             f"{subgroup.size} channels of '{subgroup.root.path}'; give each a number, or inf to keep it"
         )
-    return values[: subgroup.size]
+    return scores[: subgroup.size]
