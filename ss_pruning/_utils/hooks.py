@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+
+@contextlib.contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    before: Callable[[str, nn.Module, Any], Any] | None = None,
+    after: Callable[[str, nn.Module, Any, Any], Any] | None = None,
+    *,
+    whole: bool = False,
+) -> Iterator[None]:
+    """While a block runs, see what modules are called with and what they return, and replace it.
+
+    Args:
+        modules: By the path that `before` and `after` are told. Those of TorchScript take no hooks and are left out.
+        before: `before(path, module, x)`, ahead of each call; what it returns, if anything, takes the place of `x`.
+        after: `after(path, module, x, output)`, likewise for the output.
+        whole: `x` is all arguments, `(args, kwargs)`, not the first of them.
+    """
+
+    def ahead(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert before is not None
+        if whole:
+            return before(path, module, (args, kwargs))
+        x = before(path, module, given(module, args, kwargs))
+        return None if x is None else replaced(module, args, kwargs, x)
+
+    def behind(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        assert after is not None
+        return after(path, module, (args, kwargs) if whole else given(module, args, kwargs), y)
+
+    with contextlib.ExitStack() as undo:
+        for path, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if before is not None:
+                handle = module.register_forward_pre_hook(partial(ahead, path), with_kwargs=True)
+                undo.callback(handle.remove)
+            if after is not None:
+                handle = module.register_forward_hook(partial(behind, path), with_kwargs=True)
+                undo.callback(handle.remove)
+        yield
 
 
 def given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.hooks import given, on_output
+from ss_pruning._utils.hooks import given, hooked
 from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
@@ -115,11 +115,9 @@ class _Recorder:
     def precision(self, like: Tensor) -> torch.dtype:
         return torch.float64 if self.double else like.dtype
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        path = self.current = self.paths[module]
-        x = given(module, args, kwargs)
+    def before(self, path: str, module: nn.Module, call: Any) -> Any:
+        self.current = path
+        x = given(module, *call)
         if not isinstance(x, Tensor):
             raise ModelError(f"layer '{path}' was called without a tensor")
         kind = kind_of(module)
@@ -139,15 +137,12 @@ class _Recorder:
         self.calls[path] += 1
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
-        cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-            Tensor, lambda t: _cast(t.detach(), dtype), (args, kwargs)
-        )
-        return cast
+        return pytree.tree_map_only(Tensor, lambda t: _cast(t.detach(), dtype), call)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, path: str, module: nn.Module, _: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
-        return self.leaf(self.paths[module], output, channel_axis(module, output))
+        return self.leaf(path, output, channel_axis(module, output))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,13 +186,16 @@ def _probe(
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
     """The forward pass with hooks, and with loose tensors replaced by leaves; everything is undone afterwards."""
-    handles = []
+    layers = {path: module for module, path in recorder.paths.items()}
+    slopes = {path: module for path, module in modules_of(model).items() if isinstance(module, nn.PReLU)}
     replaced: dict[str, Tensor] = {}
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         preserved(model, training, replaced=True),
         TiedIndices(),
+        hooked(layers, recorder.before, recorder.after, whole=True),
+        hooked(slopes, after=_sloped),
     ):
         for name, tensor in _loose_tensors(model, recorder.paths):
             replaced[name] = recorder.leaf(name, tensor, -1)
@@ -207,11 +205,6 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
         args, kwargs = as_arguments(inputs)
         try:
-            for module in recorder.paths:
-                handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
-                handles.append(module.register_forward_hook(recorder.after))
-            slopes = [m for m in modules_of(model).values() if isinstance(m, nn.PReLU)]
-            handles += [on_output(module, _sloped) for module in slopes]
             return torch.func.functional_call(model, replaced, args, kwargs)
         except ModelError:
             raise
@@ -221,12 +214,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
                 f"the model does not run on the example inputs{where} ({type(error).__name__}: {error}); "
                 "check their shape, dtype and device: call model(*example_inputs) yourself first"
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _sloped(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def _sloped(path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
     assert isinstance(module.weight, Tensor)
     return -nn.functional.prelu(-x.abs(), module.weight)

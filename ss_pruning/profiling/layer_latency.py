@@ -6,7 +6,6 @@ blocks of channels, so that time goes in steps where MACs go in a line. The tabl
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
@@ -20,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils import cache as _cache
 from ss_pruning._utils.arrays import Floats
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
@@ -125,17 +124,12 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
     """By path: an empty tensor like what the layer is called on, and how often it is."""
     seen: dict[str, tuple[Tensor, int]] = {}
 
-    def hook(path: str) -> Any:
-        def note(module: nn.Module, arriving: Tensor) -> None:
-            x, calls = seen.get(path, (arriving.to("meta"), 0))
-            seen[path] = x, calls + 1
+    def note(path: str, _: nn.Module, arriving: Tensor) -> None:
+        x, calls = seen.get(path, (arriving.to("meta"), 0))
+        seen[path] = x, calls + 1
 
-        return note
-
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as undo, preserved(model, training=False), torch.no_grad():
-        for path in paths:
-            undo.callback(on_input(modules[path], hook(path)).remove)
+    modules = {path: model.get_submodule(path) for path in paths}
+    with hooked(modules, note), preserved(model, training=False), torch.no_grad():
         call(model, example_inputs)
     return seen
 

@@ -8,10 +8,8 @@ Zero kernels, norms without scale, residual sums, gates and borders are all seen
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
@@ -293,7 +291,7 @@ def _run_on_noise(
     def before(path: str, _: nn.Module, x: Tensor) -> None:
         seen[path].add(x, connectivity.layers[path].in_axis)
 
-    def after(path: str, module: nn.Module, y: Tensor) -> Tensor | None:
+    def after(path: str, module: nn.Module, _: Tensor, y: Tensor) -> Tensor | None:
         pruned = dead[path]
         if pruned is None:
             return None
@@ -304,13 +302,10 @@ def _run_on_noise(
     noisy = pytree.tree_map_only(
         Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs
     )
-    with contextlib.ExitStack() as undo, torch.no_grad(), preserved(model, training=False):
-        for path in connectivity.layers:
-            seen[path].calls = 0
-            module = model.get_submodule(path)
-            undo.callback(on_input(module, partial(before, path)).remove)
-            hook = module.register_forward_hook(lambda m, _, y, path=path: after(path, m, y))
-            undo.callback(hook.remove)
+    for path in connectivity.layers:
+        seen[path].calls = 0
+    modules = {path: model.get_submodule(path) for path in connectivity.layers}
+    with hooked(modules, before, after), torch.no_grad(), preserved(model, training=False):
         call(model, noisy)
 
 

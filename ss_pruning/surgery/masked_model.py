@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.copying import shell
-from ss_pruning._utils.hooks import given, on_input, replaced
+from ss_pruning._utils.hooks import given, hooked, replaced
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
@@ -22,8 +22,12 @@ from ss_pruning.surgery.plan import Cut, cut_layer
 @contextlib.contextmanager
 def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -> Iterator[None]:
     """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
-    undo, modules = contextlib.ExitStack(), modules_of(model)
-    with undo:
+    modules, removed = modules_of(model), dict[str, list[int]]()
+
+    def zeroed(path: str, module: nn.Module, x: Tensor) -> Tensor:
+        return x.index_fill(channel_axis(module, x), torch.tensor(removed[path], device=x.device), 0)
+
+    with contextlib.ExitStack() as undo:
         for (path, side), kept in selection.items():
             layer = connectivity.layers.get(path)
             if layer is None:
@@ -32,11 +36,12 @@ def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -
             cut = Cut(path, side, layer.inputs, kept)
             if side == "in" and not is_depthwise(module):
                 if type(module).__module__.startswith("torch.nn."):
-                    undo.callback(on_input(module, _without(cut.removed)).remove)
+                    removed[path] = cut.removed
                 else:  # may standardise its weights over what it reads
                     _patch(undo, module, _reading_kept_channels(module, cut, layer.in_axis))
             elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
                 _patch(undo, module, _on_kept_channels(module, cut, layer.in_axis))
+        undo.enter_context(hooked({path: modules[path] for path in removed}, zeroed))
         yield
 
 
@@ -46,15 +51,6 @@ def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[...,
     undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
         vars(module).update, forward=before
     )
-
-
-def _without(removed: list[int]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Zeroes channels of what a layer reads."""
-
-    def zeroed(module: nn.Module, x: Tensor) -> Tensor:
-        return x.index_fill(channel_axis(module, x), torch.tensor(removed, device=x.device), 0)
-
-    return zeroed
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.copying import read_as, retyped
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.outputs import values_in
 from ss_pruning._utils.running import call, preserved
@@ -356,9 +356,7 @@ class Verifier:
             sums[path].append(float(x.double().abs().sum()))
 
         modules = modules_of(model)
-        with contextlib.ExitStack() as undo:
-            for path in sums:
-                undo.callback(on_input(modules[path], partial(arrived, path)).remove)
+        with hooked({path: modules[path] for path in sums}, arrived):
             _run(model, self.inputs)
         return sums
 
@@ -442,31 +440,17 @@ def _stirred(model: nn.Module) -> nn.Module:
     return retyped(model, stir)
 
 
-class _watching:  # noqa: N801 - a context manager, used as a verb
+def _watching(
+    model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], None]
+) -> AbstractContextManager[None]:
     """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
 
-    def __init__(
-        self, model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], Any]
-    ) -> None:
-        self.model, self.visit = model, visit
+    def arriving(path: str, module: nn.Module, given: Any) -> None:
+        visit(path, module, [tuple(leaf.shape) for leaf in _leaves(*given) if isinstance(leaf, Tensor)])
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            plain = not kwargs and all(isinstance(a, Tensor) for a in args)
-            leaves = args if plain else pytree.tree_leaves((args, kwargs))
-            self.visit(path, module, [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
+    return hooked(modules_of(model), arriving, whole=True)
 
-        return hook
 
-    def __enter__(self) -> None:
-        self.handles = [
-            module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
-            for path, module in modules_of(self.model).items()
-            if not isinstance(
-                module, torch.jit.ScriptModule
-            )  # takes no such hooks, and stores no number that follows
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+    return args if plain else pytree.tree_leaves((args, kwargs))  # slow, and nearly all calls are plain

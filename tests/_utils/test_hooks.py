@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning._utils.hooks import given, on_input, on_output, replaced
+from ss_pruning._utils.hooks import given, hooked, replaced
 from ss_pruning.profiling.layer_latency import layer_times
 from tests.support.zoo import randomise
 
@@ -119,15 +119,63 @@ def test_first_argument_is_found_and_replaced_whatever_its_name() -> None:
     assert replaced(norm, (3, 1.0), {}, 5) == ((5, 1.0), {})
 
 
-def test_hooks_see_and_replace_and_go_away() -> None:
+@pytest.mark.parametrize("how", [by_position, by_name])
+def test_hooks_see_and_replace_and_go_away(how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    layers, x = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, torch.ones(1, 2)
+    seen: list[tuple[str, Tensor]] = []
+    wanted = {path: layer(2 * x) + 1 for path, layer in layers.items()}
+
+    def after(path: str, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        seen.append((path, x))
+        return y + 1
+
+    with hooked(layers, lambda path, layer, x: 2 * x, after):
+        for path, layer in layers.items():
+            assert torch.equal(how(layer, x), wanted[path])
+    assert [path for path, _ in seen] == ["a", "b"]
+    assert all(torch.equal(given, 2 * x) for _, given in seen)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers.values())
+
+
+def test_what_returns_nothing_changes_nothing() -> None:
     layer, x = nn.Linear(2, 2), torch.ones(1, 2)
-    seen: list[Tensor] = []
-    before = on_input(layer, lambda _, x: 2 * x)
-    after = on_output(layer, lambda _, x, y: seen.append(x))
-    assert torch.equal(layer(input=x), layer(x))
-    assert all(torch.equal(one, 2 * x) for one in seen)
-    assert len(seen) == 2
-    before.remove()
-    after.remove()
-    assert not layer._forward_pre_hooks
-    assert not layer._forward_hooks
+    wanted = layer(x)
+    with hooked({"a": layer}, lambda *_: None, lambda *_: None):
+        assert torch.equal(layer(x), wanted)
+
+
+def test_hooks_may_see_whole_calls() -> None:
+    norm, x = Shifted(2, 4), torch.randn(1, 4, 3, 3)
+    wanted, seen = norm(x, by=2.0), []
+
+    def before(path: str, norm: nn.Module, call: Any) -> Any:
+        seen.append(call[1])
+        return call[0], {"by": 2.0}
+
+    with hooked({"norm": norm}, before, lambda path, norm, call, y: seen.append(call[1]), whole=True):
+        assert torch.equal(norm(x, by=1.0), wanted)
+    assert seen == [{"by": 1.0}, {"by": 2.0}]
+
+
+def test_hooks_run_in_order_behind_the_users_own_and_go_when_something_fails() -> None:
+    layer, order = nn.Linear(2, 2), []
+    layer.register_forward_pre_hook(lambda *_: order.append("user"))
+
+    def run() -> None:
+        with (
+            hooked({"a": layer}, lambda *_: order.append("one")),
+            hooked({"a": layer}, lambda *_: order.append("two")),
+        ):
+            layer(torch.ones(1, 3))
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert order == ["user", "one", "two"]
+    assert len(layer._forward_pre_hooks) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_modules_of_torchscript_are_left_out() -> None:
+    script = torch.jit.script(nn.Linear(2, 2))
+    with hooked({"script": script}, lambda *_: pytest.fail("called")):
+        script(torch.ones(1, 2))

@@ -1,0 +1,70 @@
+"""Multiply-accumulates against the formulas written out, by layer, however layers are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ss_pruning.errors import ModelError
+from ss_pruning.profiling.macs import count_macs
+
+
+def conv_macs(conv: nn.Conv2d, height: int, width: int) -> int:
+    down, across = conv.kernel_size
+    return conv.out_channels * height * width * conv.in_channels // conv.groups * down * across
+
+
+class Net(nn.Module):
+    """Layers that run once, twice and not at all, some called past their parents; and a product without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.twice = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.idle = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.stem.forward(x)))
+        x = x.mean((2, 3))
+        return self.head(x @ x.T @ x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_counts_are_those_of_the_formulas(mode: Callable[[], object]) -> None:
+    net, batch = Net(), 2
+    with mode():  # type: ignore[attr-defined]
+        total, by_layer = count_macs(net, torch.zeros(batch, 3, 6, 5))
+    wanted = {
+        "stem.0": batch * conv_macs(net.stem[0], 6, 5),  # type: ignore[arg-type]
+        "twice": 2 * batch * conv_macs(net.twice, 6, 5),
+        "head": batch * 8 * 5,
+    }
+    assert by_layer == wanted
+    assert total == sum(wanted.values()) + 2 * batch * batch * 8  # the products between layers
+
+
+def test_nothing_stays_of_a_count_that_failed() -> None:
+    net = Net()
+    with pytest.raises(ModelError, match="does not run on the example inputs"):
+        count_macs(net, torch.zeros(1, 4, 6, 5))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert net.training
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "vit_b_16"])
+def test_counts_are_torchs_own(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    side = 224 if name.startswith("vit") else 64
+    model, x = models.get_model(name, weights=None).eval(), torch.zeros(1, 3, side, side)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    total, by_layer = count_macs(model, x)
+    assert total == counter.get_total_flops() // 2
+    theirs = counter.get_flop_counts()
+    for path, macs in by_layer.items():
+        assert macs == sum(theirs[f"{type(model).__name__}.{path}"].values()) // 2
