@@ -92,11 +92,14 @@ def prune(
                     report = _job.run(job, chosen, options, pictures, batch, progress)
                 report.settings.update(_job.settings_of(request, importance, chosen, job), **calibrated_on)
                 report.command = _command_line(context)
+                report.random_weights = _job.random_weights(request)
+                report.file = None if out is None else str(out / _job.WRITTEN[0])
                 content = b"" if out is None else _job.packed(job, report)
             with _written_after(out, lambda folder: _job.write(content, report, folder)):
                 _show(report, as_json, results)
             if out is not None and not as_json:
                 _print(f"written: model.safetensors, report.json and report.html in {out}", file=results)
+                _show_next_steps(report, results)
 
 
 @app.command(help=option.SCORE_HELP, epilog=option.SCORE_EXAMPLES)
@@ -221,16 +224,14 @@ def compare(
     with guarded() as results:
         from ss_pruning._utils.files import check_apart, check_writable, write_text
         from ss_pruning.io.checkpoint import open_report, report_file
-        from ss_pruning.report import comparison, comparison_html
+        from ss_pruning.report import comparison
 
         if html is not None:
             check_writable(html)
             check_apart(html, *map(report_file, (a, b)))
         first, second = open_report(a), open_report(b)
         found = comparison.compare(first, second, str(a), str(b))
-        with _written_after(
-            html, lambda path: write_text(path, comparison_html.render(found, first, second))
-        ):
+        with _written_after(html, lambda path: write_text(path, found.to_html(first, second))):
             if as_json:
                 typer.echo(found.to_json(), file=results, nl=False)
             else:
@@ -374,8 +375,21 @@ def _show(report: Report, as_json: bool, results: TextIO) -> None:
         console.print(f"excluded: {len(report.excluded) - _MOST_LINES} more, see the report", style="dim")
 
 
+def _show_next_steps(report: Report, results: TextIO) -> None:
+    """Print commands to copy: no line is broken."""
+    from rich.console import Console
+
+    from ss_pruning.report.formatting import printable
+    from ss_pruning.report.next_steps import next_steps
+
+    console = Console(file=results, highlight=False)
+    for what, commands in next_steps(report):
+        console.print(f"\n{what}:", style="bold")
+        console.print(printable(commands), markup=False, soft_wrap=True)
+
+
 def _about_time(report: Report) -> Iterator[str]:
-    from ss_pruning.report.records import percent
+    from ss_pruning.report.formatting import percent
 
     if report.too_noisy and report.latency_spread is not None:
         low, high = map(percent, report.latency_spread)

@@ -14,7 +14,8 @@ from ss_pruning._utils.copying import copied
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.io.checkpoint import packed
 from ss_pruning.profiling.latency import Timing, machine, measure_latency, peak_memory
-from ss_pruning.report.records import TOO_NOISY, count, crosses_one, percent
+from ss_pruning.report.formatting import count, percent
+from ss_pruning.report.records import TOO_NOISY, crosses_one
 from ss_pruning.sources.preprocessing import random_inputs
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ss_pruning.report.records import printable
+from ss_pruning.report.formatting import printable
 
 ProgressCallback = Callable[[str, int, int], None]
 

@@ -46,6 +46,11 @@ class Job(NamedTuple):
     device: torch.device
 
 
+def random_weights(request: Request) -> bool:
+    """Whether no weights are loaded: only the demo brings its own."""
+    return request.weights is None and not request.model.startswith("demo:")
+
+
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
     if (
@@ -61,7 +66,7 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
     device = device_of(request.device)
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
-    if request.weights is None and not request.model.startswith("demo:"):
+    if random_weights(request):
         note("No --weights: the model has random weights, so only sizes mean anything.")
     preprocess = _preprocess(input_of(request.model, model), request)
     data = None

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning.errors import InputError
-from ss_pruning.report.records import TOO_NOISY, Report, count, jsonable, milliseconds, percent, plain
+from ss_pruning.report.formatting import aligned, count, milliseconds, percent, plain, printable
+from ss_pruning.report.records import TOO_NOISY, Report, in_words, jsonable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ABSENT = "-"
+_COLUMNS = ("dense", "A", "B", "A to B")
 # Dense times that differ by more than this are not from like conditions.
 _SAME_TIME = 0.1
 
@@ -39,7 +41,7 @@ class LayerPair:
     b: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What differs between two reports.
 
@@ -59,29 +61,72 @@ class Comparison:
     settings: list[tuple[str, Any, Any]]
     notes: list[str]
 
+    def __repr__(self) -> str:
+        """Return one line: what is compared."""
+        return f"Comparison({printable(self.name_a)!r}, {printable(self.name_b)!r}: {self.widths()})"
+
+    def __str__(self) -> str:
+        """Return the headline as a table of plain text, with the settings that differ and the notes below."""
+        settings = (f"{name}: {a} in A, {b} in B" for name, a, b in self.told_settings())
+        lines = [
+            *self.titles(),
+            *aligned([("", *_COLUMNS), *self.rows()]),
+            *settings,
+            *self.notes,
+            self.widths(),
+        ]
+        return "\n".join(map(printable, lines))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from ss_pruning.report.html import render_fragment
+
+        return render_fragment("; ".join(self.titles()), _COLUMNS, self.rows(), [*self.notes, self.widths()])
+
+    def titles(self) -> tuple[str, str]:
+        """Return what A and B stand for."""
+        return f"A: {self.name_a}", f"B: {self.name_b}"
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Return the rows (name, dense, A, B, A to B) of the headline table."""
+        return [(row.name, row.dense, row.a, row.b, row.difference) for row in self.figures]
+
+    def told_settings(self) -> list[tuple[str, str, str]]:
+        """Return the settings that differ, in words."""
+        return [(name, _told(a), _told(b)) for name, a, b in self.settings]
+
+    def widths(self) -> str:
+        """Return how many layers differ, in words."""
+        return f"{sum(pair.a != pair.b for pair in self.layers)} of {len(self.layers)} layers differ in width"
+
     def table(self) -> Table:
         """Return the headline as a `rich` table, with the number of layers that differ below."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        changed = sum(pair.a != pair.b for pair in self.layers)
         table = Table(
-            title=plain(f"A: {self.name_a}\nB: {self.name_b}"),
+            title=plain("\n".join(self.titles())),
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
             collapse_padding=True,
-            caption=f"{changed} of {len(self.layers)} layers differ in width",
+            caption=self.widths(),
             caption_justify="left",
         )
         table.add_column("", overflow="fold", min_width=20)
-        for column in ("dense", "A", "B", "A to B"):
+        for column in _COLUMNS:
             table.add_column(column, justify="right", overflow="fold")
-        for row in self.figures:
-            table.add_row(row.name, row.dense, row.a, row.b, row.difference)
-        for name, a, b in self.settings:
-            table.add_row(*(plain(cell) for cell in (name, "", _told(a), _told(b), "")), style="dim")
+        for row in self.rows():
+            table.add_row(*row)
+        for name, a, b in self.told_settings():
+            table.add_row(*(plain(cell) for cell in (name, "", a, b, "")), style="dim")
         return table
+
+    def to_html(self, a: Report, b: Report) -> str:
+        """Return one self-contained HTML page of the two reports that were compared."""
+        from ss_pruning.report.html import render_comparison
+
+        return render_comparison(self, a, b)
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
@@ -162,7 +207,11 @@ def _settings(a: Report, b: Report) -> list[tuple[str, Any, Any]]:
 
 
 def _notes(a: Report, b: Report) -> list[str]:
-    notes = []
+    notes = [
+        f"{name} has random weights: only sizes and times mean anything."
+        for name, report in (("A", a), ("B", b))
+        if report.random_weights
+    ]
     if a.model != b.model:
         notes.append(f"The models are called differently: {a.model} and {b.model}.")
     if a.macs_before != b.macs_before:
@@ -180,4 +229,4 @@ def _notes(a: Report, b: Report) -> list[str]:
 
 
 def _told(value: Any) -> str:
-    return ABSENT if value is None else str(value)
+    return ABSENT if value is None else in_words(value)

@@ -1,38 +1,84 @@
-"""The report as one self-contained HTML page: no script, no network, figures as inline SVG.
+"""Reports and comparisons as self-contained HTML: no script, no network, figures as inline SVG.
 
-Every figure is a list with one row per layer: the name and numbers as text, the picture as a small SVG whose
-coordinates are percentages. So rows reflow on a phone, break between pages in print, read aloud in order, and
-two hundred layers are two hundred rows.
+The templates hold the words; what is drawn comes from `charts`. Every figure is a list with one row per layer: the
+name and numbers as text, the picture as a small SVG whose coordinates are percentages. So rows reflow on a phone, break
+between pages in print, read aloud in order, and two hundred layers are two hundred rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ss_pruning.report import parts
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from ss_pruning.report import charts
+from ss_pruning.report.formatting import percent, printable
+from ss_pruning.report.next_steps import next_steps
 from ss_pruning.report.notes import certainty
-from ss_pruning.report.records import jsonable, percent
-from ss_pruning.report.strength import strengths
+from ss_pruning.report.records import in_words
 
 if TYPE_CHECKING:
-    from ss_pruning.graph.groups import Excluded
-    from ss_pruning.report.records import LayerReport, Report
+    from ss_pruning.report.comparison import Comparison
+    from ss_pruning.report.records import Report
 
 
 def render(report: Report) -> str:
-    """Return the whole page."""
-    sections = [
-        ("before-after", "Before and after", _before_after(report)),
-        ("certainty", "How certain each number is", parts.facts(certainty(report))),
-        ("widths", "Width of each layer", _widths(report.layers)),
-        ("strength", "Strength by depth", strengths(report.layers)),
-        ("synapses", "Synapses cut in each layer", _shares_cut(report.layers)),
-        ("whole", "What was excluded, and why", _excluded(report.excluded)),
-        ("run", "How this was made", _run(report)),
-    ]
-    return parts.page("Pruning report", report.model, _lead(report), sections)
+    """Return the page of one report."""
+    return _template("report").render(
+        report=report,
+        lead=_lead(report),
+        verified=math.isfinite(report.max_error) and not report.by_decisions,
+        certainty=certainty(report),
+        widths=charts.widths(report.layers),
+        costs=charts.costs(report.layers),
+        strengths=charts.strengths(report.layers),
+        synapses=charts.synapses_cut(report.layers),
+        next_steps=next_steps(report),
+        run=_run(report),
+    )
+
+
+def render_comparison(comparison: Comparison, a: Report, b: Report) -> str:
+    """Return the page of two reports side by side."""
+    return _template("comparison").render(
+        comparison=comparison,
+        reports={"A": a, "B": b},
+        name=a.model if a.model == b.model else f"{a.model} and {b.model}",
+        widths=charts.compared_widths(comparison.layers),
+        settings=comparison.told_settings(),
+    )
+
+
+def render_fragment(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], notes: Sequence[str]
+) -> str:
+    """Return what a notebook shows: a headline table whose style touches nothing else on the page."""
+    return _template("fragment").render(title=title, columns=columns, rows=rows, notes=notes)
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("ss_pruning.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_plain,
+    )
+    environment.filters |= {
+        "at": charts.at,
+        "breakable": _breakable,
+        "figure": _figure,
+        "percent": percent,
+        "unbroken": _unbroken,
+    }
+    return environment.get_template(f"{name}.html.j2")
 
 
 def _lead(report: Report) -> str:
@@ -50,96 +96,43 @@ def _lead(report: Report) -> str:
     return said.strip()
 
 
-def _before_after(report: Report) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{parts.text(name)}</th>'
-        f"{''.join(f'<td>{parts.text(cell)}</td>' for cell in cells)}</tr>"
-        for name, *cells in report.headline()
-    )
-    known = math.isfinite(report.max_error) and not report.by_decisions
-    mark = '<span class="mark" aria-hidden="true">✓</span> ' if known else ""
-    verdict = "verdict" if known else "verdict open"
-    return (
-        '<table class="headline"><thead><tr><td></td><th scope="col">dense</th><th scope="col">pruned</th>'
-        f'<th scope="col">kept</th></tr></thead><tbody>{rows}</tbody></table>'
-        f'<p class="{verdict}">{mark}{parts.unbroken_numbers(report.verification())}</p>'
-    )
-
-
-def _widths(layers: Sequence[LayerReport]) -> str:
-    # A classifier of a thousand classes, never narrowed, would squeeze the other bars: it is cut short.
-    narrowed = [layer.outputs_before for layer in layers if layer.outputs_after < layer.outputs_before]
-    widest = max(narrowed or [layer.outputs_before for layer in layers], default=0)
-
-    def row(layer: LayerReport) -> parts.Row:
-        label = f"{layer.path}: {layer.outputs_before} output channels before, {layer.outputs_after} after"
-        dense, pruned = layer.outputs_before / (widest or 1), layer.outputs_after / (widest or 1)
-        bars = parts.bar("dense", dense, 3, 7) + parts.bar("pruned", pruned, 12, 7)
-        broken = '<rect class="gap" x="96%" y="0" width="5" height="22"/>' if dense > 1 else ""
-        numbers = parts.arrow(layer.outputs_before, layer.outputs_after)
-        return parts.Row(layer.path, layer.kind, numbers, parts.svg(label, bars + broken))
-
-    note = (
-        "Output channels of each convolution and linear layer, in the order in which they run: the upper bar "
-        "is the dense model, the lower one the pruned. Layers that feed the same sum are cut together."
-    )
-    if any(layer.outputs_before > widest for layer in layers):
-        note += " A bar with a gap is wider than the scale."
-    legend = parts.legend(("dense", "dense"), ("pruned", "pruned"))
-    axis = parts.axis([(0.0, "0"), (0.5, f"{widest / 2:g}"), (1.0, f"{widest}")])
-    return parts.chart(note + legend, [row(layer) for layer in layers], axis)
-
-
-def _shares_cut(layers: Sequence[LayerReport]) -> str:
-    def row(layer: LayerReport) -> parts.Row:
-        label = f"{layer.path}: {percent(layer.share_cut)} of {layer.synapses_before} synapses cut"
-        bars = parts.bar("track", 1.0, 6, 10) + parts.bar("cut", layer.share_cut, 6, 10)
-        return parts.Row(layer.path, layer.kind, percent(layer.share_cut), parts.svg(label, bars))
-
-    note = (
-        "A synapse is the connection from one input channel to one output channel. It goes when either end "
-        "goes, so a layer between two narrowed ones loses twice."
-    )
-    ticks = [(position / 4, f"{25 * position} %") for position in range(5)]
-    return parts.chart(note, [row(layer) for layer in layers], parts.axis(ticks))
-
-
-def _excluded(entries: Sequence[Excluded]) -> str:
-    if not entries:
-        return "<p>Nothing: every channel could go.</p>"
-    items = "".join(
-        f'<dt>{parts.text(entry.reason)} <span class="muted">({entry.channels:,} channels)</span></dt>'
-        f"<dd>{parts.modules(entry.paths)}</dd>"
-        for entry in entries
-    )
-    return f'<dl class="whole">{items}</dl>'
-
-
-def _run(report: Report) -> str:
-    html = ""
-    if report.command:
-        html += f"<h3>Command</h3><pre><code>{parts.text(report.command)}</code></pre>"
-    seconds = {name: f"{value:.2f} s" for name, value in report.seconds.items()}
+def _run(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """How the report was made, as (heading, rows); what is unknown is left out."""
     file = {} if report.model_sha256 is None else {"SHA-256 of its content": report.model_sha256}
-    for heading, values in (
+    tables: list[tuple[str, Mapping[str, object]]] = [
         ("Settings", report.settings),
-        ("Time", seconds),
+        ("Time", {name: f"{value:.2f} s" for name, value in report.seconds.items()}),
         ("Versions", report.versions),
         ("The model's file", file),
-    ):
-        if values:
-            rows = [(name, plain_value(value)) for name, value in values.items()]
-            html += f"<h3>{heading}</h3>{parts.facts(rows)}"
-    return html or "<p>Not recorded.</p>"
+    ]
+    return [
+        (heading, [(name, in_words(v)) for name, v in values.items()]) for heading, values in tables if values
+    ]
 
 
-def plain_value(value: object) -> str:
-    """Write a setting for people."""
-    plain = jsonable(value)
-    if plain is None:
-        return "not set"
-    if isinstance(plain, bool):
-        return "yes" if plain else "no"
-    if isinstance(plain, list):
-        return ", ".join(map(str, plain)) or "none"
-    return str(plain)
+# ---------------------------------------------------------------- text
+
+
+def _plain(value: object) -> object:
+    """What every expression of a template goes through before it is escaped."""
+    return value if isinstance(value, Markup) else printable(value)
+
+
+def _escaped(value: object) -> str:
+    return str(escape(printable(value)))
+
+
+def _unbroken(value: object) -> Markup:
+    """Keep numbers such as 3.1e-07 on one line."""
+    return Markup(re.sub(r"[\d.]+e[-+]\d+", r'<span class="nobreak">\g<0></span>', _escaped(value)))
+
+
+def _breakable(value: object) -> Markup:
+    """Allow a line break within a path or a name (`a.b_c`), but none in a number or before its unit."""
+    lines = re.sub(r"\.(?!\d)|(?<!\d)\.|(?<=\w)[_:/](?=\w)", r"\g<0><wbr>", _escaped(value))
+    return Markup(re.sub(r"(?<=\d) (?=%|ms\b)", "&nbsp;", lines))
+
+
+def _figure(value: object) -> Markup:
+    """Let a figure break only where a phone needs it: not between a number and its unit."""
+    return Markup(re.sub(r"(?<=\d) (?=[\w%])(?!points)| (?=/)", "&nbsp;", _escaped(value)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ss_pruning.report.records import percent
+from ss_pruning.report.formatting import percent
 
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ss_pruning._utils.files import write_text
 from ss_pruning.errors import FileFormatError
 from ss_pruning.graph.groups import Excluded
+from ss_pruning.report.formatting import aligned, count, milliseconds, percent, plain, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,22 +147,23 @@ class Report:
         return crosses_one(self.latency_spread)
 
     def __repr__(self) -> str:
-        """Return the headline figures as a few lines of text."""
+        """Return one line: the model, and what is left of it."""
+        kept = ", ".join(f"{name} {kept}" for name, _, _, kept in self.headline())
+        return f"Report({printable(self.model)!r}: {kept})"
+
+    def __str__(self) -> str:
+        """Return the headline figures as a table of plain text."""
         rows = [("", "dense", "pruned", "kept"), *self.headline()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-                ]
-            )
-            for row in rows
-        ]
-        whole = f"{len(self.excluded)} reasons to leave layers whole: see excluded" if self.excluded else ""
-        return "\n".join(
-            [f"{printable(self.model)}, pruned", *lines, self.verification(), *filter(None, [whole])]
-        )
+        excluded = sum(entry.channels for entry in self.excluded)
+        reasons = [f"{excluded:,} channels were excluded, see report.excluded"] if self.excluded else []
+        return "\n".join([f"{printable(self.model)}, pruned", *aligned(rows), self.verification(), *reasons])
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from ss_pruning.report.html import render_fragment
+
+        title = f"{self.model}, pruned"
+        return render_fragment(title, ("dense", "pruned", "kept"), self.headline(), [self.verification()])
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
@@ -308,57 +310,6 @@ def crosses_one(spread: tuple[float, float] | None) -> bool:
     return spread is not None and spread[0] < 1 < spread[1]
 
 
-def count(number: float, unit: str = "") -> str:
-    """Write a count with a prefix, three digits long.
-
-    >>> count(4_089_184_256), count(25_557_032), count(940), count(940, "B"), count(999_999)
-    ('4.09 G', '25.6 M', '940', '940 B', '1.00 M')
-    """
-    value, prefix = float(number), ""
-    for step in ("k", "M", "G", "T"):
-        if abs(value) < 999.5:
-            break
-        value, prefix = value / 1000, step
-    whole = prefix == "" and value == int(value)
-    digits = 0 if whole or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f} {prefix}{unit}".rstrip()
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage.
-
-    >>> percent(0.7), percent(0.93391, 2)
-    ('70.0 %', '93.39 %')
-    """
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def milliseconds(seconds: float | None) -> str:
-    """Write a time.
-
-    >>> milliseconds(0.0123456), milliseconds(None)
-    ('12.3 ms', '-')
-    """
-    return "-" if seconds is None else f"{1000 * seconds:.3g} ms"
-
-
-def plain(text: object) -> str:
-    """Return text without rich markup, control characters and lone surrogates, safe to print anywhere."""
-    from rich.markup import escape
-
-    return escape(printable(text))
-
-
-def printable(text: object) -> str:
-    r"""Replace control characters and lone surrogates, which no file name or page should carry along.
-
-    >>> printable("layer\x1b[31m.conv")
-    'layer�[31m.conv'
-    """
-    drawn = (c if c.isprintable() or c in " \n\t" else "\ufffd" for c in str(text))
-    return "".join(drawn).encode("utf-8", "replace").decode("utf-8")
-
-
 def jsonable(value: object) -> Any:
     """Turn a value into what JSON can hold: records to objects, the rest to its text.
 
@@ -375,6 +326,18 @@ def jsonable(value: object) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(entry) for entry in value]
     return str(value)
+
+
+def in_words(value: object) -> str:
+    """Write a setting for people."""
+    plain = jsonable(value)
+    if plain is None:
+        return "not set"
+    if isinstance(plain, bool):
+        return "yes" if plain else "no"
+    if isinstance(plain, list):
+        return ", ".join(map(str, plain)) or "none"
+    return str(plain)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

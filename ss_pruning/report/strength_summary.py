@@ -12,7 +12,8 @@ import torch
 
 from ss_pruning._utils.files import check_writable, write_bytes, write_text
 from ss_pruning.errors import InputError
-from ss_pruning.report.records import jsonable, plain
+from ss_pruning.report.formatting import plain
+from ss_pruning.report.records import jsonable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,7 +14,8 @@ from ss_pruning._utils.files import write_text
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Excluded
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.report.records import LayerReport, count, jsonable, percent
+from ss_pruning.report.formatting import count, percent
+from ss_pruning.report.records import LayerReport, jsonable
 from ss_pruning.sparsity.dead_channels import living_kernels
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from ss_pruning.cli import doctor
 from ss_pruning.cli.app import app
 from ss_pruning.errors import InputError
-from ss_pruning.report import comparison_html
 from ss_pruning.report.comparison import Comparison, Figure, compare
 from ss_pruning.report.records import LayerReport, Report
 from tests.report.test_records import EVIL, Page
@@ -75,6 +74,20 @@ def test_layers_are_matched_by_path() -> None:
     assert list(pairs) == ["conv1", "only_in_a", "only_in_b"]
 
 
+def test_it_prints_as_its_table_and_stands_in_a_notebook() -> None:
+    found = compare(A, B, "runs/a", "[bold]b[/bold]")
+    lines = str(found).splitlines()
+    assert lines[:2] == ["A: runs/a", "B: [bold]b[/bold]"]
+    assert lines[2].split() == ["dense", "A", "B", "A", "to", "B"]
+    for row in found.figures:
+        assert f"{row.name}  {row.dense}  {row.a}  {row.b}  {row.difference}".split() in map(str.split, lines)
+    assert "importance: synaptic in A, magnitude in B" in lines
+    assert "score: share in A, - in B" in lines
+    assert lines[-1] == "3 of 3 layers differ in width"
+    assert repr(found) == "Comparison('runs/a', '[bold]b[/bold]': 3 of 3 layers differ in width)"
+    assert "+5.00 points" in Page(found._repr_html_()).text
+
+
 def test_only_settings_that_differ_are_shown() -> None:
     assert compare(A, B).settings == [("importance", "synaptic", "magnitude"), ("score", "share", None)]
     assert compare(A, A).settings == []
@@ -94,6 +107,7 @@ def test_a_comparison_with_itself_has_no_note_and_no_difference() -> None:
         ({"macs_before": 4000}, "inputs of different sizes"),
         ({"images": 50}, "measured on 100 and 50 images"),
         ({"accuracy_before": 0.7}, "dense accuracies differ"),
+        ({"random_weights": True}, "B has random weights"),
     ],
 )
 def test_what_does_not_compare_is_said(changes: dict[str, Any], words: str) -> None:
@@ -122,7 +136,7 @@ def test_latencies_are_compared_as_shares_of_the_dense_model() -> None:
     # 0.48 / 0.6 = 0.8: the shares count, as each was measured against its own dense model
     assert row == Figure("latency", "50 ms / 50.2 ms", "30.2 ms (60.0 %)", "24.3 ms (48.0 %)", "-20.0 %")
     assert found.notes == []
-    html = comparison_html.render(found, TIMED_A, TIMED_B)
+    html = found.to_html(TIMED_A, TIMED_B)
     assert "24.3 ms (48.0 %)" in Page(html).text
     assert "50&nbsp;ms&nbsp;/ 50.2&nbsp;ms" in html  # a phone has no room for both on one line
     assert compare(TIMED_A, TIMED_A).figures[-1].dense == "50 ms"
@@ -153,7 +167,7 @@ def test_dense_times_that_differ_are_said() -> None:
 
 
 def test_the_page_tells_both_and_needs_nothing_from_outside() -> None:
-    html = comparison_html.render(compare(A, replace(B, images=50), "runs/a", "runs/b"), A, B)
+    html = compare(A, replace(B, images=50), "runs/a", "runs/b").to_html(A, B)
     page = Page(html)
     for words in (
         "runs/a",
@@ -169,7 +183,7 @@ def test_the_page_tells_both_and_needs_nothing_from_outside() -> None:
     assert "measured on 100 and 50 images" in page.text
     assert not {"script", "link", "img"} & {tag for tag, _ in page.elements}
     assert all((a["href"] or "").startswith("#") for a in page.all("a"))
-    assert "None." in Page(comparison_html.render(compare(A, A), A, A)).text
+    assert "None." in Page(compare(A, A).to_html(A, A)).text
 
 
 def test_text_from_outside_stays_text() -> None:
@@ -181,7 +195,7 @@ def test_text_from_outside_stays_text() -> None:
         layers=[replace(A.layers[0], path=EVIL, share_cut=math.nan)],
     )
     found = compare(evil, B, EVIL, EVIL)
-    assert not Page(comparison_html.render(found, evil, B)).all("script")
+    assert not Page(found.to_html(evil, B)).all("script")
     assert "\x1b" not in printed(found)
 
 

@@ -191,8 +191,8 @@ def test_a_budget_out_of_reach_names_what_holds_the_rest() -> None:
 
 def test_a_report_prints_as_a_few_lines() -> None:
     report = prune_(net(), X, macs=0.6)
-    text = repr(report)
-    assert str(report) == text
+    text = str(report)
+    assert len(repr(report).splitlines()) == 1
     assert len(text) < 700
     assert len(text.splitlines()) < 9
     for _, before, after, kept in report.headline():

@@ -1,0 +1,71 @@
+"""Numbers and names as text, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def count(number: float, unit: str = "") -> str:
+    """Write a count with a prefix, three digits long.
+
+    >>> count(4_089_184_256), count(25_557_032), count(940), count(940, "B"), count(999_999)
+    ('4.09 G', '25.6 M', '940', '940 B', '1.00 M')
+    """
+    value, prefix = float(number), ""
+    for step in ("k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            break
+        value, prefix = value / 1000, step
+    whole = prefix == "" and value == int(value)
+    digits = 0 if whole or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Write a fraction as a percentage.
+
+    >>> percent(0.7), percent(0.93391, 2)
+    ('70.0 %', '93.39 %')
+    """
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Write a time.
+
+    >>> milliseconds(0.0123456), milliseconds(None)
+    ('12.3 ms', '-')
+    """
+    return "-" if seconds is None else f"{1000 * seconds:.3g} ms"
+
+
+def plain(text: object) -> str:
+    """Return text without rich markup, control characters and lone surrogates, safe to print anywhere."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+def printable(text: object) -> str:
+    r"""Replace control characters and lone surrogates, which no file name or page should carry along.
+
+    >>> printable("layer\x1b[31m.conv")
+    'layer�[31m.conv'
+    """
+    drawn = (c if c.isprintable() or c in " \n\t" else "\ufffd" for c in str(text))
+    return "".join(drawn).encode("utf-8", "replace").decode("utf-8")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out rows of cells in columns: the first to the left, numbers to the right.
+
+    >>> aligned([("", "dense"), ("weights", "4 B")])
+    ['         dense', 'weights    4 B']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))]
+        ).rstrip()
+        for name, *cells in rows
+    ]

@@ -1,0 +1,49 @@
+"""What can be done with a pruned model, as commands to copy."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ss_pruning.report.records import Report
+
+_NAMED = ("timm:", "torchvision:", "demo:")
+"""Architectures that a file may name, so that `load` builds them by itself."""
+
+_FINE_TUNE = """import torch
+
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+model.train()
+for images, labels in loader:  # your training data
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+model.eval()
+ss_pruning.save(model, {file!r}{architecture})"""
+
+
+def next_steps(report: Report) -> list[tuple[str, str]]:
+    """Return (what for, commands): load, fine-tune and export the file that was written, or save one first."""
+    named = report.file is not None and report.model.startswith(_NAMED)
+    file = report.file or "pruned.safetensors"
+    tuned = str(Path(file).with_name("finetuned.safetensors"))
+    build, hint = ("", "") if named else (", build_model", "  # build_model() makes the dense model")
+    options = "" if named else _model_options(report)
+    save = [] if report.file else [("Save", f"import ss_pruning\n\nss_pruning.save(model, {file!r})")]
+    return [
+        *save,
+        ("Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
+        ("Fine-tune", _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")),
+        ("Export", f"ss-prune export {shlex.quote(file)}{options} --format onnx"),
+        ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
+    ]
+
+
+def _model_options(report: Report) -> str:
+    """What the command line must be told where the file does not name its architecture."""
+    model = report.model if report.file else "FILE.py:build_model"
+    size = report.settings.get("input size")
+    return f" --model {shlex.quote(model)}" + (f" --input-size {shlex.quote(str(size))}" if size else "")
