@@ -64,18 +64,20 @@ from benchmarks.cifar_data import Images, Split, as_input, draw, load, top1
 from benchmarks.cifar_models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.common import DATA, RESULTS, versions
 from benchmarks.training import Recipe, optimiser, train_epoch
-from ss_pruning import SynapticImportance, prune_
+from ss_pruning import prune_
 from ss_pruning.compensation.synthetic_data import synthetic_images
-from ss_pruning.config import METHODS, SOLVED
-from ss_pruning.errors import BudgetError, InputError
-from ss_pruning.planning.allocation import Scope
-from ss_pruning.planning.defaults import (
+from ss_pruning.config import (
+    COMPENSATIONS,
     COST_EXPONENT,
-    default_cost_exponent,
-    default_recalibrate,
-    default_scope,
-    default_score,
+    METHODS,
+    SOLVED,
+    Allocation,
+    Budget,
+    Config,
+    Scope,
+    Synaptic,
 )
+from ss_pruning.errors import BudgetError, InputError
 from ss_pruning.profiling.latency import machine
 
 LINES = RESULTS / "accuracy.jsonl"
@@ -190,7 +192,7 @@ def grid(options: argparse.Namespace) -> Iterator[Run]:
             finetune=options.finetune_images,
             split=options.split,
             images=options.images,
-            recalibrate=default_recalibrate(compensation)
+            recalibrate=COMPENSATIONS[compensation]().recalibrate
             if options.recalibrate is None
             else options.recalibrate,  # type: ignore[arg-type]
             scope=scope,
@@ -204,11 +206,19 @@ def calibration_of(criterion: str, compensation: str, options: argparse.Namespac
     return (options.calibration or "none") if compensation == "mean" else "none"
 
 
+def resolved(
+    compensation: str, calibration: str, scope: Scope | None = None, importance: Any = None
+) -> Config:
+    """The effective settings of `prune_`, on a net that noise can be calibrated to."""
+    asked = Config(Budget("macs", 0.5), Allocation(scope), COMPENSATIONS[compensation](), importance)
+    return asked.resolve(0 if calibration == "none" else CALIBRATION, noise=True)
+
+
 def scope_of(criterion: str, compensation: str, calibration: str) -> Scope:
     """The one in the criterion's name; else ours has the default, and others rank by score."""
     default: Scope = "global"
     if criterion.startswith(OURS):
-        default = default_scope(0 if calibration == "none" else CALIBRATION, compensation, on_noise=True)  # type: ignore[arg-type]
+        default = resolved(compensation, calibration).allocation.scope or default
     return named_options(criterion).get("scope", default)  # type: ignore[return-value]
 
 
@@ -222,8 +232,8 @@ def cost_exponents(
     if not criterion.startswith(OURS):
         return [COST_EXPONENT[scope]] if scope == "sensitivity" else chosen
     plain = not named.keys() - {"scope"}
-    score = default_score(compensation, scope) if plain else named.get("score", "share")  # type: ignore[arg-type]
-    return [default_cost_exponent(SynapticImportance(score=score), scope, on_noise=calibration == "none")]
+    importance = Synaptic(score=None if plain else named.get("score", "share"))  # type: ignore[arg-type]
+    return [resolved(compensation, calibration, scope, importance).allocation.cost_exponent or 0.0]
 
 
 class Bench:
@@ -254,12 +264,10 @@ class Bench:
             example,
             macs=run.macs,
             importance=importance,
-            scope=run.scope,  # type: ignore[arg-type]
-            cost_exponent=run.cost_exponent,
-            ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),  # type: ignore[arg-type]
-            compensation=run.compensation,  # type: ignore[arg-type]
+            allocation=Allocation(scope=run.scope, cost_exponent=run.cost_exponent),
+            ignore=stream_layers(model) if run.net in CHECKPOINTS and not run.residual else (),
+            compensation=COMPENSATIONS[run.compensation](recalibrate=run.recalibrate),
             calibration=calibration,
-            recalibrate=run.recalibrate,
         )
         result: dict[str, Any] = {
             "dense": self.dense[run.net],

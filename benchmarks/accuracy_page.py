@@ -9,20 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy_criteria import BY_CHANCE, CALIBRATION, CRITERIA, OURS, named_options
+from benchmarks.accuracy import resolved
+from benchmarks.accuracy_criteria import BY_CHANCE, CRITERIA, OURS, named_options
 from benchmarks.cifar_models import NETS
 from benchmarks.common import HERE, RESULTS, made_on
-from ss_pruning import SynapticImportance
-from ss_pruning.planning.defaults import (
-    RELEVANCE_EXPONENT,
-    default_cost_exponent,
-    default_recalibrate,
-    default_scope,
-    default_score,
-)
+from ss_pruning.config import COMPENSATIONS, METHODS, RELEVANCE_EXPONENT
 
 PAGE = HERE.parent / "docs" / "accuracy.md"
-COMPENSATIONS = ("none", "mean", "linear", "reconstruct")
 #: Criteria in another scope than is theirs, and the columns of the table that compares scopes.
 VARIANTS = (f"{OURS}:scope=global", "Magnitude L2:scope=sensitivity")
 SHOWN = (*CRITERIA, *VARIANTS)
@@ -180,18 +173,15 @@ def cells(lines: Iterable[Line]) -> Cells:
 
 def is_default(line: Line) -> bool:
     """Whether norms were moved, or left, as `prune_` does by default."""
-    return bool(line.get("recalibrate")) == default_recalibrate(line["compensation"])
+    return bool(line.get("recalibrate")) == COMPENSATIONS[line["compensation"]]().recalibrate
 
 
 def is_outdated(line: Line) -> bool:
     """Whether it is a default of ours as it was once: layers compete otherwise today."""
     if line["criterion"] != OURS or not is_default(line):
         return False
-    images = 0 if line["calibration"] == "none" else CALIBRATION
-    scope = default_scope(images, line["compensation"], on_noise=True)
-    importance = SynapticImportance(score=default_score(line["compensation"], scope))
-    weight = default_cost_exponent(importance, scope, on_noise=not images)
-    return (line.get("scope", "global"), line["cost_exponent"]) != (scope, weight)
+    today = resolved(line["compensation"], line["calibration"]).allocation
+    return (line.get("scope", "global"), line["cost_exponent"]) != (today.scope, today.cost_exponent)
 
 
 def column_of(line: Line) -> str:
@@ -205,7 +195,7 @@ def column_of(line: Line) -> str:
 def _columns(found: Cells) -> list[str]:
     def place(column: str) -> tuple[Any, ...]:
         images = int("".join(filter(str.isdigit, column.partition("then")[2])) or 0)
-        return images, COMPENSATIONS.index(column.split(",")[0]), column
+        return images, METHODS.index(column.split(",")[0]), column
 
     return sorted({column for _, column in found}, key=place)
 
@@ -324,7 +314,7 @@ def _tried(lines: list[Line]) -> list[str]:
         return []
     found: dict[tuple[str, float], dict[tuple[Any, ...], float]] = defaultdict(dict)
     for line in tried:
-        place = NETS.index(line["net"]), -line["macs"], COMPENSATIONS.index(line["compensation"])
+        place = NETS.index(line["net"]), -line["macs"], METHODS.index(line["compensation"])
         point = *place, column_of(line)
         found[line["criterion"], line["cost_exponent"]][point] = line["top1"]
     points = sorted({point for at in found.values() for point in at})

@@ -35,10 +35,11 @@ from benchmarks.coverage_worker import (
 )
 from ss_pruning import load, prune_, save
 from ss_pruning._utils.running import call
+from ss_pruning.config import Allocation
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {"macs": 0.7},
-    "local": {"ratio": 0.5, "scope": "local", "max_ratio": MAX_RATIO},
+    "local": {"ratio": 0.5, "allocation": Allocation("local", MAX_RATIO)},
 }
 TOLERANCE = 1e-10
 Line = dict[str, Any]

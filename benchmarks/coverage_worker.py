@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning import prune_
+from ss_pruning.config import Allocation
 from ss_pruning.errors import SSPruningError
 from ss_pruning.integrations.torch_pruning import importance as _imported_before_the_fork  # noqa: F401
 
@@ -115,7 +116,13 @@ def params(model: nn.Module) -> int:
 
 
 def prune_ours(model: nn.Module, x: Tensor, stages: Stages) -> tuple[Removed, dict[str, Any]]:
-    report = prune_(model, x, ratio=RATIO, scope="local", max_ratio=MAX_RATIO, progress=stages.progress)
+    report = prune_(
+        model,
+        x,
+        ratio=RATIO,
+        allocation=Allocation(scope="local", max_ratio=MAX_RATIO),
+        progress=stages.progress,
+    )
     removed = {c.path: set(c.removed) for c in model.ss_pruning_plan.cuts if c.side == "in"}
     whole: dict[str, int] = defaultdict(int)
     for left in report.excluded:

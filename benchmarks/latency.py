@@ -18,7 +18,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,8 @@ from benchmarks.latency_page import what_of, write_page
 from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.cli.bench import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
-from ss_pruning.planning.allocation import Costs
+from ss_pruning.config import Allocation
+from ss_pruning.planning.costs import Costs
 from ss_pruning.profiling.latency import machine
 from ss_pruning.report.records import Report
 
@@ -42,12 +43,12 @@ LINES = RESULTS / "latency.jsonl"
 PARTS = ("budget", "settings", "compiled", "targets", "trained")
 MACS = 0.5
 #: Ways to reach the same budget of MACs.
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "round_to=8": {"round_to": 8},
-    'round_to="measured"': {"round_to": "measured"},
-    'cost_exponent=1, round_to="measured"': {"cost_exponent": 1.0, "round_to": "measured"},
-    'scope="local", round_to="measured"': {"scope": "local", "round_to": "measured"},
+WAYS: dict[str, Allocation] = {
+    "default": Allocation(),
+    "round_to=8": Allocation(round_to=8),
+    'round_to="measured"': Allocation(round_to="measured"),
+    'cost_exponent=1, round_to="measured"': Allocation(cost_exponent=1.0, round_to="measured"),
+    'scope="local", round_to="measured"': Allocation("local", round_to="measured"),
 }
 NETS = ("resnet50", "mobilenet_v3_large")
 TARGETS = (0.6,)
@@ -81,12 +82,16 @@ class Bench:
         noise = torch.Generator().manual_seed(0)
         return torch.randn(batch, *self.size, generator=noise).to(self.device)
 
-    def pruned(self, dense: nn.Module, setting: Setting, **how: Any) -> tuple[nn.Module, Report]:
+    def pruned(
+        self, dense: nn.Module, setting: Setting, allocation: Allocation, **budget: float
+    ) -> tuple[nn.Module, Report]:
         """A copy, pruned as the model that runs in this setting."""
         place = {"dtype": DTYPES[setting.dtype], "memory_format": LAYOUTS[setting.layout]}
         model = copy.deepcopy(dense).to(self.device, **place)
         few, many = (self.images(count).to(**place) for count in (1, setting.batch))
-        report = prune_(model, few, latency_inputs=many, progress=show, **how)
+        report = prune_(
+            model, few, allocation=replace(allocation, latency_inputs=many), progress=show, **budget
+        )
         return model.cpu(), report
 
     def line(self, part: str, **what: Any) -> None:
@@ -114,7 +119,7 @@ class Bench:
         if (net, way) not in self.made:
             dense, _ = self.at_budget(net, "dense")
             (setting,) = settings([self.options.batch])
-            model, report = self.pruned(dense, setting, macs=MACS, **WAYS[way])
+            model, report = self.pruned(dense, setting, WAYS[way], macs=MACS)
             self.made[net, way] = model, {**kept(report), "file": file_bytes(model) / file_bytes(dense)}
         return self.made[net, way]
 
@@ -145,7 +150,7 @@ class Bench:
             if not self.todo("targets", net, **what):
                 continue
             dense = dense_net(net)
-            model, report = self.pruned(dense, setting, latency=target)
+            model, report = self.pruned(dense, setting, Allocation(), latency=target)
             again = compare(
                 {"dense": dense, "pruned": model}, self.size, setting, self.device, seconds=_LIMIT
             )
@@ -178,8 +183,7 @@ class Bench:
                         model,
                         pictures[:1],
                         latency=target,
-                        latency_inputs=pictures[:128],
-                        round_to=round_to,
+                        allocation=Allocation(round_to=round_to, latency_inputs=pictures[:128]),
                         compensation="reconstruct",
                         calibration=pictures,
                     )

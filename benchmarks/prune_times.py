@@ -37,6 +37,7 @@ from benchmarks import coverage
 from benchmarks.common import RESULTS, write
 from benchmarks.coverage_worker import MAX_RATIO, RATIO, Stages, _is_classifier, build, example_for
 from ss_pruning import prune_
+from ss_pruning.config import Allocation
 
 LINES = RESULTS / "prune_times.jsonl"
 WARM_UP = "timm:test_resnet"
@@ -71,8 +72,7 @@ def ours(importance: Callable[[], Any]) -> Callable[[nn.Module, Tensor, Stages],
             model,
             x,
             ratio=RATIO,
-            scope="local",
-            max_ratio=MAX_RATIO,
+            allocation=Allocation(scope="local", max_ratio=MAX_RATIO),
             importance=importance(),
             progress=stages.progress,
         )

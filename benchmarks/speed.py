@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.common import write
-from ss_pruning import SynapticImportance, trace
+from ss_pruning import SynapticImportance
+from ss_pruning.graph import trace
 from ss_pruning.integrations.torch_pruning.pruner import ChannelGraph, GraphPruner
 
 

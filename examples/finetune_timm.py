@@ -43,7 +43,6 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import make_writable_folder, replacing, write_text
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.io.distributed import broadcast_plan, check_agreement, fingerprint
-from ss_pruning.pruning import planned
 from ss_pruning.sources.models import build_model
 from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
 from ss_pruning.sparsity.penalty import StrengthPenalty, warm_up
@@ -117,8 +116,11 @@ class Run:
 
     def planned(self) -> ss_pruning.Plan:
         """Which channels stay."""
-        budget = {"macs": self.options.macs, "round_to": self.options.round_to}
-        plan, report = planned(self.model, self.example, **budget)
+        budget = {
+            "macs": self.options.macs,
+            "allocation": ss_pruning.Allocation(round_to=self.options.round_to),
+        }
+        plan, report = ss_pruning.plan(self.model, self.example, **budget)
         self.say(f"pruned: {report.macs_before:,} -> {report.macs_after:,} multiply-accumulates")
         return plan
 

@@ -1,18 +1,312 @@
-"""What a call can be asked for, in plain words: imports nothing heavy."""
+"""What a call can be asked for, as frozen dataclasses, and the one place where each default is chosen.
+
+Imports nothing heavy. The defaults were chosen on training images, see docs/accuracy.md.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, get_args
+
+from ss_pruning.errors import InputError
 
 Method = Literal["none", "mean", "linear", "reconstruct"]
+Scope = Literal["global", "local", "sensitivity"]
+Score = Literal["share", "strength", "entropy", "relevance"]
+
+#: Sensitivities that are measured on fewer images than this say too little.
+LEAST_IMAGES = 8
+#: By scope, the power of costs that scores are divided by.
+COST_EXPONENT: Mapping[Scope, float] = {"global": 0.5, "local": 0.5, "sensitivity": 1.0}
+#: The same where layers compete by relevance, or it has a say: it estimates sensitivity, not as well as measuring.
+RELEVANCE_EXPONENT = 0.75
 
 
-METHODS: tuple[Method, ...] = ("none", "mean", "linear", "reconstruct")
+@dataclass(frozen=True)
+class Budget:
+    """What to reach.
+
+    Attributes:
+        kind: "macs", "params" or "latency" to keep, or "ratio" of channels to remove.
+        value: As a share of the dense model's, in (0, 1).
+    """
+
+    kind: Literal["macs", "params", "latency", "ratio"]
+    value: float
+
+    @staticmethod
+    def of(**choices: float | None) -> Budget:
+        """Make one from keyword arguments, named like its kinds, of which exactly one is given.
+
+        Raises:
+            InputError: None or several are given, or a value outside (0, 1).
+        """
+        given = [(kind, value) for kind, value in choices.items() if value is not None]
+        if len(given) != 1:
+            raise InputError(
+                "give exactly one of macs=, params=, latency= (shares to keep) and ratio= (share to remove)"
+            )
+        kind, value = given[0]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise InputError(f"{kind}={value!r} must lie strictly between 0 and 1; for example {kind}=0.5")
+        return Budget(kind, float(value))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """How a budget is spread over the layers.
+
+    Attributes:
+        scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
+            share, "sensitivity" ranks all channels by what their removal was seen to do to the output on the
+            calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`;
+            without any it is measured on noise, on which relevance has a say, too. By default "sensitivity" with 8
+            calibration inputs or more, or with `FoldMean` and none where batch norms tell what noise should come to;
+            else "global".
+        max_ratio: No layer loses a larger share of its channels than this.
+        round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
+            this machine ask for.
+        cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
+            the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
+            little, with 1 importance per cost decides. By default 1 for the sensitivity scope; 0.75 where relevance
+            counts, in the global scope and on noise; 0.5 for other scores. Means nothing to `ratio` and to the local
+            scope.
+        latency_inputs: What times are measured on, in the batch size that counts; the example inputs by default.
+
+    Raises:
+        InputError: A value is unknown or out of range.
+    """
+
+    scope: Scope | None = None
+    max_ratio: float = 0.9
+    round_to: int | Literal["measured"] | None = None
+    cost_exponent: float | None = None
+    latency_inputs: Any = None
+
+    def __post_init__(self) -> None:
+        if self.scope is not None:
+            _check_one_of("scope", self.scope, get_args(Scope))
+        for name in ("max_ratio", "round_to", "cost_exponent"):
+            if isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)} is no number; give one, or leave it out")
+        if not 0 < self.max_ratio <= 1:
+            raise InputError(f"max_ratio={self.max_ratio} must lie in (0, 1]")
+        if self.cost_exponent is not None and not 0 <= self.cost_exponent <= 10:
+            raise InputError(
+                f"cost_exponent={self.cost_exponent} must lie in [0, 10]; 1 is importance per cost, 0 ignores it"
+            )
+        if self.round_to not in (None, "measured") and not _is_count(self.round_to):
+            raise InputError(
+                f"round_to={self.round_to!r} must be a positive whole number, such as 8, or 'measured'"
+            )
+
+    @classmethod
+    def of(cls, choice: Allocation | str | None) -> Allocation:
+        """One from its short form: a scope alone.
+
+        Raises:
+            InputError: It is neither.
+        """
+        if choice is None or isinstance(choice, str):
+            return cls(scope=choice)  # type: ignore[arg-type]
+        if not isinstance(choice, cls):
+            raise InputError(
+                f"allocation={choice!r:.80} is none; give Allocation(...), or a scope such as 'local'"
+            )
+        return choice
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How what removed channels carried is moved onto what stays.
+
+    Attributes:
+        recalibrate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them
+            has moved, on the calibration inputs or, without any, on noise, see `ss_pruning.compensation.batchnorm`.
+        method: Its short form.
+        solves: It solves the weights that stay anew, from calibration inputs.
+    """
+
+    recalibrate: bool = False
+    method: ClassVar[Method] = "none"
+    solves: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recalibrate, bool):
+            raise InputError(f"recalibrate={self.recalibrate!r} is neither True nor False")
+
+    @staticmethod
+    def of(choice: Compensation | str) -> Compensation:
+        """One from its short form.
+
+        Raises:
+            InputError: It is unknown.
+        """
+        if isinstance(choice, Compensation):
+            return choice
+        _check_one_of("compensation", choice, METHODS)
+        return COMPENSATIONS[choice]()
+
+
+@dataclass(frozen=True)
+class NoCompensation(Compensation):
+    """The pruned model equals the masked one; unless norms are recalibrated, which makes it work better."""
+
+
+@dataclass(frozen=True)
+class FoldMean(Compensation):
+    """Means of removed channels go into biases; needs no data. See `ss_pruning.compensation.folding`."""
+
+    recalibrate: bool = True
+    method: ClassVar[Method] = "mean"
+
+
+@dataclass(frozen=True)
+class FoldLinear(Compensation):
+    """Removed channels are replaced by the linear regression on those that stay; needs calibration inputs."""
+
+    recalibrate: bool = True
+    method: ClassVar[Method] = "linear"
+    solves: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Reconstruct(Compensation):
+    """Every remaining layer is solved anew, front to back, to put out what the dense one does; needs inputs.
+
+    It fits layers to the norms as they are, so that recalibrating them afterwards is one error more.
+    """
+
+    method: ClassVar[Method] = "reconstruct"
+    solves: ClassVar[bool] = True
+
+
+#: By short form.
+COMPENSATIONS: Mapping[str, type[Compensation]] = {
+    kind.method: kind for kind in (NoCompensation, FoldMean, FoldLinear, Reconstruct)
+}
+METHODS: tuple[Method, ...] = get_args(Method)
 #: Those that solve the weights that stay anew, from calibration inputs.
-SOLVED: tuple[Method, ...] = ("linear", "reconstruct")
-
-
+SOLVED: tuple[Method, ...] = tuple(kind.method for kind in COMPENSATIONS.values() if kind.solves)
 #: Those that put what is constant of removed channels into biases.
 FOLDED: tuple[Method, ...] = ("mean", "linear")
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """Calibration images made from the model's batch norms, see `ss_pruning.compensation.synthetic_data`.
+
+    Attributes:
+        images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
+        steps: Of Adam, for each batch of 64 images.
+        seed: Of the noise to start from.
+    """
+
+    images: int | None = None
+    steps: int = 60
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.images is None or _is_count(self.images)) or not _is_count(self.steps):
+            raise InputError(
+                f"images={self.images!r} and steps={self.steps!r} must be positive whole numbers"
+            )
+
+
+@dataclass(frozen=True)
+class Synaptic:
+    """Synaptic strength as the importance; what is None goes by how the cut will be compensated and layers compete.
+
+    Attributes:
+        statistics: Where variances come from: "batchnorm", "gaussian" or "data"; by default the calibration inputs
+            ("data") if there are any, else the model run on its own noise ("gaussian").
+        score: What of the strengths counts; by default "relevance" where layers compete and nothing is solved anew,
+            else "share".
+        conditional: How far a channel counts less for what stronger ones tell already, in [0, 1]; by default 1 where
+            weights are solved anew in the sensitivity scope, 0.5 (by half is meant the root of `1 - R^2`) where they
+            are and layers compete by scores, else 0.
+    """
+
+    statistics: Literal["batchnorm", "gaussian", "data"] | None = None
+    score: Score | None = None
+    conditional: float | None = None
+
+    def resolve(self, scope: Scope, compensation: Compensation, images: int) -> Synaptic:
+        """With nothing left open; `images` is the number of calibration inputs."""
+        statistics = self.statistics or ("data" if images else "gaussian")
+        score: Score = "relevance" if scope != "local" and not compensation.solves else "share"
+        solved = compensation.solves and statistics == "data"
+        conditional = (1.0 if scope == "sensitivity" else 0.5) if solved else 0.0
+        return Synaptic(
+            statistics, self.score or score, conditional if self.conditional is None else self.conditional
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a plan.
+
+    Attributes:
+        budget: What to reach.
+        allocation: How it is spread over the layers.
+        compensation: How the cut is repaired.
+        importance: `Synaptic`, or an importance of any kind.
+    """
+
+    budget: Budget
+    allocation: Allocation = Allocation()
+    compensation: Compensation = NoCompensation()
+    importance: Any = None
+
+    def resolve(self, images: int, noise: bool) -> Config:
+        """The effective settings: nothing is left to a default.
+
+        Without calibration inputs, `FoldMean` has sensitivity measured on noise where the model supports it. Plain
+        cuts, whose norms do not follow, lose by that as often as they gain.
+
+        Args:
+            images: Number of calibration inputs.
+            noise: Whether noise can stand for them, see `supports_noise_calibration`.
+        """
+        enough = images >= LEAST_IMAGES if images else noise and isinstance(self.compensation, FoldMean)
+        scope: Scope = self.allocation.scope or ("sensitivity" if enough else "global")
+        importance = Synaptic() if self.importance is None else self.importance
+        if isinstance(importance, Synaptic):
+            importance = importance.resolve(scope, self.compensation, images)
+        exponent = self.allocation.cost_exponent
+        if exponent is None:
+            compares = scope == "global" or (scope == "sensitivity" and not images)
+            exponent = RELEVANCE_EXPONENT if compares and is_relevance(importance) else COST_EXPONENT[scope]
+        allocation = replace(self.allocation, scope=scope, cost_exponent=exponent)
+        return replace(self, allocation=allocation, importance=importance)
+
+    def settings(self) -> dict[str, Any]:
+        """By name, what a report stores."""
+        allocation = {f.name: getattr(self.allocation, f.name) for f in fields(Allocation)}
+        allocation["latency_inputs"] = None if self.allocation.latency_inputs is None else "given"
+        importance: dict[str, Any] = {"importance": type(self.importance).__name__}
+        if isinstance(self.importance, Synaptic):
+            importance = {"importance": "SynapticImportance"}
+            importance |= {f.name: getattr(self.importance, f.name) for f in fields(Synaptic)}
+        return {
+            self.budget.kind: self.budget.value,
+            **importance,
+            **{name: value for name, value in allocation.items() if value is not None or name == "round_to"},
+            "compensation": self.compensation.method,
+            "recalibrate": self.compensation.recalibrate,
+        }
+
+
+def is_relevance(importance: Any) -> bool:
+    """Whether scores compare from layer to layer, since nothing is lost on the way, see `importance.relevance`."""
+    return getattr(importance, "score", None) == "relevance"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name}={value!r} is unknown; use {', '.join(map(repr, known))}")

@@ -20,7 +20,7 @@ import ss_pruning
 from ss_pruning import prune_
 from ss_pruning.cli.app import app
 from ss_pruning.compensation.synthetic_data import synthesize
-from ss_pruning.config import METHODS
+from ss_pruning.config import METHODS, Allocation
 from ss_pruning.errors import BudgetError, NothingToPruneError
 from tests.integrations.test_torch_pruning import pruner_of
 from tests.support import oracle
@@ -146,7 +146,7 @@ def test_a_latency_target_is_measured_there() -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval().to(GPU)
     x = torch.randn(64, 3, 224, 224, device=GPU)
-    report = prune_(model, x[:1], latency=0.7, latency_inputs=x)
+    report = prune_(model, x[:1], latency=0.7, allocation=Allocation(latency_inputs=x))
     assert report.latency_ratio is not None
     assert report.latency_ratio <= 0.7 * 1.05
 

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning.errors import InputError
 from ss_pruning.importance.strength import synaptic_strength
 from ss_pruning.io.distributed import broadcast_plan, check_agreement
-from ss_pruning.pruning import planned
+from ss_pruning.pruning import plan
 from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
 from ss_pruning.sparsity.penalty import Form, StrengthPenalty, warm_up
 from ss_pruning.surgery.plan import Plan
@@ -174,7 +174,7 @@ class StrengthPruning(Callback):  # type: ignore[misc]
             scores = {path: strengths[path] for path in self._new_penalty(network).paths}
             merge_masks_(mask_(network, synapse_masks(scores, fraction=self.sparsity)))
         if self.macs is not None:
-            self.plan = broadcast_plan(lambda: planned(network, inputs, macs=self.macs, **self.options)[0])
+            self.plan = broadcast_plan(lambda: plan(network, inputs, macs=self.macs, **self.options)[0])
             check_agreement(network)
             self.plan.apply_(network)
         check_agreement(network)

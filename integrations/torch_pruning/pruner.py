@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import quiet_hooks
-from ss_pruning.compensation.apply import calibration_images, check_compensation, cut_
-from ss_pruning.config import Method
+from ss_pruning.compensation.apply import calibration_images, check_calibration, cut_
+from ss_pruning.config import Compensation, NoCompensation
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
+from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
-from ss_pruning.graph.tracing import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.scoring import subgroup_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
     ROOT_TYPES,
@@ -36,8 +36,7 @@ from ss_pruning.integrations.torch_pruning.dependency_graph import (
 )
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.defaults import default_recalibrate
-from ss_pruning.planning.search import FORWARD_REASON, PlanSearch
+from ss_pruning.planning.search import SearchResult, check_any, find_verified_plan
 from ss_pruning.surgery.plan import Plan
 
 __all__ = [
@@ -162,24 +161,22 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self,
         interactive: bool = False,
         *,
-        compensation: Method = "none",
+        compensation: Compensation | str = "none",
         calibration: Any = None,
-        recalibrate: bool | None = None,
     ) -> Iterator[ChannelGroup] | None:
         """Choose, verify on a copy, and cut; or hand out what was chosen, group by group, to be cut by `prune()`.
 
         Args:
             interactive: Hand out groups instead of cutting.
-            compensation: Move what the removed channels carried onto what stays, see `ss_pruning.compensation.folding`.
+            compensation: Move what the removed channels carried onto what stays, as for `ss_pruning.prune_`.
             calibration: Unlabelled inputs for it: a tensor, batches, or "synthetic".
-            recalibrate: Move the statistics of the batch norms behind the cut; by default with "mean" and "linear".
 
         Raises:
             InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
         """
-        check_compensation(compensation, calibration)
-        recalibrate = default_recalibrate(compensation) if recalibrate is None else recalibrate
-        plain = compensation == "none" and not recalibrate
+        repair = Compensation.of(compensation)
+        check_calibration(calibration, repair)
+        plain = repair == NoCompensation()
         if interactive and not plain:
             raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")
         self.current_step += 1
@@ -187,9 +184,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return self._prune()
         try:
             with torch.inference_mode(False), quiet_hooks(self.model, self.DG.example_inputs):
-                self._cut_chosen(
-                    None if plain else partial(self._cut, compensation, calibration, recalibrate)
-                )
+                self._cut_chosen(None if plain else partial(self._cut, repair, calibration))
         except BaseException:
             self.current_step -= 1  # nothing was cut: the step is still to come
             raise
@@ -205,11 +200,11 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 era.apply(plan, [subgroup for part in parts for subgroup in part], cut),
             )
 
-    def _cut(self, method: Method, calibration: Any, recalibrate: bool, plan: Plan) -> Plan:
+    def _cut(self, compensation: Compensation, calibration: Any, plan: Plan) -> Plan:
         """Cut with compensation; the connectivity is that of the model as earlier steps have left it."""
         inputs = self.DG.example_inputs
         images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
-        return cut_(self.model, plan, trace(self.model, inputs), method, images, inputs, recalibrate)[0]
+        return cut_(TracedModel.of(self.model, inputs), plan, compensation, images)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:
         for part in self._choose()[1]:
@@ -221,25 +216,20 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             warnings.warn("all iterative steps are done, so nothing more is pruned", stacklevel=4)
             return Plan(), []
         era: Era = self.DG.era
-        search = _Scoped(era.verifier, era.coupling, self, era)
+        fixed = [
+            number
+            for number, (label, group) in enumerate(era.groups.items())
+            if label in self._failed or not self.DG.is_root(group, self.root_module_types)
+        ]
+        scoped = _Scoped(self, era)
+        result = find_verified_plan(era.verifier, era.coupling.without(fixed, ()), scoped.allocate)
+        failing = {left.paths[0]: left for left in result.failed}
+        alive = set(map(id, result.coupling.groups))
         for number, (label, group) in enumerate(era.groups.items()):
-            if label in self._failed or not self.DG.is_root(group, self.root_module_types):
-                search.reasons[number] = ""
-        with torch.no_grad():
-            scores = iter(
-                subgroup_scores(
-                    self.importance, [c for group in era.coupling.groups for c in group.subgroups], self.DG
-                )
-            )
-        verified = search.find_verified_plan(
-            [[next(scores).numpy() for _ in group.subgroups] for group in era.coupling.groups]
-        )
-        for number, (label, group) in enumerate(era.groups.items()):
-            if reason := search.reasons.get(number):
-                size = sum(subgroup.size for subgroup in group.subgroups)
-                self._failed[label] = Excluded((group.name,), size, f"{FORWARD_REASON}: {reason}")
-        self.removed += search.taken
-        return verified.plan, search.parts()
+            if number not in fixed and id(group) not in alive:
+                self._failed[label] = failing[group.name]
+        self.removed += scoped.taken
+        return result.verified.plan, parts_of(result)
 
     def scope_of(
         self, label: str, group: PruningGroup, modules: Mapping[str, nn.Module]
@@ -310,17 +300,32 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class _Scoped(PlanSearch):
-    """Shrinks every scope to its ratio."""
+class _Scoped:
+    """Shrinks every scope to its ratio.
+
+    Attributes:
+        pruner: Says what the scopes and their ratios are.
+        era: The model.
+        taken: By scope, how many channels go.
+    """
 
     pruner: GraphPruner
     era: Era
     taken: Counter[Hashable] = field(default_factory=Counter, init=False)
 
-    def shrink(
-        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
-    ) -> tuple[Schedule, Ints]:
+    @cached_property
+    def scores(self) -> dict[int, list[Floats]]:
+        """By identity of a group, one score a channel set of each subgroup."""
+        groups = self.era.coupling.groups
+        subgroups = [subgroup for group in groups for subgroup in group.subgroups]
+        with torch.no_grad():
+            scored = iter(subgroup_scores(self.pruner.importance, subgroups, self.pruner.DG))
+        return {id(group): [next(scored).numpy() for _ in group.subgroups] for group in groups}
+
+    def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
         """The largest number of moves in each scope that removes no more than its ratio."""
+        check_any(coupling)
+        groups, scores = coupling.groups, self.scores
         labels = {id(group): label for label, group in self.era.groups.items()}
         scopes: dict[tuple[Hashable, float], list[int]] = defaultdict(list)
         for i, group in enumerate(groups):
@@ -332,7 +337,7 @@ class _Scoped(PlanSearch):
             inside = [groups[i] for i in members]
             order = schedule(
                 inside,
-                [scores[i] for i in members],
+                [scores[id(groups[i])] for i in members],
                 scope="global" if len(inside) > 1 else "local",
                 max_ratio=[self.pruner.allowed(group, self.era) for group in inside],
                 round_to=self.pruner.round_to,
@@ -353,19 +358,15 @@ class _Scoped(PlanSearch):
         stay = int((now + self.pruner.removed[scope]) * (1 - ratio) + 1e-9)
         return int(np.searchsorted(order.channel_sets.cumsum(), now - stay, side="right"))
 
-    def parts(self) -> list[list[Subgroup]]:
-        """Unit by group, the channel sets that go."""
-        assert self.trial is not None
-        parts = []
-        for group, ranks, steps in zip(
-            self.trial.groups, self.trial.order.ranked, self.trial.steps, strict=True
-        ):
-            if steps:
-                pairs = zip(group.subgroups, ranks, strict=True)
-                parts.append(
-                    [rows_of(c, np.sort(rank[: steps * (c.size // group.steps)])) for c, rank in pairs]
-                )
-        return parts
+
+def parts_of(result: SearchResult) -> list[list[Subgroup]]:
+    """Group by group, the channel sets that go."""
+    parts = []
+    for group, ranks, steps in zip(result.coupling.groups, result.order.ranked, result.steps, strict=True):
+        if steps:
+            pairs = zip(group.subgroups, ranks, strict=True)
+            parts.append([rows_of(c, np.sort(rank[: steps * (c.size // group.steps)])) for c, rank in pairs])
+    return parts
 
 
 class GroupNormPruner(tp.pruner.GroupNormPruner, GraphPruner):  # type: ignore[misc]

@@ -8,10 +8,11 @@ import shlex
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import typer
 
+from ss_pruning import config
 from ss_pruning.cli import options as option
 from ss_pruning.cli.choices import Compensation, Importance, Request, Score, StatisticsSource
 from ss_pruning.cli.console import FAILED, guarded, not_interrupted, progress_bars
@@ -74,12 +75,10 @@ def prune(
         options = {
             **budget,
             "ignore": tuple(ignore or ()),
-            "round_to": _multiple(round_to),
-            "max_ratio": max_ratio,
-            "compensation": compensation.value,
-            **({} if scope is None else {"scope": scope.value}),
-            **({} if cost_exponent is None else {"cost_exponent": cost_exponent}),
-            **({} if recalibrate is None else {"recalibrate": recalibrate}),
+            "compensation": _compensation(compensation, recalibrate),
+            "allocation": config.Allocation(
+                None if scope is None else scope.value, max_ratio, _multiple(round_to), cost_exponent
+            ),
         }
         with _output_folder(out, weights):
             with progress_bars() as progress:
@@ -88,9 +87,12 @@ def prune(
                 job = _job.prepare(request, progress)
                 with _job.input_size_named(request):
                     pictures, calibrated_on = _job.calibration_images(request, needed_by, job, progress)
-                    chosen = _job.make_importance(importance, score, options, request, job, pictures)
-                    report = _job.run(job, chosen, options, pictures, batch, progress)
-                report.settings.update(_job.settings_of(request, importance, chosen, job), **calibrated_on)
+                    options |= {
+                        "importance": _job.make_importance(importance, score, request),
+                        "calibration": pictures,
+                    }
+                    report = _job.run(job, options, batch, progress)
+                report.settings.update(_job.settings_of(request, importance, job), **calibrated_on)
                 report.command = _command_line(context)
                 report.random_weights = _job.random_weights(request)
                 report.file = None if out is None else str(out / _job.WRITTEN[0])
@@ -277,11 +279,16 @@ def _budget(**given: float | None) -> dict[str, float]:
     return chosen
 
 
-def _multiple(text: str | None) -> int | str | None:
+def _compensation(choice: Compensation, recalibrate: bool | None) -> config.Compensation:
+    kind = config.COMPENSATIONS[choice.value]
+    return kind() if recalibrate is None else kind(recalibrate=recalibrate)
+
+
+def _multiple(text: str | None) -> int | Literal["measured"] | None:
     from ss_pruning.errors import InputError
 
     if text is None or text == "measured":
-        return text
+        return None if text is None else "measured"
     if not text.isdigit():
         raise InputError(f"--round-to is a whole number, such as 8, or measured, not {text!r}.")
     return int(text)

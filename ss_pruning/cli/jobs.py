@@ -15,6 +15,7 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
 from ss_pruning.cli.choices import DATA, SYNTHETIC, Importance, Request, Score, StatisticsSource
 from ss_pruning.cli.console import ProgressCallback, note
+from ss_pruning.config import Synaptic
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
@@ -149,29 +150,11 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def make_importance(
-    importance: Importance,
-    score: Score | None,
-    options: dict[str, Any],
-    request: Request,
-    job: Job,
-    pictures: Any,
-) -> Any:
+def make_importance(importance: Importance, score: Score | None, request: Request) -> Any:
     """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
     if importance is Importance.synaptic:
-        from ss_pruning import SynapticImportance
-        from ss_pruning.compensation.batchnorm import supports_noise_calibration
-        from ss_pruning.planning.defaults import default_conditional, default_scope, default_score
-
-        compensation = options["compensation"]
-        statistics = _statistics(request, job, pictures)
-        images = 0 if isinstance(statistics, str) else sum(map(len, statistics))
-        by_default = default_scope(images, compensation, supports_noise_calibration(job.model, job.example))
-        scope = options.get("scope") or by_default
-        chosen: dict[str, Any] = {"score": score.value if score else default_score(compensation, scope)}
-        if images:
-            chosen["conditional"] = default_conditional(compensation, scope)
-        return SynapticImportance(statistics=statistics, **chosen)
+        statistics: Any = None if request.statistics is None else request.statistics.value
+        return Synaptic(statistics, None if score is None else score.value)
     import torch_pruning as tp
 
     makers = {
@@ -191,7 +174,7 @@ def _folder_of_photos(request: Request) -> Path | None:
 
 def _taken_of_data(request: Request) -> int:
     """How many images of the data are calibrated on: none where all come from elsewhere, so that none are held out."""
-    if request.calibration in (None, DATA) or request.statistics is StatisticsSource.data:
+    if request.calibration in (None, DATA):
         return request.calibration_images or _CALIBRATION_IMAGES
     return 0
 
@@ -254,27 +237,19 @@ def strengths_of(request: Request, job: Job) -> Strengths:
     """Return the strength of every synapse of the model."""
     from ss_pruning import synaptic_strength
 
-    strengths: Strengths = synaptic_strength(
-        job.model, job.example, statistics=_statistics(request, job, None)
-    )
+    strengths: Strengths = synaptic_strength(job.model, job.example, statistics=_statistics(request, job))
     return strengths
 
 
-def _statistics(request: Request, job: Job, pictures: Any) -> str | list[Tensor]:
-    """What was asked for; else the calibration images if there are any, else noise."""
-    if request.statistics is None:
-        return StatisticsSource.gaussian.value if pictures is None else _batches(pictures)
-    if request.statistics is not StatisticsSource.data:
-        return str(request.statistics.value)
-    return _batches(pictures) if job.data is None else _pictures(job.data, job)
+def _statistics(request: Request, job: Job) -> str | list[Tensor]:
+    """What was asked for, or the images."""
+    if request.statistics is None or request.statistics is StatisticsSource.data:
+        return StatisticsSource.batchnorm.value if job.data is None else _pictures(job.data, job)
+    return str(request.statistics.value)
 
 
 def _pictures(data: Data, job: Job) -> list[Tensor]:
     return [images.to(job.device) for images in data.calibration_images()]
-
-
-def _batches(pictures: Any) -> list[Tensor]:
-    return [pictures] if isinstance(pictures, torch.Tensor) else list(pictures)
 
 
 def _timed_on(job: Job, batch: int) -> Tensor:
@@ -282,16 +257,12 @@ def _timed_on(job: Job, batch: int) -> Tensor:
     return random_inputs(batch, job.preprocess.size).to(job.device)
 
 
-def run(
-    job: Job, importance: Any, options: dict[str, Any], pictures: Any, batch: int, progress: ProgressCallback
-) -> Report:
+def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallback) -> Report:
     """Measure, prune in place, measure again.
 
     Args:
         job: What to prune.
-        importance: What decides which channels go.
-        options: Of `prune_`; they become settings of the report.
-        pictures: Calibration images, or None.
+        options: Of `prune_`.
         batch: Times are measured on so many images at once.
         progress: Told of the stages.
     """
@@ -305,11 +276,9 @@ def run(
         progress("measuring the output error" if name == "measure" else f"pruning: {name}", done, total)
 
     timed_on = _timed_on(job, batch)
-    inputs = {"calibration": pictures, "latency_inputs": timed_on}
-    report: Report = prune_(
-        job.model, job.example, importance=importance, progress=stage, **inputs, **options
-    )
-    report.settings.update({**options, "batch": batch, "timed on": _place(job.device)})
+    options["allocation"] = dataclasses.replace(options["allocation"], latency_inputs=timed_on)
+    report: Report = prune_(job.model, job.example, progress=stage, **options)
+    report.settings.update({"ignore": options["ignore"], "batch": batch, "timed on": _place(job.device)})
     times = {} if report.latency_before is not None else _times(dense, job.model, timed_on, progress)
     after, _ = _measure("accuracy, pruned", job, progress)
     return dataclasses.replace(
@@ -364,19 +333,13 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(request: Request, importance: Importance, chosen: Any, job: Job) -> dict[str, Any]:
+def settings_of(request: Request, importance: Importance, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
-    statistics = getattr(chosen, "statistics", None)
-    given = statistics if isinstance(statistics, str) else StatisticsSource.data.value
-    synaptic = {"statistics": given, "score": getattr(chosen, "score", None)}
-    if getattr(chosen, "conditional", 0):
-        synaptic["conditional"] = chosen.conditional
     return {
         "model": request.model,
         "weights": request.weights,
         "data": request.data,
         "importance": importance.value,
-        **(synaptic if importance is Importance.synaptic else {}),
         "input size": "x".join(map(str, job.preprocess.size)),
         "seed": request.seed,
         "device": str(job.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,9 @@ from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
-from ss_pruning.config import METHODS, SOLVED, Method
+from ss_pruning.config import Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
-from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from ss_pruning.surgery.plan import Plan, adopt_
 
@@ -29,7 +29,7 @@ def calibration_images(
     """The calibration inputs as one batch; None without.
 
     Args:
-        calibration: A tensor, an iterable of batches, "synthetic", or None.
+        calibration: A tensor, an iterable of batches, "synthetic" or `SyntheticImages`, or None.
         model: What to synthesize from.
         example_inputs: What `forward` takes.
         progress: Called with (steps done, steps in all) of the synthesis.
@@ -41,7 +41,9 @@ def calibration_images(
     if calibration is None:
         return None
     if isinstance(calibration, str):
-        calibration = synthetic_images(model, example_inputs, progress=progress)
+        calibration = SyntheticImages()
+    if isinstance(calibration, SyntheticImages):
+        calibration = synthetic_images(model, example_inputs, progress=progress, **asdict(calibration))
     batch = gather(calibration, example_inputs)
     fitting = batch.limited(*sizes_that_run(model, example_inputs))
     if not len(fitting):
@@ -52,65 +54,46 @@ def calibration_images(
     return fitting
 
 
-def check_compensation(compensation: str, calibration: Any) -> None:
+def check_calibration(calibration: Any, compensation: Compensation) -> None:
     """Refuse what cannot be done, before any work.
 
     Raises:
-        InputError: An unknown method, or one that lacks calibration inputs.
+        InputError: An unknown word, or a compensation lacks calibration inputs.
     """
-    if compensation not in METHODS:
-        raise InputError(
-            f"compensation={compensation!r} is unknown; use one of {', '.join(map(repr, METHODS))}"
-        )
     if isinstance(calibration, str) and calibration != SYNTHETIC:
         raise InputError(
             f"calibration={calibration!r} is unknown; give inputs, or {SYNTHETIC!r} to make some"
         )
-    if compensation in SOLVED and calibration is None:
+    if compensation.solves and calibration is None:
         raise InputError(
-            f"compensation={compensation!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a data "
-            f"loader. Without any, calibration={SYNTHETIC!r} makes some, and compensation='mean' does without"
+            f"compensation={compensation.method!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a "
+            f"data loader. Without any, calibration={SYNTHETIC!r} makes some, and compensation='mean' does without"
         )
 
 
 def cut_(
-    model: nn.Module,
-    plan: Plan,
-    connectivity: Connectivity,
-    method: Method,
-    images: Batch | None,
-    example_inputs: Any,
-    recalibrate: bool = False,
+    traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> tuple[Plan, Outcome]:
     """Cut the model, all or nothing; see `prepared`.
 
     Returns:
         The plan with the biases that layers got, and what the compensation did.
     """
-    ready, plan, outcome = prepared(model, plan, connectivity, method, images, example_inputs, recalibrate)
-    adopt_(model, ready)
+    ready, plan, outcome = prepared(traced, plan, compensation, images)
+    adopt_(traced.model, ready)
     return plan, outcome
 
 
 def prepared(
-    model: nn.Module,
-    plan: Plan,
-    connectivity: Connectivity,
-    method: Method,
-    images: Any,
-    example_inputs: Any,
-    recalibrate: bool = False,
+    traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> tuple[nn.Module, Plan, Outcome]:
     """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
 
     Args:
-        model: The dense model; not changed.
+        traced: The dense model; not changed.
         plan: What to cut.
-        connectivity: The connectivity of `model`.
-        method: How to compensate.
+        compensation: How to compensate.
         images: One batch of calibration inputs, or None; see `calibration_images`.
-        example_inputs: What `forward` takes.
-        recalibrate: Move the statistics of the batch norms behind the cut, at the end.
 
     Returns:
         The copy, the plan with the biases that layers got, and what the compensation did.
@@ -118,39 +101,35 @@ def prepared(
     Raises:
         ModelError: The compensation or the recalibration failed.
     """
-    if method == "none" and not recalibrate:
+    model, method = traced.model, compensation.method
+    if method == "none" and not compensation.recalibrate:
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
-        outcome = _compensate(small, model, plan, connectivity, method, images, example_inputs)
-        if recalibrate:
+        outcome = _compensate(small, traced, plan, compensation, images)
+        if compensation.recalibrate:
             means = method == "none" or images is not None
-            recalibrate_(small, model, plan, connectivity, images, example_inputs, means)
+            recalibrate_(small, model, plan, traced.connectivity, images, traced.example_inputs, means)
     except SSPruningError:
         raise
     except Exception as error:
         raise ModelError(
-            f"compensation={method!r} with recalibrate={recalibrate} failed, the model is as it was "
-            f"({type(error).__name__}: {error}); check that the calibration inputs are what the model takes"
+            f"{compensation} failed, the model is as it was ({type(error).__name__}: {error}); check that the "
+            "calibration inputs are what the model takes"
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
     return plan.cut_copy(model, small), plan, outcome
 
 
 def _compensate(
-    small: nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    connectivity: Connectivity,
-    method: Method,
-    images: Batch | None,
-    inputs: Any,
+    small: nn.Module, traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> Outcome:
+    model, connectivity, method = traced.model, traced.connectivity, compensation.method
     if method == "none":
         return Outcome()
     if method == "mean":
         source = "gaussian" if images is None else images.split(BATCH)
-        return fold_means_(small, model, plan, connectivity, source, inputs)
+        return fold_means_(small, model, plan, connectivity, source, traced.example_inputs)
     assert images is not None
     if method == "linear":
         return fold_linear_(small, model, plan, connectivity, images.split(BATCH))

@@ -103,7 +103,7 @@ def supports_noise_calibration(model: nn.Module, inputs: Any) -> bool:
     return alone and any(map(has_statistics, model.modules()))
 
 
-def on_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Batch]:
+def recalibrated_to_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Batch]:
     """A copy of the model that takes noise for what it was trained on, and the noise.
 
     Its norms have the statistics of what reaches them, so that each puts out what `model` leads to expect.

@@ -1,1 +1,8 @@
 """Which channels must be pruned together: the model is traced on labels, and dependency groups follow from it."""
+
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import Coupling, couple
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.graph.tracing import trace
+
+__all__ = ["Connectivity", "Coupling", "TracedModel", "couple", "trace"]

@@ -30,7 +30,7 @@ from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.regression import Predicted, constant_output, precision
 from ss_pruning.importance.shared_prefix import Prefix, length
 
-OTHERWISE = "take scope='global'"
+OTHERWISE = "take allocation='global'"
 # A copy that lost nothing may differ from the dense model by this share of the output's variance.
 _SAME = 1e-3
 _NOTHING: Ints = np.empty(0, dtype=np.int64)

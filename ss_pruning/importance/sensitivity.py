@@ -33,7 +33,7 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import preserved
-from ss_pruning.config import SOLVED, Method
+from ss_pruning.config import LEAST_IMAGES, SOLVED, Method
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, PruningGroup, pruned_of, ranks_of, step_scores
@@ -41,8 +41,6 @@ from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
-#: Fewer images than this say too little.
-LEAST_IMAGES = 8
 # Widths are measured on so many of the images.
 _IMAGES = 32
 # Widths, as shares of the most that may go.
@@ -97,8 +95,8 @@ def by_sensitivity(
         )
     if len(images) < LEAST_IMAGES:
         raise InputError(
-            f"scope='sensitivity' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give more, "
-            f"or {OTHERWISE}"
+            f"allocation='sensitivity' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give "
+            f"more, or {OTHERWISE}"
         )
     consumers = dict.fromkeys(path for group in coupling.groups for path in _readers(group, connectivity))
     held, others = _held_out(images)

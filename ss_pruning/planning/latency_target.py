@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from ss_pruning._utils.arrays import Floats
+from ss_pruning.config import Budget
 from ss_pruning.errors import BudgetError
-from ss_pruning.planning.allocation import Budget
-from ss_pruning.planning.search import BudgetSearch
+from ss_pruning.planning.search import SearchResult
 from ss_pruning.profiling.latency import Timing, measure_latency
 from ss_pruning.surgery.plan import Plan
-from ss_pruning.surgery.verification import Verified
 
 #: How far, of the target, the measured latency may be from it; and where the search is content.
 TOLERANCE, _CLOSE = 0.05, 0.02
 _TRIALS = 10
 
 Measure = Callable[[Plan], tuple[Timing, Timing]]
+#: Finds a verified plan for a budget.
+Find = Callable[[Budget], SearchResult]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class LatencyPlan:
     """A plan that meets a latency target.
 
     Attributes:
-        verified: The plan.
+        found: The plan, and what it leaves.
         dense: The dense model's time.
         pruned: The cut model's, measured in turns with the dense one's.
         trials: How many plans were made, cut and measured.
     """
 
-    verified: Verified
+    found: SearchResult
     dense: Timing
     pruned: Timing
     trials: int
@@ -61,13 +61,11 @@ def stopwatch(model: nn.Module, inputs: Any) -> Measure:
     return measure
 
 
-def find_latency_plan(
-    search: BudgetSearch, scores: list[list[Floats]], target: float, measure: Measure
-) -> LatencyPlan:
+def find_latency_plan(find: Find, target: float, measure: Measure) -> LatencyPlan:
     """Find a verified plan whose measured latency is `target`, as a share of the dense model's.
 
-    The search's budget is one of the table's seconds. It is moved by what the measurement says, and halved towards the
-    other side where it would leave what is known to be too slow or too fast.
+    The budget of the search is in seconds of the table. It is moved by what the measurement says, and halved towards
+    the other side where it would leave what is known to be too slow or too fast.
 
     Raises:
         NothingToPruneError: No channel may go.
@@ -76,10 +74,10 @@ def find_latency_plan(
     low, high, goal = 0.0, 1.0, target
     tried: list[LatencyPlan] = []
     for _ in range(_TRIALS):
-        search.budget = Budget("latency", goal)
-        verified = search.find_verified_plan(scores)
-        known = next((other for other in tried if other.verified.plan == verified.plan), None)
-        found = known or LatencyPlan(verified, *measure(verified.plan), len(tried) + 1)
+        result = find(Budget("latency", goal))
+        plan = result.verified.plan
+        known = next((other for other in tried if other.found.verified.plan == plan), None)
+        found = known or LatencyPlan(result, *measure(plan), len(tried) + 1)
         if known is None:
             tried.append(found)
         if abs(found.ratio / target - 1) <= _CLOSE:

@@ -1,33 +1,30 @@
-"""How channels of different layers compete: by their scores, or by the output error that was seen to be done."""
+"""Rank channels across layers by importance or by measured layer sensitivity."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import BATCH
-from ss_pruning.compensation.batchnorm import on_noise, supports_noise_calibration
-from ss_pruning.config import Method
+from ss_pruning.compensation.batchnorm import recalibrated_to_noise, supports_noise_calibration
+from ss_pruning.config import Config, Synaptic, is_relevance
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
 from ss_pruning.importance.sensitivity import by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
-from ss_pruning.planning.allocation import Budget, Costs, Scope, allot
-from ss_pruning.planning.defaults import (
-    ON_NOISE,
-    default_conditional,
-    default_cost_exponent,
-    default_scope,
-    default_score,
-    is_relevance,
-)
+from ss_pruning.planning.allocation import Schedule, allot
+from ss_pruning.planning.costs import Costs
+from ss_pruning.planning.search import check_any
+
+#: On noise sensitivity is known less well: it counts with this exponent, and relevance with what is left of 1.
+ON_NOISE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -35,136 +32,138 @@ class Ranking:
     """Of all channel sets of a model.
 
     Attributes:
-        importance: What scored them.
+        config: The effective settings.
         scores: By group and subgroup, one a channel set.
-        moves: How groups may be cut, as `ss_pruning.planning.allocation.allot` takes it.
-        cost_exponent: Before they are compared, scores are divided by costs to this power.
-        on_noise: Whether scores are output error that was measured on noise.
-        not_measured: Why no output error was measured, where it would have been by default.
+        on_noise: Whether scores are sensitivities that were measured on noise.
+        not_measured: Why no sensitivity was measured, where it would have been by default.
     """
 
-    importance: Any
+    config: Config
     scores: list[list[Floats]]
-    moves: dict[str, Any]
-    cost_exponent: float
     on_noise: bool = False
     not_measured: str = ""
-
-    @property
-    def scope(self) -> Scope:
-        """How layers compete."""
-        scope: Scope = self.moves["scope"]
-        return scope
 
 
 @dataclass
 class Ranker:
-    """What rankings of a model's channels are made from; all as `prune_` takes it or has found it.
+    """Ranks the channels of what may be cut, anew where that has changed, and takes what the budget asks for.
 
     Attributes:
-        options: What `allot` takes beside the scope.
+        traced: The model.
+        config: What `prune_` was asked for.
+        costs: Of the model.
         images: One batch of calibration inputs, or None.
+        clock: Times the stages.
     """
 
-    model: nn.Module
-    example_inputs: Any
-    connectivity: Connectivity
-    coupling: Coupling
+    traced: TracedModel
+    config: Config
     costs: Costs
-    budget: Budget
-    options: dict[str, Any]
-    importance: Any
-    images: Any
-    compensation: Method
-    recalibrate: bool
-    cost_exponent: float | None
+    images: Batch | None
+    clock: Clock
+    _importances: dict[Synaptic, Any] = field(default_factory=dict, init=False)
+    _latest: tuple[Coupling, Ranking] | None = field(default=None, init=False)
 
-    def ranked(self, scope: Scope | None, clock: Clock) -> Ranking:
-        """Rank channels as asked, or by default.
+    def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
+        """The moves in order, and `[groups]`, how many steps each group takes to meet the budget.
 
         Raises:
-            InputError: Output error cannot be measured without calibration inputs.
+            NothingToPruneError: No channel may go.
+            BudgetError: The budget is out of reach.
+        """
+        check_any(coupling)
+        ranking = self.ranked(coupling)
+        config = replace(ranking.config, budget=self.config.budget)
+        return allot(coupling.groups, ranking.scores, self.costs, config)
+
+    def ranked(self, coupling: Coupling) -> Ranking:
+        """Rank the channels of these groups.
+
+        Raises:
+            InputError: Sensitivity cannot be measured without calibration inputs.
             ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
         """
-        supported = supports_noise_calibration(self.model, self.example_inputs)
-        if scope is not None:
-            if scope == "sensitivity" and self.images is None and not supported:
-                raise InputError(
-                    "scope='sensitivity' needs calibration=, some unlabelled inputs to measure on; without any it is "
-                    "measured on noise, but this model takes more than a tensor or has no batch norms to tell what "
-                    "should reach them. scope='global' does without"
-                )
-            return self._ranked(scope, clock)
+        if self._latest is None or self._latest[0] is not coupling:
+            self._latest = coupling, self._rank(self.traced.coupled(coupling))
+        return self._latest[1]
+
+    def _rank(self, traced: TracedModel) -> Ranking:
+        noise = supports_noise_calibration(traced.model, traced.example_inputs)
         count = 0 if self.images is None else len(self.images)
-        scope = default_scope(count, self.compensation, supported)
-        if scope != "sensitivity":
-            return self._ranked(scope, clock)
+        config = self.config.resolve(count, noise)
+        if config.allocation.scope != "sensitivity":
+            return Ranking(config, self._scores(traced, config.importance))
+        if self.config.allocation.scope is not None:
+            if not count and not noise:
+                raise InputError(
+                    "allocation='sensitivity' needs calibration=, some unlabelled inputs to measure on; without any "
+                    "it is measured on noise, but this model takes more than a tensor or has no batch norms to tell "
+                    "what should reach them. allocation='global' does without"
+                )
+            return self._by_sensitivity(traced, config)
         try:
-            return self._ranked(scope, clock)
+            return self._by_sensitivity(traced, config)
         except ModelError as error:
-            return replace(self._ranked("global", clock), not_measured=str(error))
+            asked = replace(self.config, allocation=replace(self.config.allocation, scope="global"))
+            config = asked.resolve(count, noise)
+            return Ranking(config, self._scores(traced, config.importance), not_measured=str(error))
 
-    def _ranked(self, scope: Scope, clock: Clock) -> Ranking:
-        importance = self.importance or self._default_importance(scope)
-        exponent = self.cost_exponent
-        if exponent is None:
-            exponent = default_cost_exponent(importance, scope, on_noise=self.images is None)
-        with clock("score", 1):
-            scores = self._scores(importance)
-        moves = {**self.options, "scope": scope}
-        if scope == "sensitivity":
-            scores = self._measured(importance, scores, moves, exponent, clock)
-        return Ranking(importance, scores, moves, exponent, scope == "sensitivity" and self.images is None)
-
-    def _default_importance(self, scope: Scope) -> Any:
-        score = default_score(self.compensation, scope)
-        if self.images is None:
-            return SynapticImportance(score=score)
-        conditional = default_conditional(self.compensation, scope)
-        return SynapticImportance(statistics=self.images.split(BATCH), score=score, conditional=conditional)
-
-    def _scores(self, importance: Any) -> list[list[Floats]]:
+    def _scores(self, traced: TracedModel, importance: Any) -> list[list[Floats]]:
         """By group and subgroup, one score a channel set."""
-        graph = SubgroupGraph(self.model, self.example_inputs, self.connectivity)
-        subgroups = [subgroup for group in self.coupling.groups for subgroup in group.subgroups]
-        scored = iter(subgroup_scores(importance, subgroups, graph))
-        return [[next(scored).numpy() for _ in group.subgroups] for group in self.coupling.groups]
+        groups = traced.coupling.groups
+        if isinstance(importance, Synaptic):
+            importance = self._synaptic(importance)
+        with self.clock("score", 1):
+            graph = SubgroupGraph(traced.model, traced.example_inputs, traced.connectivity)
+            subgroups = [subgroup for group in groups for subgroup in group.subgroups]
+            scored = iter(subgroup_scores(importance, subgroups, graph))
+            return [[next(scored).numpy() for _ in group.subgroups] for group in groups]
 
-    def _measured(
-        self,
-        importance: Any,
-        scores: list[list[Floats]],
-        moves: dict[str, Any],
-        exponent: float,
-        clock: Clock,
-    ) -> list[list[Floats]]:
-        """Output error in the order of the scores, on the calibration inputs; on noise relevance has a say, too."""
+    def _synaptic(self, options: Synaptic) -> Any:
+        """The importance of these options; it keeps what it has measured."""
+        if options not in self._importances:
+            statistics: Any = options.statistics
+            if statistics == "data":
+                if self.images is None:
+                    raise InputError("statistics='data' needs calibration=, inputs to measure variances on")
+                statistics = self.images.split(BATCH)
+            self._importances[options] = SynapticImportance(
+                statistics, score=options.score or "share", conditional=options.conditional or 0.0
+            )
+        return self._importances[options]
+
+    def _by_sensitivity(self, traced: TracedModel, config: Config) -> Ranking:
+        """In the order of the scores within a layer; on noise relevance has a say, too."""
+        scores = self._scores(traced, config.importance)
 
         def taken(scores: list[list[Floats]]) -> Ints:
-            return allot(self.coupling.groups, scores, self.costs, self.budget, exponent, **moves)[1]
+            return allot(traced.coupling.groups, scores, self.costs, config)[1]
 
-        model, images = self.model, self.images
+        model, images, method = traced.model, self.images, config.compensation.method
         if images is None:
-            model, images = on_noise(model, self.example_inputs)
+            model, images = recalibrated_to_noise(model, traced.example_inputs)
         sensitivity = by_sensitivity(
             model,
-            self.connectivity,
-            self.coupling,
+            traced.connectivity,
+            traced.coupling,
             scores,
             images,
             BATCH,
-            moves["max_ratio"],
-            self.compensation,
-            None if self.compensation == "reconstruct" else taken,
-            clock.steps("measure"),
-            self.recalibrate,
+            config.allocation.max_ratio,
+            method,
+            None if method == "reconstruct" else taken,
+            self.clock.steps("measure"),
+            config.compensation.recalibrate,
         )
-        if self.images is not None or not is_relevance(importance):
-            return sensitivity
-        return [
-            [
-                np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
-                for lost, score in zip(*subgroups, strict=True)
-            ]
-            for subgroups in zip(sensitivity, scores, strict=True)
-        ]
+        on_noise = self.images is None
+        if on_noise and is_relevance(config.importance):
+            sensitivity = [_blended(*subgroups) for subgroups in zip(sensitivity, scores, strict=True)]
+        return Ranking(config, sensitivity, on_noise)
+
+
+def _blended(sensitivity: list[Floats], relevance: list[Floats]) -> list[Floats]:
+    """Of one group, both to the powers that they count with; what is infinite stays so."""
+    return [
+        np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
+        for lost, score in zip(sensitivity, relevance, strict=True)
+    ]

@@ -1,18 +1,20 @@
-"""From scores and a budget to a verified plan: choose, verify on a copy, exclude what fails, choose again."""
+"""Plan search: allocate the budget, verify on a copy, exclude the groups that fail, and allocate anew.
+
+What is allocated may depend on what else is cut. The plan that is found is therefore that of a model in which the
+groups that failed were ignored from the start.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 
-from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.arrays import Ints
 from ss_pruning.errors import NothingToPruneError
 from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection
-from ss_pruning.planning.allocation import Budget, Costs, Schedule, allot, select, to_plan
+from ss_pruning.planning.allocation import Schedule, select, to_plan
 from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number
@@ -20,125 +22,109 @@ from ss_pruning.surgery.verification import Verified, Verifier
 
 FORWARD_REASON = "the forward pass relies on its width"
 
+#: Orders the moves of all groups that may be cut, and says how many steps each group takes, `[groups]`.
+Allocate = Callable[[Coupling], tuple[Schedule, Ints]]
 
-@dataclass
-class PlanSearch(ABC):
-    """Finds a plan that survives verification.
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A plan that survives verification.
 
     Attributes:
+        verified: The plan.
+        coupling: What may be cut: the groups that failed are excluded.
+        order: The moves that were to choose from.
+        steps: `[groups]`, how many steps each group takes.
+        failed: The groups that failed, and why.
+        fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
+    """
+
+    verified: Verified
+    coupling: Coupling
+    order: Schedule
+    steps: Ints
+    failed: tuple[Excluded, ...]
+    fixed: frozenset[Number]
+
+
+def find_verified_plan(
+    verifier: Verifier, coupling: Coupling, allocate: Allocate, known: SearchResult | None = None
+) -> SearchResult:
+    """Allocate and verify; exclude what fails, and again, until all that is cut is right.
+
+    Args:
         verifier: Where plans are tried.
         coupling: What may be cut.
-        reasons: Why groups were excluded, by their number.
-        fixed: Stored numbers that were found not to follow a cut: they only happen to equal a width.
-        trial: The choice that was made last.
-        verified: What was found right last, without the groups that failed.
+        allocate: Asked anew whenever groups were excluded.
+        known: What an earlier search of the same model found; what failed there is not tried again.
+
+    Raises:
+        NothingToPruneError: No channel may go, as `allocate` says.
+        BudgetError: The budget is out of reach, as `allocate` says.
     """
+    failed: tuple[Excluded, ...] = ()
+    fixed: set[Number] = set()
+    verified: Verified | None = None
+    if known is not None:
+        coupling, failed, fixed, verified = known.coupling, known.failed, {*known.fixed}, known.verified
+    while True:
+        order, steps = allocate(coupling)
+        trial = _Trial(verifier, coupling, order, steps)
+        chosen = np.flatnonzero(steps).tolist()
+        if not chosen:
+            verified = Verified(Plan(), 0.0)
+        # What was verified without the failed groups is often what is chosen without them.
+        elif verified is None or verified.plan.cuts != trial.plan(chosen)[0].cuts:
+            part = GroupBisection(coupling.groups, trial.attempt, fixed)
+            part.search(chosen)
+            verified = part.verified
+            if part.failed or verified is None:
+                found = _excluded(coupling.groups, part.failed)
+                coupling, failed = coupling.without(part.failed, found), (*failed, *found)
+                continue
+        return SearchResult(verified, coupling, order, steps, failed, frozenset(fixed))
+
+
+def check_any(coupling: Coupling) -> None:
+    """Refuse a model in which nothing may be cut.
+
+    Raises:
+        NothingToPruneError: Says why.
+    """
+    if not coupling.groups:
+        why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
+        raise NothingToPruneError(f"the model has no channel that may go. Excluded: {why}")
+
+
+def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:
+    """The groups that failed, by their numbers in the reasons."""
+    return tuple(
+        Excluded(
+            (group.name,),
+            sum(subgroup.size for subgroup in group.subgroups),
+            f"{FORWARD_REASON}: {failed[number]}",
+        )
+        for number, group in enumerate(groups)
+        if number in failed
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One allocation, to be verified in parts."""
 
     verifier: Verifier
     coupling: Coupling
-    reasons: dict[int, str] = field(default_factory=dict, init=False)
-    fixed: set[Number] = field(default_factory=set, init=False)
-    trial: Trial | None = field(default=None, init=False)
-    verified: Verified | None = field(default=None, init=False)
-
-    @abstractmethod
-    def shrink(
-        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
-    ) -> tuple[Schedule, Ints]:
-        """Order the moves of the groups, and say how many steps each group takes."""
-
-    def find_verified_plan(self, scores: list[list[Floats]]) -> Verified:
-        """Plan and verify; exclude what fails, and plan again until all that is cut is right.
-
-        Raises:
-            NothingToPruneError: No channel may go.
-            BudgetError: The budget is out of reach.
-        """
-        while True:
-            alive = [u for u in range(len(scores)) if u not in self.reasons]
-            groups = [self.coupling.groups[u] for u in alive]
-            if not groups:
-                raise NothingToPruneError(f"the model has no channel that may go. Excluded: {self._why()}")
-            order, steps = self.shrink(groups, [scores[u] for u in alive])
-            self.trial = trial = Trial(self, groups, order, steps)
-            chosen = np.flatnonzero(steps).tolist()
-            # What was verified without the failed groups is often what is chosen without them.
-            if self.verified is not None and self.verified.plan.cuts == trial.plan(chosen)[0].cuts:
-                return self.verified
-            part = GroupBisection(groups, trial.attempt, self.fixed)
-            part.search(chosen)
-            self.verified = part.verified
-            if self.verified is not None and not part.failed:
-                return self.verified
-            self.reasons.update({alive[i]: reason for i, reason in part.failed.items()})
-            self.found_failing()
-
-    def found_failing(self) -> None:
-        """Called when groups were found to fail, before what stays is planned anew by the same scores."""
-        return
-
-    def _why(self) -> str:
-        whole = [*self.coupling.excluded, *self.excluded()]
-        return "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in whole[:5])
-
-    def excluded(self) -> list[Excluded]:
-        """The groups that failed verification."""
-        groups = [(self.coupling.groups[u], reason) for u, reason in self.reasons.items()]
-        return [
-            Excluded(
-                (group.name,),
-                sum(subgroup.size for subgroup in group.subgroups),
-                f"{FORWARD_REASON}: {reason}",
-            )
-            for group, reason in groups
-        ]
-
-
-class FailedGroups(Exception):  # noqa: N818 - a way out of a search, not an error
-    """Groups cannot be cut: what the others are worth may depend on them."""
-
-
-@dataclass
-class BudgetSearch(PlanSearch):
-    """Finds the plan that meets the budget and survives verification; ends with `FailedGroups` where groups do not.
-
-    Attributes:
-        options: What `schedule` takes beside groups and scores.
-        cost_exponent: Scores are divided by what a channel costs, to this power, before they are compared.
-    """
-
-    costs: Costs
-    budget: Budget
-    options: dict[str, Any]
-    cost_exponent: float = 0.0
-
-    def found_failing(self) -> None:
-        """Leave it to the caller to rank the other groups anew."""
-        raise FailedGroups
-
-    def shrink(
-        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
-    ) -> tuple[Schedule, Ints]:
-        """The shortest prefix of moves that meets the budget."""
-        return allot(groups, scores, self.costs, self.budget, self.cost_exponent, **self.options)
-
-
-@dataclass
-class Trial:
-    """One choice of steps, to be verified in parts."""
-
-    search: PlanSearch
-    groups: Sequence[PruningGroup]
     order: Schedule
     steps: Ints
 
     def plan(self, part: Collection[int]) -> tuple[Plan, Selection]:
         """The cut of some of the groups alone."""
         taken = np.where(np.isin(np.arange(len(self.steps)), list(part)), self.steps, 0)
-        selection = select(self.order, self.groups, taken, self.search.coupling)
-        return to_plan(selection, self.search.coupling, self.search.verifier.connectivity), selection
+        selection = select(self.order, self.coupling.groups, taken, self.coupling)
+        return to_plan(selection, self.coupling, self.verifier.connectivity), selection
 
     def attempt(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         """Verify the cut of some of the groups alone."""
         plan, selection = self.plan(part)
-        return self.search.verifier.verify(plan, selection, self.groups, fixed=fixed, locate=locate)
+        return self.verifier.verify(plan, selection, self.coupling.groups, fixed=fixed, locate=locate)

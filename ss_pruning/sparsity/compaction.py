@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.copying import copied, retyped
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
-from ss_pruning.errors import ModelError, NothingToPruneError
+from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection, couple
 from ss_pruning.graph.layers import check_finite, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
 from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.search import PlanSearch
+from ss_pruning.planning.search import find_verified_plan
 from ss_pruning.report.records import LayerReport
 from ss_pruning.sparsity.constant_folding import Dead, Folding
 from ss_pruning.sparsity.dead_channels import living_kernels, measure_liveness
@@ -117,11 +117,11 @@ class _Round:
         connectivity = connectivity or trace(model, inputs)
         coupling = couple(connectivity, model)
         self.verifier = _MaskedVerifier(model, inputs, connectivity, coupling)
-        compactor = Compactor(self.verifier, coupling)
-        verified = compactor.find_verified_plan(compactor.scores())
-        self.stays = compactor.stays() + _dead_but_fixed(model, coupling)
-        self.small, outcome = self.verifier.compacted(verified.plan)
-        self.plan = replace(verified.plan, biases=tuple(outcome.biases))
+        dead = DeadChannels(self.verifier.folding)
+        found = find_verified_plan(self.verifier, coupling, dead.allocate)
+        self.stays = [*dead.stays(coupling, found.coupling), *found.failed, *_dead_but_fixed(model, coupling)]
+        self.small, outcome = self.verifier.compacted(found.verified.plan)
+        self.plan = replace(found.verified.plan, biases=tuple(outcome.biases))
 
 
 class _MaskedVerifier(Verifier):
@@ -190,52 +190,41 @@ class _MaskedVerifier(Verifier):
 
 
 @dataclass
-class Compactor(PlanSearch):
+class DeadChannels:
     """Takes as many dead channel sets of every group as its subgroups can lose in equal shares."""
 
-    verifier: _MaskedVerifier
-    found: list[list[Dead]] = field(default_factory=list, init=False)
+    folding: Folding
+    _found: dict[int, list[Dead]] = field(default_factory=dict, init=False)
 
-    def scores(self) -> list[list[Floats]]:
-        """By group and subgroup: 0 for a channel set that may go, 1 for one that stays."""
-        self.found = [
-            [self.verifier.folding.dead(subgroup) for subgroup in group.subgroups]
-            for group in self.coupling.groups
+    def of(self, group: PruningGroup) -> list[Dead]:
+        """By subgroup."""
+        if id(group) not in self._found:
+            self._found[id(group)] = [self.folding.dead(subgroup) for subgroup in group.subgroups]
+        return self._found[id(group)]
+
+    def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
+        """All that can go: scores are 0 for a channel set that may, 1 for one that stays."""
+        scores = [
+            [1.0 - dead.goes.numpy().astype(np.float64) for dead in self.of(group)]
+            for group in coupling.groups
         ]
-        return [[1.0 - dead.goes.numpy().astype(np.float64) for dead in group] for group in self.found]
+        steps = [_steps(group, self.of(group)) for group in coupling.groups]
+        return schedule(coupling.groups, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
 
-    def shrink(
-        self, groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]]
-    ) -> tuple[Schedule, Ints]:
-        """All dead channel sets that can go."""
-        steps = [_steps(group, subgroups) for group, subgroups in zip(groups, scores, strict=True)]
-        return schedule(groups, scores, max_ratio=1.0), np.array(steps, dtype=np.int64)
-
-    def find_verified_plan(self, scores: list[list[Floats]]) -> Verified:
-        """As ever, but that nothing may go is no error."""
-        if all(bool((subgroup == 1).all()) for group in scores for subgroup in group):
-            return Verified(Plan(), 0.0)
-        try:
-            return super().find_verified_plan(scores)
-        except NothingToPruneError:
-            return Verified(Plan(), 0.0)
-
-    def stays(self) -> list[Excluded]:
-        """The dead channel sets that stay, and why."""
-        stays = _Stays()
-        for u, (group, found) in enumerate(zip(self.coupling.groups, self.found, strict=True)):
+    def stays(self, coupling: Coupling, cut: Coupling) -> list[Excluded]:
+        """The dead channel sets that stay, and why; in `cut` are the groups that took what they could."""
+        stays, taken = _Stays(), set(map(id, cut.groups))
+        for group in coupling.groups:
+            found = self.of(group)
             for subgroup, dead in zip(group.subgroups, found, strict=True):
                 for reason, channel_sets in dead.stays.items():
                     stays.add(reason, subgroup.root.path, channel_sets)
-            if u not in self.reasons:
-                size, going = (
-                    sum(subgroup.size for subgroup in group.subgroups),
-                    sum(int(dead.goes.sum()) for dead in found),
-                )
-                steps = _steps(group, [1.0 - dead.goes.numpy() for dead in found])
+            if id(group) in taken:
+                size = sum(subgroup.size for subgroup in group.subgroups)
+                going = sum(int(dead.goes.sum()) for dead in found)
                 reason = LAST_REASON if going == size else SHARE_REASON
-                stays.add(reason, group.name, going - steps * (size // group.steps))
-        return stays.as_list() + self.excluded()
+                stays.add(reason, group.name, going - _steps(group, found) * (size // group.steps))
+        return stays.as_list()
 
 
 def _revived(model: nn.Module) -> nn.Module:
@@ -273,11 +262,11 @@ class _Stays:
         return whole
 
 
-def _steps(group: PruningGroup, scores: Sequence[Floats]) -> int:
+def _steps(group: PruningGroup, found: Sequence[Dead]) -> int:
     """How many steps the subgroups can take together; one always stays."""
     shares = (
-        int((s == 0).sum()) * group.steps // subgroup.size
-        for subgroup, s in zip(group.subgroups, scores, strict=True)
+        int(dead.goes.sum()) * group.steps // subgroup.size
+        for subgroup, dead in zip(group.subgroups, found, strict=True)
     )
     return min(group.steps - 1, *shares) if group.steps > 1 else 0
 

@@ -134,7 +134,7 @@ def strength_penalty(
 
     Examples:
         >>> import torch
-        >>> from ss_pruning import trace
+        >>> from ss_pruning.graph import trace
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
         >>> _ = net[1].weight.data.copy_(torch.tensor([[3.0, -4.0]]))
         >>> strength_penalty(net, trace(net, torch.zeros(2, 2))).item()

@@ -86,18 +86,25 @@ class Verified:
 class Verifier:
     """Where plans for one model are tried: a stirred copy, one without data, and the shapes at every module."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        connectivity: Connectivity,
+        watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         """Copy `model`.
 
         Args:
             model: The dense model; not changed.
             example_inputs: What `forward` takes.
             connectivity: The connectivity of `model`.
+            watch: Entered for each verification: to time it.
 
         Raises:
             ModelError: The model cannot be copied.
         """
-        self.connectivity = connectivity
+        self.connectivity, self.watch = connectivity, watch
         self.examples = example_inputs
         self.dense = _stirred(model)  # in the precision of the model, and never run as it is
         self.precisions = iter(_PRECISIONS)
@@ -109,8 +116,6 @@ class Verifier:
         # Stored numbers of alike blocks that are known to follow a cut, and ones that need not.
         self.needed: set[Number] = set()
         self.idle = never_named(model)
-        #: Entered for each verification: to time it.
-        self.watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @cached_property
     def ghost(self) -> nn.Module | None:

@@ -68,7 +68,7 @@ IMAGES = torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"compensation": "mean"},
-    {"compensation": "mean", "scope": "global", "recalibrate": True, "calibration": IMAGES},
+    {"compensation": "mean", "allocation": "global", "calibration": IMAGES},
     {"compensation": "linear", "calibration": IMAGES},
     {"compensation": "reconstruct", "calibration": IMAGES},
     {"compensation": "mean", "calibration": "synthetic"},
@@ -106,7 +106,7 @@ def test_layers_called_by_keyword_are_timed(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path))
     net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})
     net.forward = lambda x: net["conv"](input=x)  # type: ignore[method-assign]
-    times = layer_times(net, IMAGES[:1], ss_pruning.trace(net, IMAGES[:1]))
+    times = layer_times(net, IMAGES[:1], ss_pruning.graph.trace(net, IMAGES[:1]))
     assert list(times.layers) == ["conv"]
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import prune_, synaptic_strength, trace
+from ss_pruning import prune_, synaptic_strength
 from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.residual_sums import Others, Sum, find_sums
+from ss_pruning.graph import trace
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.surgery.plan import Plan
@@ -64,7 +65,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "others": sums,
     "prune": lambda model, x: prune_(model, x[:1], macs=0.7, calibration=x),
     "reconstruct": lambda model, x: prune_(
-        model, x[:1], macs=0.7, scope="global", compensation="reconstruct", calibration=x
+        model, x[:1], macs=0.7, allocation="global", compensation="reconstruct", calibration=x
     ),
 }
 

@@ -43,7 +43,7 @@ def exported(model: nn.Module, x: Tensor) -> None:
 
 #: Calls that change nothing.
 LOOKS: dict[str, Call] = {
-    "trace": ss_pruning.trace,
+    "trace": ss_pruning.graph.trace,
     "strength": ss_pruning.synaptic_strength,
     "strength on noise": lambda model, x: ss_pruning.synaptic_strength(model, x, "gaussian"),
     "macs": count_macs,
@@ -58,7 +58,7 @@ CUTS: dict[str, Call] = {
     "prune": lambda model, x: ss_pruning.prune_(model, x, ratio=0.4),
     "mean": lambda model, x: ss_pruning.prune_(model, x, ratio=0.4, compensation="mean"),
     "linear": lambda model, x: ss_pruning.prune_(
-        model, x, ratio=0.3, compensation="linear", calibration=images(x), scope="global"
+        model, x, ratio=0.3, compensation="linear", calibration=images(x), allocation="global"
     ),
     "reconstruct": lambda model, x: ss_pruning.prune_(
         model, x, ratio=0.3, compensation="reconstruct", calibration=images(x)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import prune_, trace
+from ss_pruning import prune_
 from ss_pruning._utils.outputs import tensors_in, values_in
 from ss_pruning.errors import ModelError, VerificationError
+from ss_pruning.graph import trace
 from ss_pruning.surgery.agreement import compare, difference
 from ss_pruning.surgery.decisions import Holding, Recording
 
@@ -163,7 +164,7 @@ def test_a_model_that_returns_nothing_to_compare_is_refused(result: Callable[[Te
     with pytest.raises(
         ModelError, match="nothing that the model returns on the example inputs can be compared"
     ):
-        prune_(model, X, ratio=0.4, scope="local")
+        prune_(model, X, ratio=0.4, allocation="local")
     assert model.a.out_channels == 8
 
 
@@ -183,7 +184,7 @@ def test_where_nothing_is_returned_the_numbers_that_it_decides_by_are_compared(
     """The scores depend on the width of `b`: a cut of it gives other ones, and none of them is returned."""
     torch.manual_seed(0)
     model = Returns(result).eval()
-    report = prune_(model, X, ratio=0.4, scope="local")
+    report = prune_(model, X, ratio=0.4, allocation="local")
     assert model.b.out_channels == 12
     assert model.a.out_channels < 8
     assert report.by_decisions
@@ -205,7 +206,7 @@ class Detects(Net):
 def test_what_is_returned_beside_an_empty_output_does_not_speak_for_it() -> None:
     torch.manual_seed(0)
     model = Detects(lambda logits, features: None).eval()
-    report = prune_(model, X, ratio=0.4, scope="local")
+    report = prune_(model, X, ratio=0.4, allocation="local")
     assert model.b.out_channels == 12
     assert model.a.out_channels < 8
     assert not report.by_decisions
@@ -232,7 +233,7 @@ def test_order_that_turns_by_rounding_is_not_a_widths_fault() -> None:
         model.b.weight[4:] = model.b.weight[:4].flip(0)
         model.c.weight[3:] = model.c.weight[:3]
         model.c.bias[3:] = model.c.bias[:3]
-    report = prune_(model, X, ratio=0.4, scope="local")
+    report = prune_(model, X, ratio=0.4, allocation="local")
     assert model.a.out_channels < 8
     assert not [left for left in report.excluded if "relies on" in left.reason]
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import latency
 from benchmarks.latency_page import write_page
 from ss_pruning.cli.bench import Setting, Speed
-from ss_pruning.planning.allocation import Costs
+from ss_pruning.planning.costs import Costs
 
 CPU = {"device": "cpu", "name": "Abacus", "threads": "2", "torch": "2"}
 GPU = {"device": "cuda", "name": "Loom", "threads": "-", "torch": "2"}

@@ -28,7 +28,7 @@ from ss_pruning.cli import console as _console
 from ss_pruning.cli import jobs as _job
 from ss_pruning.cli.app import app
 from ss_pruning.compensation import apply as cutting
-from ss_pruning.planning.defaults import default_conditional
+from ss_pruning.config import Reconstruct, Synaptic
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
 
@@ -232,7 +232,7 @@ def test_compensation_calibrates_on_what_was_asked_for(
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)["settings"]
     assert (settings["compensation"], settings["calibration"]) == ("reconstruct", source)
-    assert settings["conditional"] == default_conditional("reconstruct", settings["scope"]) > 0
+    assert settings["conditional"] == Synaptic().resolve(settings["scope"], Reconstruct(), 8).conditional > 0
     kept = list((tmp_path / "cache").glob("*"))
     assert len(kept) == (source == "synthetic")
 

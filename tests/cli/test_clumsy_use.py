@@ -70,7 +70,7 @@ NO_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "meta": (lambda: net().to("meta"), "load weights first"),
 }
 CALLS: dict[str, Callable[[Any, Path], object]] = {
-    "trace": lambda model, _: ss_pruning.trace(model, X),
+    "trace": lambda model, _: ss_pruning.graph.trace(model, X),
     "strength": lambda model, _: ss_pruning.synaptic_strength(model, X),
     "prune_": lambda model, _: ss_pruning.prune_(model, X, macs=0.6),
     "compact_": lambda model, _: ss_pruning.compact_(model, X),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ss_pruning import prune_
 from ss_pruning.compensation.batchnorm import noise_like, on_noise, recalibrate_
+from ss_pruning.config import COMPENSATIONS, FoldMean, NoCompensation
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.plan import Cut, Plan
@@ -231,7 +232,7 @@ def test_prune_moves_norms_by_default_with_means_and_regressions(
     options: dict[str, Any] = {"compensation": compensation, "calibration": calibration}
     options |= {"ratio": 0.2, "ignore": ["conv1", "conv3"]}
     report, _ = (
-        prune_(model, x[:1], recalibrate=flag, **options)
+        prune_(model, x[:1], compensation=NoCompensation(recalibrate=flag), **options)
         for model, flag in zip(models, (asked, False), strict=True)
     )
     assert [model.conv2.out_channels for model in models] == [5, 5]
@@ -244,7 +245,7 @@ def test_means_that_were_folded_stay_without_images() -> None:
     models, x = [net().eval() for _ in range(2)], images()
     for model, flag in zip(models, (True, False), strict=True):
         ignore = ["conv1", "conv3"]  # as above
-        prune_(model, x[:1], ratio=0.2, ignore=ignore, compensation="mean", recalibrate=flag)
+        prune_(model, x[:1], ratio=0.2, ignore=ignore, compensation=FoldMean(recalibrate=flag))
     for name in ("bn1", "bn2", "bn3"):
         moved, left = (model.get_submodule(name) for model in models)
         assert torch.equal(moved.running_mean, left.running_mean)
@@ -282,7 +283,9 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
     model, x = net(), images()
     before = snapshot(model)
     with pytest.raises(ModelError, match=r"recalibrate=True failed, the model is as it was .*out of memory"):
-        prune_(model, x[:1], ratio=0.3, compensation=compensation, calibration=x, recalibrate=True)
+        prune_(
+            model, x[:1], ratio=0.3, compensation=COMPENSATIONS[compensation](recalibrate=True), calibration=x
+        )
     assert snapshot(model) == before
 
 

@@ -163,7 +163,7 @@ def test_whatever_stops_it_leaves_the_model_as_it_was_and_no_thread(
     model, x = net(Watched()), images(24)
     before, threads = snapshot(model), threading.active_count()
     with pytest.raises(ModelError if error is RuntimeError else error, match="stop"):
-        prune_(model, x[:1], macs=0.6, scope="global", compensation="reconstruct", calibration=x)
+        prune_(model, x[:1], macs=0.6, allocation="global", compensation="reconstruct", calibration=x)
     assert snapshot(model) == before
     assert threading.active_count() == threads
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -173,5 +173,7 @@ def test_autocast_does_not_reach_the_sums() -> None:
     """In half precision the normal equations of this net were indefinite."""
     x = images(64, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = prune_(net(), x[:1], macs=0.6, scope="global", compensation="reconstruct", calibration=x)
+        report = prune_(
+            net(), x[:1], macs=0.6, allocation="global", compensation="reconstruct", calibration=x
+        )
     assert report.macs_after <= 0.6 * report.macs_before

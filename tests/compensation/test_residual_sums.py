@@ -10,10 +10,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ss_pruning import prune_, trace
+from ss_pruning import prune_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.compensation.residual_sums import Others, Sum, find_sums, slope
+from ss_pruning.graph import trace
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 

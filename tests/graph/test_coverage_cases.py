@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import prune_, synaptic_strength, trace
+from ss_pruning import prune_, synaptic_strength
+from ss_pruning.graph import trace
 from ss_pruning.graph.layers import channel_axis, is_norm, kind_of, mixes_channels
 from ss_pruning.surgery.verification import Verifier
 
@@ -98,7 +99,7 @@ NORMS: list[Callable[[], nn.Module]] = [
 def test_foreign_norms_are_cut(make: Callable[[], nn.Module], pixels: int) -> None:
     model = between(make())
     x = torch.randn(2, 3, pixels, pixels)
-    report = prune_(model, x, ratio=0.5, scope="local")
+    report = prune_(model, x, ratio=0.5, allocation="local")
     assert (model[0].out_channels, model[1].weight.numel(), model[2].in_channels) == (8, 8, 8)
     assert report.max_error < 1e-10
     assert model(x).shape == (2, 4)
@@ -109,7 +110,7 @@ def test_groups_of_a_foreign_norm_lose_as_many_each() -> None:
     with torch.no_grad():
         model[0].weight[:8] *= 100  # by strength alone, the last two groups would go
         model[2].weight[:, :8] *= 100
-    prune_(model, torch.randn(2, 3, 8, 8), ratio=0.5, scope="local")
+    prune_(model, torch.randn(2, 3, 8, 8), ratio=0.5, allocation="local")
     (kept,) = [cut.kept for cut in model.ss_pruning_plan.cuts if cut.path == "1"]
     assert [sum(k // 4 == group for k in kept) for group in range(4)] == [2, 2, 2, 2]
 
@@ -166,7 +167,7 @@ class Hybrid(nn.Module):
 def test_what_surrounds_attention_is_cut() -> None:
     torch.manual_seed(0)
     model = Hybrid(2).eval()
-    report = prune_(model, torch.randn(1, 3, 12, 12), ratio=0.5, scope="local")
+    report = prune_(model, torch.randn(1, 3, 12, 12), ratio=0.5, allocation="local")
     assert (model.stem[0].out_channels, model.head[0].out_features) == (8, 10)
     assert [block.qkv.out_features for block in model.blocks] == [36, 36]
     assert report.max_error < 1e-10
@@ -187,7 +188,7 @@ def test_a_plan_that_does_not_run_costs_no_pass_with_data(monkeypatch: pytest.Mo
     verifier = Verifier(model, x, trace(model, x))
     assert verifier.ghost is not None
     passes.clear()
-    prune_(model, x, ratio=0.5, scope="local")
+    prune_(model, x, ratio=0.5, allocation="local")
     assert passes.count("meta") >= 4
     assert passes.count("cpu") < 10
 
@@ -203,7 +204,7 @@ def test_a_model_that_looks_at_values_is_tried_with_data() -> None:
     torch.manual_seed(0)
     model, x = Peeking(1).eval(), torch.randn(1, 3, 12, 12)
     assert Verifier(model, x, trace(model, x)).ghost is None
-    prune_(model, x, ratio=0.5, scope="local")
+    prune_(model, x, ratio=0.5, allocation="local")
     assert model.stem[0].out_channels == 8
 
 
@@ -226,7 +227,7 @@ def test_groups_of_which_some_must_stay_are_left_whole() -> None:
     torch.manual_seed(0)
     stem, tail = [nn.Conv2d(3, 16, 3), nn.ReLU()], [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
     model = nn.Sequential(*stem, GroupedAttention(16), *tail).eval()
-    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, scope="local")
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, allocation="local")
     assert model[0].out_channels == 8
     assert (model[2].mix.in_channels, model[2].mix.out_channels) == (24, 48)
     assert any("groups could not stay equal" in left.reason for left in report.excluded)
@@ -255,7 +256,7 @@ def test_a_response_is_cut_through() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), GlobalResponse(8), nn.Conv2d(8, 4, 3)).eval()
     x = torch.randn(1, 3, 8, 8)
     assert synaptic_strength(model, x).unscaled["3"].all()
-    report = prune_(model, x, ratio=0.5, scope="local")
+    report = prune_(model, x, ratio=0.5, allocation="local")
     assert (model[0].out_channels, model[2].weight.shape, model[2].bias.shape) == (4, (4,), (4,))
     assert report.max_error < 1e-10
 
@@ -278,7 +279,7 @@ class Split(nn.Module):
 def test_where_widths_compete_the_output_that_splits_decides() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), Split(12), Split(12), nn.Conv2d(6, 5, 1)).eval()
-    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.4, scope="global")
+    report = prune_(model, torch.randn(1, 3, 8, 8), ratio=0.4, allocation="global")
     assert [left.reason for left in report.excluded] == ["reaches the model's output"]
     for block in (model[1], model[2]):
         assert block.wide.out_channels == 2 * block.width

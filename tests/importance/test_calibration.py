@@ -11,8 +11,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ss_pruning import SynapticImportance, prune_, trace
+from ss_pruning import SynapticImportance, prune_
+from ss_pruning.config import NoCompensation
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph import trace
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from tests.support.snapshot import snapshot
@@ -92,7 +94,7 @@ def made(kind: type[nn.Module] = Net) -> nn.Module:
 def pruned(kind: type[nn.Module], example: Any, **options: Any) -> dict[str, Tensor]:
     """By the global scope, which is quick, where images would have output error measured."""
     model, scope = made(kind), "global" if "calibration" in options else None
-    prune_(model, example, ratio=0.4, **{"scope": scope, **options})
+    prune_(model, example, ratio=0.4, **{"allocation": scope, **options})
     return model.state_dict()
 
 
@@ -102,7 +104,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"compensation": "mean"}, {"recalibrate": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"compensation": "mean"}, {"compensation": NoCompensation(recalibrate=True)}], ids=str
+)
 def test_forms_and_batch_sizes_of_the_example_give_one_plan(options: dict[str, Any]) -> None:
     x = IMAGES[:1]
     expected = pruned(Net, x, **options)
@@ -160,11 +164,11 @@ def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) 
         IMAGES[:4].unflatten(0, (1, 4)),
         compensation=method,
         calibration=IMAGES.unflatten(0, (-1, 4)),
-        scope=scope,
+        allocation=scope,
     )
     more = torch.cat([IMAGES, IMAGES[:3]])  # the last three are no clip
     for calibration in (IMAGES, list(more.split(10))):
-        found = pruned(Frames, IMAGES[:4], compensation=method, calibration=calibration, scope=scope)
+        found = pruned(Frames, IMAGES[:4], compensation=method, calibration=calibration, allocation=scope)
         same(found, expected)
 
 
@@ -174,9 +178,9 @@ def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) 
         {},
         {"importance": tp.importance.GroupMagnitudeImportance()},
         {"compensation": "mean"},
-        {"compensation": "mean", "calibration": IMAGES, "scope": "global"},
-        {"compensation": "linear", "calibration": IMAGES, "scope": "global"},
-        {"recalibrate": True},
+        {"compensation": "mean", "calibration": IMAGES, "allocation": "global"},
+        {"compensation": "linear", "calibration": IMAGES, "allocation": "global"},
+        {"compensation": NoCompensation(recalibrate=True)},
     ],
     ids=str,
 )
@@ -192,7 +196,9 @@ def test_a_model_for_one_image_needs_all_at_once_to_be_reconstructed() -> None:
     model = made(OneImage)
     before = snapshot(model)
     with pytest.raises(ModelError, match="no more than 1 inputs at once"):
-        prune_(model, IMAGES[:1], ratio=0.4, compensation="reconstruct", calibration=IMAGES, scope="global")
+        prune_(
+            model, IMAGES[:1], ratio=0.4, compensation="reconstruct", calibration=IMAGES, allocation="global"
+        )
     assert snapshot(model) == before
 
 

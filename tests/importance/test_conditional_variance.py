@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
+from ss_pruning.config import NoCompensation
 from ss_pruning.errors import InputError
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.tracing import trace
@@ -136,7 +137,7 @@ def test_compensated_pruning_takes_what_comes_twice_and_changes_next_to_nothing(
 
 def test_without_compensation_the_weak_go() -> None:
     model, images = twins()
-    prune_(model, images[:1], ratio=4 / 12, calibration=images, recalibrate=True)
+    prune_(model, images[:1], ratio=4 / 12, calibration=images, compensation=NoCompensation(recalibrate=True))
     kept = next(cut.kept for cut in model.ss_pruning_plan.cuts if (cut.path, cut.side) == ("0", "out"))
     assert len({4, 5, 6, 7} & set(kept)) <= 1
 

@@ -135,9 +135,9 @@ def test_it_is_what_layers_compete_by_where_nothing_is_solved() -> None:
     for name, options in {
         "plain": {},
         "mean": {"compensation": "mean"},
-        "mean, global": {"compensation": "mean", "scope": "global"},
+        "mean, global": {"compensation": "mean", "allocation": "global"},
         "solved": {"compensation": "reconstruct", "calibration": images},
-        "solved, global": {"compensation": "reconstruct", "calibration": images, "scope": "global"},
+        "solved, global": {"compensation": "reconstruct", "calibration": images, "allocation": "global"},
         "magnitude": {"importance": tp.importance.GroupMagnitudeImportance(p=2)},
         "magnitude, mean": {
             "importance": tp.importance.GroupMagnitudeImportance(p=2),

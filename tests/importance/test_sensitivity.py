@@ -17,16 +17,25 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.batchnorm import noise_like
-from ss_pruning.config import SOLVED, Method
+from ss_pruning.config import (
+    COMPENSATIONS,
+    LEAST_IMAGES,
+    SOLVED,
+    Allocation,
+    Budget,
+    Config,
+    FoldMean,
+    Method,
+)
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, couple, ranks_of
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import BatchedAblation
 from ss_pruning.importance.regression import precision
 from ss_pruning.importance.sensitivity import (
-    LEAST_IMAGES,
     _context,
     _held_out,
     _hull,
@@ -37,7 +46,8 @@ from ss_pruning.importance.sensitivity import (
     by_sensitivity,
 )
 from ss_pruning.importance.shared_prefix import Prefix
-from ss_pruning.planning.allocation import Budget, Costs, allot, schedule, select, to_plan
+from ss_pruning.planning.allocation import allot, schedule, select, to_plan
+from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import Ranker
 from ss_pruning.report.notes import certainty
 from ss_pruning.surgery.plan import Cut, Plan
@@ -192,10 +202,10 @@ def test_a_norm_that_sees_rows_follows_copy_by_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "recalibrate"), [("none", None), ("mean", None), ("mean", False), ("none", True)]
+    ("method", "recalibrate"), [("none", False), ("mean", True), ("mean", False), ("none", True)]
 )
 def test_norms_follow_where_they_will(
-    method: Any, recalibrate: bool | None, monkeypatch: pytest.MonkeyPatch
+    method: Any, recalibrate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
 
@@ -206,9 +216,10 @@ def test_norms_follow_where_they_will(
 
     monkeypatch.setattr("ss_pruning.importance.sensitivity.BatchedAblation", Seen)
     x = images()
-    report = prune_(chain(), x[:1], macs=0.6, compensation=method, calibration=x, recalibrate=recalibrate)
-    wanted = method == "mean" if recalibrate is None else recalibrate
-    assert seen == [wanted] == [report.settings.get("recalibrate", False)]
+    report = prune_(
+        chain(), x[:1], macs=0.6, compensation=COMPENSATIONS[method](recalibrate=recalibrate), calibration=x
+    )
+    assert seen == [recalibrate] == [report.settings["recalibrate"]]
 
 
 Wired = tuple[Connectivity, Coupling, list[list[Floats]]]
@@ -260,10 +271,11 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     connectivity, coupling, scores = wired(model, x)
     steps: list[tuple[int, int]] = []
 
-    costs = Costs(model, x[:1], connectivity, coupling)
+    costs = Costs(TracedModel(model, x[:1], connectivity, coupling))
+    config = Config(Budget("macs", 0.6), Allocation("global", cost_exponent=1.0))
 
     def taken(scores: list[list[Floats]]) -> Ints:
-        return allot(coupling.groups, scores, costs, Budget("macs", 0.6), 1.0)[1]
+        return allot(coupling.groups, scores, costs, config)[1]
 
     def note(*step: int) -> None:
         steps.append((step[0], step[1]))
@@ -418,13 +430,9 @@ class Blended(nn.Module):
         return self.head(y).mean((2, 3))
 
 
-def test_images_that_depend_on_their_batch_are_refused_and_the_model_is_whole() -> None:
-    model = Blended()
+def test_images_that_depend_on_their_batch_are_refused() -> None:
     with pytest.raises(ModelError, match="others in its batch"):
-        prune_(
-            model, images(1), macs=0.7, compensation="reconstruct", calibration=images(), scope="sensitivity"
-        )
-    assert model.body.out_channels == 8
+        lab_of(Blended(), images(), "reconstruct")
 
 
 @pytest.mark.parametrize(
@@ -494,11 +502,9 @@ def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
 @pytest.mark.parametrize("importance", [None, SynapticImportance()], ids=["default", "share"])
 def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = chain(), images(1)
-    connectivity, coupling, _ = wired(model, x)
-    ranker = Ranker(
-        model, x, connectivity, coupling, Costs(model, x, connectivity, coupling), Budget("macs", 0.7),
-        {"max_ratio": 0.9, "round_to": None}, importance, None, "mean", True, None,
-    )  # fmt: skip
+    traced = TracedModel.of(model, x)
+    config = Config(Budget("macs", 0.7), Allocation("sensitivity"), FoldMean(), importance)
+    ranker = Ranker(traced, config, Costs(traced), None, Clock(lambda *_: None))
     seen: list[Tensor] = []
 
     def sensitivity(net: nn.Module, *args: Any) -> list[list[Floats]]:
@@ -507,8 +513,8 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
         return [[np.arange(1.0, 1 + len(subgroup)) for subgroup in group] for group in args[2]]
 
     monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", sensitivity)
-    found = ranker.ranked("sensitivity", Clock(lambda *_: None)).scores
-    relevance = ranker._scores(importance or SynapticImportance(score="relevance"))
+    found = ranker.ranked(traced.coupling).scores
+    relevance = ranker._scores(traced, importance or SynapticImportance(score="relevance"))
     for group, scores in zip(found, relevance, strict=True):
         for subgroup, score in zip(group, scores, strict=True):
             lost = np.arange(1.0, 1 + len(subgroup))
@@ -531,19 +537,27 @@ def test_a_budget_out_of_reach_is_said_before_the_cut() -> None:
 
 def test_what_is_asked_for_is_what_is_done() -> None:
     settings = prune_(
-        chain(), images(1), macs=0.7, scope="sensitivity", cost_exponent=0.3, calibration=images()
+        chain(),
+        images(1),
+        macs=0.7,
+        allocation=Allocation(scope="sensitivity", cost_exponent=0.3),
+        calibration=images(),
     ).settings
     assert (settings["scope"], settings["cost_exponent"]) == ("sensitivity", 0.3)
-    few = {"compensation": "reconstruct", "calibration": images(LEAST_IMAGES - 1), "scope": "sensitivity"}
+    few = {
+        "compensation": "reconstruct",
+        "calibration": images(LEAST_IMAGES - 1),
+        "allocation": "sensitivity",
+    }
     with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
         prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
-    settings = prune_(chain(), images(1), macs=0.7, scope="sensitivity").settings
+    settings = prune_(chain(), images(1), macs=0.7, allocation="sensitivity").settings
     assert (settings["scope"], settings["compensation"]) == ("sensitivity", "none")
     for make, x in ((without_norms, images(1)), (Pair, (images(1), images(1)))):
         with pytest.raises(InputError, match="needs calibration="):
-            prune_(make(), x, macs=0.7, scope="sensitivity")
+            prune_(make(), x, macs=0.7, allocation="sensitivity")
     with pytest.raises(ModelError, match="depends on the others in its batch"):
-        prune_(Crowd(), images(1), macs=0.7, scope="sensitivity")
+        prune_(Crowd(), images(1), macs=0.7, allocation="sensitivity")
 
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +570,7 @@ def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(SynapticImportance, "__init__", watch)
     for scope in ("sensitivity", "global"):
-        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images()}
+        given: dict[str, Any] = {"allocation": scope, "compensation": "reconstruct", "calibration": images()}
         prune_(chain(), images(1), macs=0.7, **given)
     prune_(chain(), images(1), macs=0.7, compensation="mean", calibration=images())
     assert seen == [(1.0, "share"), (0.5, "share"), (0, "relevance")]
@@ -585,7 +599,11 @@ def test_a_layer_that_hardly_matters_goes_before_one_that_does() -> None:
         torch.manual_seed(2)
         twin = Net()
         twin.load_state_dict(model.state_dict())
-        given: dict[str, Any] = {"scope": scope, "compensation": "reconstruct", "calibration": images(32)}
+        given: dict[str, Any] = {
+            "allocation": scope,
+            "compensation": "reconstruct",
+            "calibration": images(32),
+        }
         prune_(twin, images(1), ratio=0.3, ignore=["loud.2", "quiet.2"], **given)
         kept[scope] = twin.loud[0].out_channels - twin.quiet[0].out_channels
     assert abs(kept["global"]) <= 1
@@ -661,8 +679,17 @@ def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
             return out
 
     model = Small(*chain())
-    with pytest.raises(ModelError, match=r"copies of 32 calibration inputs.*out of memory.*scope='global'"):
-        prune_(model, images(1), macs=0.7, compensation="linear", calibration=images(80), scope="sensitivity")
+    with pytest.raises(
+        ModelError, match=r"copies of 32 calibration inputs.*out of memory.*allocation='global'"
+    ):
+        prune_(
+            model,
+            images(1),
+            macs=0.7,
+            compensation="linear",
+            calibration=images(80),
+            allocation="sensitivity",
+        )
     assert model[0].out_channels == 8
 
 
@@ -746,7 +773,8 @@ def test_predicted_damage_is_true_damage(consumer: str, method: Any) -> None:
     chosen = schedule([group], [scores], max_ratio=1.0)
     plan = to_plan(select(chosen, [group], np.array([steps]), coupling), coupling, connectivity)
     small = copy.deepcopy(model)
-    cut_(small, plan, connectivity, method, x, x[:1])
+    traced = TracedModel(small, x[:1], connectivity, coupling)
+    cut_(traced, plan, COMPENSATIONS[method](recalibrate=False), x)
     assert small[0].out_channels == 8
     dense = model(x)
     true = (small(x) - dense).square().mean() / (dense - dense.mean(0)).square().mean()
@@ -767,7 +795,7 @@ def test_in_groups_a_regression_takes_back_what_the_mean_leaves() -> None:
     plan = Plan((Cut("0", "out", 16, tuple(range(0, 16, 2))), Cut("2", "in", 16, tuple(range(0, 16, 2)))))
     for method in ("mean", "linear"):
         small = copy.deepcopy(model)
-        outcome = cut_(small, plan, trace(model, x), method, x, x)[1]  # type: ignore[arg-type]
+        outcome = cut_(TracedModel.of(small, x), plan, COMPENSATIONS[method](recalibrate=False), x)[1]
         assert outcome.layers == ["2"]
         found[method] = float((small(x) - model(x)).square().mean() / model(x).var(0).mean())
     assert found["linear"] < 1e-4 < 1e-2 < found["mean"]
@@ -794,7 +822,7 @@ def test_infinity_keeps_a_channel_and_changes_nothing_elsewhere(scope: Any, scal
     widths = []
     for mark in (None, torch.inf):
         model, x = chain(), images()
-        prune_(model, x[:1], ratio=0.5, importance=Marked(scale, mark), calibration=x, scope=scope)
+        prune_(model, x[:1], ratio=0.5, importance=Marked(scale, mark), calibration=x, allocation=scope)
         widths.append([m.out_channels for m in model if isinstance(m, nn.Conv2d)])
         stays = {cut.path: cut.kept for cut in model.ss_pruning_plan.cuts if cut.side == "out"}
         assert (0 in stays.get("3", range(6))) is (mark is not None)
@@ -809,7 +837,7 @@ def test_a_layer_that_is_kept_whole_loses_nothing() -> None:
 
     for scope in ("sensitivity", "global", "local"):
         model, x = chain(), images()
-        prune_(model, x[:1], ratio=0.3, importance=All(1.0, None), calibration=x, scope=scope)  # type: ignore[arg-type]
+        prune_(model, x[:1], ratio=0.3, importance=All(1.0, None), calibration=x, allocation=scope)  # type: ignore[arg-type]
         assert model[3].out_channels == 6
         assert model[0].out_channels + model[6].out_channels < 13
 
@@ -837,14 +865,14 @@ class Fixed(nn.Module):
 
 def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
     x = images()
-    with pytest.raises(ModelError, match=r"40 images.*scope='global'"):
-        prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="sensitivity")
+    with pytest.raises(ModelError, match=r"40 images.*allocation='global'"):
+        prune_(Fixed(), x[:1], macs=0.7, calibration=x, allocation="sensitivity")
     report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
     assert report.settings["scope"] == "global"
     assert report.settings["cost_exponent"] == 0.75
     assert report.sensitivity_not_measured is not None
     assert "40 images" in report.sensitivity_not_measured
-    other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, scope="global")
+    other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, allocation="global")
     assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
     assert other.sensitivity_not_measured is None
 

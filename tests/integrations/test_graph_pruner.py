@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning import SynapticImportance
+from ss_pruning.config import NoCompensation
 from ss_pruning.errors import InputError, PlanError, VerificationError
 from tests.integrations.test_torch_pruning import SCOPES, widths
 from tests.support.snapshot import snapshot
@@ -387,7 +388,14 @@ def test_a_compensated_step_is_nearer_to_the_dense_model(method: str, steps: int
     [
         ({"compensation": "magic"}, "unknown"),
         ({"compensation": "linear"}, "needs calibration"),
-        ({"recalibrate": True, "calibration": torch.zeros(1), "interactive": True}, "one by one"),
+        (
+            {
+                "compensation": NoCompensation(recalibrate=True),
+                "calibration": torch.zeros(1),
+                "interactive": True,
+            },
+            "one by one",
+        ),
         ({"compensation": "mean", "interactive": True}, "one by one"),
     ],
 )

@@ -576,7 +576,7 @@ def test_a_wrapped_model_is_refused_with_the_remedy() -> None:
     fresh = {"pruning_ratio_dict": {}, "in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
     tasks = [
         lambda: ss_pruning.prune_(model, IMAGES, ratio=0.5),
-        lambda: ss_pruning.trace(model, IMAGES),
+        lambda: ss_pruning.graph.trace(model, IMAGES),
         lambda: ss_pruning.compact_(model, IMAGES),
         lambda: SynapticStrengthPruner(model, CONV, IMAGES),
         lambda: tp.pruner.BasePruner(

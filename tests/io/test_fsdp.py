@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from ss_pruning import prune_, synaptic_strength
-from ss_pruning.pruning import planned
+from ss_pruning import plan
 from ss_pruning.sparsity.masks import mask_, merge_masks_, synapse_masks, zero_masks
 from ss_pruning.sparsity.penalty import StrengthPenalty
 
@@ -88,7 +88,7 @@ for nested in (False, True):
     attempt(f"penalty {nested}", lambda: penalised(nested))
 attempt("zeros", zeros)
 attempt("prune_", lambda: prune_(shard(net(), False), x, macs=0.7))
-attempt("apply_", lambda: planned(net(), x, macs=0.7)[0].apply_(shard(net(), False)))
+attempt("apply_", lambda: plan(net(), x, macs=0.7)[0].apply_(shard(net(), False)))
 dist.destroy_process_group()
 """
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ss_pruning import couple, prune_, trace
+from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats
+from ss_pruning.config import Allocation, Budget
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
+from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.graph.groups import Coupling, Member, PruningGroup, Subgroup
-from ss_pruning.planning.allocation import Budget, Costs, Schedule, choose, schedule, select
+from ss_pruning.planning.allocation import Schedule, choose, schedule, select
+from ss_pruning.planning.costs import Costs
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME, randomise
 
@@ -53,7 +56,7 @@ def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None
     model = net.make().eval()
     connectivity = trace(model, net.example)
     coupling = couple(connectivity, model)
-    costs = Costs(model, net.example, connectivity, coupling)
+    costs = Costs(TracedModel(model, net.example, connectivity, coupling))
     step = costs.removed_per_step(coupling.groups)
     each = costs.per_channel_set(coupling.groups, kind)  # type: ignore[arg-type]
     tiny = 1e-6
@@ -67,7 +70,7 @@ def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None
 def test_one_channel_costs_what_cutting_it_saves() -> None:
     model = randomise(TwoWidths(), 0)
     connectivity = trace(model, X)
-    costs = Costs(model, X, connectivity, couple(connectivity, model))
+    costs = Costs(TracedModel.of(model, X))
     groups = couple(connectivity, model).groups
     each = dict(zip((group.name for group in groups), costs.per_channel_set(groups, "macs"), strict=True))
     dear, cheap = 64 * (4 + 4), 16 * (4 + 4)
@@ -82,7 +85,7 @@ def test_the_exponent_decides_between_importance_and_importance_per_cost(
     """The dear layer is twice as important, and four times as expensive."""
     model = randomise(TwoWidths(), 0)
     importance = Given(cheap_in=1.0, dear_in=2.0)
-    prune_(model, X, macs=0.8, importance=importance, cost_exponent=exponent)
+    prune_(model, X, macs=0.8, importance=importance, allocation=Allocation(cost_exponent=exponent))
     kept = {name: model.get_submodule(name).out_channels for name in ("cheap_in", "dear_in")}
     other = ({"cheap_in", "dear_in"} - {spared}).pop()
     assert kept[spared] > kept[other]
@@ -92,7 +95,7 @@ def test_a_ratio_has_no_cost() -> None:
     models = [randomise(TwoWidths(), 0)]
     models.append(copy.deepcopy(models[0]))
     for model, exponent in zip(models, (0.0, 3.0), strict=True):
-        prune_(model, X, ratio=0.5, cost_exponent=exponent)
+        prune_(model, X, ratio=0.5, allocation=Allocation(cost_exponent=exponent))
     assert models[0].ss_pruning_plan == models[1].ss_pruning_plan
 
 
@@ -101,7 +104,7 @@ def test_a_silly_exponent_is_refused(exponent: float) -> None:
     model = randomise(TwoWidths(), 0)
     before = snapshot(model)
     with pytest.raises(InputError, match="cost_exponent"):
-        prune_(model, X, macs=0.5, cost_exponent=exponent)
+        prune_(model, X, macs=0.5, allocation=Allocation(cost_exponent=exponent))
     assert snapshot(model) == before
 
 
@@ -189,7 +192,7 @@ def two_widths() -> tuple[Costs, tuple[PruningGroup, ...], Schedule]:
     coupling = couple(connectivity, model)
     given = [scores(*range(group.subgroups[0].size)) for group in coupling.groups]
     plan = schedule(coupling.groups, given, max_ratio=0.75)
-    return Costs(model, X, connectivity, coupling), coupling.groups, plan
+    return Costs(TracedModel(model, X, connectivity, coupling)), coupling.groups, plan
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])

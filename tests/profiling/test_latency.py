@@ -15,11 +15,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning import couple, prune_, trace
+from ss_pruning import prune_
 from ss_pruning.cli import bench as benching
+from ss_pruning.config import Allocation
 from ss_pruning.errors import BudgetError, InputError, ModelError
+from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.planning import latency_target as hastening
-from ss_pruning.planning.allocation import Costs
+from ss_pruning.planning.costs import Costs
 from ss_pruning.profiling import latency
 from ss_pruning.profiling import layer_latency as layer_times
 from ss_pruning.profiling.latency import Timing, as_reported, measure_latency, peak_memory, race
@@ -275,7 +277,7 @@ def test_seconds_cost_like_macs_where_they_are_proportional() -> None:
     model = Net()
     connectivity = trace(model, X)
     coupling = couple(connectivity, model)
-    costs = Costs(model, X, connectivity, coupling)
+    costs = Costs(TracedModel(model, X, connectivity, coupling))
     amounts = {"slow": 1.0, "back": 1.0, "quick": 1.0, "out": 1.0}
     costs.times = table(model, **amounts)
     groups = [group for group in coupling.groups if group.name in ("slow", "quick")]
@@ -325,7 +327,7 @@ def test_seconds_decide_what_goes_where_importance_does_not(monkeypatch: pytest.
     truth = table(model, slow=10, back=10, quick=1, out=1)
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model))
-    prune_(model, X, latency=0.6, importance=Even(), cost_exponent=1.0)
+    prune_(model, X, latency=0.6, importance=Even(), allocation=Allocation(cost_exponent=1.0))
     assert model.slow.out_channels < model.quick.out_channels
 
 
@@ -353,7 +355,7 @@ def test_a_coarse_net_comes_as_close_as_it_can_from_below(monkeypatch: pytest.Mo
     truth = table(model, slow=1, back=1, quick=1, out=1)
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model))
-    report = prune_(model, X, latency=0.9, round_to=4)
+    report = prune_(model, X, latency=0.9, allocation=Allocation(round_to=4))
     assert report.latency_ratio == pytest.approx(0.75, abs=0.01)
 
 
@@ -363,7 +365,7 @@ def test_really_measured_latency_prunes_a_real_net() -> None:
     model = randomise(Net(256), 0).eval()
     images = torch.randn(4, 3, 32, 32)
     dense = copy.deepcopy(model)
-    report = prune_(model, X[:1], latency=0.6, latency_inputs=images)
+    report = prune_(model, X[:1], latency=0.6, allocation=Allocation(latency_inputs=images))
     a, b = measure_latency([dense, model], images)
     assert report.latency_ratio == pytest.approx(0.6, rel=0.15)
     low, high = report.latency_spread
@@ -374,14 +376,14 @@ def test_really_measured_latency_prunes_a_real_net() -> None:
 @pytest.mark.parametrize("round_to", ["8", 0, -1, 2.5, "auto"])
 def test_other_roundings_are_refused(round_to: Any) -> None:
     with pytest.raises(InputError, match="must be a positive whole number, such as 8, or 'measured'"):
-        prune_(Net(), X, macs=0.5, round_to=round_to)
+        prune_(Net(), X, macs=0.5, allocation=Allocation(round_to=round_to))
 
 
 def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: LayerTimes({}))
     monkeypatch.setattr("ss_pruning.pruning.roundings", lambda *_: {"slow": 16, "quick": 1})
     model = randomise(Net(), 0)
-    report = prune_(model, X, macs=0.55, round_to="measured")
+    report = prune_(model, X, macs=0.55, allocation=Allocation(round_to="measured"))
     assert model.slow.out_channels % 16 == 0
     assert report.latency_after is None
     assert report.settings["round_to"] == "measured"

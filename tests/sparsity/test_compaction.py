@@ -437,7 +437,7 @@ def test_a_wrapped_model_is_refused() -> None:
     """As NNI wraps it: the weight lies in a child module."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     model[0].add_module("_nni_wrapper", nn.Identity())
-    for task in (compact_, ss_pruning.trace, ss_pruning.synaptic_strength):
+    for task in (compact_, ss_pruning.graph.trace, ss_pruning.synaptic_strength):
         with pytest.raises(InputError, match=r"'0' is wrapped by NNI: call unwrap_model"):
             task(model, torch.randn(1, 3, 4, 4))
 

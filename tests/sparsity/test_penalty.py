@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import synaptic_strength, trace
+from ss_pruning import synaptic_strength
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph import trace
 from ss_pruning.graph.layers import groups_of, kernel_powers
 from ss_pruning.sparsity.masks import mask_, masks_of
 from ss_pruning.sparsity.penalty import StrengthPenalty, concentration, strength_penalty, warm_up

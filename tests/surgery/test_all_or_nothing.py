@@ -18,6 +18,7 @@ import ss_pruning
 from ss_pruning import prune_
 from ss_pruning._utils.copying import copied
 from ss_pruning.errors import BudgetError, NothingToPruneError, VerificationError
+from ss_pruning.graph import couple, trace
 from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
 from ss_pruning.sparsity.compaction import compact_
 from ss_pruning.surgery import plan as surgery
@@ -55,7 +56,7 @@ def test_an_interrupt_in_the_middle_of_a_cut_changes_nothing(
     name: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, original, calls = chain(), getattr(surgery, name), itertools.count(1)
-    plan = ss_pruning.pruning.planned(model, X, ratio=0.4)[0]
+    plan = ss_pruning.plan(model, X, ratio=0.4)[0]
     before, output = snapshot(model), model(X)
 
     def interrupted(*given: Any) -> Any:
@@ -76,7 +77,7 @@ def test_an_interrupt_in_the_middle_of_a_cut_changes_nothing(
 def test_a_swap_is_one_step_for_signals() -> None:
     """A timer interrupts some thousand swaps; each left the model whole, the old one or the new one."""
     model = chain()
-    plan = ss_pruning.pruning.planned(model, X, ratio=0.4)[0]
+    plan = ss_pruning.plan(model, X, ratio=0.4)[0]
     small = plan.cut_copy(model)
     old = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     states = {"before": 0, "after": 0}
@@ -209,7 +210,7 @@ class Numbers(nn.Module):
 def test_numbers_follow_only_where_forward_relies_on_them() -> None:
     torch.manual_seed(0)
     model = Numbers().eval()
-    report = prune_(model, X, ratio=0.4, scope="local")
+    report = prune_(model, X, ratio=0.4, allocation="local")
     assert report.params_after < report.params_before
     assert (model.num_classes, model.image_size) == (8, 12)
     assert {a.name for a in model.ss_pruning_plan.attributes} <= {"split"}
@@ -227,7 +228,7 @@ class ReadsInVain(Numbers):
 def test_a_number_that_forward_looks_at_in_vain_stays() -> None:
     torch.manual_seed(0)
     model = ReadsInVain().eval()
-    prune_(model, X, ratio=0.4, scope="local")
+    prune_(model, X, ratio=0.4, allocation="local")
     assert model.a.out_channels < 12 == model.image_size
     assert {a.name for a in model.ss_pruning_plan.attributes} <= {"split"}
 
@@ -243,7 +244,7 @@ class ReadsByName(Numbers):
 def test_numbers_that_are_read_in_odd_ways_do_not_break_a_model() -> None:
     torch.manual_seed(0)
     model = ReadsByName().eval()
-    prune_(model, X, ratio=0.4, scope="local")
+    prune_(model, X, ratio=0.4, allocation="local")
     assert model(X).shape == (4, 8)
     assert model.num_classes == 8
 
@@ -264,7 +265,7 @@ def test_timms_classifiers_can_be_replaced_after_a_cut(name: str) -> None:
     torch.manual_seed(0)
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)
     classes, features = model.num_classes, model.num_features
-    prune_(model, x, ratio=0.4, scope="local")
+    prune_(model, x, ratio=0.4, allocation="local")
     assert model.num_classes == classes
     model.reset_classifier(5)
     assert model(x).shape == (2, 5)
@@ -274,7 +275,7 @@ def test_timms_classifiers_can_be_replaced_after_a_cut(name: str) -> None:
 def test_timms_widths_stay_where_the_head_does() -> None:
     timm = pytest.importorskip("timm", reason="needs timm")
     model = timm.create_model("resnet18").eval()
-    prune_(model, torch.randn(2, 3, 64, 64), ratio=0.1, scope="local", ignore=["layer4"])
+    prune_(model, torch.randn(2, 3, 64, 64), ratio=0.1, allocation="local", ignore=["layer4"])
     assert model.num_features == 512
     assert model.reset_classifier(5) is None
 
@@ -305,7 +306,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"macs": 0.26, "compensation": "mean"},
     {"macs": 0.3, "calibration": torch.randn(16, 3, 10, 10, generator=torch.Generator().manual_seed(1))},
     {"ratio": 0.7},
-    {"params": 0.6, "scope": "local"},
+    {"params": 0.6, "allocation": "local"},
 ]
 
 
@@ -330,7 +331,7 @@ def test_exclusions_of_the_zoo_are_as_if_ignored_from_the_start(
 ) -> None:
     """With half of a net's groups made to fail, where each layer has one group alone."""
     model = net.make()
-    groups = ss_pruning.couple(ss_pruning.trace(model, net.example), model).groups
+    groups = couple(trace(model, net.example), model).groups
     members = Counter(path for group in groups for path in group.paths())
     victims = {group.name for group in groups[::2] if all(members[path] == 1 for path in group.paths())}
     verify = Verifier.verify

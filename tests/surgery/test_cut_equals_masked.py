@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ss_pruning
 from ss_pruning import prune_
+from ss_pruning.config import Allocation
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError, PlanError
 from ss_pruning.report.records import Report
 from tests.graph.test_groups import words
@@ -53,7 +54,7 @@ def left_for_the_forward(report: Report) -> list[tuple[str, ...]]:
 @with_channel_sets
 def test_cut_equals_masked(net: Net, scope: str) -> None:
     dense, model = net.make(), net.make().train()  # as it is in the middle of somebody's training
-    report = prune_(model, net.example, ratio=0.4, scope=scope)
+    report = prune_(model, net.example, ratio=0.4, allocation=scope)
     assert report.params_after < report.params_before
     assert report.max_error < 1e-10
     if net.exact:
@@ -66,7 +67,7 @@ def test_cut_equals_masked(net: Net, scope: str) -> None:
 def test_a_plan_cuts_a_model_without_data_alike(net: Net) -> None:
     """Verification tells wrong plans apart on shapes alone."""
     cut, ghost = net.make(), net.make().to("meta")
-    prune_(cut, net.example, ratio=0.4, scope="local")
+    prune_(cut, net.example, ratio=0.4, allocation="local")
     cut.ss_pruning_plan.apply_(ghost)
     shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (cut, ghost)]
     assert shapes[0] == shapes[1]
@@ -165,7 +166,7 @@ def test_a_budget_is_met_from_below_to_within_one_step(kind: str, share: float) 
         ({}, InputError, "exactly one"),
         ({"macs": 0.5, "ratio": 0.5}, InputError, "exactly one"),
         ({"macs": 0.5, "ignore": ["conv9"]}, InputError, "conv9"),
-        ({"macs": 0.5, "scope": "glocal"}, InputError, "glocal"),
+        ({"macs": 0.5, "allocation": "glocal"}, InputError, "glocal"),
         ({"macs": 0.5, "ignore": [""]}, NothingToPruneError, "no channel"),
     ],
 )
@@ -215,7 +216,7 @@ def test_what_can_never_shrink_is_named() -> None:
 def test_round_to(name: str) -> None:
     net = BY_NAME[name]
     model = net.make()
-    report = prune_(model, net.example, ratio=0.3, round_to=2)
+    report = prune_(model, net.example, ratio=0.3, allocation=Allocation(round_to=2))
     assert all(
         layer.outputs_after % 2 == 0 for layer in report.layers if layer.outputs_after != layer.outputs_before
     )
@@ -385,7 +386,7 @@ def test_random_nets(draw: st.DataObject, kinds: list[type[Block]], scope: str) 
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     dense = copy.deepcopy(model)
     try:
-        report = prune_(model, x, params=0.85, scope=scope)
+        report = prune_(model, x, params=0.85, allocation=scope)
     except (
         BudgetError,
         NothingToPruneError,
@@ -399,7 +400,7 @@ def test_a_layers_own_numbers_are_its_widths() -> None:
     """Norms that timm builds keep `num_features` true, also where a new width equals another old one."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model = timm.create_model("cs3darknet_focus_s")
-    prune_(model, torch.randn(1, 3, 64, 64), ratio=0.5, scope="local")
+    prune_(model, torch.randn(1, 3, 64, 64), ratio=0.5, allocation="local")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.num_features == len(module.weight)
@@ -452,10 +453,10 @@ def test_a_grouped_convolution_may_come_down_to_one_input_a_group() -> None:
         ).eval()
 
     model, x = build(), torch.randn(1, 3, 12, 12)
-    report = prune_(model, x, ratio=0.5, scope="local")
+    report = prune_(model, x, ratio=0.5, allocation="local")
     assert (model[1].in_channels, model[1].out_channels, model[1].groups) == (8, 16, 8)
     assert report.max_error < 1e-10
-    assert prune_(model, x, ratio=0.5, scope="local").max_error < 1e-10
+    assert prune_(model, x, ratio=0.5, allocation="local").max_error < 1e-10
     assert (model[1].in_channels, model[1].groups) == (4, 4)
     fresh = model.ss_pruning_plan.apply_(build())
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
@@ -480,6 +481,6 @@ def test_cifar_resnets_lose_half_of_their_padded_residual_stream(name: str) -> N
     torch.manual_seed(0)
     model = cifar_resnet(name).eval()
     before = {path: model.get_submodule(path).out_channels for path in stream_layers(model)}
-    report = prune_(model, torch.zeros(1, 3, 16, 16), ratio=0.5, scope="local")
+    report = prune_(model, torch.zeros(1, 3, 16, 16), ratio=0.5, allocation="local")
     assert report.max_error <= 1e-10
     assert {path: 2 * model.get_submodule(path).out_channels for path in before} == before

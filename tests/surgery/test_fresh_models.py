@@ -12,8 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import coverage_fresh
-from ss_pruning import prune_, trace
+from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
+from ss_pruning.graph import trace
 from ss_pruning.graph.layers import channel_axis, kind_of
 from ss_pruning.surgery.agreement import difference
 from ss_pruning.surgery.decisions import Holding, Recording
@@ -102,7 +103,7 @@ def test_what_is_pooled_to_more_places_and_flattened_is_cut(how: str) -> None:
     torch.manual_seed(0)
     dense, model, x = Pooled(how).eval(), Pooled(how).eval(), torch.randn(1, 3, 10, 10)
     model.load_state_dict(dense.state_dict())
-    report = prune_(model, x, ratio=0.5, scope="local")
+    report = prune_(model, x, ratio=0.5, allocation="local")
     assert (model.features.out_channels, model.head.in_features) == (4, 4 * 49)
     assert [left.paths for left in report.excluded] == [("head",)]
     removed = {c.path: set(c.removed) for c in model.ss_pruning_plan.cuts if c.side == "in"}
@@ -184,7 +185,7 @@ def test_tensors_with_axes_of_size_one_are_cut(kind: str, shape: tuple[int, ...]
     assert kind_of(net.norm) == kind
     # Square images of 8 pixels: the sizes of the axes do not tell which holds the channels.
     assert channel_axis(net.norm, torch.rand(1, 8, 8, 8)) == shape.index(8)
-    report = prune_(net, torch.randn(1, 3, 10, 10), ratio=0.5, scope="local")
+    report = prune_(net, torch.randn(1, 3, 10, 10), ratio=0.5, allocation="local")
     half = tuple(4 if size == 8 else 1 for size in shape)
     assert (net.one.out_channels, net.norm.weight.shape, net.norm.bias.shape) == (4, half, half)
     assert report.max_error < 1e-10
@@ -207,7 +208,7 @@ def test_groups_of_a_norm_that_sees_one_position_keep_two_channels(images: int, 
     """Of one channel a group has no variance there, and torch refuses; with two images it does not look."""
     torch.manual_seed(0)
     model = Small().eval()
-    prune_(model, torch.randn(images, 3, 8, 8), ratio=0.875, scope="local")
+    prune_(model, torch.randn(images, 3, 8, 8), ratio=0.875, allocation="local")
     assert (model.one.out_channels, model.norm.num_channels) == (channels, channels)
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import prune_, trace
+from ss_pruning import prune_
 from ss_pruning._utils import memento as _memento
 from ss_pruning._utils.outputs import values_in
 from ss_pruning.errors import ModelError, SSPruningError, VerificationError
+from ss_pruning.graph import trace
 from ss_pruning.surgery.agreement import compare, difference
 from ss_pruning.surgery.decisions import Holding, Recording
 from tests.support.odd_models import first_difference, odd_model, state_of
@@ -114,7 +115,7 @@ DEPENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("name", DEPENDS)
 def test_no_width_that_what_is_returned_depends_on_is_cut(name: str) -> None:
     model = net(DEPENDS[name])
-    prune_(model, X, ratio=0.4, scope="local")
+    prune_(model, X, ratio=0.4, allocation="local")
     assert model.b.out_channels == 12
     assert model.a.out_channels < 8
 
@@ -131,16 +132,16 @@ def test_no_width_that_what_is_returned_depends_on_is_cut(name: str) -> None:
 def test_what_does_not_come_from_layers_certifies_nothing(result: Callable[..., Any]) -> None:
     model = net(result)
     with pytest.raises(ModelError, match="come from its layers"):
-        prune_(model, X, ratio=0.4, scope="local")
+        prune_(model, X, ratio=0.4, allocation="local")
     assert model.b.out_channels == 12
 
 
 def test_beside_the_input_features_are_compared_and_decisions_speak_where_nothing_else_does() -> None:
     model = net(lambda x, y, f: (x, y))
-    assert prune_(model, X, ratio=0.4, scope="local").max_error < 1e-10
+    assert prune_(model, X, ratio=0.4, allocation="local").max_error < 1e-10
     assert model.b.out_channels < 12
     model = net(lambda x, y, f: (x, y.argmax(1)))
-    assert prune_(model, X, ratio=0.4, scope="local").by_decisions
+    assert prune_(model, X, ratio=0.4, allocation="local").by_decisions
 
 
 def test_numbers_that_fill_masks_hide_no_difference() -> None:
@@ -198,7 +199,7 @@ def test_scripted_parts_are_run_around() -> None:
     with warnings.catch_warnings(action="ignore"):  # that scripting will be gone one day
         parts[1], parts[3] = torch.jit.script(parts[1]), torch.jit.script(parts[3])
     model = nn.Sequential(*parts).eval()
-    report = prune_(model, X, ratio=0.4, scope="local")
+    report = prune_(model, X, ratio=0.4, allocation="local")
     assert report.max_error < 1e-10
     assert model[0].out_channels < 8
     assert model[2].out_channels == 12
@@ -297,7 +298,7 @@ def test_whatever_a_pass_changes_is_taken_back(name: str) -> None:
     before = look(model.kept)
     trace(model, X)
     assert look(model.kept) == before
-    prune_(model, X, ratio=0.4, scope="local")
+    prune_(model, X, ratio=0.4, allocation="local")
     assert look(model.kept) == before
 
 
@@ -333,5 +334,5 @@ def test_an_interrupt_while_things_are_taken_back_leaves_nothing(
 
     monkeypatch.setattr(_memento, "_restore_mapping", interrupted)
     with pytest.raises((KeyboardInterrupt, SSPruningError)):
-        prune_(model, x, ratio=0.4, scope="local")
+        prune_(model, x, ratio=0.4, allocation="local")
     assert state_of(model) == before, first_difference(before, state_of(model))

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
-from ss_pruning import Plan, couple, prune_, trace
+from ss_pruning import FoldLinear, Plan, Reconstruct, prune_
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.folding import IDLE
 from ss_pruning.compensation.reconstruction import _is_linear_in_weight
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError, PlanError, VerificationError
+from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.plan import Attribute, Cut
@@ -60,10 +61,7 @@ def without(model: nn.Module, count: int) -> tuple[Plan, dict[tuple[str, str], t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scope": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
-        ({"max_ratio": 0.0}, r"max_ratio=0.0 must lie in \(0, 1\]"),
-        ({"max_ratio": 1.5}, "max_ratio=1.5"),
-        ({"round_to": 0}, "round_to=0"),
+        ({"allocation": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
         ({"ignore": ["nowhere"]}, "nowhere"),
         ({"ignore": [nn.Conv2d(1, 1, 1)]}, "ignore"),
         ({"compensation": "magic"}, "magic"),
@@ -93,10 +91,10 @@ def test_a_compensation_that_stumbles_leaves_the_model_alone(monkeypatch: pytest
 
     model = chain()
     plan, _ = without(model, 3)
-    connectivity, before = trace(model, X), snapshot(model)
+    traced, before = TracedModel.of(model, X), snapshot(model)
     monkeypatch.setattr("ss_pruning.compensation.apply._compensate", stumble)
     with pytest.raises(ModelError, match=r"the model is as it was \(ZeroDivisionError: out of luck\)"):
-        cut_(model, plan, connectivity, "linear", X, X)
+        cut_(traced, plan, FoldLinear(recalibrate=False), X)
     assert snapshot(model) == before
 
 
@@ -308,9 +306,8 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
             return self.fc(x.mean((2, 3)))
 
     model = randomise(Mixed(), 0).eval()
-    connectivity = trace(model, X)
     plan, _ = without(model, 3)
-    _, outcome = cut_(model, plan, connectivity, "reconstruct", X, X)
+    _, outcome = cut_(TracedModel.of(model, X), plan, Reconstruct(), X)
     assert outcome.skipped == {
         "conv2": "its output is not linear in its weight",
         "up": "transposed convolutions are not solved",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as masks
 
-from ss_pruning import SynapticImportance, prune_, trace
+from ss_pruning import SynapticImportance, prune_
 from ss_pruning.errors import BudgetError, InputError
+from ss_pruning.graph import trace
 from ss_pruning.graph.exclusions import UNCALLED_REASON
 from tests.support.snapshot import snapshot
 

@@ -1,0 +1,72 @@
+"""A model as it was traced: who feeds whom, and what must be cut together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ss_pruning._utils.modules import modules_of
+from ss_pruning.errors import InputError
+from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.groups import IGNORED_REASON, Coupling, couple
+from ss_pruning.graph.tracing import trace
+
+#: Modules or module paths whose output channels stay; one alone, or several.
+Ignore = str | nn.Module | Iterable[str | nn.Module]
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What is known of a model once it has run.
+
+    Attributes:
+        model: The model; not changed.
+        example_inputs: What it ran on.
+        connectivity: Who feeds whom.
+        coupling: What may be cut, and what may not.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    connectivity: Connectivity
+    coupling: Coupling
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, ignore: Ignore = ()) -> TracedModel:
+        """Run the model.
+
+        Raises:
+            ModelError: It does not run on the inputs.
+            InputError: `ignore` names no layer that runs.
+        """
+        connectivity = trace(model, example_inputs)
+        coupling = couple(connectivity, model, _ignored(model, ignore, connectivity))
+        return cls(model, example_inputs, connectivity, coupling)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """By path."""
+        return modules_of(self.model)
+
+    def coupled(self, coupling: Coupling) -> TracedModel:
+        """The same with other groups."""
+        return replace(self, coupling=coupling)
+
+
+def _ignored(model: nn.Module, ignore: Ignore, connectivity: Connectivity) -> dict[str, str]:
+    """Layer paths to keep whole: the named modules and everything inside them."""
+    paths = {module: path for path, module in modules_of(model).items()}
+    found: dict[str, str] = {}
+    for item in (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore:
+        if isinstance(item, nn.Module) and item not in paths:
+            raise InputError(f"ignore holds a {type(item).__name__} that is not in the model")
+        path = paths[item] if isinstance(item, nn.Module) else item
+        inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
+        if not inside:
+            raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
+        found.update(dict.fromkeys(inside, IGNORED_REASON))
+    return found
