@@ -214,12 +214,11 @@ def test_data_moments_read_the_calibration_images(
 ) -> None:
     seen: list[Any] = []
     real = _job.run
-    monkeypatch.setattr(
-        _job, "run", lambda job, chosen, *rest: seen.append(chosen) or real(job, chosen, *rest)
-    )
+    monkeypatch.setattr(_job, "run", lambda *args: seen.append(args[1]["calibration"]) or real(*args))
     result = run("prune", net, *SIZE, "--macs", 0.7, "--statistics", "data", "--data", photos, "--json")
     assert result.exit_code == 0
-    assert [tuple(batch.shape) for batch in seen[0].statistics] == [(2, 3, 16, 16)]
+    assert [tuple(batch.shape) for batch in seen[0]] == [(2, 3, 16, 16)]
+    assert json.loads(result.stdout)["settings"]["statistics"] == "data"
 
 
 @pytest.mark.parametrize("source", ["data", "synthetic"])
@@ -271,7 +270,9 @@ def test_photos_without_labels_are_calibrated_on(
 ) -> None:
     seen: list[int] = []
     real = _job.run
-    monkeypatch.setattr(_job, "run", lambda *args: seen.append(sum(map(len, args[3]))) or real(*args))
+    monkeypatch.setattr(
+        _job, "run", lambda *args: seen.append(sum(map(len, args[1]["calibration"]))) or real(*args)
+    )
     given = ("--compensation", "linear", "--calibration", unlabelled, *options)
     result = run("prune", net, *SIZE, "--macs", 0.7, *given, "--json")
     assert result.exit_code == 0, result.output
@@ -294,7 +295,9 @@ def test_images_that_are_evaluated_on_are_never_calibrated_on(
     assert json.loads(result.stdout)["settings"]["calibration images"].startswith(said)
     assert said in " ".join(result.stderr.split())
     evaluated = torch.cat([images for images, _ in jobs[0][0].data.evaluation])
-    assert not {x.numpy().tobytes() for x in evaluated} & {x.numpy().tobytes() for x in torch.cat(jobs[0][3])}
+    assert not {x.numpy().tobytes() for x in evaluated} & {
+        x.numpy().tobytes() for x in torch.cat(jobs[0][1]["calibration"])
+    }
 
     options = ("--data", photos, "--calibration", photos, "--images", 1)
     result = run("prune", net, *SIZE, "--macs", 0.7, *options, "--json")
@@ -313,7 +316,7 @@ def test_made_images_are_as_many_as_asked_for(
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))
     seen: list[int] = []
     real = _job.run
-    monkeypatch.setattr(_job, "run", lambda *args: seen.append(len(args[3])) or real(*args))
+    monkeypatch.setattr(_job, "run", lambda *args: seen.append(len(args[1]["calibration"])) or real(*args))
     options = ("--calibration", "synthetic", "--calibration-images", 10, "--data", photos)
     result = run("prune", net, *SIZE, "--macs", 0.7, *options, "--json")
     assert result.exit_code == 0, result.output

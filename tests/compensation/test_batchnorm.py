@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ss_pruning import prune_
-from ss_pruning.compensation.batchnorm import noise_like, on_noise, recalibrate_
-from ss_pruning.config import COMPENSATIONS, FoldMean, NoCompensation
+from ss_pruning.compensation.batchnorm import noise_like, recalibrate_, recalibrated_to_noise
+from ss_pruning.config import COMPENSATIONS, FoldMean
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.plan import Cut, Plan
@@ -229,14 +229,15 @@ def test_prune_moves_norms_by_default_with_means_and_regressions(
         pytest.skip("needs images")
     models, x = [net().eval() for _ in range(2)], images()
     # Only the second convolution may lose a channel, whichever it is: the third norm is behind it.
-    options: dict[str, Any] = {"compensation": compensation, "calibration": calibration}
-    options |= {"ratio": 0.2, "ignore": ["conv1", "conv3"]}
+    options: dict[str, Any] = {"calibration": calibration, "ratio": 0.2, "ignore": ["conv1", "conv3"]}
+    kind = COMPENSATIONS[compensation]
+    wanted = kind() if asked is None else kind(recalibrate=asked)
     report, _ = (
-        prune_(model, x[:1], compensation=NoCompensation(recalibrate=flag), **options)
-        for model, flag in zip(models, (asked, False), strict=True)
+        prune_(model, x[:1], compensation=repair, **options)
+        for model, repair in zip(models, (wanted, kind(recalibrate=False)), strict=True)
     )
     assert [model.conv2.out_channels for model in models] == [5, 5]
-    assert report.settings.get("recalibrate", False) is done
+    assert report.settings["recalibrate"] is done
     variances = [model.bn3.running_var for model in models]
     assert torch.equal(*variances) is not done
 
@@ -255,12 +256,12 @@ def test_means_that_were_folded_stay_without_images() -> None:
 def test_on_noise_norms_recognise_what_reaches_them() -> None:
     model, x = net().train(), images(2)
     before = snapshot(model)
-    twin, made = on_noise(model, x)
+    twin, made = recalibrated_to_noise(model, x)
     noise = made.inputs
     assert snapshot(model) == before
     assert twin.training
     assert (noise.shape[1:], noise.dtype) == (x.shape[1:], x.dtype)
-    assert torch.equal(on_noise(model, x)[1].inputs, noise)
+    assert torch.equal(recalibrated_to_noise(model, x)[1].inputs, noise)
     for path in ("bn1", "bn2"):  # bn3 runs twice, the first time with less to go by
         read, put_out = seen_at(twin, path, noise)
         mean, variance = statistics(read)
@@ -282,7 +283,9 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
     monkeypatch.setattr("ss_pruning.compensation.apply.recalibrate_", fails)
     model, x = net(), images()
     before = snapshot(model)
-    with pytest.raises(ModelError, match=r"recalibrate=True failed, the model is as it was .*out of memory"):
+    with pytest.raises(
+        ModelError, match=r"recalibrate=True\) failed, the model is as it was .*out of memory"
+    ):
         prune_(
             model, x[:1], ratio=0.3, compensation=COMPENSATIONS[compensation](recalibrate=True), calibration=x
         )

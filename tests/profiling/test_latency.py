@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import ss_pruning
 from ss_pruning import prune_
 from ss_pruning.cli import bench as benching
-from ss_pruning.config import Allocation
+from ss_pruning.config import Allocation, Budget
 from ss_pruning.errors import BudgetError, InputError, ModelError
 from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.planning import latency_target as hastening
@@ -381,7 +382,7 @@ def test_other_roundings_are_refused(round_to: Any) -> None:
 
 def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: LayerTimes({}))
-    monkeypatch.setattr("ss_pruning.pruning.roundings", lambda *_: {"slow": 16, "quick": 1})
+    monkeypatch.setattr("ss_pruning.planning.costs.roundings", lambda *_: {"slow": 16, "quick": 1})
     model = randomise(Net(), 0)
     report = prune_(model, X, macs=0.55, allocation=Allocation(round_to="measured"))
     assert model.slow.out_channels % 16 == 0
@@ -481,12 +482,10 @@ def test_public_names() -> None:
 def test_the_search_goes_on_where_a_plan_comes_back() -> None:
     """Steps are coarse: 1 % too slow down to a budget of 0.35, right down to 0.3, far too fast below."""
 
-    class Coarse:
-        budget: Any = None
-
-        def find_verified_plan(self, _: Any) -> Any:
-            goal = self.budget.value
-            return Verified("slow" if goal > 0.35 else "right" if goal > 0.3 else "fast", 0.0)  # type: ignore[arg-type]
+    def find(budget: Budget) -> Any:
+        goal = budget.value
+        plan: Any = "slow" if goal > 0.35 else "right" if goal > 0.3 else "fast"
+        return SimpleNamespace(verified=Verified(plan, 0.0))
 
     seconds = {"slow": 0.635, "right": 0.6, "fast": 0.1}
     measured: list[str] = []
@@ -495,6 +494,6 @@ def test_the_search_goes_on_where_a_plan_comes_back() -> None:
         measured.append(plan)
         return Timing((1.0,)), Timing((seconds[plan],))
 
-    found = hastening.find_latency_plan(Coarse(), [], 0.6, measure)  # type: ignore[arg-type]
+    found = hastening.find_latency_plan(find, 0.6, measure)
     assert found.ratio == 0.6
     assert sorted(measured) == ["fast", "right", "slow"]  # each plan is measured once
