@@ -31,9 +31,11 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
+from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.plan import Cut, Plan, give_bias
 
 #: Why a layer was skipped that only runs in training, such as an auxiliary head.
+REGISTERED = "only layers of torch's types are compensated, not registered ones"
 IDLE = "it does not run on the calibration inputs"
 
 
@@ -68,7 +70,7 @@ def fold_means_(
         inputs: Example inputs, for "gaussian".
     """
     outcome, norms = Outcome(), norms_behind(connectivity)
-    consumers = _consumers(dense, plan)
+    consumers = _consumers(dense, plan, outcome)
     statistics = measure(dense, connectivity, source, inputs, list(consumers))
     for path, cut in consumers.items():
         mean = statistics[path].mean
@@ -98,7 +100,7 @@ def fold_linear_(
         batches: Calibration inputs.
     """
     outcome, norms = Outcome(), norms_behind(connectivity)
-    consumers = _consumers(dense, plan)
+    consumers = _consumers(dense, plan, outcome)
     statistics = measure(dense, connectivity, batches, None, list(consumers), covariance=True)
     for path, cut in consumers.items():
         module, seen = dense.get_submodule(path), statistics[path]
@@ -116,10 +118,13 @@ def fold_linear_(
     return outcome
 
 
-def _consumers(dense: nn.Module, plan: Plan) -> dict[str, Cut]:
-    """The layers that mix channels and lost inputs."""
-    cuts = (cut for cut in plan.cuts if cut.side == "in")
-    return {cut.path: cut for cut in cuts if not is_depthwise(dense.get_submodule(cut.path))}
+def _consumers(dense: nn.Module, plan: Plan, outcome: Outcome) -> dict[str, Cut]:
+    """The layers that mix channels and lost inputs; registered ones are noted as skipped."""
+    cuts = {cut.path: cut for cut in plan.cuts if cut.side == "in"}
+    modules = {path: dense.get_submodule(path) for path in cuts}
+    own = [path for path, module in modules.items() if layer_type_of(module) is not None]
+    outcome.skipped |= dict.fromkeys(own, REGISTERED)
+    return {path: cut for path, cut in cuts.items() if path not in own and not is_depthwise(modules[path])}
 
 
 def _kept_outputs(plan: Plan, path: str) -> Tensor | None:

@@ -26,12 +26,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.running import call, preserved
-from ss_pruning.compensation.folding import IDLE, Outcome, add_bias, norms_behind
+from ss_pruning.compensation.folding import IDLE, REGISTERED, Outcome, add_bias, norms_behind
 from ss_pruning.compensation.residual_sums import Others, Sum, find_sums
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.plan import Plan
 
 # Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
@@ -113,6 +114,9 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
         module = pruned.get_submodule(path)
         reached = reached or path in touched
         if not reached or layer.kind not in ("synaptic", "depthwise"):
+            continue
+        if layer_type_of(module) is not None:
+            outcome.skipped[path] = REGISTERED
             continue
         if len({edge.call for edge in connectivity.edges[path]}) > 1:
             outcome.skipped[path] = "it runs several times"

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import ModelError
+from ss_pruning.registry import layer_type_of
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
@@ -24,7 +25,7 @@ Kind = Literal["synaptic", "depthwise", "norm", "response", "positional"]
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The role of a module in the channel graph; None for everything that is not a layer of its own."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or layer_type_of(module) is not None:
         return "synaptic"
     if not isinstance(module, _ConvNd):
         return "norm" if is_norm(module) else _foreign_kind(module)
@@ -66,7 +67,7 @@ def is_foreign_norm(module: nn.Module) -> bool:
 
 def _foreign_kind(module: nn.Module) -> Kind | None:
     """What a module that is not torch's does with one weight a channel, found by asking it."""
-    if not module._parameters:
+    if not module._parameters or layer_type_of(module) is not None:
         return None
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or isinstance(module, _NormBase) or _holds_tensors_inside(module):
@@ -145,11 +146,36 @@ def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
 
 def groups_of(module: nn.Module) -> int:
     """Number of groups of a convolution; 1 for a linear layer."""
-    return int(getattr(module, "groups", 1))
+    return 1 if layer_type_of(module) is not None else int(getattr(module, "groups", 1))
+
+
+def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, int] | None:
+    """By name of a tensor of a registered layer, the axis on which the channels of a side lie; None for other layers.
+
+    Raises:
+        ModelError: The layer has no tensor of a name that its type is registered with.
+    """
+    own = layer_type_of(module)
+    if own is None:
+        return None
+    for name, axis in own.axes(side).items():
+        tensor = getattr(module, name, ...)
+        if tensor is not None and (
+            not isinstance(tensor, Tensor) or not -tensor.dim() <= axis < tensor.dim()
+        ):
+            raise ModelError(
+                f"{type(module).__name__} is registered with a tensor '{name}' that has an axis {axis}; the layer has "
+                f"{'none of that name' if tensor is ... else repr(tensor)[:80]}"
+            )
+    return {name: axis for name, axis in own.axes(side).items() if getattr(module, name) is not None}
 
 
 def width(module: nn.Module, side: Literal["in", "out"]) -> int:
     """Number of input or output channels of a layer."""
+    own = registered_axes(module, side)
+    if own is not None:
+        name, axis = next(iter(own.items()))
+        return int(getattr(module, name).shape[axis])
     if isinstance(module, nn.Linear):
         return module.in_features if side == "in" else module.out_features
     if isinstance(module, _ConvNd):
@@ -165,6 +191,9 @@ def width(module: nn.Module, side: Literal["in", "out"]) -> int:
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
     """The (non-negative) axis of `x`, an input or output of `module`, on which the module's channels lie."""
+    own = layer_type_of(module)
+    if own is not None:
+        return own.axis % x.dim()
     if isinstance(module, nn.Linear) or _slides_along_channels(module):
         return x.dim() - 1
     if isinstance(module, _ConvNd):
@@ -196,6 +225,29 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
     return x.dim() - 1
 
 
+def check_registered(path: str, module: nn.Module, x: Tensor, side: Literal["in", "out"]) -> None:
+    """See that what a layer of a registered type reads or puts out is as wide as its tensors say.
+
+    Raises:
+        ModelError: It is not, or the layer holds other layers.
+    """
+    if layer_type_of(module) is None:
+        return
+    inside = next((name for name, child in module.named_modules() if name and kind_of(child)), None)
+    if inside is not None:
+        raise ModelError(
+            f"'{path}', a {type(module).__name__}, is registered as one layer and holds another, '{inside}': hold its "
+            "weights as parameters, or leave it unregistered so that the inner layer is pruned"
+        )
+    found, n = x.shape[channel_axis(module, x)], width(module, side)
+    if found != n:
+        what = "reads" if side == "in" else "puts out"
+        raise ModelError(
+            f"'{path}' {what} {found} channels on axis {channel_axis(module, x)}, and its tensors have {n}: see how "
+            f"{type(module).__name__} is registered"
+        )
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuse a model with NaN or Inf weights.
 
@@ -217,7 +269,7 @@ def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         assert isinstance(module.weight, Tensor)
         weight = module.weight
-    if isinstance(module, nn.Linear):
+    if weight.dim() == 2:
         return weight.square()
     elements = weight.flatten(2)
     powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)

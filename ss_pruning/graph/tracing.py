@@ -31,7 +31,7 @@ from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.channel_labels import Labels
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
-from ss_pruning.graph.layers import channel_axis, kind_of, width
+from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, width
 from ss_pruning.graph.pooling_indices import TiedIndices
 from ss_pruning.graph.refusals import check_bare, usable_inputs
 from ss_pruning.graph.vjp_probe import SEED, Arrival, Leaf, pull, pull_output
@@ -123,6 +123,7 @@ class _Recorder:
         kind = kind_of(module)
         assert kind is not None
         axis = channel_axis(module, x)
+        check_registered(path, module, x, "in")
         if path not in self.layers:
             positional = kind == "positional"
             inputs, outputs = (
@@ -142,6 +143,7 @@ class _Recorder:
     def after(self, path: str, module: nn.Module, _: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
+        check_registered(path, module, output, "out")
         return self.leaf(path, output, channel_axis(module, output))
 
 

@@ -148,6 +148,8 @@ def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:
 
 def _as_torch_pruning_does(importance: Any, group: Any) -> Any:
     """What the importance says of a group; some of Torch-Pruning's own fail on what a grouped convolution reads."""
+    if not len(group):  # of layers alone that Torch-Pruning does not know
+        return None
     try:
         return importance(group)
     except (IndexError, RuntimeError):

@@ -23,7 +23,7 @@ from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
-from ss_pruning.graph.layers import groups_of, is_depthwise, width
+from ss_pruning.graph.layers import channel_axis, groups_of, is_depthwise, width
 from ss_pruning.profiling.latency import machine, race
 from ss_pruning.surgery.plan import Cut, cut_layer
 
@@ -231,7 +231,7 @@ class _Lone:
         return min(timing.seconds)  # noise only ever adds
 
     def _narrowed(self, channels: int) -> Tensor:
-        axis = self.x.dim() - 1 if isinstance(self.module, nn.Linear) else 1
+        axis = channel_axis(self.module, self.x) if self.kind == "synaptic" else 1
         if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)) and self.x.shape[-1] == self.inputs:
             axis = self.x.dim() - 1
         if channels == self.x.shape[axis]:

@@ -22,6 +22,7 @@ from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import channel_axis, groups_of, mixes_channels
+from ss_pruning.registry import layer_type_of
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
 _AMPLITUDES = (1.0, 1000.0, -1000.0)
@@ -313,6 +314,8 @@ def _uses_weight_as_is(module: nn.Module) -> bool:
     """False where twice the weight is not twice the output: a convolution that standardises its weights, for one."""
     if type(module).__module__.startswith("torch.nn."):
         return True
+    if layer_type_of(module) is not None:
+        return False
     weight = module.weight
     assert isinstance(weight, Tensor)
     size = (

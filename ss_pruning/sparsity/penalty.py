@@ -103,12 +103,13 @@ class StrengthPenalty:
                 f"amount={amount} with form={self.form!r}: give an amount >= 0 and form='strength'"
             )
         scales = norm_scales(self.model, self.connectivity)
-        for path in self.paths:
-            module = self.model.get_submodule(path)
+        modules = {path: self.model.get_submodule(path) for path in self.paths}
+        weights = {path: trainable_weight(m) for path, m in modules.items() if explicit_strength(m) is None}
+        for path, module in modules.items():
             if (strength := explicit_strength(module)) is not None:
                 strength.copy_(nn.functional.softshrink(strength, amount))
                 continue
-            weight = trainable_weight(module)
+            weight = weights[path]
             norms = kernel_powers(module, weight).sqrt()
             deviation = from_norms(self.connectivity, path, scales).variance.sqrt()
             step = amount * at_synapses(module, deviation.to(norms), len(norms))
@@ -183,7 +184,7 @@ def trainable_weight(module: nn.Module) -> Tensor:
     else:
         parametrizations: Any = module.parametrizations
         weight = getattr(parametrizations["weight"], "original", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, nn.Parameter):
         raise ModelError(
             f"the weight of a {type(module).__name__} is computed from several parameters: use the gradient "
             "step, or remove the parametrisation"

@@ -24,8 +24,9 @@ from ss_pruning._utils.memento import like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import PlanError
 from ss_pruning.graph.groups import Key, Side
-from ss_pruning.graph.layers import groups_of, is_depthwise, long_axis, width
+from ss_pruning.graph.layers import groups_of, is_depthwise, long_axis, registered_axes, width
 from ss_pruning.graph.refusals import check_whole
+from ss_pruning.registry import layer_type_of
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
@@ -214,7 +215,9 @@ def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
     theirs = modules_of(small)
     tables, updates, before = [], [], []
     for path, module in modules_of(model).items():
-        for table, now in _differing(module, theirs[path], (*_SIZES, *numbers.get(path, ()))):
+        own = layer_type_of(module)
+        sizes = _SIZES if own is None else own.sizes.values()
+        for table, now in _differing(module, theirs[path], (*sizes, *numbers.get(path, ()))):
             tables.append(table)
             updates.append(now)
             before.append(dict(table))
@@ -330,6 +333,11 @@ def _cut(modules: Mapping[str, nn.Module], cut: Cut) -> None:
 
 def cut_layer(module: nn.Module, cut: Cut) -> None:
     """Keep the channels `cut.kept` of one side of a layer, in that order."""
+    own = registered_axes(module, "in" if cut.side == "in" else "out")
+    if own is not None:
+        with _same_flags(module):
+            _cut_registered(module, own, cut)
+        return
     before = dict(_own_tensors(module))
     with torch.no_grad(), _same_flags(module):
         if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
@@ -340,6 +348,14 @@ def cut_layer(module: nn.Module, cut: Cut) -> None:
         for name, tensor in _own_tensors(module):
             if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
                 _gather(module, name, 0, torch.tensor(cut.kept))
+
+
+def _cut_registered(module: nn.Module, axes: Mapping[str, int], cut: Cut) -> None:
+    for name, axis in axes.items():
+        _gather(module, name, axis, torch.tensor(cut.kept))
+    size = {} if (own := layer_type_of(module)) is None else own.sizes
+    if cut.side in size:
+        setattr(module, size[cut.side], len(cut.kept))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
