@@ -1,0 +1,131 @@
+"""What a small model keeps of the dense one, on inputs that nothing was fitted on; labels are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.outputs import tensors_in
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.errors import ModelError
+from ss_pruning.importance.calibration import Batch
+
+# So many inputs run at a time.
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a small model is to the dense one.
+
+    Attributes:
+        inputs: On so many inputs.
+        error: Mean squared difference of the outputs, as a share of the dense outputs' variance over the inputs.
+        error_deviation: Standard error of that mean.
+        agreement: Share of the inputs on which both put the same class first; None where outputs are no class scores.
+    """
+
+    inputs: int
+    error: float
+    error_deviation: float
+    agreement: float | None = None
+
+    @property
+    def agreement_deviation(self) -> float | None:
+        """Standard error of the agreement, a binomial share."""
+        if self.agreement is None:
+            return None
+        return float((self.agreement * (1 - self.agreement) / self.inputs) ** 0.5)
+
+
+class Reference:
+    """The outputs of the dense model on held-out inputs, to compare small models with.
+
+    Args:
+        dense: Not changed.
+        held_out: Inputs.
+
+    Raises:
+        ModelError: The outputs hold no numbers that go by inputs, or do not vary.
+    """
+
+    def __init__(self, dense: nn.Module, held_out: Batch) -> None:
+        self.parts = held_out.split(_AT_ONCE)
+        self.count = len(held_out)
+        with torch.no_grad(), preserved(dense, training=False):
+            self.outputs = [_by_input(call(dense, part.inputs), len(part)) for part in self.parts]
+        self.variances = _variances(self.outputs)
+        if not self.variances:
+            raise ModelError(
+                "no output of the model varies from input to input, so that nothing can be compared"
+            )
+
+    def fidelity(self, small: nn.Module) -> Fidelity:
+        """How near a smaller model is."""
+        errors, same = [], 0
+        with torch.no_grad(), preserved(small, training=False):
+            for part, dense in zip(self.parts, self.outputs, strict=True):
+                found = _by_input(call(small, part.inputs), len(part))
+                errors.append(self._errors(dense, found))
+                same += _agreeing(dense, found)
+        each = torch.cat(errors)
+        spread = float(each.std() / len(each) ** 0.5) if len(each) > 1 else float("nan")
+        agreement = same / self.count if _are_classes(self.outputs[0]) else None
+        return Fidelity(self.count, float(each.mean()), spread, agreement)
+
+    def _errors(self, dense: dict[str, Tensor], small: dict[str, Tensor]) -> Tensor:
+        """`[inputs]`: mean over the outputs that both have in one shape; those that lack count as lost."""
+        parts = []
+        for name, variance in self.variances.items():
+            expected, got = dense[name], small.get(name)
+            if got is None or got.shape != expected.shape:
+                parts.append(torch.ones(len(expected), dtype=torch.float64))
+                continue
+            off = (got.double() - expected.double()).flatten(1).square().mean(1).cpu() / variance
+            parts.append(off.nan_to_num(nan=float("inf")))
+        return torch.stack(parts).mean(0)
+
+
+def held_out(batch: Batch, share: int = 5) -> tuple[Batch, Batch]:
+    """Each `share`-th of the inputs, and the others; whole units of both."""
+    rows = torch.arange(len(batch)).reshape(-1, batch.unit)
+    chosen = torch.arange(len(rows)) % share == share - 1
+    return batch[rows[chosen].flatten()], batch[rows[~chosen].flatten()]
+
+
+def _by_input(output: Any, count: int) -> dict[str, Tensor]:
+    """The numbers among the outputs that go by inputs, `[inputs, ...]`."""
+    found = {}
+    for name, tensor in tensors_in(output).items():
+        numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if numbers.is_floating_point() and numbers.dim() > 0 and len(numbers) == count:
+            found[name] = numbers
+    return found
+
+
+def _variances(outputs: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """By output, its variance over the inputs, mean over its numbers; of those that every part has in one shape."""
+    found = {}
+    for name, first in outputs[0].items():
+        if all(name in part and part[name].shape[1:] == first.shape[1:] for part in outputs):
+            whole = torch.cat([part[name].double().cpu() for part in outputs])
+            variance = float((whole - whole.mean(0)).square().mean())
+            if 0 < variance < float("inf"):
+                found[name] = variance
+    return found
+
+
+def _are_classes(outputs: dict[str, Tensor]) -> bool:
+    """Whether the only output is one score a class."""
+    return len(outputs) == 1 and all(t.dim() == 2 and t.shape[1] > 1 for t in outputs.values())
+
+
+def _agreeing(dense: dict[str, Tensor], small: dict[str, Tensor]) -> int:
+    if not _are_classes(dense) or dense.keys() != small.keys():
+        return 0
+    (expected,), (got,) = dense.values(), small.values()
+    return int((expected.argmax(1) == got.argmax(1)).sum()) if got.shape == expected.shape else 0
