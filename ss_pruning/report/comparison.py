@@ -109,11 +109,10 @@ class Comparison:
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
-            collapse_padding=True,
             caption=self.widths(),
             caption_justify="left",
         )
-        table.add_column("", overflow="fold", min_width=20)
+        table.add_column("", no_wrap=True)  # the figures fold before the names do
         for column in _COLUMNS:
             table.add_column(column, justify="right", overflow="fold")
         for row in self.rows():

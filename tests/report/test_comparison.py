@@ -53,8 +53,8 @@ B = replace(
 )
 
 
-def printed(found: Comparison) -> str:
-    console = Console(width=100, file=io.StringIO(), record=True)
+def printed(found: Comparison, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
     console.print(found.table())
     return console.export_text()
 
@@ -128,6 +128,16 @@ def test_unknown_figures_are_left_out() -> None:
 
 TIMED_A = replace(A, latency_before=0.0500, latency_after=0.0302, latency_ratio=0.6)
 TIMED_B = replace(B, latency_before=0.0502, latency_after=0.0243, latency_ratio=0.48)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_folds_figures_and_loses_none(width: int) -> None:
+    found = compare(TIMED_A, TIMED_B)
+    words = printed(found, width).split()
+    for row in found.figures:
+        assert row.name in words
+        for cell in (row.dense, row.a, row.b, row.difference):
+            assert set(cell.split()) <= set(words), cell
 
 
 def test_latencies_are_compared_as_shares_of_the_dense_model() -> None:
