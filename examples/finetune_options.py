@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None, about: str | None) -> Options:
         parser.error("--prune-epoch needs --macs, --sparsity or both")
     if options.distill and not (prunes or options.teacher):
         parser.error(
-            "--distill needs a dense net: prune in this run (--macs, --sparsity), or give --teacher WEIGHTS"
+            "--distill needs a dense model: prune in this run (--macs, --sparsity), or give --teacher WEIGHTS"
         )
     return options
 
@@ -100,6 +100,6 @@ def add_pruning(group: Any) -> None:
     group.add_argument("--round-to", type=int, help="widths are multiples of this")
     group.add_argument("--keep-zeros", action="store_true", help="kernels that are 0 in --weights stay 0")
     group.add_argument(
-        "--distill", type=float, default=0.0, help="share of the loss that is distance to the dense net"
+        "--distill", type=float, default=0.0, help="share of the loss that is distance to the dense model"
     )
     group.add_argument("--teacher", type=Path, help="its weights [the model as it is before it is pruned]")

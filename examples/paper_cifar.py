@@ -251,7 +251,7 @@ def show(top: Mapping[str, float], made: Compaction, seconds: Mapping[str, float
     console.print(
         f"{made.channels_removed} channels cut, {dead} dead ones had to stay; the outputs of masked and compacted net "
         f"differ by {made.max_error:.1e} ({made.precision}). A batch of {TIMED_BATCH} takes {seconds['ratio']:.2f} of "
-        "the dense net's time here; zero kernels in what is left save none."
+        "the dense model's time here; zero kernels in what is left save none."
     )
 
 

@@ -27,7 +27,7 @@ from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, s
 from ss_pruning.planning.ranking import Ranker, Ranking
 from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.profiling.latency import as_reported
-from ss_pruning.profiling.layer_latency import layer_times
+from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
@@ -102,7 +102,7 @@ def prune_(
             strengths = _strengths(traced)
         if latency is not None or config.allocation.round_to == "measured":
             with clock("time layers", 1):
-                costs.times = layer_times(model, _timed_on(traced, config), traced.connectivity)
+                costs.times = latency_table(model, _timed_on(traced, config), traced.connectivity)
         ranker = Ranker(traced, config, costs, images, clock)
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)

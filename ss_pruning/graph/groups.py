@@ -292,7 +292,7 @@ def _tied(subgroups: Sequence[Subgroup], tied: Iterable[Sequence[int]]) -> list[
 def _local(
     group: Sequence[Subgroup], subgroups: Sequence[Subgroup], tied: Mapping[Key, list[int]]
 ) -> list[list[int]]:
-    """Cell numbers that are tied, restricted to a group and renumbered within it."""
+    """Numbers of subgroups that are tied, restricted to a group and renumbered within it."""
     place = {id(subgroup): i for i, subgroup in enumerate(group)}
     return [[place[id(subgroups[i])] for i in run if id(subgroups[i]) in place] for run in tied.values()]
 

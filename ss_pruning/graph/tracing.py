@@ -3,7 +3,7 @@
 The model is run once with the output of every layer (convolution, linear, norm) cut loose: replaced by a fresh
 leaf tensor near a constant operating point. What lies between two layers (adds, concatenations, splits, shuffles,
 pools, gates, any functional code) is then a small differentiable function from the leaves to a layer's input.
-Pulling labels back through it says which leaf channel feeds which input channel: with a random cotangent `r` the
+Propagating labels back through it says which leaf channel feeds which input channel: with a random cotangent `r` the
 gradient at a leaf element is `sum r J`, with `r * channel` it is `channel * sum r J` if just one input channel
 listens, so the ratio of the two *is* that channel; a third pull with permuted labels confirms it. Elements whose
 ratio is no channel number feed several channels at once (a broadcast gate, a softmax, attention).

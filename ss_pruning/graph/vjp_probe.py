@@ -1,4 +1,4 @@
-"""Pulling labels back from where they arrive to the leaves that they come from."""
+"""VJP probe: labels propagated back from where they arrive to the leaves that they come from."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.profiling.layer_latency import LayerTimes, roundings
+from ss_pruning.profiling.layer_latency import LatencyTable, roundings
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.surgery.plan import Plan
 
@@ -36,7 +36,7 @@ class Costs:
         times: What the layers take; None unless latency is the budget.
     """
 
-    times: LayerTimes | None = None
+    times: LatencyTable | None = None
 
     def __init__(self, traced: TracedModel) -> None:
         coupling = traced.coupling
@@ -140,7 +140,7 @@ class Costs:
             return round_to
         return roundings(self._measured(), groups)
 
-    def _measured(self) -> LayerTimes:
+    def _measured(self) -> LatencyTable:
         if self.times is None:
             raise InputError("costs in seconds need measured layer times: set Costs.times")
         return self.times

@@ -39,7 +39,7 @@ _LEAST = 0.05
 
 
 @dataclass(frozen=True)
-class LayerTime:
+class LayerLatency:
     """One layer's cost.
 
     Attributes:
@@ -57,10 +57,10 @@ class LayerTime:
         return float(np.interp(outputs, GRID, by_output))
 
 
-class LayerTimes:
+class LatencyTable:
     """The layers of one model, in seconds."""
 
-    def __init__(self, layers: Mapping[str, tuple[LayerTime, Key | None, Key | None]]) -> None:
+    def __init__(self, layers: Mapping[str, tuple[LayerLatency, Key | None, Key | None]]) -> None:
         """Keep what was measured.
 
         Args:
@@ -98,7 +98,7 @@ class LayerTimes:
         return next((r for r in fine if size >= 2 * r), 1)
 
 
-def layer_times(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> LayerTimes:
+def latency_table(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> LatencyTable:
     """Measure every layer of a model alone, on inputs of the shapes that reach it; kept on disk for the next time.
 
     Args:
@@ -108,7 +108,7 @@ def layer_times(model: nn.Module, example_inputs: Any, connectivity: Connectivit
     """
     modules = dict(model.named_modules())
     arriving = _arrivals(model, example_inputs, connectivity.layers)
-    layers: dict[str, tuple[LayerTime, Key | None, Key | None]] = {}
+    layers: dict[str, tuple[LayerLatency, Key | None, Key | None]] = {}
     with torch.inference_mode():
         for path, (x, calls) in arriving.items():
             layer = connectivity.layers[path]
@@ -116,8 +116,8 @@ def layer_times(model: nn.Module, example_inputs: Any, connectivity: Connectivit
             side: Side = "through" if layer.kind in ("norm", "response") else "out"
             out: Key | None = None if layer.kind == "positional" else (path, side)
             found = _kept_or_measured(modules[path], x, layer.kind, side)
-            layers[path] = LayerTime(calls * found.grid, found.waste), into, out
-    return LayerTimes(layers)
+            layers[path] = LayerLatency(calls * found.grid, found.waste), into, out
+    return LatencyTable(layers)
 
 
 def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> dict[str, tuple[Tensor, int]]:
@@ -134,7 +134,7 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
     return seen
 
 
-def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> LayerTime:
+def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> LayerLatency:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     what = type(module).__qualname__, repr(module), tuple(x.shape), x.stride(), x.dtype, kind
     recipe = repr((what, machine(device), GRID, ROUNDINGS))
@@ -148,7 +148,7 @@ def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> La
     return time
 
 
-def _from_cache(name: str) -> LayerTime | None:
+def _from_cache(name: str) -> LayerLatency | None:
     found = _cache.read(name)
     arrays = {key: tensor.double().numpy() for key, tensor in found[0].items()} if found else {}
     waste = {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith("waste.")}
@@ -159,7 +159,7 @@ def _from_cache(name: str) -> LayerTime | None:
         or any(len(w) != len(ROUNDINGS) for w in waste.values())
     ):
         return None  # not there, or not ours
-    return LayerTime(grid, waste)
+    return LayerLatency(grid, waste)
 
 
 class _Lone:
@@ -176,13 +176,13 @@ class _Lone:
         self.device, self.kind, self.side = device, kind, side
         self.inputs, self.outputs = width(self.module, "in"), width(self.module, "out")
 
-    def measured(self) -> LayerTime:
+    def measured(self) -> LayerLatency:
         """The layer's times; proportional to its widths where it cannot be cut to any."""
         try:
-            return LayerTime(self._grid(), self._waste())
+            return LayerLatency(self._grid(), self._waste())
         except (RuntimeError, ValueError, IndexError, TypeError):
             scale = np.outer(GRID, GRID) if self.kind == "synaptic" else np.outer(np.ones(3), GRID)
-            return LayerTime(self._seconds(self.inputs, self.outputs) * scale, {})
+            return LayerLatency(self._seconds(self.inputs, self.outputs) * scale, {})
 
     def _grid(self) -> Floats:
         if self._grouped:
@@ -242,6 +242,6 @@ class _Lone:
         )
 
 
-def roundings(times: LayerTimes, groups: Iterable[PruningGroup]) -> dict[str, int]:
+def roundings(times: LatencyTable, groups: Iterable[PruningGroup]) -> dict[str, int]:
     """By a group's name, the multiple that its widths should be of."""
     return {group.name: times.rounding(group) for group in groups}

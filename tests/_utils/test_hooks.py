@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning._utils.hooks import given, hooked, replaced
-from ss_pruning.profiling.layer_latency import layer_times
+from ss_pruning.profiling.layer_latency import latency_table
 from tests.support.zoo import randomise
 
 
@@ -106,7 +106,7 @@ def test_layers_called_by_keyword_are_timed(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path))
     net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})
     net.forward = lambda x: net["conv"](input=x)  # type: ignore[method-assign]
-    times = layer_times(net, IMAGES[:1], ss_pruning.graph.trace(net, IMAGES[:1]))
+    times = latency_table(net, IMAGES[:1], ss_pruning.graph.trace(net, IMAGES[:1]))
     assert list(times.layers) == ["conv"]
 
 

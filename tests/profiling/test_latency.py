@@ -23,10 +23,9 @@ from ss_pruning.errors import BudgetError, InputError, ModelError
 from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.planning import latency_target as hastening
 from ss_pruning.planning.costs import Costs
-from ss_pruning.profiling import latency
-from ss_pruning.profiling import layer_latency as layer_times
+from ss_pruning.profiling import latency, layer_latency
 from ss_pruning.profiling.latency import Timing, as_reported, measure_latency, peak_memory, race
-from ss_pruning.profiling.layer_latency import GRID, ROUNDINGS, LayerTime, LayerTimes
+from ss_pruning.profiling.layer_latency import GRID, ROUNDINGS, LatencyTable, LayerLatency
 from ss_pruning.surgery.verification import Verified
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME, randomise
@@ -182,7 +181,7 @@ def test_peak_memory_is_what_is_alive_at_once() -> None:
 
 def test_the_table_is_bilinear_between_its_points() -> None:
     grid = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [4.0, 8.0, 12.0]])
-    time = LayerTime(grid, {})
+    time = LayerLatency(grid, {})
     for i, a in enumerate(GRID):
         for j, b in enumerate(GRID):
             assert time.at(a, b) == grid[i, j]
@@ -197,12 +196,12 @@ def test_roundings_are_the_steps_of_the_hardware(step: int, monkeypatch: pytest.
         wide = [-(-n // step) * step if n > 3 else n for n in (inputs, outputs)]
         return 1e-6 * wide[0] * wide[1]
 
-    monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
+    monkeypatch.setattr(layer_latency._Lone, "_seconds", seconds)
     model = Net(128)
     connectivity = trace(model, X)
     groups = couple(connectivity, model).groups
-    times = layer_times.layer_times(model, X, connectivity)
-    found = layer_times.roundings(times, groups)
+    times = layer_latency.latency_table(model, X, connectivity)
+    found = layer_latency.roundings(times, groups)
     assert (found["slow"], found["quick"]) == (step, step)
 
 
@@ -212,11 +211,11 @@ def test_noise_alone_asks_for_no_rounding(monkeypatch: pytest.MonkeyPatch) -> No
     def seconds(self: Any, inputs: int, outputs: int) -> float:
         return float(1e-6 * inputs * outputs * chance.uniform(0.995, 1.005))
 
-    monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
+    monkeypatch.setattr(layer_latency._Lone, "_seconds", seconds)
     model = Net(128)
     connectivity = trace(model, X)
-    times = layer_times.layer_times(model, X, connectivity)
-    assert set(layer_times.roundings(times, couple(connectivity, model).groups).values()) == {1}
+    times = layer_latency.latency_table(model, X, connectivity)
+    assert set(layer_latency.roundings(times, couple(connectivity, model).groups).values()) == {1}
 
 
 def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
@@ -227,24 +226,24 @@ def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: 
         calls += 1
         return 1e-6 * inputs * outputs
 
-    monkeypatch.setattr(layer_times._Lone, "_seconds", seconds)
+    monkeypatch.setattr(layer_latency._Lone, "_seconds", seconds)
     model = Net()
     connectivity = trace(model, X)
     before = snapshot(model)
-    first = layer_times.layer_times(model, X, connectivity)
+    first = layer_latency.latency_table(model, X, connectivity)
     assert snapshot(model) == before
     measured, share = calls, dict.fromkeys(couple(connectivity, model).widths, 0.7)
     assert (
         len(list(own_cache.glob("layer-*.safetensors"))) == 2
     )  # slow and quick are alike, and so are the others
-    again = layer_times.layer_times(model, X, connectivity)
+    again = layer_latency.latency_table(model, X, connectivity)
     assert calls == measured
     assert again.total(share) == first.total(share)
     for path in own_cache.glob("layer-*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])  # damaged: measured anew
-    assert layer_times.layer_times(model, X, connectivity).total(share) == first.total(share)
+    assert layer_latency.latency_table(model, X, connectivity).total(share) == first.total(share)
     assert calls == 2 * measured
-    layer_times.layer_times(model, X[:1], connectivity)  # another batch size is another cost
+    layer_latency.latency_table(model, X[:1], connectivity)  # another batch size is another cost
     assert calls == 3 * measured
 
 
@@ -253,7 +252,7 @@ def test_every_layer_of_the_zoo_gets_its_times(name: str) -> None:
     net = BY_NAME[name]
     model = net.make().eval()
     connectivity = trace(model, net.example)
-    times = layer_times.layer_times(model, net.example, connectivity)
+    times = layer_latency.latency_table(model, net.example, connectivity)
     widths = couple(connectivity, model).widths
     whole = times.total(dict.fromkeys(widths, 1.0))
     assert set(times.layers) == set(connectivity.layers)
@@ -265,11 +264,14 @@ def test_every_layer_of_the_zoo_gets_its_times(name: str) -> None:
 # ---------------------------------------------------------------- budgets in seconds
 
 
-def table(model: nn.Module, **seconds: float) -> LayerTimes:
+def table(model: nn.Module, **seconds: float) -> LatencyTable:
     """Times proportional to both widths, and such for a whole layer."""
     grid = np.outer(GRID, GRID)
-    return LayerTimes(
-        {path: (LayerTime(grid * value, {}), (path, "in"), (path, "out")) for path, value in seconds.items()}
+    return LatencyTable(
+        {
+            path: (LayerLatency(grid * value, {}), (path, "in"), (path, "out"))
+            for path, value in seconds.items()
+        }
     )
 
 
@@ -291,7 +293,7 @@ def test_seconds_cost_like_macs_where_they_are_proportional() -> None:
         assert each == pytest.approx([2 * 0.25 / 64] * 2, rel=0.01)
 
 
-def measured_by(times: LayerTimes, model: nn.Module, offset: float = 0.0) -> hastening.Measure:
+def measured_by(times: LatencyTable, model: nn.Module, offset: float = 0.0) -> hastening.Measure:
     """A clock that reads a table of its own, and a part that no pruning can spare."""
 
     def measure(plan: Any) -> tuple[Timing, Timing]:
@@ -312,7 +314,7 @@ def test_the_clock_has_the_last_word(target: float, offset: float, monkeypatch: 
         table(model, slow=1, back=1, quick=1, out=1),
         table(model, slow=2, back=1, quick=0.3, out=0.3),
     )
-    monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: guess)
+    monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: guess)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model, offset))
     report = prune_(model, X, latency=target)
     assert report.latency_ratio == pytest.approx(target, rel=hastening.TOLERANCE)
@@ -326,7 +328,7 @@ def test_seconds_decide_what_goes_where_importance_does_not(monkeypatch: pytest.
         model.quick.load_state_dict(model.slow.state_dict())
         model.out.load_state_dict(model.back.state_dict())
     truth = table(model, slow=10, back=10, quick=1, out=1)
-    monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
+    monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model))
     prune_(model, X, latency=0.6, importance=Even(), allocation=Allocation(cost_exponent=1.0))
     assert model.slow.out_channels < model.quick.out_channels
@@ -342,7 +344,7 @@ class Even:
 def test_a_target_out_of_reach_names_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Net(), 0)
     before, truth = snapshot(model), table(model, slow=1, back=1, quick=1, out=1)
-    monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
+    monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model, offset=4.0))
     with pytest.raises(
         BudgetError, match=r"latency=0\.5 is out of reach; the smallest that was measured is latency=0\.5"
@@ -354,7 +356,7 @@ def test_a_target_out_of_reach_names_the_smallest(monkeypatch: pytest.MonkeyPatc
 def test_a_coarse_net_comes_as_close_as_it_can_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Net(8), 0)
     truth = table(model, slow=1, back=1, quick=1, out=1)
-    monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: truth)
+    monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: truth)
     monkeypatch.setattr("ss_pruning.pruning.stopwatch", lambda *_: measured_by(truth, model))
     report = prune_(model, X, latency=0.9, allocation=Allocation(round_to=4))
     assert report.latency_ratio == pytest.approx(0.75, abs=0.01)
@@ -381,7 +383,7 @@ def test_other_roundings_are_refused(round_to: Any) -> None:
 
 
 def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ss_pruning.pruning.layer_times", lambda *_: LayerTimes({}))
+    monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: LatencyTable({}))
     monkeypatch.setattr("ss_pruning.planning.costs.roundings", lambda *_: {"slow": 16, "quick": 1})
     model = randomise(Net(), 0)
     report = prune_(model, X, macs=0.55, allocation=Allocation(round_to="measured"))
