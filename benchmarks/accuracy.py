@@ -89,12 +89,18 @@ _SOURCES = {
     "all": [_CORE / "planning" / f"{name}.py" for name in ("allocation", "search")],
     "ours": [
         _CORE / "pruning.py",
-        _CORE / "planning" / "defaults.py",
+        _CORE / "config.py",
         *(
             _CORE / "importance" / f"{name}.py"
-            for name in ("strength", "activation_stats", "conditional_variance", "relevance")
+            for name in (
+                "strength",
+                "activation_stats",
+                "conditional_variance",
+                "relevance",
+                "scoring",
+                "synaptic",
+            )
         ),
-        *(_CORE / "integrations" / "torch_pruning" / f"{name}.py" for name in ("groups", "importance")),
     ],
     "compensation": [
         _CORE / "compensation" / f"{name}.py" for name in ("folding", "reconstruction", "residual_sums")

@@ -45,7 +45,6 @@ def code_version(side: str) -> str:
         for package in ("_utils", "graph", "importance", "planning", "surgery"):
             files += sorted((ROOT / "ss_pruning" / package).glob("*.py"))
         files += [ROOT / "ss_pruning" / "pruning.py", ROOT / "ss_pruning" / "profiling" / "macs.py"]
-        files += [ROOT / "integrations" / "torch_pruning" / f"{name}.py" for name in ("groups", "importance")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return f"{digest.hexdigest()[:12]} torch {torch.__version__} torch-pruning {version('torch-pruning')}"
 

@@ -145,7 +145,7 @@ class Compensation:
         """
         if isinstance(choice, Compensation):
             return choice
-        _check_one_of("compensation", choice, METHODS)
+        _check_one_of("compensation", choice, tuple(COMPENSATIONS))
         return COMPENSATIONS[choice]()
 
 
@@ -182,8 +182,8 @@ class Reconstruct(Compensation):
     solves: ClassVar[bool] = True
 
 
-#: By short form.
-COMPENSATIONS: Mapping[str, type[Compensation]] = {
+#: By short form; `ss_pruning.registry.register_compensation` adds to it.
+COMPENSATIONS: dict[str, type[Compensation]] = {
     kind.method: kind for kind in (NoCompensation, FoldMean, FoldLinear, Reconstruct)
 }
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -29,6 +29,7 @@ from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
+from ss_pruning.registry import importance_named
 from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.verification import Verifier
@@ -64,8 +65,10 @@ def prune_(
         latency: Share of the time of a forward pass to keep, as measured on this machine; met to within 5 %. Channels
             then compete by importance per second, see `ss_pruning.profiling.layer_latency`. Give exactly one of the
             four.
-        importance: `ss_pruning.Synaptic`, a `SynapticImportance`, or any importance of Torch-Pruning. By default
-            synaptic strength with the score and the statistics that suit compensation and scope.
+        importance: `ss_pruning.Synaptic`, a `SynapticImportance`, any importance of Torch-Pruning, or a name:
+            "magnitude", "magnitude-l1", "bn-scale", "lamp", "fpgm", "random", or one of your own, see
+            `ss_pruning.registry`. By default synaptic strength with the score and the statistics that suit compensation
+            and scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", or one of `ss_pruning.config` with settings of its own, such as
             `FoldMean(recalibrate=False)`. With "none" the pruned model equals the masked one.
@@ -89,6 +92,8 @@ def prune_(
     check_bare(model)
     check_weights(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
+    if isinstance(importance, str):
+        importance = importance_named(importance)
     config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), importance)
     check_calibration(calibration, config.compensation)
     check_finite(model)

@@ -14,7 +14,7 @@ import typer
 
 from ss_pruning import config
 from ss_pruning.cli import options as option
-from ss_pruning.cli.choices import Compensation, Importance, Request, Score, StatisticsSource
+from ss_pruning.cli.choices import SYNAPTIC, Compensation, Request, Score, StatisticsSource
 from ss_pruning.cli.console import FAILED, guarded, not_interrupted, progress_bars
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def prune(
     mean: option.Mean = None,
     std: option.Std = None,
     batch: option.Batch = 1,
-    importance: option.Criterion = Importance.synaptic,
+    importance: option.Criterion = SYNAPTIC,
     statistics: option.Statistics = None,
     score: option.ScoreOption = None,
     scope: option.ScopeOption = None,
@@ -295,14 +295,14 @@ def _multiple(text: str | None) -> int | Literal["measured"] | None:
 
 
 def _check_synaptic_options(
-    importance: Importance, statistics: StatisticsSource | None, score: Score | None
+    importance: str, statistics: StatisticsSource | None, score: Score | None
 ) -> None:
     from ss_pruning.errors import InputError
 
     given = {"--statistics": statistics is not None, "--score": score is not None}
     for name in (name for name, is_given in given.items() if is_given):
-        if importance is not Importance.synaptic:
-            raise InputError(f"{name} belongs to --importance synaptic, not to {importance.value}.")
+        if importance != SYNAPTIC:
+            raise InputError(f"{name} belongs to --importance synaptic, not to {importance}.")
 
 
 def _needs_images(compensation: Compensation) -> str | None:

@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-
-class Importance(str, Enum):
-    """What decides which channels go."""
-
-    synaptic = "synaptic"
-    magnitude = "magnitude"
-    magnitude_l1 = "magnitude-l1"
-    bn_scale = "bn-scale"
-    lamp = "lamp"
-    fpgm = "fpgm"
-    random = "random"
+#: The importance by default, with options of its own.
+SYNAPTIC = "synaptic"
 
 
 class StatisticsSource(str, Enum):

@@ -13,7 +13,7 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning.cli.choices import DATA, SYNTHETIC, Importance, Request, Score, StatisticsSource
+from ss_pruning.cli.choices import DATA, SYNAPTIC, SYNTHETIC, Request, Score, StatisticsSource
 from ss_pruning.cli.console import ProgressCallback, note
 from ss_pruning.config import Synaptic
 from ss_pruning.errors import InputError, ModelError
@@ -150,22 +150,12 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def make_importance(importance: Importance, score: Score | None, request: Request) -> Any:
-    """Make the importance that was asked for: ours, or one of Torch-Pruning's that need no gradients."""
-    if importance is Importance.synaptic:
-        statistics: Any = None if request.statistics is None else request.statistics.value
-        return Synaptic(statistics, None if score is None else score.value)
-    import torch_pruning as tp
-
-    makers = {
-        Importance.magnitude: lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        Importance.magnitude_l1: lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        Importance.bn_scale: tp.importance.BNScaleImportance,
-        Importance.lamp: tp.importance.LAMPImportance,
-        Importance.fpgm: tp.importance.FPGMImportance,
-        Importance.random: tp.importance.RandomImportance,
-    }
-    return makers[importance]()
+def make_importance(importance: str, score: Score | None, request: Request) -> Any:
+    """Ours with its options, or the name of a registered one: a model file may have registered more."""
+    if importance != SYNAPTIC:
+        return importance
+    statistics: Any = None if request.statistics is None else request.statistics.value
+    return Synaptic(statistics, None if score is None else score.value)
 
 
 def _folder_of_photos(request: Request) -> Path | None:
@@ -333,13 +323,13 @@ def _tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def settings_of(request: Request, importance: Importance, job: Job) -> dict[str, Any]:
+def settings_of(request: Request, importance: str, job: Job) -> dict[str, Any]:
     """Return what the command adds to the settings that the pruning itself records."""
     return {
         "model": request.model,
         "weights": request.weights,
         "data": request.data,
-        "importance": importance.value,
+        "importance": importance,
         "input size": "x".join(map(str, job.preprocess.size)),
         "seed": request.seed,
         "device": str(job.device),

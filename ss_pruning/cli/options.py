@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ss_pruning.cli.choices import Compensation, Importance, Scope, Score, StatisticsSource
+from ss_pruning.cli.choices import Compensation, Scope, Score, StatisticsSource
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 _SETTING = "Setting"
@@ -116,11 +116,11 @@ Json = Annotated[
 
 
 Criterion = Annotated[
-    Importance,
+    str,
     _option(
         _CRITERION,
         help="What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, "
-        "bn-scale, lamp, fpgm or random.",
+        "bn-scale, lamp, fpgm or random; or one that the model's file registers.",
     ),
 ]
 ScoreOption = Annotated[

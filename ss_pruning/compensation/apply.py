@@ -17,6 +17,7 @@ from ss_pruning.config import Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.registry import compensates, compensation_named
 from ss_pruning.surgery.plan import Plan, adopt_
 
 #: Activation statistics are measured on so many calibration images at a time.
@@ -106,7 +107,8 @@ def prepared(
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
-        outcome = _compensate(small, traced, plan, compensation, images)
+        done = compensation_named(method)(small, traced, plan, images)
+        outcome = done if isinstance(done, Outcome) else Outcome()
         if compensation.recalibrate:
             means = method == "none" or images is not None
             recalibrate_(small, model, plan, traced.connectivity, images, traced.example_inputs, means)
@@ -121,16 +123,22 @@ def prepared(
     return plan.cut_copy(model, small), plan, outcome
 
 
-def _compensate(
-    small: nn.Module, traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
-) -> Outcome:
-    model, connectivity, method = traced.model, traced.connectivity, compensation.method
-    if method == "none":
-        return Outcome()
-    if method == "mean":
-        source = "gaussian" if images is None else images.split(BATCH)
-        return fold_means_(small, model, plan, connectivity, source, traced.example_inputs)
-    assert images is not None
-    if method == "linear":
-        return fold_linear_(small, model, plan, connectivity, images.split(BATCH))
-    return reconstruct_(small, model, plan, connectivity, images)
+@compensates("none")
+def _leave(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch | None) -> Outcome:
+    return Outcome()
+
+
+@compensates("mean")
+def _fold_means(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch | None) -> Outcome:
+    source = "gaussian" if images is None else images.split(BATCH)
+    return fold_means_(small, traced.model, plan, traced.connectivity, source, traced.example_inputs)
+
+
+@compensates("linear")
+def _fold_linear(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch) -> Outcome:
+    return fold_linear_(small, traced.model, plan, traced.connectivity, images.split(BATCH))
+
+
+@compensates("reconstruct")
+def _reconstruct(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch) -> Outcome:
+    return reconstruct_(small, traced.model, plan, traced.connectivity, images)

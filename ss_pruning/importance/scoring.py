@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import modules_of
+from ss_pruning.config import Synaptic
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Member, Subgroup
 from ss_pruning.graph.layers import is_depthwise
+from ss_pruning.registry import register_importance
+
+for _name, _maker in {
+    "synaptic": Synaptic,
+    "magnitude": partial(tp.importance.GroupMagnitudeImportance, p=2),
+    "magnitude-l1": partial(tp.importance.GroupMagnitudeImportance, p=1),
+    "bn-scale": tp.importance.BNScaleImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "random": tp.importance.RandomImportance,
+}.items():
+    register_importance(_name)(_maker)
 
 
 @dataclass(frozen=True)

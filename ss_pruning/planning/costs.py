@@ -20,6 +20,7 @@ from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.profiling.layer_latency import LatencyTable, roundings
 from ss_pruning.profiling.macs import count_macs
+from ss_pruning.registry import LayerType, layer_type_of
 from ss_pruning.surgery.plan import Plan
 
 #: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.
@@ -49,6 +50,7 @@ class Costs:
         # One row a term: amount, and the two sides it is proportional to (the last, constant side is always full).
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
+        self.estimated = False  # whether operations of a layer were shared among several tensors
         self.excluded = coupling.excluded
         self._collect(traced.modules, parameters, traced.connectivity)
 
@@ -64,6 +66,9 @@ class Costs:
                 continue
             out = self.number[(path, "through") if layer.kind in ("norm", "response") else (path, "out")]
             into = self.number[path, "in"] if layer.kind == "synaptic" else full
+            if (own := layer_type_of(modules[path])) is not None:
+                self._collect_registered(path, modules[path], own)
+                continue
             self.mac_terms.append((self.layer_macs.get(path, 0), into, out))
             for name, parameter in modules[path]._parameters.items():
                 if parameter is None:
@@ -74,10 +79,24 @@ class Costs:
             if name in parameters:
                 self.param_terms.append((parameters[name].numel(), full, self.number[name, "tensor"]))
 
+    def _collect_registered(self, path: str, module: nn.Module, own: LayerType) -> None:
+        """Each tensor shrinks with the sides that lie in it; operations are shared among matrices by their sizes."""
+        sides = [(own.inputs, self.number[path, "in"]), (own.outputs, self.number[path, "out"])]
+        matrices: list[tuple[float, int, int]] = []
+        for name, parameter in module.named_parameters():
+            found = [number for names, number in sides if name in names]
+            if found:
+                term = parameter.numel(), found[0] if len(found) == 2 else len(self.keys), found[-1]
+                self.param_terms.append(term)
+                matrices += [term] if parameter.dim() > 1 else []
+        total = sum(size for size, _, _ in matrices)
+        self.mac_terms += [(self.layer_macs.get(path, 0) * n / total, a, b) for n, a, b in matrices]
+        self.estimated |= len(matrices) != 1
+
     @property
     def in_layers(self) -> bool:
         """True if all multiply-accumulates are inside layers (none in attention, say), so that `after` is exact."""
-        return self.macs == sum(amount for amount, _, _ in self.mac_terms)
+        return not self.estimated and self.macs == sum(amount for amount, _, _ in self.mac_terms)
 
     def macs_after(self, plan: Plan) -> int:
         """Multiply-accumulates after the cut; only exact if all are `in_layers`."""

@@ -11,7 +11,7 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import BATCH
 from ss_pruning.compensation.batchnorm import recalibrated_to_noise, supports_noise_calibration
-from ss_pruning.config import Config, Synaptic, is_relevance
+from ss_pruning.config import METHODS, Config, Synaptic, is_relevance
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
@@ -140,6 +140,8 @@ class Ranker:
             return allot(traced.coupling.groups, scores, self.costs, config)[1]
 
         model, images, method = traced.model, self.images, config.compensation.method
+        if method not in METHODS:  # what one of the user's own makes up for is not known
+            method = "none"
         if images is None:
             model, images = recalibrated_to_noise(model, traced.example_inputs)
         sensitivity = by_sensitivity(

@@ -455,6 +455,26 @@ def test_unknown_option_value_names_the_choices(net: str) -> None:
     assert "bn-scale" in result.stderr
 
 
+def test_a_model_file_may_register_an_importance(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from ss_pruning.registry import register_importance\n\n\n"
+        "@register_importance('last')\n"
+        "class Last:\n"
+        "    def scorer(self, model, connectivity, inputs):\n"
+        "        return lambda subgroup: torch.from_numpy(subgroup.root.index[:, 0]).float()\n\n\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"
+    )
+    spec = f"{tmp_path / 'net.py'}:build"
+    result = run("prune", spec, *SIZE, "--ratio", 0.5, "--importance", "last", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["settings"]["importance"] == "last"
+    assert values["layers"][0]["outputs_after"] == 4
+
+
 def test_nan_weights_are_refused(net: str, tmp_path: Path) -> None:
     model = build_model(net)
     nn.init.constant_(model.get_parameter("3.weight"), float("nan"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
+from ss_pruning.planning.costs import Costs
+from ss_pruning.profiling.macs import count_macs
 from ss_pruning.registry import layer_type_of, register_layer
 from ss_pruning.sparsity.penalty import StrengthPenalty
 from tests.support.snapshot import snapshot
@@ -130,6 +134,7 @@ def test_the_cut_net_is_the_one_written_by_hand(budget: dict[str, float], bias: 
     )
     assert report.max_error <= 1e-10
     assert report.params_after == sum(p.numel() for p in model.parameters())
+    assert report.macs_after == count_macs(model, X.double())[0]
     assert not {"own", "low"} & {path for left in report.excluded for path in left.paths if path != "fc"}
 
 
@@ -317,3 +322,14 @@ def test_foreign_importances_do_without_it() -> None:
     ss_pruning.prune_(model, X, ratio=0.2, importance=tp.importance.GroupMagnitudeImportance())
     assert len(model[0].weight) < 8
     assert len(model[1].weight) == 6  # nothing in that group is known to Torch-Pruning
+
+
+def test_costs_know_which_tensors_shrink() -> None:
+    model = make()
+    costs = Costs(TracedModel.of(model, X))
+    ss_pruning.prune_(model, X, ratio=0.5, compensation="none")
+    removed = np.zeros(len(costs.keys))
+    for cut in model.ss_pruning_plan.cuts:
+        removed[costs.keys.index((cut.path, cut.side))] = len(cut.removed)
+    assert costs.after("params", removed) == sum(p.numel() for p in model.parameters())
+    assert costs.after("macs", removed) == pytest.approx(count_macs(model, X)[0])
