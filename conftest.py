@@ -4,5 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_NEEDED = {"nni": "nni/*.py", "pytorch_lightning": "lightning/*.py"}
-collect_ignore_glob = [f"**/integrations/{files}" for name, files in _NEEDED.items() if not find_spec(name)]
+_NEEDED = {
+    "nni": "integrations/nni/*.py",
+    "pytorch_lightning": "integrations/lightning/*.py",
+    "typer": "ss_pruning/cli/*.py",
+}
+collect_ignore_glob = [f"**/{files}" for name, files in _NEEDED.items() if not find_spec(name)]

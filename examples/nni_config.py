@@ -3,7 +3,7 @@
 python examples/nni_config.py                      # the demo network on scikit-learn's digits
 python examples/nni_config.py --ratio 0.9 --epochs 30
 
-Needs NNI and scikit-learn: pip install 'ss-pruning[nni,demo]'
+Needs NNI and scikit-learn: pip install 'ss-pruning[cli,nni,demo]'
 """
 
 from __future__ import annotations

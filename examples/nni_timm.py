@@ -3,7 +3,7 @@
 python examples/nni_timm.py                        # random weights: shows sizes
 python examples/nni_timm.py resnet18 --weights resnet18.safetensors --ratio 0.3
 
-Needs NNI and timm: pip install 'ss-pruning[nni,timm]'
+Needs NNI and timm: pip install 'ss-pruning[cli,nni,timm]'
 """
 
 from __future__ import annotations

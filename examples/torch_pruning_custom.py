@@ -7,7 +7,7 @@ An output of variance V keeps V (1 - share) without one of its inputs: the entro
 -0.5 ln(1 - share). Summed over all that read a channel, this is its score. Shares that are small count as half of
 themselves; one near 1, an output that hangs on a single input, counts for much more than it does in a sum of shares.
 
-The class works in every pruner of Torch-Pruning too. Needs scikit-learn: pip install 'ss-pruning[demo]'
+The class works in every pruner of Torch-Pruning too. Needs scikit-learn: pip install 'ss-pruning[cli,demo]'
 """
 
 from __future__ import annotations

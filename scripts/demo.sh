@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-environment demo
+environment cli,demo
 [ $# -gt 0 ] || set -- --macs 0.5
 set -- prune demo:digits --data digits --out runs/demo "$@"
 echo "+ ss-prune $*"

@@ -14,6 +14,9 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from typer.testing import CliRunner
 
 import ss_pruning

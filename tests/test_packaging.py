@@ -53,6 +53,7 @@ def test_import_is_lean() -> None:
 
 @pytest.mark.parametrize("name", ["rich", "typer"])
 def test_lean_import_test_can_fail(name: str) -> None:
+    pytest.importorskip(name, reason="an optional extra: pip install 'ss-pruning[cli]'")
     assert name in loaded_by(f"import ss_pruning\nimport {name}")
 
 
@@ -94,6 +95,41 @@ def test_masks_are_compacted_without_nni() -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         loaded_by(f"{blocked}import ss_pruning.integrations.nni.pruner")
     assert "pip install 'ss-pruning[nni]'" in failure.value.stderr
+
+
+WITHOUT_CLI = "import sys\nsys.modules |= {'rich': None, 'typer': None}\n"
+
+
+def test_the_library_needs_nothing_of_the_command_line(tmp_path: Path) -> None:
+    code = f"""
+import torch, ss_pruning
+from torch import nn
+x = torch.zeros(1, 3, 8, 8)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+report = ss_pruning.prune_(model, x, params=0.6)
+print(report, repr(report))
+report.save_html({str(tmp_path / "report.html")!r})
+report.save_json({str(tmp_path / "report.json")!r})
+ss_pruning.compact_(model, x).to_json()
+"""
+    loaded_by(WITHOUT_CLI + code)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_the_command_says_in_a_sentence_what_it_lacks() -> None:
+    code = f"{WITHOUT_CLI}from ss_pruning.cli.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"ss-prune needs \w+, .*: pip install 'ss-pruning\[cli\]'\n", done.stderr), (
+        done.stderr
+    )
+
+
+def test_other_missing_packages_are_not_laid_to_the_command_line() -> None:
+    code = "import sys\nsys.modules['ss_pruning.cli.options'] = None\nfrom ss_pruning.cli.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "ModuleNotFoundError" in done.stderr
 
 
 def test_integrations_refuse_their_bare_name() -> None:

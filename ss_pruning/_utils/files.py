@@ -215,19 +215,13 @@ def _remove(path: Path) -> None:
 
 
 def _explain(path: str | os.PathLike[str], error: OSError) -> str:
-    folder = Path(path).parent
-    full = "the disk is full; free some space or choose another folder."
+    folder = str(Path(path).parent)
     fixes = {
-        errno.ENOENT: f"the folder {str(folder)!r} does not exist; create it first.",
-        errno.ENOTDIR: f"a part of {str(folder)!r} is a file, not a folder; choose another place.",
-        errno.EEXIST: "there is a file of that name where a folder is needed; choose another place.",
+        errno.ENOENT: f"the folder {folder!r} does not exist; create it first.",
+        errno.ENOTDIR: f"a part of {folder!r} is a file, not a folder; choose another place.",
         errno.EACCES: "no permission to write there; choose another folder.",
-        errno.EPERM: "no permission to write there; choose another folder.",
         errno.EROFS: "that file system is read-only; choose another folder.",
-        errno.ELOOP: "its links lead round in a circle; choose another name.",
-        errno.ENOSPC: full,
-        errno.EDQUOT: full,
-        errno.EFBIG: "the file would be larger than is allowed there; choose another folder.",
+        errno.ENOSPC: "the disk is full; free some space or choose another folder.",
     }
-    reason = fixes.get(error.errno or 0, f"{error.strerror or error}.")
-    return f"cannot write {str(path)!r}: {reason}"
+    said = f"{error.strerror or error}; choose another place."
+    return f"cannot write {str(path)!r}: {fixes.get(error.errno or 0, said)}"

@@ -416,7 +416,3 @@ def _saved_little_time(report: Report) -> bool:
     if report.latency_ratio is None or "latency" in report.settings:
         return False
     return 1 - report.latency_ratio < (1 - report.macs_after / report.macs_before) / 2
-
-
-if __name__ == "__main__":
-    app()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PURPOSES = {
+    "cli": "the command ss-prune",
     "timm": "models by name as timm:NAME",
     "nni": "pruners and configs of NNI",
     "demo": "the digits that the demo network reads",
@@ -31,131 +32,109 @@ PURPOSES = {
 
 COMPLETION = "Shell completion: ss-prune --install-completion"
 
-
-@dataclass(frozen=True)
-class Package:
-    """A package that something needs; `version` is None where it is not installed."""
-
-    name: str
-    version: str | None
+Versions = dict[str, "str | None"]
+"""Packages and their versions, None where one is missing."""
 
 
-@dataclass(frozen=True)
-class Extra:
-    """An extra of this package, and what it asks for."""
-
-    name: str
-    purpose: str
-    packages: list[Package]
-
-    @property
-    def is_there(self) -> bool:
-        """True if all of it is installed."""
-        return all(package.version is not None for package in self.packages)
-
-    @property
-    def command(self) -> str:
-        """How to install it."""
-        return f"pip install 'ss-pruning[{self.name}]'"
-
-
-@dataclass(frozen=True)
+@dataclass
 class Checkup:
-    """Everything that `ss-prune doctor` found."""
+    """Everything that `ss-prune doctor` found: what is required, what each extra asks for, the machine."""
 
-    required: list[Package]
-    extras: list[Extra]
-    machine: dict[str, str]
+    required: Versions = field(default_factory=dict)
+    extras: dict[str, Versions] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_well(self) -> bool:
         """True if all that is required is there."""
-        return all(package.version is not None for package in self.required)
+        return not _missing(self.required)
 
     def tables(self) -> list[Table]:
         """Return what was found as `rich` tables."""
         from rich.table import Table
 
-        required = Table("required", "version")
-        for package in self.required:
-            required.add_row(package.name, package.version or "[red]missing[/red]")
-        extras = Table("extra", "adds", "")
-        for extra in self.extras:
-            missing = ", ".join(package.name for package in extra.packages if package.version is None)
-            extras.add_row(extra.name, extra.purpose, f"missing: {missing}" if missing else "there")
-        machine = Table("machine", "")
+        required, extras, machine = (
+            Table("required", "version"),
+            Table("extra", "adds", ""),
+            Table("machine", ""),
+        )
+        for package, version in self.required.items():
+            required.add_row(package, version or "[red]missing[/red]")
+        for name, packages in sorted(self.extras.items()):
+            missing = ", ".join(_missing(packages))
+            extras.add_row(name, PURPOSES.get(name, ""), f"missing: {missing}" if missing else "there")
         for name, value in self.machine.items():
             machine.add_row(name, value)
         return [required, extras, machine]
 
-    def hints(self) -> list[str]:
-        """Return what could be done next, a line each."""
-        return [*(extra.command for extra in self.extras if not extra.is_there), COMPLETION]
+    def hints(self) -> Iterator[str]:
+        """Yield what could be done next, a line each."""
+        for name, packages in sorted(self.extras.items()):
+            if _missing(packages):
+                yield f"pip install 'ss-pruning[{name}]'"
+        yield COMPLETION
 
     def to_json(self) -> str:
         """Return what was found as JSON text."""
-        extras = [{**asdict(extra), "installed": extra.is_there} for extra in self.extras]
-        values = {"required": [asdict(package) for package in self.required], "extras": extras}
-        return (
-            json.dumps({"format": "ss-pruning doctor 1", **values, "machine": self.machine}, indent=2) + "\n"
-        )
+        extras = {
+            name: {
+                "purpose": PURPOSES.get(name, ""),
+                "installed": not _missing(packages),
+                "packages": packages,
+            }
+            for name, packages in sorted(self.extras.items())
+        }
+        found = {"required": self.required, "extras": extras, "machine": self.machine}
+        return json.dumps({"format": "ss-pruning doctor 2", **found}, indent=2) + "\n"
 
 
 def examine() -> Checkup:
     """Look at the packages that this one declares, and at the machine."""
-    required: list[Package] = []
-    extras: dict[str, list[Package]] = {}
+    found = Checkup(machine=_machine())
     for line in _requirements():
-        name = re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
+        package = re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]
         extra = re.search(r"""extra\s*==\s*["']([^"']+)""", line)
-        if name.lower() == "ss-pruning":
-            continue  # an extra that gathers others
-        (required if extra is None else extras.setdefault(extra[1], [])).append(_package(name))
-    found = [Extra(name, PURPOSES.get(name, ""), packages) for name, packages in sorted(extras.items())]
-    return Checkup(required, found, _machine())
+        if package.lower() != "ss-pruning":  # an extra that gathers others
+            versions = found.required if extra is None else found.extras.setdefault(extra[1], {})
+            versions[package] = _version(package)
+    return found
+
+
+def _missing(packages: Versions) -> list[str]:
+    return [name for name, version in packages.items() if version is None]
 
 
 def _requirements() -> list[str]:
     try:
         return metadata.requires("ss-pruning") or []
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return ["numpy", "rich", "safetensors", "torch", "torch-pruning", "torchvision", "typer"]
+        return ["jinja2", "numpy", "safetensors", "torch", "torch-pruning", "torchvision"]
 
 
-def _package(name: str) -> Package:
+def _version(package: str) -> str | None:
     try:
-        return Package(name, metadata.version(name))
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return Package(name, None)
+        return None
 
 
 def _machine() -> dict[str, str]:
+    """What times depend on, and what a report of a fault should tell; at once, where `collect_env` takes seconds."""
     import torch
 
     import ss_pruning
+    from ss_pruning._utils import cache
+    from ss_pruning.profiling.latency import machine
 
-    cuda = torch.cuda.is_available()
+    here = machine(torch.device("cpu"))
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "ss-pruning": ss_pruning.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
-        "processors": f"{os.cpu_count()}",
-        "threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})",
-        "vector instructions": torch.backends.cpu.get_cpu_capability(),
-        "linear algebra": _linear_algebra(torch.__config__.show()),
-        "oneDNN": "yes" if torch.backends.mkldnn.is_available() else "no",
-        "accelerators": ", ".join(devices) if cuda else "none that PyTorch sees",
-        "cache": _cache_folder(),
+        "processor": here["name"],
+        "threads": here["threads"],
+        "linear algebra": ", ".join(re.findall(r"(?:BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show())),
+        "accelerators": ", ".join(devices) or "none that PyTorch sees",
+        "cache": str(cache.folder()),
     }
-
-
-def _linear_algebra(config: str) -> str:
-    found = re.search(r"BLAS_INFO=(\w+)", config), re.search(r"LAPACK_INFO=(\w+)", config)
-    return ", ".join(match[1] for match in found if match is not None) or "unknown"
-
-
-def _cache_folder() -> str:
-    from ss_pruning._utils import cache as _cache
-
-    return str(_cache.folder())

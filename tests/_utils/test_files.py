@@ -95,7 +95,7 @@ def test_folder_as_file_is_named(tmp_path: Path) -> None:
             write(tmp_path / "file" / "a.txt")
         with pytest.raises(InputError, match=r"it is a folder\. Name a file in it"):
             write(tmp_path)
-    with pytest.raises(InputError, match="there is a file of that name where a folder is needed"):
+    with pytest.raises(InputError, match="File exists; choose another place"):
         make_writable_folder(tmp_path / "file")
 
 
@@ -186,7 +186,7 @@ def test_links_in_a_circle_are_named(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     for write in (lambda path: write_text(path, "text"), check_writable):
-        with pytest.raises(InputError, match="links lead round in a circle"):
+        with pytest.raises(InputError, match="Too many levels of symbolic links; choose another place"):
             write(tmp_path / "a")
         with pytest.raises(InputError, match="no path"):
             write("a\0b")

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
+from rich.console import Console
 from typer.testing import CliRunner
 
 import ss_pruning
@@ -588,7 +591,7 @@ def test_a_closed_pipe_does_not_cost_the_files(net: str, tmp_path: Path) -> None
     os.close(read)
     words = ["prune", net, *SIZE, "--macs", "0.5", "--out", str(tmp_path / "out")]
     subprocess.run(
-        [sys.executable, "-m", "ss_pruning.cli.app", *words],
+        [sys.executable, "-m", "ss_pruning.cli", *words],
         stdout=write,
         stderr=subprocess.DEVNULL,
         timeout=240,
@@ -743,7 +746,7 @@ def test_progress_is_silent_without_a_terminal(monkeypatch: pytest.MonkeyPatch) 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ss_pruning.cli.app", *arguments],
+        [sys.executable, "-m", "ss_pruning.cli", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "100", **environment},

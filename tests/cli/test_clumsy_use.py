@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from typer.testing import CliRunner
 
 import ss_pruning

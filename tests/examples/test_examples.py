@@ -147,7 +147,7 @@ def test_commands_of_the_documentation_run(
         need("digits_data" if "--data digits" in command else "")
         if words[0] in ("prune", "score") and "demo:" not in command and "--input-size" not in words:
             words += ["--input-size", "3x32x32"]
-        run(tmp_path, "-m", "ss_pruning.cli.app", *words)
+        run(tmp_path, "-m", "ss_pruning.cli", *words)
 
 
 @pytest.mark.slow

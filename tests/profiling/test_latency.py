@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import ss_pruning
@@ -425,7 +424,7 @@ def test_bench_agrees_with_itself_and_says_where_it_cannot_tell(
     assert seconds["pruned"] / seconds["dense"] == pytest.approx(found.ratios["pruned"])
     assert (found.speeds["dense"].low, found.speeds["dense"].high) == Timing(dense).spread
     assert found.speeds["pruned"].low == pytest.approx(seconds["dense"] * found.spreads["pruned"][0])
-    console = Console(width=120, file=io.StringIO())
+    console = pytest.importorskip("rich.console").Console(width=120, file=io.StringIO())
     console.print(benching.table([found], {"dense": 2, "pruned": 1}, CPU))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.count("too noisy to tell") == 2 * noisy

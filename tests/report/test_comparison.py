@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ss_pruning.cli import doctor
 from ss_pruning.cli.app import app
 from ss_pruning.errors import InputError
 from ss_pruning.report.comparison import Comparison, Figure, compare
@@ -249,49 +251,8 @@ def test_compare_refuses_what_is_no_report(places: tuple[Path, Path], tmp_path: 
     assert "does not exist" in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    requires = [
-        "torch>=2.6",
-        "absent-one>=1; extra == 'timm'",
-        "pytest>=8; extra == 'dev'",
-        "ss-pruning[timm]; extra == 'all'",
-    ]
-    monkeypatch.setattr(doctor.metadata, "requires", lambda _: requires)
-    result = run("doctor")
-    assert result.exit_code == 0, result.output
-    assert "pip install 'ss-pruning[timm]'" in result.stdout
-    assert "--install-completion" in result.stdout
-    values = json.loads(run("doctor", "--json").stdout)
-    assert [package["name"] for package in values["required"]] == ["torch"]
-    assert {extra["name"]: extra["installed"] for extra in values["extras"]} == {"dev": True, "timm": False}
-    assert {"threads", "linear algebra", "vector instructions", "accelerators"} <= values["machine"].keys()
-
-
-def test_doctor_fails_where_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent-one"])
-    result = run("doctor")
-    assert result.exit_code == 2
-    assert "missing" in result.stdout
-
-
-def test_doctor_works_from_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_installed(_: str) -> list[str]:
-        raise doctor.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(doctor.metadata, "requires", not_installed)
-    assert {package.name for package in doctor.examine().required} >= {"torch", "torch-pruning"}
-
-
-def test_every_extra_has_a_purpose() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    names = {line.partition(" = ")[0] for line in section.splitlines() if " = [" in line}
-    assert names
-    assert names <= doctor.PURPOSES.keys()
-
-
 def test_the_program_has_no_colours_when_piped(places: tuple[Path, Path]) -> None:
-    command = [sys.executable, "-m", "ss_pruning.cli.app", "compare", *map(str, places)]
+    command = [sys.executable, "-m", "ss_pruning.cli", "compare", *map(str, places)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr == ""

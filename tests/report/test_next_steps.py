@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from typer.testing import CliRunner
 
 import ss_pruning

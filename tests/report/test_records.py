@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import nn
 
 from ss_pruning import prune_, synaptic_strength
@@ -270,7 +269,7 @@ def test_what_a_notebook_shows_leaves_the_rest_of_the_page_alone() -> None:
 
 
 def test_table_says_before_and_after() -> None:
-    console = Console(width=100, file=io.StringIO(), record=True)
+    console = pytest.importorskip("rich.console").Console(width=100, file=io.StringIO(), record=True)
     console.print(example().table())
     text = console.export_text()
     for words in (
@@ -294,7 +293,7 @@ def test_table_leaves_out_what_is_unknown() -> None:
 
 
 def test_table_prints_markup_as_it_is() -> None:
-    console = Console(width=100, file=io.StringIO(), record=True)
+    console = pytest.importorskip("rich.console").Console(width=100, file=io.StringIO(), record=True)
     console.print(example(model="[red]net[/red]").table())
     assert "[red]net[/red]" in console.export_text()
 

@@ -17,6 +17,9 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from typer.testing import CliRunner
 
 import ss_pruning

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+pytest.importorskip("timm", reason="an optional extra: pip install 'ss-pruning[timm]'")
+
 from benchmarks import coverage_fresh
 from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
