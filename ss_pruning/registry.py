@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ss_pruning.config import COMPENSATIONS, Compensation
 from ss_pruning.errors import InputError
@@ -33,7 +33,7 @@ class LayerType:
     axis: int
     sizes: Mapping[str, str]
 
-    def axes(self, side: Literal["in", "out"]) -> Mapping[str, int]:
+    def axes(self, side: str) -> Mapping[str, int]:
         """By name of a tensor, the axis on which the channels of a side lie."""
         return self.inputs if side == "in" else self.outputs
 

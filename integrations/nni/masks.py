@@ -23,7 +23,7 @@ from ss_pruning.graph.tracing import trace
 from ss_pruning.sparsity.compaction import compact_
 from ss_pruning.sparsity.dead_channels import living_kernels
 from ss_pruning.sparsity.size import Compaction
-from ss_pruning.surgery.plan import Cut, cut_layer
+from ss_pruning.surgery.cut import Cut, cut_layer
 
 Masks = Mapping[str, Mapping[str, Tensor | None]]
 Norms = Literal["keep", "mask"]

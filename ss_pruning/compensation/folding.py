@@ -32,7 +32,8 @@ from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
 from ss_pruning.registry import layer_type_of
-from ss_pruning.surgery.plan import Cut, Plan, give_bias
+from ss_pruning.surgery.cut import Cut, give_bias
+from ss_pruning.surgery.plan import Plan
 
 #: Why a layer was skipped that only runs in training, such as an auxiliary head.
 REGISTERED = "only layers of torch's types are compensated, not registered ones"

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import ModelError
-from ss_pruning.registry import layer_type_of
+from ss_pruning.registry import LayerType, layer_type_of
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
@@ -149,6 +149,23 @@ def groups_of(module: nn.Module) -> int:
     return 1 if layer_type_of(module) is not None else int(getattr(module, "groups", 1))
 
 
+_OUTPUTS = {"weight": 0, "bias": 0}
+_LINEAR = LayerType(_OUTPUTS, {"weight": 1}, -1, {"in": "in_features", "out": "out_features"})
+_CHANNELS = {"in": "in_channels", "out": "out_channels"}
+_CONVOLUTION = LayerType(_OUTPUTS, {"weight": 1}, 1, _CHANNELS)
+_TRANSPOSED = LayerType({"weight": 1, "bias": 0}, {"weight": 0}, 1, _CHANNELS)
+
+
+def layout_of(module: nn.Module) -> LayerType | None:
+    """Where the channels of a layer that mixes them lie, groups aside; None for norms."""
+    own = layer_type_of(module)
+    if own is not None:
+        return own
+    if isinstance(module, _ConvNd):
+        return _TRANSPOSED if module.transposed else _CONVOLUTION
+    return _LINEAR if isinstance(module, nn.Linear) else None
+
+
 def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, int] | None:
     """By name of a tensor of a registered layer, the axis on which the channels of a side lie; None for other layers.
 
@@ -176,10 +193,9 @@ def width(module: nn.Module, side: Literal["in", "out"]) -> int:
     if own is not None:
         name, axis = next(iter(own.items()))
         return int(getattr(module, name).shape[axis])
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "in" else module.out_features
-    if isinstance(module, _ConvNd):
-        return module.in_channels if side == "in" else module.out_channels
+    layout = layout_of(module)
+    if layout is not None:
+        return int(getattr(module, layout.sizes[side]))
     for name in ("num_features", "num_channels", "normalized_shape"):
         if hasattr(module, name):
             value: Any = getattr(module, name)

@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils.copying import retyped
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 
 #: Where checkpoints keep a history, and where the weights.
 _HISTORIES = ("pruning", "pruning_history", "history")

@@ -17,7 +17,8 @@ from ss_pruning.errors import BudgetError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, pruned_of, ranks_of, step_scores
 from ss_pruning.planning.costs import Cost, Costs
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 
 
 @dataclass(frozen=True)

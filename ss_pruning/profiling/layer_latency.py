@@ -25,7 +25,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
 from ss_pruning.graph.layers import channel_axis, groups_of, is_depthwise, width
 from ss_pruning.profiling.latency import machine, race
-from ss_pruning.surgery.plan import Cut, cut_layer
+from ss_pruning.surgery.cut import Cut, cut_layer
 
 #: Shares of a layer's inputs and outputs at which it is measured.
 GRID = (0.125, 0.5, 1.0)

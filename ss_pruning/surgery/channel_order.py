@@ -8,7 +8,8 @@ from ss_pruning.errors import VerificationError
 from ss_pruning.graph.channel_index import Side
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 
 
 def reordered(

@@ -16,7 +16,7 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
 from ss_pruning.graph.layers import channel_axis, is_depthwise, mixes_channels
-from ss_pruning.surgery.plan import Cut, cut_layer
+from ss_pruning.surgery.cut import Cut, cut_layer
 
 
 @contextlib.contextmanager

@@ -1,61 +1,29 @@
-"""Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape.
-
-Convolutions and linear layers are cut by Torch-Pruning. Gathered here are norms (all their tensors with one index) and
-what it cannot cut: grouped convolutions that lose other positions in each group, further tensors of subclasses (the
-gain of a scaled convolution), frozen batch norms, loose tensors, and channels that change places.
-"""
+"""Plans: which channels of which layers stay. Applying one is the only way this package changes a model's shape."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.memento import like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import PlanError
 from ss_pruning.graph.groups import Key, Side
-from ss_pruning.graph.layers import groups_of, is_depthwise, long_axis, registered_axes, width
+from ss_pruning.graph.layers import is_depthwise, width
 from ss_pruning.graph.refusals import check_whole
 from ss_pruning.registry import layer_type_of
+from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The channels of one layer side that stay, in their new order.
-
-    Attributes:
-        path: Module path, or the name of a loose tensor.
-        side: "in" or "out" of a convolution or linear layer, "through" a norm, or "tensor".
-        width: Number of channels before.
-        kept: The channels that stay.
-        axis: Axis of a loose tensor; 0 otherwise.
-    """
-
-    path: str
-    side: Side
-    width: int
-    kept: tuple[int, ...]
-    axis: int = 0
-
-    @property
-    def removed(self) -> list[int]:
-        """The channels that go, ascending."""
-        stays = set(self.kept)
-        return [channel for channel in range(self.width) if channel not in stays]
 
 
 @dataclass(frozen=True)
@@ -326,154 +294,9 @@ def _in_order(cuts: Iterable[Cut], modules: Mapping[str, nn.Module]) -> list[Cut
 def _cut(modules: Mapping[str, nn.Module], cut: Cut) -> None:
     if cut.side == "tensor":
         owner, _, name = cut.path.rpartition(".")
-        _gather(modules[owner], name, cut.axis, torch.tensor(cut.kept))
+        gather_(modules[owner], name, cut.axis, cut.kept)
     else:
         cut_layer(modules[cut.path], cut)
-
-
-def cut_layer(module: nn.Module, cut: Cut) -> None:
-    """Keep the channels `cut.kept` of one side of a layer, in that order."""
-    own = registered_axes(module, "in" if cut.side == "in" else "out")
-    if own is not None:
-        with _same_flags(module):
-            _cut_registered(module, own, cut)
-        return
-    before = dict(_own_tensors(module))
-    with torch.no_grad(), _same_flags(module):
-        if not is_depthwise(module) or cut.side != "in":  # a depthwise layer is cut once, on its output side
-            _cut_tensors(module, cut)
-    if (
-        cut.side != "in"
-    ):  # further tensors of a subclass, such as the gain of a weight-standardised convolution
-        for name, tensor in _own_tensors(module):
-            if tensor is before.get(name) and tensor.dim() and tensor.shape[0] == cut.width:
-                _gather(module, name, 0, torch.tensor(cut.kept))
-
-
-def _cut_registered(module: nn.Module, axes: Mapping[str, int], cut: Cut) -> None:
-    for name, axis in axes.items():
-        _gather(module, name, axis, torch.tensor(cut.kept))
-    size = {} if (own := layer_type_of(module)) is None else own.sizes
-    if cut.side in size:
-        setattr(module, size[cut.side], len(cut.kept))
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield name, tensor
-
-
-def give_bias(module: nn.Module) -> nn.Parameter:
-    """Register a bias of zeros on a convolution or linear layer without one."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    bias = nn.Parameter(torch.zeros(width(module, "out"), dtype=weight.dtype, device=weight.device))
-    module.bias = bias
-    return bias
-
-
-def _cut_tensors(module: nn.Module, cut: Cut) -> None:
-    import torch_pruning as tp
-
-    in_order = list(cut.kept) == sorted(cut.kept)
-    lost_groups = isinstance(module, _ConvNd) and cut.side == "in" and module.in_channels != cut.width
-    if isinstance(module, _ConvNd) and (groups_of(module) > 1 or lost_groups):
-        _cut_grouped(module, cut)
-    elif isinstance(module, _ConvNd) and in_order:
-        (tp.prune_conv_in_channels if cut.side == "in" else tp.prune_conv_out_channels)(module, cut.removed)
-    elif isinstance(module, nn.Linear) and in_order:
-        (tp.prune_linear_in_channels if cut.side == "in" else tp.prune_linear_out_channels)(
-            module, cut.removed
-        )
-    else:
-        _gather_layer(module, cut)
-
-
-def _cut_grouped(conv: _ConvNd, cut: Cut) -> None:
-    """A grouped convolution: each group keeps positions of its own. Groups without outputs go, inputs and all."""
-    groups, axis = conv.groups, int((cut.side == "in") != conv.transposed)
-    kept, alive = torch.tensor(cut.kept), torch.arange(groups)  # not where the weight is: it may hold no data
-    if cut.side == "out":
-        alive = (kept // (cut.width // groups)).unique()
-
-    def select(weight: Tensor) -> Tensor:
-        blocks = weight.unflatten(0, (groups, -1))[alive.to(weight.device)]  # [groups, rows, columns, ...]
-        positions = (kept.reshape(len(blocks), -1) % blocks.shape[1 + axis]).to(weight.device)
-        group = torch.arange(len(blocks), device=weight.device)[:, None]
-        selected: Tensor = blocks.transpose(1, 1 + axis)[group, positions].transpose(1, 1 + axis)
-        return selected.flatten(0, 1).contiguous()
-
-    _replace(conv, "weight", select)
-    if cut.side == "out" and conv.bias is not None:
-        _gather(conv, "bias", 0, kept)
-    if len(alive) < groups:
-        conv.in_channels, conv.groups = conv.in_channels // groups * len(alive), len(alive)
-    setattr(conv, f"{cut.side}_channels", len(cut.kept))
-
-
-def _gather_layer(module: nn.Module, cut: Cut) -> None:
-    """Norms, every layer that Torch-Pruning does not know, and those whose channels change places."""
-    n, kept = len(cut.kept), torch.tensor(cut.kept)
-    if isinstance(module, nn.Linear):
-        _gather(module, "weight", 1 if cut.side == "in" else 0, kept)
-        if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, kept)
-        setattr(module, f"{cut.side}_features", n)
-    elif isinstance(module, _ConvNd):
-        _gather(module, "weight", int((cut.side == "in") != module.transposed), kept)
-        if cut.side == "out" and module.bias is not None:
-            _gather(module, "bias", 0, kept)
-        setattr(module, f"{cut.side}_channels", n)
-    else:
-        for name, tensor in list(_own_tensors(module)):
-            axis = long_axis(tensor)
-            if axis is not None and tensor.shape[axis] == cut.width:
-                _gather(module, name, axis, kept)
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.normalized_shape = (n,)
-        elif isinstance(module, _NormBase):
-            module.num_features = n
-        elif isinstance(module, nn.GroupNorm):
-            module.num_channels = n
-        elif isinstance(getattr(module, "num_features", None), int):
-            setattr(module, "num_features", n)  # noqa: B010
-
-
-def _gather(module: nn.Module, name: str, axis: int, index: Tensor) -> None:
-    """Replace a parameter or buffer (and its gradient) by its selected indices."""
-    _replace(module, name, lambda tensor: tensor.index_select(axis, index.to(tensor.device)))
-
-
-def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -> None:
-    """Replace a parameter or buffer (and its gradient) by a selection from it."""
-    tensor = getattr(module, name)
-    selected = select(tensor.detach())
-    if isinstance(tensor, nn.Parameter):
-        parameter = nn.Parameter(selected, requires_grad=tensor.requires_grad)
-        like(parameter, tensor)
-        if tensor.grad is not None:
-            parameter.grad = select(tensor.grad)
-        setattr(module, name, parameter)
-        if isinstance(module, nn.PReLU):
-            module.num_parameters = parameter.numel()
-    else:
-        setattr(module, name, selected)
-
-
-@contextlib.contextmanager
-def _same_flags(module: nn.Module) -> Iterator[None]:
-    """Torch-Pruning makes fresh parameters: carry over `requires_grad` and the memory format."""
-    flags = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
-    weight = getattr(module, "weight", None)
-    last = isinstance(weight, Tensor) and weight.dim() == 4 and not weight.is_contiguous()
-    yield
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        parameter.requires_grad_(flags.get(name, True))
-        if last and parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _number(module: nn.Module | None, attribute: Attribute) -> int | None:

@@ -15,7 +15,8 @@ from ss_pruning.compensation.batchnorm import noise_like, recalibrate_, recalibr
 from ss_pruning.config import COMPENSATIONS, FoldMean
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.tracing import trace
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 

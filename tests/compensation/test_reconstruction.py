@@ -15,7 +15,8 @@ from ss_pruning import prune_
 from ss_pruning.compensation.reconstruction import _fit, _normal_equations, _sample, reconstruct_
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.tracing import trace
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 from tests.support.snapshot import snapshot
 
 

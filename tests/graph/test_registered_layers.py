@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.graph.layers import kernel_powers, layout_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.planning.costs import Costs
@@ -333,3 +333,13 @@ def test_costs_know_which_tensors_shrink() -> None:
         removed[costs.keys.index((cut.path, cut.side))] = len(cut.removed)
     assert costs.after("params", removed) == sum(p.numel() for p in model.parameters())
     assert costs.after("macs", removed) == pytest.approx(count_macs(model, X)[0])
+
+
+def test_the_layout_of_torchs_layers_is_that_of_their_tensors() -> None:
+    for layer in (nn.Conv1d(3, 5, 2), nn.Conv3d(3, 5, 2), nn.ConvTranspose2d(3, 5, 2), nn.Linear(3, 5)):
+        layout = layout_of(layer)
+        for side, n in (("in", 3), ("out", 5)):
+            assert getattr(layer, layout.sizes[side]) == n
+            for name, axis in layout.axes(side).items():
+                assert getattr(layer, name).shape[axis] == n
+    assert layout_of(nn.BatchNorm2d(3)) is None

@@ -50,7 +50,8 @@ from ss_pruning.planning.allocation import allot, schedule, select, to_plan
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import Ranker
 from ss_pruning.report.notes import certainty
-from ss_pruning.surgery.plan import Cut, Plan
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Plan
 
 BATCH = 8
 

@@ -21,6 +21,7 @@ from ss_pruning.errors import BudgetError, NothingToPruneError, VerificationErro
 from ss_pruning.graph import couple, trace
 from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
 from ss_pruning.sparsity.compaction import compact_
+from ss_pruning.surgery import cut as cutting
 from ss_pruning.surgery import plan as surgery
 from ss_pruning.surgery.plan import Plan, adopt_
 from ss_pruning.surgery.verification import Verifier
@@ -51,11 +52,13 @@ def chain() -> Chain:
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-@pytest.mark.parametrize("name", ["_cut", "_gather", "_replace"])
+@pytest.mark.parametrize("place", ["plan._cut", "cut.gather_", "cut._replace"])
 def test_an_interrupt_in_the_middle_of_a_cut_changes_nothing(
-    name: str, at: int, monkeypatch: pytest.MonkeyPatch
+    place: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, original, calls = chain(), getattr(surgery, name), itertools.count(1)
+    file, name = place.split(".")
+    module = {"plan": surgery, "cut": cutting}[file]
+    model, original, calls = chain(), getattr(module, name), itertools.count(1)
     plan = ss_pruning.plan(model, X, ratio=0.4)[0]
     before, output = snapshot(model), model(X)
 
@@ -64,7 +67,7 @@ def test_an_interrupt_in_the_middle_of_a_cut_changes_nothing(
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(surgery, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     try:
         plan.apply_(model)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
-from ss_pruning import FoldLinear, Plan, Reconstruct, prune_
+from ss_pruning import FoldLinear, Plan, Reconstruct, prune_, registry
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.folding import IDLE
 from ss_pruning.compensation.reconstruction import _is_linear_in_weight
@@ -20,7 +20,8 @@ from ss_pruning.errors import InputError, ModelError, PlanError, VerificationErr
 from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.surgery.agreement import compare
-from ss_pruning.surgery.plan import Attribute, Cut
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.plan import Attribute
 from ss_pruning.surgery.verification import Verifier
 from tests.support.snapshot import snapshot
 from tests.support.zoo import Unused, randomise
@@ -92,7 +93,7 @@ def test_a_compensation_that_stumbles_leaves_the_model_alone(monkeypatch: pytest
     model = chain()
     plan, _ = without(model, 3)
     traced, before = TracedModel.of(model, X), snapshot(model)
-    monkeypatch.setattr("ss_pruning.compensation.apply._compensate", stumble)
+    monkeypatch.setitem(registry._COMPENSATIONS, "linear", stumble)
     with pytest.raises(ModelError, match=r"the model is as it was \(ZeroDivisionError: out of luck\)"):
         cut_(traced, plan, FoldLinear(recalibrate=False), X)
     assert snapshot(model) == before
