@@ -16,7 +16,8 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning._utils.progress import Clock, Progress
 from ss_pruning._utils.running import quiet_hooks
-from ss_pruning.compensation.apply import calibration_images, check_calibration, prepared
+from ss_pruning.compensation.apply import calibration_images, check_calibration
+from ss_pruning.compensation.selection import Calibration, prepared_best
 from ss_pruning.config import Allocation, Budget, Compensation, Config, Scope, SyntheticImages
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
@@ -104,32 +105,32 @@ def prune_(
             costs = Costs(traced)
         images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
         with clock("score", 1):
+            inputs = Calibration.of(model, images, _is_synthetic(calibration))
             strengths = _strengths(traced)
         if latency is not None or config.allocation.round_to == "measured":
             with clock("time layers", 1):
                 costs.times = latency_table(model, _timed_on(traced, config), traced.connectivity)
-        ranker = Ranker(traced, config, costs, images, clock)
+        ranker = Ranker(traced, config, costs, inputs.fitted, clock)
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)
         with clock("cut", 4):
-            ready, plan, outcome = prepared(traced, found.verified.plan, config.compensation, images)
+            cut = prepared_best(traced, found.verified.plan, config.compensation, inputs)
         report = Report(
             model=type(model).__name__,
-            **_sizes(ready, plan, costs, traced),
-            layers=_layer_reports(traced, ready, plan, strengths, costs.layer_macs),
+            **_sizes(cut.model, cut.plan, costs, traced),
+            layers=_layer_reports(traced, cut.model, cut.plan, strengths, costs.layer_macs),
             excluded=list(found.coupling.excluded),
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
             settings=_settings(ranking, calibration),
             sensitivity_on_noise=ranking.on_noise,
             sensitivity_not_measured=ranking.not_measured or None,
-            inexact_layers=outcome.inexact,
-            not_compensated=outcome.skipped,
+            **cut.noted(),
             seconds=clock.seconds,
             versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
             **({} if timed is None else as_reported(timed.dense, timed.pruned)),
         )
-        adopt_(model, ready)
+        adopt_(model, cut.model)
     return report
 
 
@@ -201,8 +202,12 @@ def _sizes(ready: nn.Module, plan: Plan, costs: Costs, traced: TracedModel) -> d
 
 def _settings(ranking: Ranking, calibration: Any) -> dict[str, Any]:
     """The options in effect."""
-    synthetic = isinstance(calibration, (str, SyntheticImages))
-    return {**ranking.config.settings(), **({"calibration": "synthetic"} if synthetic else {})}
+    made = {"calibration": "synthetic"} if _is_synthetic(calibration) else {}
+    return {**ranking.config.settings(), **made}
+
+
+def _is_synthetic(calibration: Any) -> bool:
+    return isinstance(calibration, (str, SyntheticImages))
 
 
 def _layer_reports(

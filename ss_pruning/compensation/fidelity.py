@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +12,10 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.report.records import Fidelity
 
 # So many inputs run at a time.
 _AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How near a small model is to the dense one.
-
-    Attributes:
-        inputs: On so many inputs.
-        error: Mean squared difference of the outputs, as a share of the dense outputs' variance over the inputs.
-        error_deviation: Standard error of that mean.
-        agreement: Share of the inputs on which both put the same class first; None where outputs are no class scores.
-    """
-
-    inputs: int
-    error: float
-    error_deviation: float
-    agreement: float | None = None
-
-    @property
-    def agreement_deviation(self) -> float | None:
-        """Standard error of the agreement, a binomial share."""
-        if self.agreement is None:
-            return None
-        return float((self.agreement * (1 - self.agreement) / self.inputs) ** 0.5)
 
 
 class Reference:
@@ -48,16 +24,21 @@ class Reference:
     Args:
         dense: Not changed.
         held_out: Inputs.
+        synthetic: They were made from the model's batch norms.
 
     Raises:
         ModelError: The outputs hold no numbers that go by inputs, or do not vary.
     """
 
-    def __init__(self, dense: nn.Module, held_out: Batch) -> None:
+    def __init__(self, dense: nn.Module, held_out: Batch, synthetic: bool = False) -> None:
         self.parts = held_out.split(_AT_ONCE)
-        self.count = len(held_out)
-        with torch.no_grad(), preserved(dense, training=False):
-            self.outputs = [_by_input(call(dense, part.inputs), len(part)) for part in self.parts]
+        self.count, self.synthetic = len(held_out), synthetic
+        try:
+            self.outputs = _outputs(dense, self.parts)
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on the inputs ({type(error).__name__}: {error})"
+            ) from error
         self.variances = _variances(self.outputs)
         if not self.variances:
             raise ModelError(
@@ -67,15 +48,13 @@ class Reference:
     def fidelity(self, small: nn.Module) -> Fidelity:
         """How near a smaller model is."""
         errors, same = [], 0
-        with torch.no_grad(), preserved(small, training=False):
-            for part, dense in zip(self.parts, self.outputs, strict=True):
-                found = _by_input(call(small, part.inputs), len(part))
-                errors.append(self._errors(dense, found))
-                same += _agreeing(dense, found)
+        for dense, found in zip(self.outputs, _outputs(small, self.parts), strict=True):
+            errors.append(self._errors(dense, found))
+            same += _agreeing(dense, found)
         each = torch.cat(errors)
         spread = float(each.std() / len(each) ** 0.5) if len(each) > 1 else float("nan")
         agreement = same / self.count if _are_classes(self.outputs[0]) else None
-        return Fidelity(self.count, float(each.mean()), spread, agreement)
+        return Fidelity(self.count, float(each.mean()), spread, agreement, self.synthetic)
 
     def _errors(self, dense: dict[str, Tensor], small: dict[str, Tensor]) -> Tensor:
         """`[inputs]`: mean over the outputs that both have in one shape; those that lack count as lost."""
@@ -95,6 +74,12 @@ def held_out(batch: Batch, share: int = 5) -> tuple[Batch, Batch]:
     rows = torch.arange(len(batch)).reshape(-1, batch.unit)
     chosen = torch.arange(len(rows)) % share == share - 1
     return batch[rows[chosen].flatten()], batch[rows[~chosen].flatten()]
+
+
+def _outputs(model: nn.Module, parts: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Part by part, see `_by_input`."""
+    with torch.no_grad(), preserved(model, training=False):
+        return [_by_input(call(model, part.inputs), len(part)) for part in parts]
 
 
 def _by_input(output: Any, count: int) -> dict[str, Tensor]:

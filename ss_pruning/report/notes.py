@@ -27,6 +27,7 @@ def certainty(report: Report) -> list[tuple[str, str]]:
         *timed,
         ("cut equals masked", _cut(report)),
         ("compensation", _compensation(report)),
+        *([] if report.fidelity is None else [("fidelity", _fidelity(report))]),
         ("strengths", _strengths(report)),
     ]
 
@@ -88,6 +89,8 @@ def _cut(report: Report) -> str:
 def _compensation(report: Report) -> str:
     method = report.settings.get("compensation", "none")
     norms = " Batch norms behind the cut follow what is left." if report.settings.get("recalibrate") else ""
+    if report.compensation_dropped:
+        return f"None: {method} was tried; on held-out inputs the cut alone is nearer to the dense model."
     if method == "none":
         return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
     inexact = ", ".join(report.inexact_layers)
@@ -96,6 +99,25 @@ def _compensation(report: Report) -> str:
     without = f" Not compensated: {skipped}." if skipped else ""
     seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
     return f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}"
+
+
+def _fidelity(report: Report) -> str:
+    assert report.fidelity is not None
+    found, alone = report.fidelity, report.fidelity_uncompensated
+    on = (
+        "made from the model's batch norms"
+        if found.synthetic
+        else "of the calibration inputs that nothing was fitted on"
+    )
+    without = "" if alone is None else f", of the cut alone {percent(alone.error)}"
+    agreement = (
+        "" if found.agreement is None else f" On {percent(found.agreement)} both put the same class first."
+    )
+    return (
+        f"Measured on {found.inputs:,} inputs {on}; no labels are needed. The pruned model's output is off by "
+        f"{percent(found.error)} of the dense output's variance (standard error {percent(found.error_deviation)}"
+        f"{without}).{agreement} What this says of accuracy is in docs/fidelity.md."
+    )
 
 
 def _sensitivity(report: Report) -> str:

@@ -69,6 +69,42 @@ class LayerReport:
             object.__setattr__(self, "share_cut", 1.0 - kept)
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a small model is to the dense one, on inputs that nothing was fitted on.
+
+    Attributes:
+        inputs: on so many inputs.
+        error: mean squared difference of the outputs, as a share of the dense outputs' variance over the inputs.
+        error_deviation: standard error of that mean.
+        agreement: share of the inputs on which both put the same class first; None where outputs are no class scores.
+        synthetic: the inputs were made from the model's batch norms.
+    """
+
+    inputs: int
+    error: float
+    error_deviation: float
+    agreement: float | None = None
+    synthetic: bool = False
+
+    @property
+    def agreement_deviation(self) -> float | None:
+        """Standard error of the agreement, with two more inputs on either side: even all of a few are not certain.
+
+        Source: Agresti and Coull (1998), "Approximate is better than exact for interval estimation of binomials".
+        """
+        if self.agreement is None:
+            return None
+        count = self.inputs + 4
+        share = (self.agreement * self.inputs + 2) / count
+        return float((share * (1 - share) / count) ** 0.5)
+
+    @property
+    def on(self) -> str:
+        """The inputs, in words."""
+        return f"{self.inputs:,} {'synthetic' if self.synthetic else 'held-out'} inputs"
+
+
 @dataclass(repr=False)
 class Report:
     """A whole run.
@@ -107,6 +143,9 @@ class Report:
         sensitivity_not_measured: why it was not measured where it would have been by default.
         inexact_layers: paths of the layers where compensation is wrong at zero-padded borders.
         not_compensated: paths of the layers that could not be compensated, with the reason.
+        fidelity: how near the pruned model is to the dense one on held-out calibration inputs; None without any.
+        fidelity_uncompensated: the same of the cut alone.
+        compensation_dropped: the compensation was not applied, since the cut alone is nearer to the dense model.
         random_weights: no weights were loaded, so that only sizes and times mean anything.
         file: where the pruned model was written.
     """
@@ -138,6 +177,9 @@ class Report:
     sensitivity_not_measured: str | None = None
     inexact_layers: list[str] = field(default_factory=list)
     not_compensated: dict[str, str] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+    fidelity_uncompensated: Fidelity | None = None
+    compensation_dropped: bool = False
     random_weights: bool = False
     file: str | None = None
 
@@ -190,6 +232,9 @@ class Report:
             name = f"top-1 ({self.images:,} images)" if self.images is not None else "top-1"
             before, after = (percent(value, 2) for value in (self.accuracy_before, self.accuracy_after))
             rows.append((name, before, after, f"{change:+.2f} points"))
+        if self.fidelity is not None and self.fidelity.agreement is not None:
+            kept = f"{percent(self.fidelity.agreement)} ± {percent(self.fidelity.agreement_deviation or 0.0)}"
+            rows.append((f"same class as dense ({self.fidelity.on})", "", "", kept))
         for name, before_count, after_count, unit in (
             ("multiply-accumulates", self.macs_before, self.macs_after, ""),
             ("parameters", self.params_before, self.params_after, ""),
@@ -212,7 +257,9 @@ class Report:
             return "The cut model was not compared with the masked one."
         method = self.settings.get("compensation", "none")
         after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
-        if self.settings.get("recalibrate"):
+        if self.compensation_dropped:
+            after = f" The cut alone is nearer to the dense model than with {method}, which was left out."
+        elif self.settings.get("recalibrate"):
             after += " Batch norms behind the cut follow what is left."
         if self.by_decisions:
             return (
@@ -242,6 +289,8 @@ class Report:
         known = {key: value for key, value in values.items() if key != "format"}
         try:
             layers = [_layer(entry) for entry in known.pop("layers")]
+            for name in ("fidelity", "fidelity_uncompensated"):
+                known[name] = _fidelity(known.get(name))
             excluded = [_excluded(entry) for entry in known.pop("excluded")]
             known["max_error"] = float(known["max_error"])
             if (spread := known.get("latency_spread")) is not None:
@@ -319,7 +368,7 @@ def jsonable(value: object) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, LayerReport | Excluded):
+    if isinstance(value, LayerReport | Excluded | Fidelity):
         return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): jsonable(entry) for key, entry in value.items()}
@@ -349,6 +398,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "list": (list,),
     "dict": (dict,),
     "None": (type(None),),
+    "Fidelity": (Fidelity,),
     "Any": (object,),
 }
 
@@ -384,6 +434,13 @@ def _layer(entry: Mapping[str, Any]) -> LayerReport:
     return _checked(  # type: ignore[no-any-return]
         LayerReport(**{**entry, "strength": strength, "share_cut": float(entry.get("share_cut", math.nan))})
     )
+
+
+def _fidelity(entry: Mapping[str, Any] | None) -> Fidelity | None:
+    if entry is None:
+        return None
+    numbers = {name: float(entry[name]) for name in ("error", "error_deviation")}  # may be infinite
+    return _checked(Fidelity(**{**entry, **numbers}))  # type: ignore[no-any-return]
 
 
 def _excluded(entry: Mapping[str, Any]) -> Excluded:

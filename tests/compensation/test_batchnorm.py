@@ -215,7 +215,7 @@ def test_half_precision_is_summed_in_single() -> None:
     assert torch.allclose(half.bn2.running_var.double(), small.bn2.running_var, rtol=0.05)
 
 
-@pytest.mark.parametrize("calibration", [images(), None], ids=["images", "noise"])
+@pytest.mark.parametrize("calibration", [images(16), None], ids=["images", "noise"])
 @pytest.mark.parametrize(
     ("compensation", "asked", "done"),
     [
