@@ -1,1 +1,1 @@
-"""Measurements behind the figures in the documentation; each file is a script."""
+"""Measurements behind the figures in the documentation: `run` measures, `page` writes what came out."""

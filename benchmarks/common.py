@@ -11,10 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / ".." / "shared" / "data"
 MISSING = "not installed"
-DATA = HERE.parent / ".." / "shared" / "data"
 
 
 def versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ class SynapticImportance:
 
     Args:
         statistics: Where variances come from, see `ss_pruning.synaptic_strength`. The default, "gaussian", is the one
-            that `benchmarks/accuracy.py` prefers on training images; "batchnorm" is the paper's, and the fastest:
+            that `benchmarks/accuracy/run.py` prefers on training images; "batchnorm" is the paper's, and the fastest:
             take it for pruners that regularise, which score at every training step.
         score: "share" of each output's variance (default), "strength" itself, its Gaussian "entropy", or "relevance":
             shares of the model's output, see `ss_pruning.importance.relevance`.

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import accuracy, accuracy_criteria, accuracy_page, readme_results
-from benchmarks.accuracy_criteria import OURS
-from benchmarks.cifar_models import CHECKPOINTS, cifar_resnet
+from benchmarks.accuracy import criteria as accuracy_criteria
+from benchmarks.accuracy import page as accuracy_page
+from benchmarks.accuracy import readme as readme_results
+from benchmarks.accuracy import run as accuracy
+from benchmarks.accuracy.criteria import OURS
 from benchmarks.common import MISSING, made_on
+from benchmarks.data.models import CHECKPOINTS, cifar_resnet
 
 
 def line(criterion: str, top1: float, **changes: Any) -> dict[str, Any]:

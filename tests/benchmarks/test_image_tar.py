@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import image_tar
-from benchmarks.cifar_data import load
+from benchmarks.data import image_tar
+from benchmarks.data.cifar import load
 from ss_pruning.errors import InputError
 
 CLASSES = ("bird", "cat")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import latency
-from benchmarks.latency_page import write_page
+from benchmarks.latency import run as latency
+from benchmarks.latency.page import write_page
 from ss_pruning.cli.bench import Setting, Speed
 from ss_pruning.planning.costs import Costs
 

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("torch_pruning")
 
-from benchmarks import lite0, lite0_page, photos
+from benchmarks.accuracy import lite0, lite0_page
+from benchmarks.data import photos
 
 
 def line(draw: int, agreement: float, **changes: Any) -> dict[str, Any]:

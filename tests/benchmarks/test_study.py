@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import study, study_page
-from benchmarks.cifar_data import as_input
-from examples.paper_cifar import CRITERIA, NETS, Training, scores, taylor
+from benchmarks.data.cifar import as_input
+from benchmarks.sparse_training import page as study_page
+from benchmarks.sparse_training import run as study
+from benchmarks.sparse_training.paper import CRITERIA, NETS, Training, scores, taylor
 
 SCORES = {
     "strength": {"a": torch.tensor([[4.0, 3.0], [2.0, 1.0]])},

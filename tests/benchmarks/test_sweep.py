@@ -21,9 +21,8 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray's own imports
     pytest.importorskip("ray.tune", reason="an optional extra: pip install 'ss-pruning[sweep]'")
-    from benchmarks import sweep_page
-    from examples import sweep
-from examples import paper_cifar
+    from benchmarks.sparse_training import sweep, sweep_page
+from benchmarks.sparse_training import paper
 from tests.examples.test_paper import like_fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,8 +140,8 @@ def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil", reason="tells which processes are left")
     data, out = like_fashion_mnist(tmp_path / "data"), tmp_path / "out"
     same = ("--data", str(data), *COMMON)
-    command = [sys.executable, "-m", "examples.sweep", *same, *GRID, "--images", "0", "--batch", "128", "--out",
-               str(out), "--at-a-time", "2"]  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.sparse_training.sweep", *same, *GRID, "--images", "0",
+               "--batch", "128", "--out", str(out), "--at-a-time", "2"]  # fmt: skip
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {**os.environ, **token, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
@@ -176,6 +175,6 @@ def test_killed_it_goes_on_on_a_cluster(tmp_path: Path) -> None:
 
     one = ("--weight", "1e-3", "--criterion", "random", "--sparsity", "0.8", "--no-bf16")
     plain = ("--dataset", "fashion-mnist", "--out", str(tmp_path / "plain"))
-    assert paper_cifar.main([*same, *one, *plain]) == 0
+    assert paper.main([*same, *one, *plain]) == 0
     (path,) = (tmp_path / "plain").glob("*/*.json")
     assert json.loads(path.read_text())["top1"] == rows[-1]["top1"]

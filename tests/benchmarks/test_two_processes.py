@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import two_processes
-from benchmarks.accuracy import add_line, read_lines
+from benchmarks.accuracy.run import add_line, read_lines
+from benchmarks.sparse_training import two_processes
 
 
 def line(seed: int, processes: int, top1: float, cuts: list[str]) -> dict[str, Any]:

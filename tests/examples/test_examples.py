@@ -152,7 +152,7 @@ def test_commands_of_the_documentation_run(
 
 @pytest.mark.slow
 def test_quickstart_runs(tmp_path: Path) -> None:
-    output = example(tmp_path, "torch_pruning_quickstart.py")
+    output = example(tmp_path, "torch_pruning/quickstart.py")
     kept = [int(share) for share in re.findall(r"(\d+)%", output)]
     assert len(kept) == 2
     assert all(30 < share < 80 for share in kept)
@@ -160,7 +160,7 @@ def test_quickstart_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_custom_importance_keeps_what_magnitude_loses(tmp_path: Path) -> None:
-    output = example(tmp_path, "torch_pruning_custom.py", "--macs", "0.5")
+    output = example(tmp_path, "torch_pruning/custom_importance.py", "--macs", "0.5")
     reached = dict(re.findall(r"│ (entropy lost|SynapticImportance|group magnitude)[^│]*│ ([\d.]+)%", output))
     assert float(reached["entropy lost"]) > float(reached["group magnitude"])
     assert float(reached["entropy lost"]) > 90
@@ -198,13 +198,13 @@ def test_the_picture_is_what_its_script_draws() -> None:
 
 
 def test_timm_example_prunes_saves_and_loads(tmp_path: Path) -> None:
-    output = example(tmp_path, "timm_prune.py", "test_resnet", "--macs", "0.7", "--out", "pruned.safetensors")
+    output = example(tmp_path, "timm/prune.py", "test_resnet", "--macs", "0.7", "--out", "pruned.safetensors")
     assert "loaded again: largest difference 0.0" in output
     assert (tmp_path / "pruned.safetensors").stat().st_size > 0
 
 
 def test_nni_example_ends_with_the_masked_accuracy(tmp_path: Path) -> None:
-    output = example(tmp_path, "nni_config.py", "--epochs", "2", "--out", "small.safetensors")
+    output = example(tmp_path, "nni/config.py", "--epochs", "2", "--out", "small.safetensors")
     shares = dict(re.findall(r"(dense|masked|fine-tuned|compacted) +│ +([\d.]+) %", output))
     assert set(shares) == {"dense", "masked", "fine-tuned", "compacted"}
     assert shares["compacted"] == shares["fine-tuned"]
@@ -216,14 +216,14 @@ def test_nni_example_ends_with_the_masked_accuracy(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nni_example_on_a_timm_model(tmp_path: Path) -> None:
-    output = example(tmp_path, "nni_timm.py", "test_efficientnet")
+    output = example(tmp_path, "nni/timm_model.py", "test_efficientnet")
     differences = [float(text) for text in re.findall(r"in single precision: (\S+)", output)]
     assert len(differences) == 2
     assert max(differences) < 1e-5
 
 
 def test_training_example_writes_weights_that_fit(tmp_path: Path) -> None:
-    output = example(tmp_path, "train_digits.py", "--epochs", "1")
+    output = example(tmp_path, "sparse_training/digits.py", "--epochs", "1")
     assert "accuracy, test:" in output
     check = (
         "from ss_pruning.sources.demo import digits_resnet; from safetensors.torch import load_file;"

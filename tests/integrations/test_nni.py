@@ -275,9 +275,9 @@ def test_ties_and_an_empty_budget() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
 def test_masks_are_right_and_do_not_depend_on_the_hash_seed(name: str) -> None:
-    """Checks every layer's ratio too; `python -m benchmarks.nni_masks` does it on larger models."""
+    """Checks every layer's ratio too; `python -m benchmarks.nni.masks` does it on larger models."""
     pytest.importorskip("timm", reason="timm is an optional extra: pip install 'ss-pruning[timm]'")
-    command = [sys.executable, "-m", "benchmarks.nni_masks", "--only", name, "--seeds", "0", "1"]
+    command = [sys.executable, "-m", "benchmarks.nni.masks", "--only", name, "--seeds", "0", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -476,7 +476,7 @@ def test_stages_are_timed_and_verification_is_one() -> None:
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 def test_cifar_resnets_lose_half_of_their_padded_residual_stream(name: str) -> None:
-    from benchmarks.cifar_models import cifar_resnet, stream_layers
+    from benchmarks.data.models import cifar_resnet, stream_layers
 
     torch.manual_seed(0)
     model = cifar_resnet(name).eval()

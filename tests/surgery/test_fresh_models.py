@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("timm", reason="an optional extra: pip install 'ss-pruning[timm]'")
 
-from benchmarks import coverage_fresh
+from benchmarks.coverage import fresh as coverage_fresh
 from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
 from ss_pruning.graph import trace

@@ -9,7 +9,7 @@ command line it is the model `demo:digits` and the data `digits`; in Python:
 >>> model.load_state_dict(load_file(digits_weights()))
 <All keys matched successfully>
 
-The weights come from `examples/train_digits.py` in the repository.
+The weights come from `examples/sparse_training/digits.py` in the repository.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""How much accuracy is left after pruning, by criterion, compensation and budget."""

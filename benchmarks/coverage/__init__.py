@@ -1,0 +1,1 @@
+"""Which models can be pruned, and how long that takes."""

@@ -1,0 +1,1 @@
+"""From masks of NNI to smaller models."""

@@ -1,0 +1,1 @@
+"""Training with the penalty on synaptic strength, then pruning and fine-tuning."""
