@@ -12,6 +12,7 @@ from ss_pruning.config import (
     FoldMean,
     NoCompensation,
     Reconstruct,
+    Recovery,
     Synaptic,
     SyntheticImages,
 )
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ss_pruning.io.export import export
     from ss_pruning.profiling.latency import measure_latency
     from ss_pruning.pruning import plan, prune_
+    from ss_pruning.recovery.imitation import ImitationLoss
+    from ss_pruning.recovery.recover import recover_
+    from ss_pruning.recovery.report import RecoveryReport
     from ss_pruning.report.records import Report
     from ss_pruning.sparsity.compaction import compact_
     from ss_pruning.sparsity.penalty import StrengthPenalty
@@ -37,9 +41,12 @@ __all__ = [
     "FoldLinear",
     "FoldMean",
     "GraphPruner",
+    "ImitationLoss",
     "NoCompensation",
     "Plan",
     "Reconstruct",
+    "Recovery",
+    "RecoveryReport",
     "Report",
     "StrengthPenalty",
     "Strengths",
@@ -54,6 +61,7 @@ __all__ = [
     "measure_latency",
     "plan",
     "prune_",
+    "recover_",
     "save",
     "synaptic_strength",
 ]
@@ -61,7 +69,9 @@ __all__ = [
 # Loaded on first use, so that `import ss_pruning` stays light.
 _LAZY = {
     "GraphPruner": "integrations.torch_pruning.pruner",
+    "ImitationLoss": "recovery.imitation",
     "Plan": "surgery.plan",
+    "RecoveryReport": "recovery.report",
     "Report": "report.records",
     "StrengthPenalty": "sparsity.penalty",
     "Strengths": "importance.strength",
@@ -73,6 +83,7 @@ _LAZY = {
     "measure_latency": "profiling.latency",
     "plan": "pruning",
     "prune_": "pruning",
+    "recover_": "recovery.recover",
     "save": "io.checkpoint",
     "synaptic_strength": "importance.strength",
 }

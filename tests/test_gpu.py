@@ -180,3 +180,17 @@ def test_the_command_line_takes_the_gpu_by_itself(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "cuda" in (tmp_path / "out" / "report.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_recovery_on_the_gpu(dtype: Any) -> None:
+    from ss_pruning.sources.demo import digits_resnet
+
+    torch.manual_seed(0)
+    dense = digits_resnet().eval().to(GPU)
+    model, images = copy.deepcopy(dense), torch.randn(128, 1, 8, 8)
+    prune_(model, images[:1].to(GPU), macs=0.4)
+    report = ss_pruning.recover_(model, dense, images, steps=40, settings=ss_pruning.Recovery(dtype=dtype))
+    assert report.after.error <= report.before.error
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

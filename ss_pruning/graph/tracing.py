@@ -36,6 +36,9 @@ from ss_pruning.graph.pooling_indices import TiedIndices
 from ss_pruning.graph.refusals import check_bare, usable_inputs
 from ss_pruning.graph.vjp_probe import SEED, Arrival, Leaf, pull, pull_output
 
+#: The path of a layer (or the name of a loose tensor) and one of its channels.
+Source = tuple[str, int]
+
 # Operating point of every layer's output. Positive, so that rectifiers pass; small, so that a dozen residual adds
 # stay below the knees of ReLU6 and of hard gates; different from channel to channel, so that what compares channels
 # (a softmax over branches) has a slope that does not vanish in the sum over positions.
@@ -74,6 +77,48 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
                 _probe(model, example_inputs, paths, connectivity, training=True)
     connectivity.uncalled = tuple(sorted(set(paths.values()) - set(connectivity.layers)))
     return connectivity
+
+
+def trace_outputs(
+    model: nn.Module, example_inputs: Any, axes: Mapping[str, int]
+) -> dict[str, list[frozenset[Source]]]:
+    """What the channels of modules' outputs are made from, by running `model` on labels; it is left as it was.
+
+    Args:
+        model: Any module.
+        example_inputs: What `forward` takes.
+        axes: By path of modules that run once, the axis of their output on which its channels lie.
+
+    Returns:
+        By path, for each channel of the output the (layer path, output channel) pairs that feed it.
+
+    Raises:
+        ModelError: The model does not run on the inputs.
+    """
+    modules = modules_of(model)
+    paths = {module: name for name, module in modules.items() if kind_of(module) is not None}
+    arrived: dict[str, Arrival] = {}
+
+    def note(path: str, _: nn.Module, __: Any, output: Any) -> None:
+        arrived[path] = Arrival(path, output.clone(), axes[path], 0)
+
+    own = {path: width(modules[path], "out") for path in axes if modules[path] in paths}
+    with (
+        quiet_hooks(model, example_inputs),
+        hooked({p: modules[p] for p in axes if p not in own}, after=note),
+    ):
+        recorder, _ = _labelled(model, example_inputs, paths, training=False)
+    found = Connectivity(edges={path: [] for path in arrived})
+    leaves = {id(leaf.tensor): leaf for leaf in recorder.leaves}
+    pull(list(arrived.values()), leaves, Labels(recorder.generator), found)
+    fed = {path: [frozenset({(path, channel)}) for channel in range(n)] for path, n in own.items()}
+    for path, arrival in arrived.items():
+        sources: list[set[Source]] = [set() for _ in range(arrival.tensor.shape[arrival.axis])]
+        for edge in found.edges[path]:
+            for channel, into in edge.pairs.tolist():
+                sources[into].add((edge.source, channel))
+        fed[path] = list(map(frozenset, sources))
+    return fed
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -160,12 +205,7 @@ def _probe(
     training: bool,
 ) -> None:
     """One labelled pass; adds what it finds to `connectivity`."""
-    recorder = _Recorder(paths, double=True)
-    try:
-        output = _run(model, example_inputs, recorder, training)
-    except ModelError:  # some code between layers insists on the precision it was written for
-        recorder = _Recorder(paths, double=False)
-        output = _run(model, example_inputs, recorder, training)
+    recorder, output = _labelled(model, example_inputs, paths, training)
     new = {path: layer for path, layer in recorder.layers.items() if path not in connectivity.layers}
     connectivity.layers |= new
     connectivity.single |= recorder.single
@@ -184,6 +224,18 @@ def _probe(
             f"no gradient goes back through the model, along which channels could be told apart ({error}); it cannot "
             "be trained either: let forward make new tensors where it writes into those that are needed later"
         ) from error
+
+
+def _labelled(
+    model: nn.Module, example_inputs: Any, paths: Mapping[nn.Module, str], training: bool
+) -> tuple[_Recorder, Any]:
+    """What a pass with all layers cut loose has left, and its output."""
+    recorder = _Recorder(paths, double=True)
+    try:
+        return recorder, _run(model, example_inputs, recorder, training)
+    except ModelError:  # some code between layers insists on the precision it was written for
+        recorder = _Recorder(paths, double=False)
+        return recorder, _run(model, example_inputs, recorder, training)
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:

@@ -96,6 +96,12 @@ class Batch:
 
         return replace(self, inputs=self._mapped(changed))
 
+    def tensors(self) -> list[Tensor]:
+        """What goes by samples."""
+        entries, _ = _flat(self.inputs)
+        rows = (entry for entry, by_row in zip(entries, self.batched, strict=True) if by_row)
+        return [x for entry in rows for x in (entry if isinstance(entry, list) else [entry])]
+
     def _mapped(self, change: Callable[[Any], Any]) -> Any:
         entries, spec = _flat(self.inputs)
         pairs = zip(entries, self.batched, strict=True)

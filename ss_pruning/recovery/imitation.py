@@ -1,0 +1,116 @@
+"""The imitation loss: how far a model's feature maps are from the dense model's."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.modules import parameters_of
+from ss_pruning._utils.running import call, quiet_hooks
+from ss_pruning.errors import InputError
+from ss_pruning.recovery.places import Place, find_places
+
+
+class ImitationLoss:
+    """Relative squared error of a pruned model's feature maps against the dense model's, for training.
+
+    At the end of each stage, `sum (x - y)^2 / sum (y - mean y)^2`, where `x` is what the pruned model has and `y` the
+    same channels in the dense one; the mean over the stages. Comparing the last map ahead of the pooling is due to
+    Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022, arXiv 2201.02620). No
+    labels are needed; with labels, add it to the loss of the task.
+
+    A context manager: within, hooks on the pruned model note its feature maps. The dense model is copied; the copy runs
+    in eval mode, without gradients.
+
+    Args:
+        model: What `prune_` or `compact_` has made, which carries its plan.
+        dense: The model that was pruned.
+        example_inputs: What `forward` takes, on the model's device.
+
+    Attributes:
+        places: Where the models are compared.
+
+    Raises:
+        InputError: A model does not run on the inputs, or there is nothing to compare.
+
+    Examples:
+        >>> import copy, ss_pruning, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        ...     nn.Linear(128, 4))
+        >>> dense, images = copy.deepcopy(net), torch.randn(16, 3, 8, 8)
+        >>> report = ss_pruning.prune_(net, images[:1], ratio=0.25)
+        >>> with ss_pruning.ImitationLoss(net, dense, images[:1]) as imitation:
+        ...     scores = net(images)
+        ...     loss = torch.nn.functional.cross_entropy(scores, torch.arange(16) % 4) + imitation(images)
+        >>> loss.backward()
+    """
+
+    def __init__(self, model: nn.Module, dense: nn.Module, example_inputs: Any) -> None:
+        with torch.inference_mode(False), quiet_hooks(model, example_inputs):
+            self.dense = copied(dense).eval().requires_grad_(False).to(device_of(model))
+            self.places: tuple[Place, ...] = find_places(model, self.dense, example_inputs)
+        self.model = model
+        self.ours: dict[str, Tensor] = {}
+        self.theirs: dict[str, Tensor] = {}
+        self.undo = contextlib.ExitStack()
+
+    def __enter__(self) -> ImitationLoss:
+        with contextlib.ExitStack() as undo:
+            for model, noted in ((self.model, self.ours), (self.dense, self.theirs)):
+                undo.enter_context(_noting(model, self.places, noted))
+            self.undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo.close()
+        self.ours.clear()
+        self.theirs.clear()
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """The loss, a number; call it once after each pass of the pruned model, with the inputs of that pass.
+
+        Raises:
+            InputError: The pruned model has not run since the last call, or outside of the block.
+        """
+        if not self.ours:
+            raise InputError(
+                "the imitation loss knows no feature maps: run the pruned model within the block, then call the loss"
+            )
+        with torch.no_grad():
+            call(self.dense, inputs)
+        errors = [
+            relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]))
+            for place in self.places
+        ]
+        self.ours.clear()
+        self.theirs.clear()
+        return torch.stack(errors).mean()
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """`sum (found - wanted)^2 / sum (wanted - mean)^2`, in float32 at least; not scaled where `wanted` is constant."""
+    with torch.autocast(wanted.device.type, enabled=False):
+        precision = torch.promote_types(wanted.dtype, torch.float32)
+        found, wanted = found.to(precision), wanted.to(precision)
+        spread = (wanted - wanted.mean()).square().mean()
+        return (found - wanted).square().mean() / torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
+def _noting(
+    model: nn.Module, places: tuple[Place, ...], noted: dict[str, Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    def note(path: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        noted[path] = output
+
+    return hooked({place.path: model.get_submodule(place.path) for place in places}, after=note)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(iter(parameters_of(model).values())).device

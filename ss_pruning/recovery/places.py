@@ -1,0 +1,165 @@
+"""Where a pruned model is compared with the dense one: the feature maps that the stages of a network end with.
+
+A stage is a run of blocks on maps of one size; its end carries all that later layers get to see, and its channels mean
+the same in both models, but that some are missing. Found by running both models, and by the label probe where channels
+are missing; names of modules say nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.layers import kind_of
+from ss_pruning.graph.tracing import Source, trace_outputs
+from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+
+#: Shapes of what modules return, by path, in the order in which they return it.
+_Shapes = dict[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module whose output both models are compared at.
+
+    Attributes:
+        path: Module path in both models; "" is the model itself.
+        axis: Axis of the output that holds the channels, where some are missing.
+        kept: By channel of the pruned model's output, its number in the dense model's; None: all are there.
+    """
+
+    path: str
+    axis: int = 1
+    kept: tuple[int, ...] | None = None
+
+    def of_dense(self, output: Tensor) -> Tensor:
+        """What the pruned model should return, of what the dense one does."""
+        if self.kept is None:
+            return output
+        return output.index_select(self.axis, torch.tensor(self.kept, device=output.device))
+
+
+def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tuple[Place, ...]:
+    """The ends of the stages of both models; the outputs of the models where there is no other.
+
+    Args:
+        model: The pruned model, which carries its plan; not changed.
+        dense: The dense model; not changed.
+        example_inputs: What `forward` takes.
+
+    Raises:
+        InputError: A model does not run on the inputs, or there is no tensor that both have.
+    """
+    ours, theirs = _outputs(model, example_inputs, "pruned"), _outputs(dense, example_inputs, "dense")
+    shared = {path: shape for path, shape in theirs.items() if _is_thinner(ours.get(path), shape)}
+    blocks = _blocks(dense)
+    ends = _ends({path: shape for path, shape in shared.items() if path in blocks})
+    if len(ends) < 2:  # no blocks, or one around all layers
+        ends = _ends(shared)
+    axes = {path: axis for path in ends if (axis := _odd_axis(ours[path], theirs[path])) is not None}
+    kept = _kept(model, dense, example_inputs, axes) if axes else {}
+    places = [
+        Place(path, axes.get(path, 1), kept.get(path)) for path in ends if path in kept or path not in axes
+    ]
+    if not places and theirs.get("") is not None and ours.get("") == theirs[""]:
+        places = [Place("")]
+    if not places:
+        raise InputError("the two models have no feature map and no output in common that could be compared")
+    return tuple(places)
+
+
+def _outputs(model: nn.Module, example_inputs: Any, which: str) -> _Shapes:
+    """What modules that run once return, if it is one tensor."""
+    shapes: _Shapes = {}
+    calls: Counter[str] = Counter()
+
+    def note(path: str, _: nn.Module, __: Any, output: Any) -> None:
+        calls[path] += 1
+        if isinstance(output, Tensor) and output.is_floating_point():
+            shapes[path] = output.shape
+
+    try:
+        with torch.no_grad(), preserved(model, training=False), hooked(modules_of(model), after=note):
+            call(model, example_inputs)
+    except Exception as error:
+        raise InputError(
+            f"the {which} model does not run on these images ({type(error).__name__}: {error}); give images of the "
+            "size, type and device that it takes"
+        ) from error
+    return {path: shape for path, shape in shapes.items() if calls[path] == 1}
+
+
+def _is_thinner(ours: torch.Size | None, theirs: torch.Size) -> bool:
+    """Whether a shape differs on one axis at most, on which it is smaller."""
+    if ours is None or len(ours) != len(theirs):
+        return False
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
+    return not pairs or (len(pairs) == 1 and pairs[0][0] < pairs[0][1])
+
+
+def _odd_axis(ours: torch.Size, theirs: torch.Size) -> int | None:
+    return next((axis for axis, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+
+
+def _blocks(model: nn.Module) -> set[str]:
+    """Paths of modules with at least two layers inside that mix channels or positions."""
+    layers = [p for p, m in modules_of(model).items() if kind_of(m) in ("synaptic", "depthwise")]
+    inside = Counter(
+        ".".join(parts[:depth])
+        for parts in (path.split(".") for path in layers if path)
+        for depth in range(len(parts))
+    )
+    return {path for path, count in inside.items() if count > 1}
+
+
+def _ends(shapes: Mapping[str, torch.Size]) -> list[str]:
+    """The last of each run of feature maps with the same positions."""
+    maps = [(path, shape) for path, shape in shapes.items() if math.prod(shape[2:]) > 1]
+    usual = Counter(len(shape) for _, shape in maps).most_common(1)
+    maps = [(path, shape) for path, shape in maps if len(shape) == usual[0][0]]
+    return [[path for path, _ in run][-1] for _, run in groupby(maps, key=lambda item: item[1][2:])]
+
+
+def _kept(
+    model: nn.Module, dense: nn.Module, example_inputs: Any, axes: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """By place, which channels of the dense model are there; places where that cannot be told are left out."""
+    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    numbers = {cut.path: cut.kept for cut in plan.cuts if cut.side != "in"}
+    try:
+        ours, theirs = (trace_outputs(net, example_inputs, axes) for net in (model, dense))
+    except ModelError:  # some code between layers has no gradient
+        return {}
+    found = {path: _matched(ours[path], theirs[path], numbers) for path in axes}
+    return {path: kept for path, kept in found.items() if kept is not None}
+
+
+def _matched(
+    ours: Sequence[frozenset[Source]],
+    theirs: Sequence[frozenset[Source]],
+    numbers: Mapping[str, Sequence[int]],
+) -> tuple[int, ...] | None:
+    """By channel of a pruned output, the dense channel made from the same sources; None if one has none."""
+    waiting: dict[frozenset[Source], deque[int]] = defaultdict(deque)
+    stays = {path: set(kept) for path, kept in numbers.items()}
+    for channel, sources in enumerate(theirs):
+        left = frozenset((path, c) for path, c in sources if path not in stays or c in stays[path])
+        waiting[left].append(channel)
+    found = []
+    for sources in ours:
+        known = frozenset((path, numbers[path][c] if path in numbers else c) for path, c in sources)
+        if not known or not waiting[known]:
+            return None
+        found.append(waiting[known].popleft())
+    return tuple(found)

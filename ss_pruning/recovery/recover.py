@@ -1,0 +1,248 @@
+"""`recover_`: from a pruned model to one that does nearly what the dense one did, in minutes and without labels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.copying import copied
+from ss_pruning._utils.files import check_writable
+from ss_pruning._utils.modules import parameters_of, tensors_of
+from ss_pruning._utils.progress import Progress
+from ss_pruning._utils.running import quiet_hooks, same_random_numbers
+from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
+from ss_pruning.config import Recovery, SyntheticImages
+from ss_pruning.errors import InputError, PlanError
+from ss_pruning.graph.layers import check_finite
+from ss_pruning.graph.refusals import check_bare, usable_inputs
+from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.recovery.checkpoint import Checkpoint
+from ss_pruning.recovery.fidelity import HeldOut
+from ss_pruning.recovery.imitation import ImitationLoss, device_of
+from ss_pruning.recovery.report import RecoveryReport
+from ss_pruning.recovery.training import Length, State, Training
+from ss_pruning.recovery.views import another_view
+from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+
+#: Trained for so many steps by default.
+STEPS = 1000
+# Of a data loader, whose images have to fit into memory, no more are taken.
+_MOST = 4096
+# With fewer images little is to be expected, and fidelity is measured on next to nothing.
+_FEW = 100
+
+
+def recover_(
+    model: nn.Module,
+    dense: nn.Module,
+    images: Any,
+    *,
+    example_inputs: Any = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    settings: Recovery | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> RecoveryReport:
+    """Train a pruned model in place to have the dense model's feature maps, without labels.
+
+    At the ends of the stages of the network, which are found by running both models, the pruned model's feature maps
+    are compared with the same channels of the dense ones, see `ImitationLoss`. What comes behind the last of them, such
+    as a classifier, stays as it is, and so do the statistics of norms and parameters with `requires_grad=False`. Images
+    are shifted and mirrored (`Recovery`). A part of the images is held out; the model ends with the weights that did
+    best on them, the ones that it came with included: there it is never worse than before.
+
+    With the same seed, images and `steps` the outcome is the same on the same machine. On an error the model is as it
+    was; after Ctrl-C it has the best weights so far.
+
+    Args:
+        model: What `prune_` or `compact_` has made, of whatever compensation, or what `load` has read.
+        dense: The model that was pruned, with its weights; not changed.
+        images: Unlabelled inputs: a tensor, or an iterable of batches (a data loader), of which 4,096 images are taken.
+            A few hundred are enough. Or "synthetic", or `SyntheticImages(...)`: images made from the dense model's
+            batch norms.
+        example_inputs: What `forward` takes; needed for synthetic images, and where that is not one tensor.
+        steps: Of gradient descent; 1,000 by default.
+        minutes: Time that they may take; together with `steps`, whichever ends first.
+        settings: How to train.
+        checkpoint: File in which the training is kept. The same call goes on from it after an interruption.
+        progress: Called with ("recover", done, total).
+
+    Returns:
+        What was done, see `RecoveryReport`; print it.
+
+    Raises:
+        InputError: The dense model is another one, the images are not what the models take, or an argument is wrong.
+        ModelError: A model holds NaN or Inf weights.
+
+    Examples:
+        >>> import copy, ss_pruning, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        ...     nn.Linear(128, 4))
+        >>> dense, images = copy.deepcopy(net), torch.randn(16, 3, 8, 8)
+        >>> report = ss_pruning.prune_(net, images[:1], macs=0.5)
+        >>> recovered = ss_pruning.recover_(net, dense, images, steps=20)
+        >>> recovered.after.error <= recovered.before.error
+        True
+    """
+    length, settings = _length(steps, minutes), settings or Recovery()
+    _check(model, dense)
+    if checkpoint is not None:
+        check_writable(checkpoint)
+    batch = _inputs(images, dense, example_inputs).mapped(lambda x: x.to(device_of(model)))
+    example = batch[:1].inputs if example_inputs is None else usable_inputs(example_inputs)
+    with (
+        torch.inference_mode(False),
+        quiet_hooks(model, example),
+        quiet_hooks(dense, example),
+        same_random_numbers(model),
+    ):
+        student = copied(model).eval()
+        batch = batch.limited(*sizes_that_run(dense, example))
+        shown, hidden = _parts(batch, settings)
+        with ImitationLoss(student, dense, example) as imitation:
+            held_out = HeldOut(imitation, hidden, settings.batch)
+            training = Training(imitation, shown, held_out, settings, length)
+            stopped = _trained(training, checkpoint, progress)
+    _adopt_(model, training.state)
+    return _report(training, stopped, len(shown), len(hidden))
+
+
+def _length(steps: int | None, minutes: float | None) -> Length:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise InputError(f"steps={steps!r} must be a positive whole number")
+    if minutes is not None and (
+        isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0
+    ):
+        raise InputError(f"minutes={minutes!r} must be a positive number")
+    if steps is None and minutes is None:
+        steps = STEPS
+    return Length(steps, None if minutes is None else 60.0 * minutes)
+
+
+def _check(model: nn.Module, dense: nn.Module) -> None:
+    """Refuse models of which one is not what the other was cut to."""
+    for net in (model, dense):
+        check_bare(net)
+        check_finite(net)
+    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    try:
+        fresh = plan.cut_copy(dense)
+    except PlanError as error:
+        raise InputError(f"dense is not the model that was pruned: {error}") from error
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in tensors_of(net).items()} for net in (model, fresh)
+    )
+    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if odd and not plan.cuts:
+        raise InputError(
+            f"the model carries no plan, and '{odd[0]}' has another shape than in dense: give what prune_ or compact_ "
+            "has made, or read it with ss_pruning.load"
+        )
+    if odd:
+        raise InputError(
+            f"dense is not the model that was pruned: cut like it, its '{odd[0]}' would have shape "
+            f"{theirs.get(odd[0], 'none')}, not {ours.get(odd[0], 'none')}"
+        )
+    if not plan.cuts and all(torch.equal(a, b) for a, b in zip(*map(_values, (model, dense)), strict=True)):
+        raise InputError(
+            "the model was not pruned: it is the same as dense, so that there is nothing to recover"
+        )
+    if not any(p.requires_grad for p in parameters_of(model).values()):
+        raise InputError("no parameter may be trained: model.requires_grad_(True) lets them")
+
+
+def _values(model: nn.Module) -> list[Tensor]:
+    return list(tensors_of(model).values())
+
+
+def _inputs(images: Any, dense: nn.Module, example: Any) -> Batch:
+    """All images as one batch."""
+    example = None if example is None else usable_inputs(example)
+    if isinstance(images, str):
+        if images != SYNTHETIC:
+            raise InputError(f"images={images!r} is unknown; give inputs, or {SYNTHETIC!r} to make some")
+        images = SyntheticImages()
+    if isinstance(images, SyntheticImages):
+        if example is None:
+            raise InputError("synthetic images need example_inputs=, which tell their size")
+        return gather(synthetic_images(dense, example, **vars(images)), example)
+    most = len(images) if isinstance(images, Tensor) and images.dim() else _MOST
+    return gather(images, example, most)
+
+
+def _parts(batch: Batch, settings: Recovery) -> tuple[Batch, Batch]:
+    """What to train on, and what is held out."""
+    units = len(batch) // batch.unit
+    if units < 2:
+        raise InputError(
+            f"there are {len(batch)} images, of which a part is held out; give at least {2 * batch.unit}. Expect "
+            f"little of fewer than {_FEW}; a few hundred are enough"
+        )
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(settings.seed))
+    hidden = min(max(round(settings.held_out * units), 1), units - 1)
+    parts = (order[hidden:].sort().values, order[:hidden].sort().values)
+    shown, kept_back = (
+        batch[(part[:, None] * batch.unit + torch.arange(batch.unit)).flatten()] for part in parts
+    )
+    # Compensation may have fitted the very images: views of them are new to it.
+    generator = torch.Generator().manual_seed(settings.seed)
+    return shown, another_view(kept_back, settings, generator)
+
+
+def _trained(training: Training, checkpoint: str | os.PathLike[str] | None, progress: Progress | None) -> str:
+    """Train to the end, or until Ctrl-C; why it ended."""
+    length = training.length
+
+    def tell(state: State) -> None:
+        total = length.steps or round(length.seconds or 0)
+        if progress is not None:
+            progress("recover", min(total, int(total * length.done(state.step, state.seconds))), total)
+
+    file = None if checkpoint is None else Checkpoint(checkpoint, training)
+    try:
+        if file is not None:
+            file.restore()
+        training.run((lambda _: file.save()) if file else (lambda _: None), tell)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return training.state.stopped or "done"
+
+
+@torch.no_grad()
+def _adopt_(model: nn.Module, state: State) -> None:
+    """Give the model the best weights, in one call between whose steps no interrupt comes."""
+    weights = parameters_of(model)
+    moved = {name: best for name, best in state.best.items() if not torch.equal(weights[name], best)}
+    if moved:
+        torch._foreach_copy_([weights[name] for name in moved], list(moved.values()))
+
+
+def _report(training: Training, stopped: str, images: int, held_out: int) -> RecoveryReport:
+    state, notes = training.state, []
+    if images + held_out < _FEW:
+        notes.append(
+            f"{images + held_out} images are few: expect little, and more of a few hundred; fidelity on {held_out} "
+            "held-out images is rough"
+        )
+    if stopped == "diverged":
+        notes.append("the loss became NaN or Inf, and the best weights until then are kept: lower the rate")
+    if not state.best_step:
+        notes.append("no weights did better on the held-out images than those that the model came with")
+    return RecoveryReport(
+        places=tuple(place.path for place in training.imitation.places),
+        images=images,
+        held_out=held_out,
+        before=state.before,
+        after=state.after,
+        history=tuple(state.history),
+        best_step=state.best_step,
+        steps=state.step,
+        seconds=state.seconds,
+        stopped=stopped,  # type: ignore[arg-type]
+        notes=tuple(notes),
+    )

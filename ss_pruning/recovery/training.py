@@ -1,0 +1,171 @@
+"""The training itself: steps of imitation, measured on held-out images, the best weights kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ss_pruning._utils.modules import parameters_of
+from ss_pruning._utils.running import call
+from ss_pruning.config import Recovery
+from ss_pruning.errors import InputError
+from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.fidelity import HeldOut
+from ss_pruning.recovery.imitation import ImitationLoss
+from ss_pruning.recovery.report import Fidelity, Measured
+from ss_pruning.recovery.views import another_view
+
+#: So many times in a training fidelity is measured.
+MOMENTS = 20
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train: whichever ends first.
+
+    Attributes:
+        steps: Number of steps.
+        seconds: Time; the steps that fit into it are another number each time.
+    """
+
+    steps: int | None
+    seconds: float | None
+
+    def done(self, step: int, seconds: float) -> float:
+        """What share of it is over, in [0, 1]."""
+        return min(1.0, max(step / (self.steps or math.inf), seconds / (self.seconds or math.inf)))
+
+
+@dataclass
+class State:
+    """All that changes in training.
+
+    Attributes:
+        step: Steps done.
+        seconds: Time taken.
+        weights: The parameters that are trained, by name; those of the model.
+        best: The best weights so far.
+        best_step: When that was.
+        before: Fidelity at first.
+        after: Fidelity of the best weights.
+        history: Its course.
+        stopped: Why training has ended; None while it has not.
+    """
+
+    weights: dict[str, Tensor]
+    best: dict[str, Tensor]
+    before: Fidelity
+    after: Fidelity
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    history: list[Measured] = field(default_factory=list)
+    stopped: str | None = None
+
+
+class Training:
+    """Trains the pruned model of an imitation loss, whose hooks are in place.
+
+    Args:
+        imitation: The loss.
+        images: What to train on.
+        held_out: What to measure on.
+        settings: How to train.
+        length: How long.
+    """
+
+    def __init__(
+        self, imitation: ImitationLoss, images: Batch, held_out: HeldOut, settings: Recovery, length: Length
+    ) -> None:
+        self.imitation, self.images, self.held_out = imitation, images, held_out
+        self.settings, self.length = settings, length
+        weights = {n: p for n, p in parameters_of(imitation.model).items() if p.requires_grad}
+        fidelity = held_out.measure()
+        self.state = State(weights, _copies(weights), fidelity, fidelity)
+        self.losses: list[Tensor] = []
+        self.optimizer = torch.optim.AdamW(
+            weights.values(), settings.rate, weight_decay=settings.weight_decay
+        )
+
+    def run(self, at_moment: Callable[[State], None], at_step: Callable[[State], None]) -> None:
+        """Train to the end.
+
+        Args:
+            at_moment: Called after each measurement.
+            at_step: Called after each step.
+        """
+        state, begin = self.state, time.perf_counter() - self.state.seconds
+        if state.stopped is None:
+            self._end()
+        while state.stopped is None:
+            moment = int(MOMENTS * self.length.done(state.step, state.seconds))
+            self._step()
+            state.step += 1
+            state.seconds = time.perf_counter() - begin
+            at_step(state)
+            if int(MOMENTS * self.length.done(state.step, state.seconds)) > moment:
+                self._measure()
+                at_moment(state)
+
+    def _step(self) -> None:
+        state, settings = self.state, self.settings
+        # Its own numbers in every step: training goes on after a kill as if nothing had been.
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
+        batch = another_view(self._drawn(generator), settings, generator)
+        rate = settings.rate * (1 + math.cos(math.pi * self.length.done(state.step, state.seconds))) / 2
+        self.optimizer.param_groups[0]["lr"] = rate
+        with (
+            torch.enable_grad(),
+            torch.autocast(_device(state), torch.bfloat16, enabled=bool(settings.dtype)),
+        ):
+            call(self.imitation.model, batch.inputs)
+            loss = self.imitation(batch.inputs)
+        if not loss.requires_grad:
+            raise InputError(
+                "no parameter that may be trained reaches the feature maps: set requires_grad on those to recover"
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())
+
+    def _drawn(self, generator: torch.Generator) -> Batch:
+        """A batch of the images, in units that the model runs on."""
+        images, unit = self.images, self.images.unit
+        count = max(min(self.settings.batch, images.most or self.settings.batch, len(images)) // unit, 1)
+        units = torch.randint(len(images) // unit, (count,), generator=generator)
+        return images[(units[:, None] * unit + torch.arange(unit)).flatten()]
+
+    def _measure(self) -> None:
+        """Note fidelity, keep the weights if they are the best, and see whether to go on."""
+        state = self.state
+        loss = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        fidelity = self.held_out.measure()
+        state.history.append(Measured(state.step, loss, fidelity))
+        if fidelity.error < state.after.error:
+            state.best, state.best_step, state.after = _copies(state.weights), state.step, fidelity
+        self._end(loss)
+
+    def _end(self, loss: float = 0.0) -> None:
+        """See whether training has ended, and why."""
+        state = self.state
+        if not math.isfinite(loss):
+            state.stopped = "diverged"
+        elif state.after.error <= self.settings.until:
+            state.stopped = "close enough"
+        elif self.length.done(state.step, state.seconds) >= 1:
+            state.stopped = "done"
+
+
+def _copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def _device(state: State) -> str:
+    return next(iter(state.weights.values())).device.type

@@ -1,0 +1,316 @@
+"""`recover_`: never worse than before, the same again, and nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ss_pruning import Recovery, SyntheticImages, compact_, prune_, recover_
+from ss_pruning.errors import FileFormatError, InputError
+from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.imitation import relative_error
+from ss_pruning.recovery.views import another_view
+from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
+from tests.support.snapshot import snapshot
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    found: Tensor = digits_data("calibration").tensors[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def nets(images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """The dense demo net, and what is left at a fifth of its work."""
+    dense = digits_resnet()
+    dense.load_state_dict(load_file(digits_weights()))
+    pruned = copy.deepcopy(dense.eval())
+    prune_(pruned, images[:1], macs=0.2, compensation="mean")
+    return dense, pruned
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [tensor.clone() for tensor in model.state_dict().values()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def output_error(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        ours, theirs = model(x), dense(x)
+    return float(((ours - theirs) ** 2).sum() / ((theirs - theirs.mean()) ** 2).sum())
+
+
+def held_out_of(images: Tensor, settings: Recovery) -> Tensor:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
+    hidden = images[order[: max(1, round(settings.held_out * len(images)))].sort().values]
+    seen: Tensor = another_view(
+        Batch.of(hidden), settings, torch.Generator().manual_seed(settings.seed)
+    ).inputs
+    return seen
+
+
+def test_it_comes_closer_to_the_dense_model_on_images_it_has_not_seen(
+    nets: tuple[nn.Module, nn.Module], images: Tensor
+) -> None:
+    dense, model = nets[0], copy.deepcopy(nets[1])
+    test, labels = digits_data("test").tensors
+    before = output_error(model, dense, test)
+    right = (model(test).argmax(1) == labels).float().mean()
+    report = recover_(model, dense, images, steps=60)
+    assert output_error(model, dense, test) < 0.7 * before
+    assert (model(test).argmax(1) == labels).float().mean() >= right
+    assert report.stopped == "done"
+    assert report.places == ("layer1", "layer2", "layer3")
+    assert (report.images, report.held_out, report.steps) == (160, 40, 60)
+    assert "160 images" in str(report)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-3, 0.1, 1000.0])
+@pytest.mark.parametrize(("count", "seed"), [(2, 0), (3, 1), (12, 2), (60, 3)])
+def test_it_never_ends_worse_than_it_began(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, rate: float, count: int, seed: int
+) -> None:
+    dense, model = nets[0], copy.deepcopy(nets[1])
+    settings = Recovery(rate=rate, seed=seed, batch=8)
+    hidden = held_out_of(images[:count], settings)
+    before = output_error(model, dense, hidden)
+    report = recover_(model, dense, images[:count], steps=12, settings=settings)
+    after = output_error(model, dense, hidden)
+    assert after <= before * (1 + 1e-6)
+    assert report.before.error == pytest.approx(before, rel=1e-4)
+    assert report.after.error == pytest.approx(after, rel=1e-4)
+    assert any("few" in note for note in report.notes) is (count < 100)
+
+
+def test_the_same_seed_gives_the_same_weights(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    def recovered(seed: int) -> list[Tensor]:
+        model = copy.deepcopy(nets[1])
+        torch.rand(1)  # whatever was drawn before
+        report = recover_(model, nets[0], images[:50], steps=6, settings=Recovery(seed=seed))
+        assert report.best_step
+        return weights(model)
+
+    first = recovered(0)
+    assert same(first, recovered(0))
+    assert not same(first, recovered(1))
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 7, 11])
+def test_a_killed_training_goes_on_to_the_same_weights(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, tmp_path: Path, at: int
+) -> None:
+    settings, steps = Recovery(batch=16), 12
+    whole = copy.deepcopy(nets[1])
+    straight = recover_(whole, nets[0], images[:40], steps=steps, settings=settings)
+    assert straight.best_step
+    model = copy.deepcopy(nets[1])
+
+    def dying(_: str, step: int, __: int) -> None:
+        if step == at:
+            raise KilledError
+
+    file = tmp_path / "recovery.safetensors"
+    options: dict[str, Any] = {"steps": steps, "settings": settings, "checkpoint": file}
+    with pytest.raises(KilledError):
+        recover_(model, nets[0], images[:40], progress=dying, **options)
+    assert same(weights(model), weights(nets[1])), "an error leaves the model as it was"
+    resumed: list[int] = []
+    report = recover_(
+        model, nets[0], images[:40], progress=lambda _, step, __: resumed.append(step), **options
+    )
+    assert resumed[0] == at, "it goes on from the last measurement, the step before"
+    assert same(weights(model), weights(whole))
+    assert report.history == straight.history
+    again = copy.deepcopy(nets[1])
+    recover_(again, nets[0], images[:40], **options)
+    assert same(weights(again), weights(whole)), "a file of a whole training gives its weights"
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    file = tmp_path / "recovery.safetensors"
+    recover_(copy.deepcopy(nets[1]), nets[0], images[:20], steps=1, checkpoint=file)
+    for other in ({"steps": 2}, {"steps": 1, "settings": Recovery(seed=1)}):
+        with pytest.raises(InputError, match="belongs to a recovery of another model"):
+            recover_(copy.deepcopy(nets[1]), nets[0], images[:20], checkpoint=file, **other)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match="damaged"):
+        recover_(copy.deepcopy(nets[1]), nets[0], images[:20], steps=1, checkpoint=file)
+
+
+def test_ctrl_c_leaves_the_best_weights_so_far(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    model = copy.deepcopy(nets[1])
+
+    def interrupt(_: str, step: int, __: int) -> None:
+        if step == 12:
+            raise KeyboardInterrupt
+
+    settings = Recovery()
+    report = recover_(model, nets[0], images, steps=40, settings=settings, progress=interrupt)
+    assert report.best_step
+    assert report.stopped == "interrupted"
+    assert report.steps == 12
+    hidden = held_out_of(images, settings)
+    assert output_error(model, nets[0], hidden) == pytest.approx(report.after.error, rel=1e-4)
+
+
+def test_nothing_but_weights_changes(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    """Identity of the parameters, flags, hooks, buffers, gradients, random state; and the dense model is left alone."""
+    dense, model = copy.deepcopy(nets[0]).train(), copy.deepcopy(nets[1])
+    model.train()
+    model.conv1.weight.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    model.register_forward_hook(lambda *_: None)
+    before, theirs = snapshot(model), snapshot(dense)
+    report = recover_(model, dense, images[:30], steps=6)
+    assert report.best_step
+    after = snapshot(model)
+    assert snapshot(dense) == theirs
+    assert before.keys() == after.keys()
+    changed = {key for key in before if before[key] != after[key]}
+    trained = {f"{name}: tensor" for name, _ in model.named_parameters()}
+    assert changed <= trained
+    assert not changed & {"conv1.weight: tensor", "fc.weight: tensor", "fc.bias: tensor"}
+    for key in changed:  # identity, memory, type and flags; then values
+        assert before[key][:5] == after[key][:5]
+        assert before[key][6] == after[key][6]
+
+
+def test_a_loss_that_is_no_number_ends_it(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    model = copy.deepcopy(nets[1])
+    settings = Recovery(rate=1000.0, weight_decay=1.0)
+    report = recover_(model, nets[0], images, steps=100, settings=settings)
+    assert report.stopped == "diverged"
+    assert any("lower the rate" in note for note in report.notes)
+    assert same(weights(model), weights(nets[1]))
+
+
+def test_after_compaction(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    """Kernels pruned without repair, their channels cut: what is gone is what recovery makes up for."""
+    dense, model = nets[0], copy.deepcopy(nets[0])
+    with torch.no_grad():
+        for block in (*model.layer1, *model.layer2):
+            block.conv1.weight[::2] = 0.0
+    compact_(model, images[:1])
+    report = recover_(model, dense, images[:60], steps=8)
+    assert report.after.error < report.before.error
+
+
+def test_without_any_image(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    model = copy.deepcopy(nets[1])
+    made = SyntheticImages(images=32, steps=5)
+    report = recover_(model, nets[0], made, example_inputs=images[:1], steps=8)
+    assert report.images + report.held_out == 32
+    with pytest.raises(InputError, match="example_inputs="):
+        recover_(model, nets[0], "synthetic", steps=1)
+
+
+def test_minutes_end_it(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    model, calls = copy.deepcopy(nets[1]), []
+    report = recover_(model, nets[0], images, minutes=0.02, progress=lambda *call: calls.append(call))
+    assert report.stopped == "done"
+    assert report.seconds == pytest.approx(1.2, abs=1.0)
+    assert calls[-1] == ("recover", 1, 1)
+
+
+def test_loaders_and_mixed_precision(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    model = copy.deepcopy(nets[1])
+    loader = torch.utils.data.DataLoader(digits_data("calibration"), batch_size=50)
+    report = recover_(model, nets[0], loader, steps=5, settings=Recovery(dtype="bfloat16"))
+    assert report.images == 160
+    assert all(math.isfinite(m.loss) for m in report.history)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Detector(nn.Module):
+    """Returns as many boxes as it finds: outputs of two models have no common shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.head(self.body(x)).flatten(2).transpose(1, 2).flatten(0, 1)
+        return {"boxes": found[found[:, 0] > 0], "scores": found.sum(1)}
+
+
+def test_a_detector_is_measured_by_its_feature_maps() -> None:
+    torch.manual_seed(0)
+    dense = Detector().eval()
+    model, x = copy.deepcopy(dense), torch.randn(24, 3, 12, 12)
+    prune_(model, x[:1], ratio=0.4)
+    report = recover_(model, dense, x, steps=20)
+    assert report.before.agreement is None
+    assert 0 < report.after.error < report.before.error < 2
+    with torch.no_grad():
+        hidden = held_out_of(x, Recovery())
+        ours, theirs = model.body(hidden), dense.body(hidden)
+    assert ours.shape[1] < theirs.shape[1]
+
+
+def test_bad_input_is_refused_before_any_work(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    dense, pruned = nets
+    before = weights(pruned)
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((pruned, other, images), {}, "dense is not the model that was pruned"),
+        ((pruned, pruned, images), {}, "dense is not the model that was pruned"),
+        ((dense, copy.deepcopy(dense), images), {}, "the model was not pruned"),
+        ((copy.deepcopy(dense), other, images), {}, "carries no plan"),
+        ((pruned, dense, torch.zeros(8, 3, 8, 8)), {}, "does not run on these images"),
+        ((pruned, dense, images[:1]), {}, "Expect little of fewer than 100"),
+        ((pruned, dense, images[:0]), {}, "empty"),
+        ((pruned, dense, "photos"), {}, "'photos' is unknown"),
+        ((pruned, dense, torch.full((4, 1, 8, 8), math.nan)), {}, "NaN or Inf"),
+        ((pruned, dense, images), {"steps": 0}, "steps=0"),
+        ((pruned, dense, images), {"minutes": math.nan}, "minutes=nan"),
+        ((pruned, dense, images), {"checkpoint": "/nowhere/there"}, "does not exist"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(InputError, match=message):
+            recover_(*arguments, **options)
+    frozen = copy.deepcopy(pruned).requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter may be trained"):
+        recover_(frozen, dense, images)
+    frozen.fc.requires_grad_(True)
+    with pytest.raises(InputError, match="reaches the feature maps"):
+        recover_(frozen, dense, images, steps=1)
+    assert same(before, weights(pruned))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 0}, {"rate": -1}, {"batch": 0}, {"seed": 0.5}, {"dtype": "float16"}, {"held_out": 1}]
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Recovery(**wrong)
+
+
+def test_relative_error_is_that_of_the_definition() -> None:
+    x, y = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2) + 2
+    mean = sum(float(v) for v in y.flatten()) / y.numel()
+    above = sum((float(a) - float(b)) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True))
+    below = sum((float(b) - mean) ** 2 for b in y.flatten())
+    assert float(relative_error(x, y)) == pytest.approx(above / below, rel=1e-5)
+    assert float(relative_error(x, torch.ones_like(x))) == pytest.approx(
+        float((x - 1).square().mean()), rel=1e-5
+    )
