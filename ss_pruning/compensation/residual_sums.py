@@ -176,35 +176,6 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return mean, (variance + float(getattr(norm, "eps", 0.0))).sqrt()
 
 
-class Others:
-    """While a model runs, holds the other summands that went by, each until it is taken. A context manager."""
-
-    def __init__(self, model: nn.Module, sums: Mapping[str, Sum]) -> None:
-        self.model, self.sums = model, sums
-        self.held: dict[str, Tensor] = {}
-        self.undo = contextlib.ExitStack()
-
-    def __enter__(self) -> Others:
-        with contextlib.ExitStack() as undo:  # whatever fails on the way
-            for path, s in self.sums.items():
-                module = self.model.get_submodule(s.module)
-                if s.side == "in":
-                    undo.callback(on_input(module, self._keep_input(path)).remove)
-                else:
-                    undo.callback(module.register_forward_hook(self._keep_output(path)).remove)
-            self.undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo.close()
-
-    def _keep_input(self, path: str) -> Callable[..., None]:
-        return lambda module, x: self.held.__setitem__(path, x)
-
-    def _keep_output(self, path: str) -> Callable[..., None]:
-        return lambda module, args, output: self.held.__setitem__(path, output)
-
-    def take(self, path: str) -> Tensor:
-        """The other summand of a layer, in units of the layer's output (before the norm that scales it)."""
-        other, norm = self.held.pop(path), self.sums[path].norm
-        return other / slope(None if norm is None else self.model.get_submodule(norm), other)
+def before_norm(other: Tensor, norm: nn.Module | None) -> Tensor:
+    """What a layer's output is added to, in units of that output, that is before the norm that scales it."""
+    return other / slope(norm, other)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning import prune_, synaptic_strength
 from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import norms_behind
-from ss_pruning.compensation.residual_sums import Others, Sum, find_sums
+from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.graph import trace
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.profiling.macs import count_macs
@@ -50,11 +50,6 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def sums(model: nn.Module, x: Tensor) -> None:
-    with Others(model, {"0": Sum(None, "0", "in"), "3": Sum(None, "3", "out")}):
-        pass
-
-
 CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "trace": trace,
     "macs": count_macs,
@@ -62,7 +57,6 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "statistics": lambda model, x: measure(model, trace(model, x), [x], None, ["0", "3", "6"]),
     "norms": lambda model, x: recalibrate_(model, model, Plan(), trace(model, x), x, x),
     "sums": lambda model, x: find_sums(model, x, norms_behind(trace(model, x))),
-    "others": sums,
     "prune": lambda model, x: prune_(model, x[:1], macs=0.7, calibration=x),
     "reconstruct": lambda model, x: prune_(
         model, x[:1], macs=0.7, allocation="global", compensation="reconstruct", calibration=x

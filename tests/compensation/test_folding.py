@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import ss_pruning
 from ss_pruning import prune_
 from ss_pruning.compensation.folding import _is_padded, fold_linear_, fold_means_
-from ss_pruning.compensation.reconstruction import _solve, reconstruct_
+from ss_pruning.compensation.normal_equations import change
+from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import couple
 from ss_pruning.graph.tracing import trace
@@ -135,7 +136,7 @@ def test_a_channel_that_is_zero_does_no_harm_at_a_padded_border() -> None:
 def test_duplicates_go_without_a_trace_by_reconstruct(
     norm_behind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ss_pruning.compensation.reconstruction._RIDGES", (1e-10,))
+    monkeypatch.setattr("ss_pruning.compensation.normal_equations._RIDGES", (1e-10,))
     dense, x = double_net(kernel=3, padding=1, norm_behind=norm_behind), images()
     make_duplicates(dense)
     small, plan, connectivity = cut(dense, [6, 7], x)
@@ -282,12 +283,9 @@ def test_reconstruct_copes_with_an_input_that_says_the_same_as_the_bias() -> Non
         gram[0, i, j] = rows
     gram[0, -1, -1] *= 1 - 1e-6  # as rounding leaves it
     assert torch.linalg.eigvalsh(gram[0]).min() < 0
-    cross, start = (
-        torch.zeros(1, inputs, 1, dtype=torch.float64),
-        torch.zeros(1, inputs, 1, dtype=torch.float64),
-    )
+    cross = torch.zeros(1, inputs, 1, dtype=torch.float64)
     cross[0, 0], cross[0, -1] = 3 * rows, 3 * rows  # the output is 3 wherever the input is 1
-    found = _solve(gram, cross, start, 1e-4)[0, :, 0]
+    found = change(gram, cross, 1e-4)[0, :, 0]
     assert float(found[0] + found[-1]) == pytest.approx(3, rel=1e-3)
     assert found[1:-1].abs().max() == 0
 

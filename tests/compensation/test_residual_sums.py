@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ss_pruning import prune_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.reconstruction import reconstruct_
-from ss_pruning.compensation.residual_sums import Others, Sum, find_sums, slope
+from ss_pruning.compensation.residual_sums import Sum, before_norm, find_sums, slope
 from ss_pruning.graph import trace
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
@@ -113,17 +113,12 @@ def test_the_slope_is_the_derivative_of_the_norm() -> None:
     assert slope(norm, x)[2].isinf().all()
 
 
-def test_others_are_those_of_the_run() -> None:
-    model = randomise(Net("plain", "plain"), 0).eval()
-    x = torch.randn(2, 3, 8, 8)
-    found = sums_of(model, x)
-    with torch.no_grad(), Others(model, found) as others:
-        model(x)
-        stream = model.blocks[0](F.relu(model.norm(model.stem(x))))
-        taken = others.take("blocks.1.conv2")
-        norm = model.blocks[1].bn2
-        assert torch.allclose(taken * slope(norm, taken), stream, atol=1e-6)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+def test_what_is_added_is_told_in_units_before_the_norm() -> None:
+    norm = randomise(nn.BatchNorm2d(5), 1).double().eval()
+    y, other = torch.randn(2, 2, 5, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(y) + other, norm(y + before_norm(other, norm)))
+        assert torch.equal(before_norm(other, None), other)
 
 
 def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,212 @@
+"""The normal equations of a layer: what it reads, against what it shall put out, summed over rows batch by batch.
+
+A row is what the layer sees at one position of one image. Products are taken in single precision for some rows at a
+time, and summed in double precision; only sums are held.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ss_pruning.graph.layers import channel_axis, groups_of
+
+# Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
+# where there is nothing to hold out.
+_RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
+# Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
+_ROUNDING = 1e-5
+# Numbers in one chunk of rows, and columns of a Gram matrix that are made at a time: half of it follows from the other.
+_CHUNK, _COLUMNS = 2**24, 256
+
+
+class NormalEquations:
+    """Gram matrices of rows and a constant 1, and their products with the outputs.
+
+    Attributes:
+        gram: `[2, groups, d + 1, d + 1]`; the first of the two is for fitting, the second of what is held out. Their
+            upper halves.
+        cross: `[2, groups, d + 1, outputs of a group]`.
+        parameters: Of one output, `d + 1`.
+        rows: How many were added.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.module, self.groups, self.rows = module, groups_of(module), 0
+        self.parameters = size = weight[0].numel() + 1
+        self.gram = weight.new_zeros(2, self.groups, size, size, dtype=torch.float64)
+        self.cross = weight.new_zeros(2, self.groups, size, len(weight) // self.groups, dtype=torch.float64)
+
+    def add(self, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool) -> None:
+        """Rows of some images.
+
+        Args:
+            x: What the layer reads, with an axis of images.
+            wanted: `[images, positions, outputs]`.
+            positions: Of the output, as if it were flat.
+            held_out: Whether these rows choose the ridge.
+        """
+        if not len(x) * len(positions):
+            return
+        self.rows += len(x) * len(positions)
+        numbers = len(positions) * self.groups * self.parameters
+        count = max(_CHUNK // max(numbers, 1), 1)
+        with torch.autocast(x.device.type, enabled=False):
+            for images, targets in zip(x.split(count), wanted.split(count), strict=True):
+                self._add(rows_at(self.module, images, positions).float(), targets.float(), int(held_out))
+
+    def _add(self, rows: Tensor, wanted: Tensor, part: int) -> None:
+        """Add rows `[groups, rows, d]`."""
+        gram, cross = self.gram[part], self.cross[part]
+        y = wanted.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        y = torch.cat([y, torch.ones_like(y[..., :1])], 2)
+        transposed, d = rows.transpose(1, 2), self.parameters - 1
+        for begin in range(0, d, _COLUMNS):
+            chosen = slice(begin, min(begin + _COLUMNS, d))
+            gram[:, chosen, begin:d] += transposed[:, chosen] @ rows[:, :, begin:]
+        products = transposed @ y
+        cross[:, :d] += products[..., :-1]
+        cross[:, d] += y[..., :-1].sum(1)
+        gram[:, :d, d] += products[..., -1]
+        gram[:, d, d] += rows.shape[1]
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weight, and change of the bias, that put out what is wanted best; ridge towards those that are there."""
+        weight, bias = self.module.weight, self.module.bias
+        assert isinstance(weight, Tensor)
+        _mirror_(self.gram)
+        d = self.parameters - 1
+        start = _taps_first(weight.detach().double(), self.groups)
+        old = bias.detach().double() if isinstance(bias, Tensor) else start.new_zeros(len(weight))
+        old = old.reshape(self.groups, 1, -1)
+        start = torch.cat([start, old], 1)
+        ridge = _best_ridge(self.gram, self.cross, start)
+        gram, cross = self.gram[0].add_(self.gram[1]), self.cross.sum(0)
+        theta = start + change(gram, cross - gram @ start, ridge)
+        new = theta[:, :d].unflatten(1, (-1, weight.shape[1])).permute(0, 3, 2, 1).reshape(weight.shape)
+        return new.to(weight), (theta[:, d] - start[:, d]).flatten().to(weight)
+
+
+def _taps_first(weight: Tensor, groups: int) -> Tensor:
+    """`[groups, taps * in_channels of a group, outputs of a group]`, as rows are laid out."""
+    by_group = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
+    return by_group.permute(0, 3, 2, 1).flatten(1, 2)
+
+
+def _mirror_(gram: Tensor) -> None:
+    """Write the upper half into the lower one, some columns at a time."""
+    for begin in range(0, gram.shape[-1], _COLUMNS):
+        chosen = slice(begin, begin + _COLUMNS)
+        square = gram[..., chosen, chosen]
+        square.copy_(square.triu() + square.triu(1).mT)
+        gram[..., begin + _COLUMNS :, chosen] = gram[..., chosen, begin + _COLUMNS :].mT
+
+
+def _best_ridge(gram: Tensor, cross: Tensor, start: Tensor) -> float:
+    """By the error on what is held out: from the largest on, as long as the next one is better."""
+    if not bool(gram[1, :, -1, -1].any()):
+        return _RIDGES[0]
+    fitted, judged = (c - g @ start for g, c in zip(gram, cross, strict=True))
+
+    def held_out(ridge: float) -> float:
+        delta = change(gram[0], fitted, ridge)
+        return float((delta * (gram[1] @ delta - 2 * judged)).sum())
+
+    best, least = _RIDGES[0], held_out(_RIDGES[0])
+    for ridge in _RIDGES[1:]:
+        if (error := held_out(ridge)) >= least:
+            break
+        best, least = ridge, error
+    return best
+
+
+def change(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
+    """`argmin |P t - r|^2 + ridge mean(diag) |t|^2` with `residual = P' r`; the last row, the bias, is free.
+
+    Args:
+        gram: `P' P`, `[groups, d + 1, d + 1]`.
+        residual: `[groups, d + 1, outputs]`.
+        ridge: As a share of the mean diagonal.
+    """
+    d = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal[:, :-1].mean(1, keepdim=True).clamp_min(1e-12)
+    penalty = torch.cat([ridge * scale.expand(-1, d - 1), 1e-9 * scale], 1)
+    factor, failed = torch.linalg.cholesky_ex(_with_diagonal(gram, penalty))
+    if bool(failed.any()):
+        # Inputs that hardly vary say the same as the bias, to within the rounding of sums in single precision.
+        factor = torch.linalg.cholesky(_with_diagonal(gram, penalty + _ROUNDING * diagonal))
+    return torch.cholesky_solve(residual, factor)
+
+
+def _with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
+    made = gram.clone()
+    made.diagonal(dim1=-2, dim2=-1).add_(added)
+    return made
+
+
+def outputs_at(module: nn.Module, y: Tensor, positions: Tensor) -> Tensor:
+    """`[images, positions, outputs]`: what a layer puts out, with an axis of images, at some positions."""
+    axis = channel_axis(module, y)
+    shape = [size for a, size in enumerate(y.shape) if a not in (0, axis)]
+    if not shape:
+        return y[:, None]
+    where: tuple[Any, ...] = (slice(None), *torch.unravel_index(positions, shape))
+    return y[where] if axis == y.dim() - 1 else y[(slice(None), *where)].transpose(1, 2)
+
+
+def positions_of(module: nn.Module, y: Tensor) -> int:
+    """How many positions an image has in what a layer puts out, with an axis of images."""
+    return y.numel() // max(len(y) * y.shape[channel_axis(module, y)], 1)
+
+
+def with_images(module: nn.Module, x: Tensor) -> Tensor:
+    """With an axis of images, where a layer was called without."""
+    return x[None] if channel_axis(module, x) == 0 else x
+
+
+def rows_at(module: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
+    """`[groups, rows, taps * in_channels of a group]`: what a layer sees at these positions of its output."""
+    if isinstance(module, nn.Linear):
+        return outputs_at(module, x, positions).flatten(0, 1)[None]
+    assert isinstance(module, _ConvNd)
+    plain = (
+        type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    )
+    patches = _plain_patches(module, x, positions) if plain else _patches(module, x, positions)
+    by_group: Tensor = patches.unflatten(3, (groups_of(module), -1)).permute(3, 0, 1, 2, 4)
+    return by_group.flatten(3).flatten(1, 2)
+
+
+def _patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
+    """`[images, positions, taps, in_channels]`, laid out by the layer itself, channel by channel, one-hot kernels."""
+    taps = conv.weight[0, 0].numel()
+    probe = copy.copy(conv)
+    probe.__dict__ = dict(conv.__dict__)
+    eye = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *conv.kernel_size)
+    probe._parameters = {"weight": nn.Parameter(eye, requires_grad=False), "bias": None}
+    probe.groups, probe.in_channels, probe.out_channels = 1, 1, taps
+    out: Tensor = type(probe).forward(probe, x.flatten(0, 1)[:, None])
+    laid: Tensor = out.unflatten(0, x.shape[:2])
+    return laid.flatten(3)[..., positions].permute(0, 3, 2, 1)
+
+
+def _plain_patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
+    """Likewise: gathers the patches that are asked for, and no others, all channels of a tap at once."""
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    ph, pw = (int(p) for p in conv.padding)
+    n, channels, height, width = x.shape
+    padded = x.new_zeros(n, height + 2 * ph, width + 2 * pw, channels)
+    padded[:, ph : ph + height, pw : pw + width] = x.permute(0, 2, 3, 1)
+    across = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
+    corner = (positions // across) * sh * padded.shape[2] + (positions % across) * sw
+    rows, columns = torch.arange(kh, device=x.device) * dh, torch.arange(kw, device=x.device) * dw
+    index = corner[:, None] + (rows[:, None] * padded.shape[2] + columns).flatten()
+    gathered: Tensor = padded.flatten(1, 2).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return gathered

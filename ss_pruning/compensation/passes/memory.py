@@ -1,0 +1,51 @@
+"""How much memory may be held for what could be computed again, and giving back what is free."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ss_pruning.errors import InputError
+
+#: Names the variable that sets it, in bytes.
+VARIABLE = "SS_PRUNING_MEMORY"
+# By default at most so many bytes, and no more than such a share of what is free.
+_MOST, _SHARE = 3 * 2**29, 0.25
+
+
+def memory_bound(model: nn.Module) -> int:
+    """Bytes that may be held where the model is: `$SS_PRUNING_MEMORY`, or else 1.5 GiB, less where little is free.
+
+    Raises:
+        InputError: The variable is no whole number of bytes.
+    """
+    told = os.environ.get(VARIABLE)
+    if told is None:
+        return min(
+            _MOST, int(_SHARE * _free(next((p.device for p in model.parameters()), torch.device("cpu"))))
+        )
+    if not told.isdecimal():
+        raise InputError(f"{VARIABLE}={told!r} is no whole number of bytes, such as {_MOST}")
+    return int(told)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    return 1024 * int(found[1]) if found else int(_MOST / _SHARE)
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system, which the C library keeps in case it is needed again."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc can
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
