@@ -12,18 +12,17 @@ far as means and variances go.
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import mean_and_variance, normal_like, with_spectrum_of_photos
 from ss_pruning._utils.copying import copied
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
@@ -92,7 +91,7 @@ def recalibrate_(
             norm.running_mean.copy_(centre)
         return _brought(norm, x, now) if on_noise else None
 
-    _run(small, {path: partial(listen, path) for path in paths if path in wanted}, batch)
+    _run(small, [path for path in paths if path in wanted], listen, batch)
     return [path for path in behind if path in seen]
 
 
@@ -116,8 +115,8 @@ def recalibrated_to_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Bat
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
-    norms = (path for path, module in modules_of(twin).items() if has_statistics(module))
-    _run(twin, {path: partial(listen, path) for path in norms}, noise)
+    norms = [path for path, module in modules_of(twin).items() if has_statistics(module)]
+    _run(twin, norms, listen, noise)
     return twin, noise
 
 
@@ -129,16 +128,15 @@ def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool
         now = _added(seen[path], x)
         return _brought(norm, x, now) if on_noise else None
 
-    _run(net, {path: partial(listen, path) for path in paths}, images)
+    _run(net, paths, listen, images)
     return dict(seen)
 
 
-def _run(net: nn.Module, hooks: Mapping[str, Any], images: Batch) -> None:
-    norms = {path: net.get_submodule(path) for path in hooks}
-    with contextlib.ExitStack() as undo, torch.no_grad():
-        undo.enter_context(preserved(net, training=False, but=norms.values()))
-        for path, hook in hooks.items():
-            undo.callback(on_input(norms[path], hook).remove)
+def _run(
+    net: nn.Module, paths: Sequence[str], listen: Callable[[str, Any, Tensor], Any], images: Batch
+) -> None:
+    norms = {path: net.get_submodule(path) for path in paths}
+    with torch.no_grad(), preserved(net, training=False, but=norms.values()), hooked(norms, listen):
         call(net, images.inputs)
 
 
@@ -179,8 +177,8 @@ def noise_like(inputs: Any, unit: int = 1, most: int | None = None) -> Batch:
     def made(leaf: Tensor) -> Tensor:
         if not leaf.is_floating_point() or leaf.dim() < 2:
             return leaf
-        x = torch.randn(leaf.shape, generator=generator)
-        return (_coloured(x) if x.dim() == 4 else x).to(leaf)
+        x = normal_like(leaf, generator, torch.float32)
+        return (with_spectrum_of_photos(x) if x.dim() == 4 else x).to(leaf)
 
     count = min(max(_POSITIONS // _positions(inputs), _LEAST), _MOST)
     return example.resized(most or -(-count // unit) * unit).mapped(made).limited(unit, most)
@@ -195,15 +193,6 @@ def _positions(inputs: Any) -> int:
 def _fitting(images: Batch) -> Batch:
     """As many as may run at once."""
     return images.at_most(max(_AT_ONCE // _positions(images.inputs), _LEAST))
-
-
-def _coloured(x: Tensor) -> Tensor:
-    """White maps with the spectrum of photos, of variance 1 again."""
-    height, width = x.shape[2:]
-    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
-    maps: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) / frequency, s=(height, width))
-    return maps / maps.std()
 
 
 def _norms(model: nn.Module, connectivity: Connectivity) -> dict[int, str]:
@@ -232,12 +221,8 @@ def _added(seen: list[_Sample], x: Tensor) -> _Sample:
 
 
 def _sample(x: Tensor) -> _Sample:
-    x = x if x.dtype == torch.float64 else x.float()
-    over = [axis for axis in range(x.dim()) if axis != 1]
-    mean = x.mean(over, keepdim=True)
-    centred = x - mean  # `torch.var_mean` takes six times as long
-    variance = centred.mul_(centred).mean(over)
-    return x.numel() // x.shape[1], mean.flatten().double(), variance.double()
+    mean, variance = mean_and_variance(x)
+    return x.numel() // x.shape[1], mean.flatten().double(), variance.flatten().double()
 
 
 def _pooled(a: _Sample, b: _Sample) -> _Sample:

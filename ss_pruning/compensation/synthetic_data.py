@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils import cache as _cache
+from ss_pruning._utils.arrays import mean_and_variance, with_spectrum_of_photos
 from ss_pruning._utils.copying import retyped
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import has_statistics
@@ -178,15 +180,16 @@ _Listen = Callable[[Tensor], tuple[Any, list[Tensor]]]
 def _listening(model: nn.Module, inputs: Any, device: torch.device, seed: int) -> Iterator[_Listen]:
     """A copy of the model that tells how well its norms recognise what they see."""
     net = retyped(model, lambda tensor: _as_float32(tensor, device)).requires_grad_(False)
-    norms = [m for m in net.modules() if has_statistics(m)]
+    norms = {path: module for path, module in modules_of(net).items() if has_statistics(module)}
     if not norms:
         raise ModelError(
             f"{type(model).__name__} has no batch norm with running statistics, nothing to synthesize from; "
             "give calibration images"
         )
     heard: list[Tensor] = []
-    for norm in norms:
-        on_input(norm, lambda module, x: heard.append(_distance(module, x)))
+
+    def hear(_: str, norm: nn.Module, x: Tensor) -> None:
+        heard.append(_distance(norm, x))
 
     def listen(images: Tensor) -> tuple[Any, list[Tensor]]:
         heard.clear()
@@ -201,7 +204,7 @@ def _listening(model: nn.Module, inputs: Any, device: torch.device, seed: int) -
             raise ModelError("the model runs none of its batch norms; give calibration images")
         return output, list(heard)
 
-    with preserved(net, training=False):
+    with preserved(net, training=False), hooked(norms, hear):
         torch.manual_seed(seed)  # should the model draw numbers of its own
         yield listen
 
@@ -215,8 +218,7 @@ def _as_float32(tensor: Tensor, device: torch.device) -> Tensor:
 def _distance(norm: Any, x: Tensor) -> Tensor:
     """Squared differences of mean and deviation from the recorded ones, in units of the recorded deviation."""
     mean, var, eps = norm.running_mean, norm.running_var, norm.eps
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    v, m = torch.var_mean(x, axes, correction=0)
+    m, v = (moment.flatten() for moment in mean_and_variance(x))
     deviation = (var + eps).sqrt()
     differences: Tensor = ((m - mean) / deviation).square() + ((v + eps).sqrt() / deviation - 1).square()
     return differences.mean()
@@ -228,17 +230,9 @@ def _natural_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
     Real images are far closer to it than to white noise, and so are the images made of it.
     """
     images, channels, *sides = shape
-    axes = tuple(range(2, len(shape)))
-    waves = [torch.fft.fftfreq(side) * side for side in sides[:-1]] + [
-        torch.fft.rfftfreq(sides[-1]) * sides[-1]
-    ]
-    grids = torch.meshgrid(*waves, indexing="ij")
-    frequency = torch.stack(grids).square().sum(0).sqrt().clamp_min(1)
 
     def noise(count: int) -> Tensor:
-        white = torch.randn(images, count, *sides, generator=generator)
-        pink: Tensor = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=sides, dim=axes)
-        return pink / pink.square().mean().sqrt()
+        return with_spectrum_of_photos(torch.randn(images, count, *sides, generator=generator))
 
     return math.sqrt(_GREY) * noise(1) + math.sqrt(1 - _GREY) * noise(channels)
 

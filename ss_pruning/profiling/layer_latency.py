@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils import cache as _cache
 from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
@@ -106,7 +107,7 @@ def latency_table(model: nn.Module, example_inputs: Any, connectivity: Connectiv
         example_inputs: What `forward` takes, at the batch size that counts.
         connectivity: The connectivity of `model`.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     arriving = _arrivals(model, example_inputs, connectivity.layers)
     layers: dict[str, tuple[LayerLatency, Key | None, Key | None]] = {}
     with torch.inference_mode():

@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.arrays import Ints
+from ss_pruning._utils.arrays import Ints, normal_like
 from ss_pruning._utils.copying import copied, retyped
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection, couple
+from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, couple
 from ss_pruning.graph.layers import check_finite, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
@@ -40,7 +39,6 @@ from ss_pruning.sparsity.size import Compaction, size_of
 from ss_pruning.surgery.agreement import certified, compare
 from ss_pruning.surgery.decisions import Holding, Recording
 from ss_pruning.surgery.plan import Plan, adopt_
-from ss_pruning.surgery.size_attributes import Number
 from ss_pruning.surgery.verification import TOLERANCE, Verified, Verifier
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"
@@ -137,12 +135,7 @@ class _MaskedVerifier(Verifier):
         self.masked = copied(model)
         if self.tolerance == TOLERANCE:
             self.masked.double()
-        generator = torch.Generator().manual_seed(0)
-        self.noise = pytree.tree_map_only(
-            Tensor,
-            lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t,
-            self.inputs,
-        )
+        self.noise = normal_like(self.inputs, torch.Generator().manual_seed(0))
         liveness = measure_liveness(self.masked, connectivity, self.inputs)
         self.folding = Folding(self.masked, connectivity, coupling, liveness, self.arrivals)
         recording = Recording()
@@ -154,17 +147,9 @@ class _MaskedVerifier(Verifier):
                 "the masked model puts out NaN or Inf, so a smaller one cannot be compared with it"
             )
 
-    def verify(
-        self,
-        plan: Plan,
-        selection: Selection,
-        groups: Sequence[PruningGroup] = (),
-        *,
-        fixed: Collection[Number] = (),
-        locate: bool = True,
-    ) -> Verified:
+    def verify(self, *args: Any, **kwargs: Any) -> Verified:
         """As ever; then the compacted model's output must be the masked one's."""
-        plan = super().verify(plan, selection, groups, fixed=fixed, locate=locate).plan
+        plan = super().verify(*args, **kwargs).plan
         return Verified(plan, self.difference(self.compacted(plan)[0]))
 
     def difference(self, small: nn.Module) -> float:
@@ -236,7 +221,7 @@ def _revived(model: nn.Module) -> nn.Module:
         if not tensor.is_floating_point() or not dead.any() or dead.all():
             return tensor
         scale = tensor[~dead].square().mean().sqrt()
-        return torch.where(dead, scale * torch.randn(tensor.shape, generator=generator).to(tensor), tensor)
+        return torch.where(dead, scale * normal_like(tensor, generator), tensor)
 
     return retyped(model, revive, ("_parameters",))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import normal_like
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
@@ -286,9 +287,6 @@ def _run_on_noise(
     """One pass: record what arrives at every layer, and replace what leaves it alive."""
     generator = torch.Generator().manual_seed(int(abs(amplitude)))
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like) * amplitude
-
     def before(path: str, _: nn.Module, x: Tensor) -> None:
         seen[path].add(x, connectivity.layers[path].in_axis)
 
@@ -298,10 +296,11 @@ def _run_on_noise(
             return None
         axis = channel_axis(module, y)
         shape = [-1 if a == axis else 1 for a in range(y.dim())]
-        return torch.where(pruned.to(y.device).reshape(shape), y, noise(y))
+        return torch.where(pruned.to(y.device).reshape(shape), y, normal_like(y, generator) * amplitude)
 
+    sign = 1 if amplitude > 0 else -1
     noisy = pytree.tree_map_only(
-        Tensor, lambda t: noise(t) / abs(amplitude) if t.is_floating_point() else t, example_inputs
+        Tensor, lambda t: sign * t if t.is_floating_point() else t, normal_like(example_inputs, generator)
     )
     for path in connectivity.layers:
         seen[path].calls = 0

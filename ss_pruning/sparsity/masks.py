@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import by_kernel, kernel_powers, kind_of
 from ss_pruning.importance.strength import share
@@ -187,7 +188,7 @@ def _mask_of(module: nn.Module) -> SynapseMask | None:
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The masks in a model, as `mask_` takes them."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         if (own := _mask_of(module)) is not None:
             found[path] = kernel_powers(module, own.mask.double()) > 0
     return found
@@ -195,7 +196,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 def zero_masks(model: nn.Module) -> dict[str, Tensor]:
     """Masks for `mask_` that keep zero what is zero now, after `merge_masks_` and a cut, say."""
-    layers = {path: module for path, module in model.named_modules() if kind_of(module) == "synaptic"}
+    layers = {path: module for path, module in modules_of(model).items() if kind_of(module) == "synaptic"}
     alive = {path: kernel_powers(module).detach() > 0 for path, module in layers.items()}
     return {path: mask for path, mask in alive.items() if not mask.all()}
 
@@ -223,7 +224,7 @@ def check_unmasked(model: nn.Module) -> None:
     Raises:
         InputError: Names the first masked module.
     """
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         if _mask_of(module) is not None:
             raise InputError(
                 f"'{path}' is masked: call merge_masks_(model) first (ss_pruning.sparsity.masks), then cut "

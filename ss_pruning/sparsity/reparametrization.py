@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import normal_like
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
@@ -223,7 +224,7 @@ def _check_movable(model: nn.Module, example_inputs: Any, norms: dict[str, Reade
                 f"it cannot be moved out of an activation. Leave it in place with keep=['{norm}']"
             )
     twin = copied(model).double()
-    inputs = _noise_like(example_inputs)
+    inputs = normal_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     with torch.no_grad(), preserved(twin, training=False):
         expected = _leaves(call(twin, inputs))
         for norm, consumers in norms.items():
@@ -239,19 +240,6 @@ def _check_movable(model: nn.Module, example_inputs: Any, norms: dict[str, Reade
             twin.get_parameter(f"{norm}.bias").copy_(shift)
             for path, weight in before.items():
                 twin.get_parameter(f"{path}.weight").copy_(weight)
-
-
-def _noise_like(example_inputs: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    return pytree.tree_map_only(
-        Tensor,
-        lambda t: (
-            torch.randn(t.shape, generator=generator).to(t.device, torch.float64)
-            if t.is_floating_point()
-            else t
-        ),
-        example_inputs,
-    )
 
 
 def _leaves(output: Any) -> list[Tensor]:

@@ -25,27 +25,11 @@ from ss_pruning.surgery import cut as cutting
 from ss_pruning.surgery import plan as surgery
 from ss_pruning.surgery.plan import Plan, adopt_
 from ss_pruning.surgery.verification import Verifier
+from tests.support.chain import chain
 from tests.support.snapshot import snapshot
 from tests.support.zoo import ZOO, Net, randomise
 
-
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        return self.fc(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
-
-
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
-
-
-def chain() -> Chain:
-    return randomise(Chain(), 0).eval()
 
 
 # ---------------------------------------------------------------- interrupts
