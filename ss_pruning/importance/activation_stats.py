@@ -25,6 +25,8 @@ _MAP_IMAGES, _VECTOR_IMAGES = 4, 16
 _LEAST_SIDE = 32
 # Positions of a batch from which the products of channels are taken, and the widest layer for which they are.
 _PRODUCT_POSITIONS, _PRODUCT_CHANNELS = 2**13, 2**12
+# Numbers that are summed in float64 at a time.
+_CHUNK = 2**20
 #: "batchnorm", "gaussian", or an iterable of batches, see `ss_pruning.importance.calibration`.
 MomentSource = str | Iterable[Any]
 
@@ -310,24 +312,29 @@ class _Seen:
     images: int
 
 
+def _by_image(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer reads as `[images, channels, positions]`, one image where it has no axis for them."""
+    axis = channel_axis(module, x)
+    x = x.detach().movedim(axis, 1) if axis else x.detach()[None]
+    return x.flatten(2) if x.dim() > 2 else x[:, :, None]
+
+
 class _Sums:
     """Running sums of one layer's input, in float64."""
 
-    def __init__(self, channels: int) -> None:
-        self.channels, self.values, self.images = channels, 0, 0
+    def __init__(self) -> None:
+        self.values, self.images = 0, 0
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
     def __call__(self, module: nn.Module, x: Tensor) -> None:
-        rows = self.rows(module, x)
-        self.values += rows.shape[1]
-        self.images += len(x) if channel_axis(module, x) else 1
-        self.total = self.total + rows.sum(1, dtype=torch.float64)
-        self.squares = self.squares + rows.double().square().sum(1)
-
-    def rows(self, module: nn.Module, x: Tensor) -> Tensor:
-        """`[in_channels, positions]`."""
-        return x.detach().movedim(channel_axis(module, x), 0).reshape(self.channels, -1)
+        rows = _by_image(module, x)
+        self.images += len(rows)
+        self.values += len(rows) * rows.shape[2]
+        for part in rows.split(max(_CHUNK // max(rows[:1].numel(), 1), 1)):
+            numbers = part.double()
+            self.total = self.total + numbers.sum((0, 2))
+            self.squares = self.squares + numbers.square().sum((0, 2))
 
     def seen(self, dtype: torch.dtype) -> _Seen:
         mean = torch.as_tensor(self.total / self.values)
@@ -346,8 +353,8 @@ class _Products(_Sums):
     beside the mean.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(self) -> None:
+        super().__init__()
         self.drawn, self.about = 0, torch.zeros(())
         self.first: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
@@ -355,10 +362,7 @@ class _Products(_Sums):
 
     def __call__(self, module: nn.Module, x: Tensor) -> None:
         super().__call__(module, x)
-        rows = self.rows(module, x)
-        if rows.shape[1] > _PRODUCT_POSITIONS:
-            drawn = torch.randint(rows.shape[1], (_PRODUCT_POSITIONS,), generator=self.generator)
-            rows = rows.index_select(1, drawn.to(rows.device))
+        rows = self._drawn(_by_image(module, x))
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not self.drawn:
             self.about = rows.mean(1, keepdim=True)
@@ -368,6 +372,14 @@ class _Products(_Sums):
         self.drawn += centred.shape[1]
         self.first = self.first + centred.sum(1, dtype=torch.float64)
         self.second = self.second + products.double()
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """`[channels, rows]`: so many positions of each image, the same in all of a batch."""
+        each = -(-_PRODUCT_POSITIONS // max(len(x), 1))
+        if x.shape[2] > each:
+            drawn = torch.randperm(x.shape[2], generator=self.generator)[:each]
+            x = x.index_select(2, drawn.to(x.device))
+        return x.transpose(0, 1).flatten(1)
 
     def seen(self, dtype: torch.dtype) -> _Seen:
         seen = super().seen(dtype)
@@ -389,7 +401,7 @@ def _observe(
     for path in paths:  # a depthwise layer reads each channel by itself
         layer = connectivity.layers[path]
         plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
-        sums[path] = (_Sums if plain else kind)(layer.inputs)
+        sums[path] = (_Sums if plain else kind)()
     modules = modules_of(model)
     count = 0
     try:

@@ -21,12 +21,13 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.hooks import on_input
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call
-from ss_pruning.config import FOLDED, Method
+from ss_pruning.config import FOLDED, SOLVED, Method
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.local_error import removal_errors
 from ss_pruning.importance.regression import Predicted, constant_output, precision
 from ss_pruning.importance.shared_prefix import Prefix, length
 
@@ -162,15 +163,40 @@ class BatchedAblation:
         return self.last[path][1]
 
     def _predict(self, path: str, pruned: Ints) -> Predicted:
-        statistics = self.statistics[path]
-        mean, covariance = statistics.mean, statistics.covariance
+        mean = self.statistics[path].mean
         assert mean is not None
         if self.method == "none":
             mean = torch.zeros_like(mean)
-        if covariance is not None and path not in self.precisions:
-            self.precisions[path] = precision(covariance, groups_of(self.modules[path]), statistics.rows)
         kept = np.setdiff1d(np.arange(len(mean)), pruned)
-        return Predicted.of(mean, self.precisions.get(path), torch.from_numpy(kept), torch.from_numpy(pruned))
+        return Predicted.of(mean, self._precision(path), torch.from_numpy(kept), torch.from_numpy(pruned))
+
+    def _precision(self, path: str) -> Tensor | None:
+        """Of what a layer reads; None where means stand in for channels."""
+        statistics = self.statistics[path]
+        if statistics.covariance is None or self.method not in SOLVED:
+            return None
+        if path not in self.precisions:
+            self.precisions[path] = precision(
+                statistics.covariance, groups_of(self.modules[path]), statistics.rows
+            )
+        return self.precisions[path]
+
+    def removal_errors(self, path: str, order: Ints) -> Floats:
+        """`[removed]`: the share of a layer's output that goes with each input channel, in the order in which they go.
+
+        Zeros for one that does not run.
+        """
+        statistics = self.statistics[path]
+        if statistics.mean is None:
+            return np.zeros(len(order))
+        added: Floats = removal_errors(
+            self.modules[path], statistics, self._precision(path), torch.from_numpy(order), self.method
+        ).numpy(force=True)
+        return added
+
+    def begin(self, path: str) -> int:
+        """When a layer runs for the first time, counted in calls that began or ended; 0 for one that does not."""
+        return self.prefix.begin(path) if path in self.prefix.calls else 0
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,23 @@
-"""How much of the output goes when a group shrinks, measured: what makes channels of different layers comparable.
+"""How much of the output goes when a group shrinks: what makes channels of different layers comparable.
 
 Scores order the channels of a group well and compare groups badly: no score of one layer knows what the layers behind
-it make of its loss, nor what they can make up for. So every group is shrunk by itself, to a few widths, on a few
-images, and its consumers find in place of what is gone what the compensation will leave them:
+it make of its loss, nor what they can make up for. How the error of a group grows with its width, as its consumers
+see it, follows in closed form from what they read (`ss_pruning.importance.local_error`). What the output makes of it
+is measured: every group is shrunk by itself to two widths, on a few images, and its consumers find in place of what is
+gone what the compensation will leave them:
 
 * "none": nothing; "mean": its mean;
 * "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
 * "reconstruct": every layer behind is fitted to what it puts out in the dense model, scale and shift a channel, in
-place
-  of the solve that will come: what that takes back is no output error;
+  place of the solve that will come: what that takes back is no output error;
 * where batch norms will follow the cut (`ss_pruning.compensation.batchnorm`), they do so here;
 * the output error is the share of the output's variance that is lost.
 
-All widths of a group run in one batch, and what comes before it once. The lower convex hull of output error over width
-gives each channel the output error that its removal adds, in the order of the scores. What no layer behind takes back
-adds up from one to the next, and output error beside whole layers says too little: without "reconstruct" it is measured
-again in a model whose other groups are cut as the first measurement would have it. Of both and their sum that is taken
-whose whole cut loses least.
+Several groups run in one batch, each in a copy of its own, and what comes before them once. The lower convex hull of
+output error over width gives each channel the output error that its removal adds, in the order of the scores. What no
+layer behind takes back adds up from one to the next, and output error beside whole layers says too little: without
+"reconstruct" it is measured again in a model whose other groups are cut as the first measurement would have it. Of both
+and their sum that is taken whose whole cut loses least.
 
 The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
 ConvNets", section 3.2; they did not repair.
@@ -24,7 +25,9 @@ ConvNets", section 3.2; they did not repair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,18 +36,18 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import preserved
-from ss_pruning.config import LEAST_IMAGES, SOLVED, Method
+from ss_pruning.config import LEAST_IMAGES, Method
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, PruningGroup, pruned_of, ranks_of, step_scores
+from ss_pruning.graph.groups import Coupling, PruningGroup, ranks_of, step_scores
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
-# Widths are measured on so many of the images.
-_IMAGES = 32
-# Widths, as shares of the most that may go.
-_WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)
+# Output error is measured on so many of the images, of which the copies that run at a time have about so many.
+_IMAGES, _ROWS = 16, 64
+# At these widths, as shares of the most that may go; between them the local error tells how it grows.
+_WIDTHS = (0.5, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
 
@@ -64,7 +67,7 @@ def by_sensitivity(
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
-    Takes at most a pass over 6 x 32 images a group, and one more with `taken`.
+    Takes a pass over all images, at most one over 3 x 16 a group, and as much again with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -88,6 +91,26 @@ def by_sensitivity(
         ModelError: The model's outputs do not tell images apart, or are not finite.
     """
     images = Batch.of(images)
+    _check(images)
+    consumers = dict.fromkeys(path for group in coupling.groups for path in _consumers(group, connectivity))
+    held, others = _held_out(images)
+    with preserved(model, training=False), torch.no_grad():
+        statistics = measure(model, connectivity, others.split(batch), None, list(consumers), covariance=True)
+        ablation = BatchedAblation(model, connectivity, held, statistics, method, follow)
+        pairs = zip(coupling.groups, scores, strict=True)
+        shrinkages = [_shrinkage(ablation, group, subgroups, max_ratio) for group, subgroups in pairs]
+        count = len(scores) * (1 if taken is None else 2)
+        alone = _measured(ablation, shrinkages, [0] * len(scores), lambda done: progress(done, count))
+        if taken is None or not scores:
+            return alone
+        context = taken(alone).tolist()
+        beside = _measured(ablation, shrinkages, context, lambda done: progress(len(scores) + done, count))
+        choices = [alone, beside, _sum(alone, beside)]
+        lost = ablation.sensitivity([_joined(shrinkages, taken(choice).tolist()) for choice in choices])
+    return choices[int(lost.argmin())]
+
+
+def _check(images: Batch) -> None:
     if images.most:
         raise ModelError(
             f"the model runs on no more than {images.most} inputs at once, so that channels cannot be measured side by "
@@ -98,26 +121,6 @@ def by_sensitivity(
             f"allocation='sensitivity' needs {LEAST_IMAGES} calibration inputs or more, there are {len(images)}; give "
             f"more, or {OTHERWISE}"
         )
-    consumers = dict.fromkeys(path for group in coupling.groups for path in _readers(group, connectivity))
-    held, others = _held_out(images)
-    with preserved(model, training=False), torch.no_grad():
-        statistics = measure(
-            model, connectivity, others.split(batch), None, list(consumers), covariance=method in SOLVED
-        )
-        ablation = BatchedAblation(model, connectivity, held, statistics, method, follow)
-        if taken is None or not scores:
-            return _measured(ablation, coupling, scores, max_ratio, {}, progress)
-        half, whole = len(scores), 2 * len(scores)
-        alone = _measured(ablation, coupling, scores, max_ratio, {}, lambda n, _: progress(n, whole))
-        context = _context(coupling, connectivity, alone, taken(alone))
-        joint = _measured(
-            ablation, coupling, scores, max_ratio, context, lambda n, _: progress(half + n, whole)
-        )
-        choices = [alone, joint, _sum(alone, joint)]
-        lost = ablation.sensitivity(
-            [_context(coupling, connectivity, choice, taken(choice)) for choice in choices]
-        )
-    return choices[int(lost.argmin())]
 
 
 def _held_out(images: Any) -> tuple[Batch, Batch]:
@@ -130,90 +133,124 @@ def _held_out(images: Any) -> tuple[Batch, Batch]:
     return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
 
 
-def _readers(group: PruningGroup, connectivity: Connectivity) -> list[str]:
+def _consumers(group: PruningGroup, connectivity: Connectivity) -> list[str]:
     """The layers that mix channels of the group."""
     members = (m for subgroup in group.subgroups for m in subgroup.members if m.side == "in")
     return list(dict.fromkeys(m.path for m in members if connectivity.layers[m.path].kind == "synaptic"))
 
 
+@dataclass(frozen=True)
+class _Shrinkage:
+    """How a group shrinks, and what its consumers lose by that.
+
+    Attributes:
+        ranks: By subgroup, the channel sets in the order in which they go.
+        scores: `[steps]`, what goes with each step.
+        order: By consumer, `[steps, channels a step]`, the channels that go with each step.
+        most: So many steps may go.
+        error: `[most]`, the local error after each of them.
+    """
+
+    ranks: list[Ints]
+    scores: Floats
+    order: dict[str, Ints]
+    most: int
+    error: Floats
+
+    def cut(self, steps: int) -> dict[str, Ints]:
+        """By consumer, the channels that go with so many steps."""
+        return {path: channels[:steps].ravel() for path, channels in self.order.items() if steps}
+
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of steps at which output error is measured; none where nothing can go, or nobody hears of it."""
+        return sorted({math.ceil(share * self.most) for share in _WIDTHS}) if self.order else []
+
+    def spread(self, lost: Sequence[float]) -> list[Floats]:
+        """By subgroup, the output error that each channel set adds, when so much is lost at the widths."""
+        if not lost:
+            return [np.full(len(rank), np.inf) for rank in self.ranks]
+        stops = np.arange(1, self.most + 1)
+        # Where the local error says that nothing is lost it says nothing of how that grows.
+        error = np.maximum(self.error, _NUDGE * stops)
+        gain = np.array(lost) / error[np.array(self.widths) - 1]
+        grown = error * np.interp(stops, self.widths, gain)
+        added = added_by(stops, grown, self.scores)
+        count = len(self.scores)
+        found = []
+        for rank in self.ranks:
+            values = np.empty(len(rank))
+            values[rank] = np.repeat(added * count / sum(map(len, self.ranks)), len(rank) // count)
+            found.append(values)
+        return found
+
+
+def _shrinkage(
+    ablation: BatchedAblation, group: PruningGroup, subgroups: Sequence[Floats], max_ratio: float
+) -> _Shrinkage:
+    ranks = ranks_of(subgroups)
+    scores = step_scores(group, subgroups, ranks)  # they are ascending: what is kept comes last
+    most = min(int(max_ratio * group.steps + 1e-9), group.steps - group.least, int(np.isfinite(scores).sum()))
+    order = _order(group, ranks, _consumers(group, ablation.connectivity)) if most > 0 else {}
+    error = np.zeros(max(most, 0))
+    for path, channels in order.items():
+        error += ablation.removal_errors(path, channels[:most].ravel()).reshape(most, -1).sum(1)
+    return _Shrinkage(ranks, scores, order, most, np.cumsum(error).clip(0))
+
+
+def _order(group: PruningGroup, ranks: Sequence[Ints], consumers: Sequence[str]) -> dict[str, Ints]:
+    """By consumer, `[steps, channels a step]`: the input channels that go with each step."""
+    parts: dict[str, list[Ints]] = {path: [] for path in consumers}
+    for subgroup, rank in zip(group.subgroups, ranks, strict=True):
+        for member in subgroup.members:
+            if member.side == "in" and member.path in parts:
+                parts[member.path].append(member.index[rank].reshape(group.steps, -1))
+    return {path: np.concatenate(columns, 1) for path, columns in parts.items()}
+
+
 def _measured(
     ablation: BatchedAblation,
-    coupling: Coupling,
-    scores: Sequence[Sequence[Floats]],
-    max_ratio: float,
-    context: Mapping[str, Ints],
-    progress: Callable[[int, int], None],
+    shrinkages: Sequence[_Shrinkage],
+    context: Sequence[int],
+    progress: Callable[[int], None],
 ) -> list[list[Floats]]:
-    """By group and subgroup, each channel set's output error, with the other groups cut as the context says."""
-    found = []
-    for number, (group, subgroups) in enumerate(zip(coupling.groups, scores, strict=True)):
-        progress(number, len(scores))
-        found.append(_scored(ablation, group, subgroups, max_ratio, context))
-    progress(len(scores), len(scores))
-    return found
+    """By group and subgroup, what each channel set adds to the output error of the others, cut by so many steps."""
+    found: dict[tuple[int, int], float] = {}
+    for part in _parts(ablation, shrinkages, progress):
+        runs = [(n, width) for n in part for width in (0, *shrinkages[n].widths) if width or any(context)]
+        cuts = [_joined(shrinkages, [*context[:n], width, *context[n + 1 :]]) for n, width in runs]
+        found |= dict(zip(runs, ablation.sensitivity(cuts).tolist(), strict=True))
+    return [
+        s.spread([max(found[n, width] - found.get((n, 0), 0.0), 0.0) for width in s.widths])
+        for n, s in enumerate(shrinkages)
+    ]
+
+
+def _parts(
+    ablation: BatchedAblation, shrinkages: Sequence[_Shrinkage], progress: Callable[[int], None]
+) -> Iterator[list[int]]:
+    """The numbers of groups that are measured in one batch: neighbours, of which little runs in vain."""
+    begin = {n: min(map(ablation.begin, s.order)) for n, s in enumerate(shrinkages) if s.widths}
+    order = sorted(begin, key=begin.__getitem__)
+    size = max(1, _ROWS // (len(ablation.batch) * (1 + len(_WIDTHS))))
+    for start in range(0, len(order), size):
+        progress(start)
+        yield order[start : start + size]
+    progress(len(shrinkages))
+
+
+def _joined(shrinkages: Sequence[_Shrinkage], steps: Sequence[int]) -> dict[str, Ints]:
+    """By consumer, the input channels that go when each group takes so many steps."""
+    pruned: dict[str, list[Ints]] = {}
+    for shrinkage, count in zip(shrinkages, steps, strict=True):
+        for path, channels in shrinkage.cut(count).items():
+            pruned.setdefault(path, []).append(channels)
+    return {path: np.concatenate(parts) for path, parts in pruned.items()}
 
 
 def _sum(first: Sequence[Sequence[Floats]], second: Sequence[Sequence[Floats]]) -> list[list[Floats]]:
     pairs = zip(first, second, strict=True)
     return [[a + b for a, b in zip(*subgroups, strict=True)] for subgroups in pairs]
-
-
-def _context(
-    coupling: Coupling, connectivity: Connectivity, scores: Sequence[Sequence[Floats]], taken: Ints
-) -> dict[str, Ints]:
-    """By consumer, the input channels that go when each group takes so many steps."""
-    pruned: dict[str, list[Ints]] = {}
-    for group, subgroups, steps in zip(coupling.groups, scores, taken.tolist(), strict=True):
-        for path, channels in _removed(
-            group, ranks_of(subgroups), steps, _readers(group, connectivity)
-        ).items():
-            pruned.setdefault(path, []).append(channels)
-    return {path: np.concatenate(parts) for path, parts in pruned.items()}
-
-
-def _scored(
-    ablation: BatchedAblation,
-    group: PruningGroup,
-    subgroups: Sequence[Floats],
-    max_ratio: float,
-    context: Mapping[str, Ints],
-) -> list[Floats]:
-    consumers, ranks = _readers(group, ablation.connectivity), ranks_of(subgroups)
-    summed = step_scores(group, subgroups, ranks)
-    free = int(np.isfinite(summed).sum())  # they are ascending: what is kept comes last
-    most = min(int(max_ratio * group.steps + 1e-9), group.steps - group.least, free)
-    if most < 1 or not consumers:  # nothing is measured where nothing can go, or nobody hears of it
-        return [np.full(len(subgroup), np.inf) for subgroup in subgroups]
-    stops = np.unique(np.ceil(np.array(_WIDTHS) * most).astype(np.int64))
-    cuts = [_removed(group, ranks, int(stop), consumers) for stop in stops]
-    own = _removed(group, ranks, group.steps, consumers)
-    others = {path: np.setdiff1d(pruned, own.get(path, ())) for path, pruned in context.items()}
-    uncut: list[dict[str, Ints]] = [{}] if others else []
-    lost = ablation.sensitivity([_joined(others, cut) for cut in (*uncut, *cuts)])
-    sensitivity = (lost[1:] - lost[0]).clip(0) if others else lost
-    added = added_by(stops, sensitivity, summed)
-    per_step = sum(subgroup.size for subgroup in group.subgroups) / group.steps
-    found = []
-    for rank in ranks:
-        values = np.empty(len(rank))
-        values[rank] = np.repeat(added / per_step, len(rank) // group.steps)
-        found.append(values)
-    return found
-
-
-def _removed(
-    group: PruningGroup, ranks: Sequence[Ints], steps: int, consumers: Sequence[str]
-) -> dict[str, Ints]:
-    """By consumer, the input channels that go with the first `steps` of the group."""
-    pruned = pruned_of(group, ranks, steps)
-    return {path: pruned[path, "in"] for path in consumers if (path, "in") in pruned}
-
-
-def _joined(first: Mapping[str, Ints], second: Mapping[str, Ints]) -> dict[str, Ints]:
-    return {
-        path: np.concatenate([part[path] for part in (first, second) if path in part])
-        for path in (*first, *second)
-    }
 
 
 def added_by(stops: Ints, sensitivity: Floats, scores: Floats) -> Floats:
