@@ -59,14 +59,16 @@ def _power(weight: Tensor) -> Tensor:
     """`[inputs, inputs]`, products of input channels summed over outputs and taps; 0 between groups."""
     rows = weight.flatten(3) if weight.dim() > 3 else weight[..., None]
     rows = rows.transpose(2, 3).flatten(1, 2)
-    return torch.block_diag(*(rows.transpose(1, 2) @ rows))
+    power: Tensor = torch.block_diag(*(rows.transpose(1, 2) @ rows))
+    return power
 
 
 def _unexplained(power: Tensor, precision: Tensor) -> Tensor:
     """`[removed]`, what each adds to `tr(G_rr P_rr^-1)`, in the order given."""
     factor = torch.linalg.cholesky(precision)
     inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-    return ((inverse @ power) * inverse).sum(1)
+    added: Tensor = ((inverse @ power) * inverse).sum(1)
+    return added
 
 
 def _of_means(module: nn.Module, mean: Tensor | None, order: Tensor) -> Tensor:

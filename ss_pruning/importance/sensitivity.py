@@ -45,7 +45,7 @@ from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
 # Output error is measured on so many of the images, of which the copies that run at a time have about so many.
-_IMAGES, _ROWS = 16, 64
+_IMAGES, _ROWS = 8, 64
 # At these widths, as shares of the most that may go; between them the local error tells how it grows.
 _WIDTHS = (0.5, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
@@ -67,7 +67,7 @@ def by_sensitivity(
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
-    Takes a pass over all images, at most one over 3 x 16 a group, and as much again with `taken`.
+    Takes a pass over all images, at most one over 3 x 8 a group, and as much again with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -171,10 +171,10 @@ class _Shrinkage:
         if not lost:
             return [np.full(len(rank), np.inf) for rank in self.ranks]
         stops = np.arange(1, self.most + 1)
-        # Where the local error says that nothing is lost it says nothing of how that grows.
-        error = np.maximum(self.error, _NUDGE * stops)
-        gain = np.array(lost) / error[np.array(self.widths) - 1]
-        grown = error * np.interp(stops, self.widths, gain)
+        # Where the local error says that nothing is lost it says nothing of how that grows, either.
+        error = np.maximum.accumulate(self.error) + _NUDGE * stops
+        measured = error[np.array(self.widths) - 1]
+        grown = np.interp(error, [0.0, *measured], [0.0, *lost])
         added = added_by(stops, grown, self.scores)
         count = len(self.scores)
         found = []

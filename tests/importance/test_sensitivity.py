@@ -46,6 +46,7 @@ from ss_pruning.importance.sensitivity import (
     by_sensitivity,
 )
 from ss_pruning.importance.shared_prefix import Prefix
+from ss_pruning.importance.synaptic import SynapticImportance as Synaptic
 from ss_pruning.planning.allocation import allot, schedule, select, to_plan
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import Ranker
@@ -266,7 +267,7 @@ def test_behind_the_last_layer_but_one_the_closed_form_tells_the_damage_of_all_w
     # Between the corners output error goes as the scores do.
     corners = _hull(np.arange(8), np.array([0.0, *wanted]))[1:]
     added = [found[:steps].sum() for steps, _ in corners]
-    assert added == pytest.approx([lost for _, lost in corners], rel=0.02)
+    assert added == pytest.approx([lost for _, lost in corners], rel=0.05)
     assert len(corners) > 1
     assert wanted[0] > 1e-3
 
@@ -289,12 +290,13 @@ def test_beside_other_cuts_it_is_what_a_cut_adds_to_them(method: Any) -> None:
         base = by_loops(model, x, others, method)
         cuts = [{**others, number: list(range(width))} for width in shrinkage.widths]
         wanted.append(max(0.0, *(by_loops(model, x, cut, method) - base for cut in cuts)))
-    found = [added[: s.most].sum() for (added,), s in zip(beside, shrinkages, strict=True)]
-    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+
+    def most(measured: list[list[Floats]]) -> list[float]:
+        return [float(added[: s.most].sum()) for (added,), s in zip(measured, shrinkages, strict=True)]
+
+    assert most(beside) == pytest.approx(wanted, rel=1e-3, abs=1e-9)
     assert max(wanted) > 1e-3
-    assert not np.allclose(
-        found, [added[: s.most].sum() for (added,), s in zip(alone, shrinkages, strict=True)]
-    )
+    assert not np.allclose(most(beside), most(alone), rtol=0.01)
 
 
 @pytest.mark.parametrize("method", ["none", "mean", "linear"])
@@ -598,13 +600,12 @@ def test_what_is_asked_for_is_what_is_done() -> None:
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, str]] = []
-    real = SynapticImportance.__init__
 
-    def watch(self: SynapticImportance, *args: Any, **options: Any) -> None:
-        seen.append((options.get("conditional", 0), options["score"]))
-        real(self, *args, **options)
+    def watched(statistics: Any, **options: Any) -> Synaptic:
+        seen.append((options["conditional"], options["score"]))
+        return Synaptic(statistics, **options)
 
-    monkeypatch.setattr(SynapticImportance, "__init__", watch)
+    monkeypatch.setattr("ss_pruning.planning.ranking.SynapticImportance", watched)
     for scope in ("sensitivity", "global"):
         given: dict[str, Any] = {"allocation": scope, "compensation": "reconstruct", "calibration": images()}
         prune_(chain(), images(1), macs=0.7, **given)
@@ -709,21 +710,21 @@ def test_a_layer_that_does_not_see_images_is_left_alone(rows: int) -> None:
 def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
     class Small(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) > 40:
+            if len(x) > 30:
                 raise RuntimeError("out of memory")
             out: Tensor = super().forward(x)
             return out
 
     model = Small(*chain())
     with pytest.raises(
-        ModelError, match=r"copies of 16 calibration inputs.*out of memory.*allocation='global'"
+        ModelError, match=r"copies of 8 calibration inputs.*out of memory.*allocation='global'"
     ):
         prune_(
             model,
             images(1),
             macs=0.7,
             compensation="linear",
-            calibration=images(40),
+            calibration=images(30),
             allocation="sensitivity",
         )
     assert model[0].out_channels == 8
@@ -747,8 +748,8 @@ def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     x = torch.arange(20.0)[:, None]
     held, others = _held_out(x)
     assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
-    assert (len(held), len(others)) == (10, 10)
-    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [16, 84]
+    assert (len(held), len(others)) == (8, 12)
+    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [8, 92]
 
 
 def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
@@ -837,11 +838,10 @@ def test_in_groups_a_regression_takes_back_what_the_mean_leaves() -> None:
     assert found["linear"] < 1e-4 < 1e-2 < found["mean"]
 
 
-class Marked(SynapticImportance):
+class Marked:
     """Scores by place; says of one layer's last channel that it stays."""
 
     def __init__(self, scale: float, mark: float | None, layer: str = "3") -> None:
-        super().__init__()
         self.scale, self.mark, self.layer = scale, mark, layer
 
     def __call__(self, group: Any) -> Tensor:
