@@ -109,7 +109,7 @@ _SOURCES = {
         _CORE / "planning" / "ranking.py",
         *(
             _CORE / "importance" / f"{name}.py"
-            for name in ("sensitivity", "local_error", "batched_ablation", "shared_prefix")
+            for name in ("sensitivity", "conditional_variance", "batched_ablation", "shared_prefix")
         ),
     ],
     "synthetic": [_CORE / "compensation" / "synthetic_data.py"],

@@ -27,7 +27,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis, groups_of, has_statistics
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
-from ss_pruning.importance.local_error import removal_errors
+from ss_pruning.importance.conditional_variance import removal_errors
 from ss_pruning.importance.regression import Predicted, constant_output, precision
 from ss_pruning.importance.shared_prefix import Prefix, length
 

@@ -2,7 +2,7 @@
 
 Scores order the channels of a group well and compare groups badly: no score of one layer knows what the layers behind
 it make of its loss, nor what they can make up for. How the error of a group grows with its width, as its consumers
-see it, follows in closed form from what they read (`ss_pruning.importance.local_error`). What the output makes of it
+see it, follows in closed form from what they read (`ss_pruning.importance.conditional_variance`). What the output makes of it
 is measured: every group is shrunk by itself to two widths, on a few images, and its consumers find in place of what is
 gone what the compensation will leave them:
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.importance.activation_stats import ActivationStatistics
-from ss_pruning.importance.local_error import removal_errors
+from ss_pruning.importance.conditional_variance import removal_errors
 from ss_pruning.importance.regression import precision
 
 CHANNELS, ROWS = 8, 4000
