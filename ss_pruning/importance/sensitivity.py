@@ -2,9 +2,9 @@
 
 Scores order the channels of a group well and compare groups badly: no score of one layer knows what the layers behind
 it make of its loss, nor what they can make up for. How the error of a group grows with its width, as its consumers
-see it, follows in closed form from what they read (`ss_pruning.importance.conditional_variance`). What the output makes of it
-is measured: every group is shrunk by itself to two widths, on a few images, and its consumers find in place of what is
-gone what the compensation will leave them:
+see it, follows in closed form from what they read (`ss_pruning.importance.conditional_variance`). What the output
+makes of it is measured: every group is shrunk by itself to two widths, on a few images, and its consumers find in place
+of what is gone what the compensation will leave them:
 
 * "none": nothing; "mean": its mean;
 * "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
@@ -45,7 +45,7 @@ from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
 # Output error is measured on so many of the images, of which the copies that run at a time have about so many.
-_IMAGES, _ROWS = 8, 64
+_IMAGES, _ROWS = 16, 96
 # At these widths, as shares of the most that may go; between them the local error tells how it grows.
 _WIDTHS = (0.5, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
@@ -67,7 +67,7 @@ def by_sensitivity(
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
-    Takes a pass over all images, at most one over 3 x 8 a group, and as much again with `taken`.
+    Takes a pass over all images, at most one over 3 x 16 a group, and as much again with `taken`.
 
     Args:
         model: The dense model; not changed.

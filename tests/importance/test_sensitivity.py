@@ -710,21 +710,21 @@ def test_a_layer_that_does_not_see_images_is_left_alone(rows: int) -> None:
 def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
     class Small(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) > 30:
+            if len(x) > 40:
                 raise RuntimeError("out of memory")
             out: Tensor = super().forward(x)
             return out
 
     model = Small(*chain())
     with pytest.raises(
-        ModelError, match=r"copies of 8 calibration inputs.*out of memory.*allocation='global'"
+        ModelError, match=r"copies of 16 calibration inputs.*out of memory.*allocation='global'"
     ):
         prune_(
             model,
             images(1),
             macs=0.7,
             compensation="linear",
-            calibration=images(30),
+            calibration=images(50),
             allocation="sensitivity",
         )
     assert model[0].out_channels == 8
@@ -748,8 +748,8 @@ def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     x = torch.arange(20.0)[:, None]
     held, others = _held_out(x)
     assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
-    assert (len(held), len(others)) == (8, 12)
-    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [8, 92]
+    assert (len(held), len(others)) == (10, 10)
+    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [16, 84]
 
 
 def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
@@ -901,13 +901,13 @@ class Fixed(nn.Module):
 
 def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
     x = images()
-    with pytest.raises(ModelError, match=r"32 images.*allocation='global'"):
+    with pytest.raises(ModelError, match=r"48 images.*allocation='global'"):
         prune_(Fixed(), x[:1], macs=0.7, calibration=x, allocation="sensitivity")
     report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
     assert report.settings["scope"] == "global"
     assert report.settings["cost_exponent"] == 0.75
     assert report.sensitivity_not_measured is not None
-    assert "32 images" in report.sensitivity_not_measured
+    assert "48 images" in report.sensitivity_not_measured
     other = prune_(Fixed(), x[:1], macs=0.7, calibration=x, allocation="global")
     assert [row.outputs_after for row in report.layers] == [row.outputs_after for row in other.layers]
     assert other.sensitivity_not_measured is None
