@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from importlib.util import find_spec
 
 _NEEDED = {
     "nni": "integrations/nni/*.py",
     "pytorch_lightning": "integrations/lightning/*.py",
     "typer": "ss_pruning/cli/*.py",
+    "ultralytics": "integrations/ultralytics/*.py",
 }
 collect_ignore_glob = [f"**/{files}" for name, files in _NEEDED.items() if not find_spec(name)]
+
+# Ultralytics is to leave the settings of the user and the network alone. It reads these when it is imported.
+os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
+os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}

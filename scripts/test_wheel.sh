@@ -70,6 +70,7 @@ tests_of() {
         sweep) names=benchmarks/test_sweep ;;
         timm) names="sources/test_models sources/test_data" ;;
         train) names=examples/test_finetune ;;
+        ultralytics) names=integrations/test_ultralytics ;;
         *) echo "no tests are named here for the extra $1" >&2; return 1 ;;
     esac
     printf 'tests/%s.py ' test_packaging $names

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PURPOSES = {
     "cli": "the command ss-prune",
     "timm": "models by name as timm:NAME",
+    "ultralytics": "YOLO models: prune_yolo, and by name as yolo:NAME",
     "nni": "pruners and configs of NNI",
     "demo": "the digits that the demo network reads",
     "lightning": "training towards sparse synapses in Lightning",

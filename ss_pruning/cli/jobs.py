@@ -20,7 +20,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
 from ss_pruning.sources.data import open_data, open_photos
-from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.models import build_model, input_of, portable_name
 from ss_pruning.sources.preprocessing import random_inputs
 
 if TYPE_CHECKING:
@@ -340,9 +340,7 @@ def packed(job: Job, report: Report) -> bytes:
     """The pruned model's file; the report notes its checksum."""
     from ss_pruning.io import checkpoint as files
 
-    # A file of the user's is not named: loading must not run code that the reader did not ask for.
-    named = job.spec.startswith(("timm:", "torchvision:", "demo:"))
-    content, report.model_sha256 = files.packed(job.model, job.spec if named else None)
+    content, report.model_sha256 = files.packed(job.model, portable_name(job.spec, job.model))
     return content
 
 

@@ -23,7 +23,7 @@ from ss_pruning._utils.files import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.report.records import Report
-from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery.plan import Plan, plan_of
 
 _KEY = "ss_pruning"
 _FORMAT = 2
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
 def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, str]:
     """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
     check_module(model, "save")
-    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    plan = plan_of(model)
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
     state = model.state_dict()
     for name, value in state.items():
@@ -236,9 +236,9 @@ def _build(architecture: Any, named: str | None, path: str | os.PathLike[str]) -
 
         return build_named(str(named), path)
     if isinstance(architecture, str):
-        from ss_pruning.sources.models import build_model
+        from ss_pruning.sources.models import NAMED, build_model
 
-        if architecture.partition(":")[0] not in ("timm", "torchvision", "demo"):
+        if architecture.partition(":")[0] not in NAMED:
             raise InputError(
                 f"'{architecture}' would run code of a local file; build the model yourself and pass a callable: "
                 "load(path, factory)"

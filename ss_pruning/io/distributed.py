@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ss_pruning.errors import InputError, PlanError
-from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery.plan import Plan, plan_of
 
 
 def broadcast_plan(plan: Plan | Callable[[], Plan] | None) -> Plan:
@@ -80,7 +80,7 @@ def check_agreement(model: nn.Module) -> None:
 
 def fingerprint(model: nn.Module) -> bytes:
     """32 bytes that depend on the names, shapes and types of all tensors, and on the plan that the model carries."""
-    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    plan = plan_of(model)
     digest = hashlib.sha256(plan.to_json().encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

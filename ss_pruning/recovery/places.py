@@ -23,7 +23,7 @@ from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.graph.tracing import Source, trace_outputs
-from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery.plan import plan_of
 
 #: Shapes of what modules return, by path, in the order in which they return it.
 _Shapes = dict[str, torch.Size]
@@ -135,7 +135,7 @@ def _kept(
     model: nn.Module, dense: nn.Module, example_inputs: Any, axes: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """By place, which channels of the dense model are there; places where that cannot be told are left out."""
-    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    plan = plan_of(model)
     numbers = {cut.path: cut.kept for cut in plan.cuts if cut.side != "in"}
     try:
         ours, theirs = (trace_outputs(net, example_inputs, axes) for net in (model, dense))

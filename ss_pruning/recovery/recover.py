@@ -25,7 +25,7 @@ from ss_pruning.recovery.imitation import ImitationLoss, device_of
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.training import Length, State, Training
 from ss_pruning.recovery.views import another_view
-from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery.plan import plan_of
 
 #: Trained for so many steps by default.
 STEPS = 1000
@@ -129,7 +129,7 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
     for net in (model, dense):
         check_bare(net)
         check_finite(net)
-    plan = getattr(model, PLAN_ATTRIBUTE, Plan())
+    plan = plan_of(model)
     try:
         fresh = plan.cut_copy(dense)
     except PlanError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
 
-_NAMED = ("timm:", "torchvision:", "demo:")
+_NAMED = ("timm:", "torchvision:", "yolo:", "demo:")
 """Architectures that a file may name, so that `load` builds them by itself."""
 
 _FINE_TUNE = """import torch

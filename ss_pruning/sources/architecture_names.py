@@ -21,7 +21,7 @@ from ss_pruning.errors import FileFormatError
 from ss_pruning.sources.models import BUILDERS
 
 _SPEC = re.compile(
-    r"(?P<kind>timm|torchvision|demo):(?P<name>[A-Za-z0-9_]{1,80}(\.[A-Za-z0-9_]{1,80})?)"
+    r"(?P<kind>timm|torchvision|yolo|demo):(?P<name>[A-Za-z0-9_-]{1,80}(\.[A-Za-z0-9_]{1,80})?)"
     r"(?P<options>(, ?[a-z_]{1,32}=[A-Za-z0-9_.+-]{1,32}){0,16})"
 )
 _NUMBER = re.compile(r"-?\d{1,9}(\.\d{1,18})?(e-?\d{1,2})?")
@@ -72,12 +72,14 @@ OPTIONS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "init_weights": _flag,
         "transform_input": _flag,
     },
+    "yolo": {"nc": _whole(1, 100_000), "ch": _SIDE, "keypoints": _SIDE, "dims": _whole(2, 3)},
     "demo": {},
 }
-#: Where the dense weights came from does not matter: the file holds its own.
+#: Where the dense weights came from does not matter: the file holds its own. Of yaml files, only Ultralytics' own.
 _WITHOUT_WEIGHTS: dict[str, dict[str, Any]] = {
     "timm": {"pretrained": False},
     "torchvision": {"weights": None, "weights_backbone": None},
+    "yolo": {"stock": True},
     "demo": {},
 }
 # What torchvision changes of a model, besides its weights, when it is asked for weights.
@@ -94,7 +96,7 @@ def build_named(spec: str, path: str | os.PathLike[str]) -> nn.Module:
     """Build the dense architecture that a file names, with random weights; nothing is fetched and nothing opened.
 
     Args:
-        spec: What the file says; `timm:`, `torchvision:` or `demo:`, a name, and options of `OPTIONS`.
+        spec: What the file says; `timm:`, `torchvision:`, `yolo:` or `demo:`, a name, and options of `OPTIONS`.
         path: The file, for messages, and because its size bounds what building may take.
 
     Raises:
@@ -111,7 +113,9 @@ def _read(spec: str, path: str | os.PathLike[str]) -> tuple[str, str, dict[str, 
     """Kind, name and options, all of them checked."""
     found = _SPEC.fullmatch(spec) if spec.isascii() and len(spec) <= 1000 else None
     if found is None:
-        raise _refused(spec, path, "that is not timm:, torchvision: or demo:, a name, and plain options")
+        raise _refused(
+            spec, path, "that is not timm:, torchvision:, yolo: or demo:, a name, and plain options"
+        )
     kind, given = found["kind"], dict(_item(item) for item in filter(None, found["options"].split(",")))
     weights = {key: given.pop(key, None) for key in _WITHOUT_WEIGHTS[kind]}
     for key, value in given.items():

@@ -57,7 +57,15 @@ def open_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(_eight_bits(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        struct.error,
+        Image.DecompressionBombError,
+        ImportError,
+    ) as error:
+        # ImportError: Ultralytics, once imported, has Pillow ask for a plugin where it knows no format.
         raise InputError(f"cannot decode the image {path!r}: {error}.") from error
 
 

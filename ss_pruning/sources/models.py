@@ -1,6 +1,6 @@
-"""From a word on the command line to a model: timm, torchvision, a file of the user's, or the demo.
+"""From a word on the command line to a model: timm, torchvision, Ultralytics, a file of the user's, or the demo.
 
-timm, torchvision and safetensors are imported when called.
+timm, torchvision, Ultralytics and safetensors are imported when called.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from ss_pruning.errors import InputError, SSPruningError
 from ss_pruning.sources.preprocessing import Preprocess
 from ss_pruning.sources.weights import load_weights, nearby
 
-SPEC_HELP = "timm:NAME, torchvision:NAME, path/to/file.py:factory or demo:digits"
+SPEC_HELP = "timm:NAME, torchvision:NAME, yolo:NAME, path/to/file.py:factory or demo:digits"
+#: Kinds of names that a file of ours may hold, so that `load` builds the model by itself.
+NAMED = ("timm", "torchvision", "yolo", "demo")
 
 
 def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool = False) -> nn.Module:
     """Build a model from its name and load its weights.
 
     Args:
-        spec: `timm:NAME`, `torchvision:NAME`, `path/to/file.py:factory` (this **executes** the file) or
-            `demo:digits`. Arguments may follow, as in `timm:resnet18,num_classes=10`.
+        spec: `timm:NAME`, `torchvision:NAME`, `yolo:NAME.yaml`, `yolo:FILE.pt` or `path/to/file.py:factory` (these
+            two **execute** what is in the file), or `demo:digits`. Arguments may follow, as in
+            `timm:resnet18,num_classes=10`.
         weights: a `.safetensors` file, or a `.pth`, `.pt`, `.th`, `.bin` file that holds tensors only.
             Without it the weights are random, except for the demo.
         by_order: match weights to the model by their order and shape, not by their names.
@@ -64,6 +67,8 @@ def input_of(spec: str, model: nn.Module) -> Preprocess:
     kind, name, _ = _parse(spec)
     if kind == "demo":
         return Preprocess(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop=1.0)  # its images come normalised
+    if kind == "yolo":
+        return Preprocess(size=(3, 640, 640), mean=(0.0,) * 3, std=(1.0,) * 3, crop=1.0)
     noted = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(noted, Mapping) and "input_size" in noted:
         return _timm_input(noted)
@@ -102,7 +107,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
         key, _, value = item.partition("=")
         options[key.strip()] = _literal(value.strip())
     kind, _, name = base.partition(":")
-    if kind in ("timm", "torchvision", "demo") and name:
+    if kind in NAMED and name:
         return kind, name, options
     if re.search(r"\.py(:|$)", base):
         return "file", base, options
@@ -184,10 +189,30 @@ def _build_demo(name: str, options: dict[str, Any]) -> nn.Module:
     return digits_resnet()
 
 
+def _build_yolo(name: str, options: dict[str, Any]) -> nn.Module:
+    from ss_pruning.integrations.ultralytics.networks import build
+
+    return _call(f"yolo:{name}", lambda: build(name, options))
+
+
+def portable_name(spec: str, model: nn.Module) -> str | None:
+    """What a file may say of how to build `model`, which came from `spec`; None where nobody else could.
+
+    A file of the user's is not named: loading must not run code that the reader did not ask for.
+    """
+    kind, name, _ = _parse(spec)
+    if kind == "yolo" and not name.endswith((".yaml", ".yml")):
+        from ss_pruning.integrations.ultralytics.networks import name_of
+
+        return name_of(model)
+    return spec if kind in NAMED else None
+
+
 #: By kind of name; called with the name and its options.
 BUILDERS: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
     "timm": _build_timm,
     "torchvision": _build_torchvision,
+    "yolo": _build_yolo,
     "file": _build_file,
     "demo": _build_demo,
 }

@@ -94,8 +94,7 @@ class Plan:
             set_number(modules[attribute.path], attribute)
         for path in self.biases:
             give_bias(modules[path])
-        before = getattr(model, PLAN_ATTRIBUTE, None)
-        setattr(model, PLAN_ATTRIBUTE, before.then(self) if isinstance(before, Plan) else self)
+        setattr(model, PLAN_ATTRIBUTE, plan_of(model).then(self) if hasattr(model, PLAN_ATTRIBUTE) else self)
 
     def then(self, later: Plan) -> Plan:
         """The one plan that does first this and then `later`."""
@@ -161,6 +160,12 @@ class Plan:
                 raise PlanError(
                     f"the plan expects the number {attribute.before} in '{attribute.path}.{attribute.name}'"
                 )
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model carries, empty if none; text where its pickle is to open without this package."""
+    noted = getattr(model, PLAN_ATTRIBUTE, None)
+    return Plan.from_json(noted) if isinstance(noted, str) else noted or Plan()
 
 
 # Attributes in which layers keep their sizes.
