@@ -31,6 +31,10 @@ def label_of(labels: Sharing, n: int) -> npt.NDArray[np.int64]:
     return channels // (n // count) if how == "runs" else channels % count
 
 
+# A loose tensor of more elements is first looked at in a sample of so many.
+_LARGE, _SAMPLE = 2**16, 2**12
+
+
 class Labels:
     """Random cotangents, channel labels and a permutation of them, cached by shape."""
 
@@ -153,8 +157,20 @@ def _channel_of(
     return channel, near & (pulled[0] != 0)
 
 
+def _mostly_mixed(pulled: Sequence[Tensor], permuted: Ints) -> bool:
+    """Whether hardly one element of a sample feeds a single channel: a weight inside attention."""
+    at = pulled[0].flatten().nonzero().flatten()
+    at = at[:: -(-len(at) // _SAMPLE) or 1]
+    _, clean = Pulled(pulled, 0, permuted).decoded(
+        torch.stack([g.flatten()[at].double() for g in pulled]).cpu().numpy()
+    )
+    return bool(clean.sum() < 0.05 * len(at))
+
+
 def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
     """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
+    if pulled[0].numel() > _LARGE and _mostly_mixed(pulled, permuted):
+        return None
     channel, clean = Pulled(pulled, 0, permuted).decoded(
         torch.stack([g.double() for g in pulled]).cpu().numpy()
     )

@@ -10,7 +10,8 @@ ratio is no channel number feed several channels at once (a broadcast gate, a so
 
 The layers themselves run in their own precision, what lies between them in float64: sums that nearly cancel (a
 softmax over two alike branches) would else blur the ratios. No table of operators, no trace: the cost is one forward
-pass and three local backward passes for each set of layers of which no two have a source in common.
+pass and three local backward passes for each set of layers of which no two have a source in common. A pull ends where
+it meets what arrived at an earlier layer, if that is handed on channel by channel, as along a residual stream.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import given, hooked
@@ -71,7 +73,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
     connectivity = Connectivity()
     with quiet_hooks(model, example_inputs):
         _probe(model, example_inputs, paths, connectivity, training=False)
-        if set(paths.values()) - set(connectivity.layers):
+        if any(not _read_alone(model, path) for path in set(paths.values()) - set(connectivity.layers)):
             # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
             with contextlib.suppress(ModelError):
                 _probe(model, example_inputs, paths, connectivity, training=True)
@@ -119,6 +121,11 @@ def trace_outputs(
                 sources[into].add((edge.source, channel))
         fed[path] = list(map(frozenset, sources))
     return fed
+
+
+def _read_alone(model: nn.Module, path: str) -> bool:
+    """Whether a layer never runs, in no mode: torch's attention reads the weights of its projection."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -179,7 +186,8 @@ class _Recorder:
             self.single.add(path)
         # A clone: a later in-place operation would otherwise rewrite the history of what arrived here.
         if x.is_floating_point():
-            self.arrivals.append(Arrival(path, x.clone(), axis, self.calls[path]))
+            end = get_gradient_edge(x) if x.requires_grad else None
+            self.arrivals.append(Arrival(path, x.clone(), axis, self.calls[path], end))
         self.calls[path] += 1
         own = (*module._parameters.values(), *module._buffers.values())
         dtype = next((t.dtype for t in own if t is not None and t.is_floating_point()), torch.float32)
