@@ -32,7 +32,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers
 from ss_pruning.graph.tracing import trace
-from ss_pruning.importance.activation_stats import MomentSource, measure
+from ss_pruning.importance.activation_stats import StatisticsSource, measure
 from ss_pruning.importance.strength import by_input_channel, share, synaptic_paths, synaptic_power
 from ss_pruning.integrations.nni.masks import bake, compact, speedup, symbolic_graph
 from ss_pruning.integrations.nni.ranking import generate_masks
@@ -86,7 +86,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         example_inputs: Any = None,
         evaluator: Evaluator | None = None,
         *,
-        statistics: MomentSource = "batchnorm",
+        statistics: StatisticsSource = "batchnorm",
         score: Score = "share",
         penalty: float = 1e-4,
         existed_wrappers: Mapping[str, Any] | None = None,

@@ -13,9 +13,9 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning.cli.choices import DATA, SYNAPTIC, SYNTHETIC, Request, Score, StatisticsSource
 from ss_pruning.cli.console import ProgressCallback, note
-from ss_pruning.config import Synaptic
+from ss_pruning.cli.request import DATA, SYNTHETIC, Request
+from ss_pruning.config import Compensation, Synaptic
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
@@ -52,17 +52,21 @@ def random_weights(request: Request) -> bool:
     return request.weights is None and not request.model.startswith("demo:")
 
 
+def check_statistics(request: Request, synaptic: Synaptic) -> None:
+    """Refuse what reads images where there are none.
+
+    Raises:
+        InputError: Says which option would give some.
+    """
+    if synaptic.statistics == DATA and request.data is None and request.photos is None:
+        raise InputError("--statistics data reads images: say where they are with --data.")
+
+
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
-    if (
-        request.statistics is StatisticsSource.data
-        and request.data is None
-        and not _folder_of_photos(request)
-    ):
-        raise InputError("--statistics data reads images: say where they are with --data.")
-    if (photos := _folder_of_photos(request)) and not photos.is_dir():
+    if request.photos is not None and not request.photos.is_dir():
         raise InputError(
-            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(photos)!r}."
+            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(request.photos)!r}."
         )
     device = device_of(request.device)
     torch.manual_seed(request.seed)
@@ -150,18 +154,6 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def make_importance(importance: str, score: Score | None, request: Request) -> Any:
-    """Ours with its options, or the name of a registered one: a model file may have registered more."""
-    if importance != SYNAPTIC:
-        return importance
-    statistics: Any = None if request.statistics is None else request.statistics.value
-    return Synaptic(statistics, None if score is None else score.value)
-
-
-def _folder_of_photos(request: Request) -> Path | None:
-    return None if request.calibration in (None, DATA, SYNTHETIC) else Path(str(request.calibration))
-
-
 def _taken_of_data(request: Request) -> int:
     """How many images of the data are calibrated on: none where all come from elsewhere, so that none are held out."""
     if request.calibration in (None, DATA):
@@ -170,7 +162,7 @@ def _taken_of_data(request: Request) -> int:
 
 
 def calibration_images(
-    request: Request, needed_by: str | None, job: Job, progress: ProgressCallback
+    request: Request, repair: Compensation, job: Job, progress: ProgressCallback
 ) -> tuple[list[Tensor] | Tensor | None, dict[str, str]]:
     """Unlabelled images, if there are any or an option needs some, and what to say of them in the report."""
     said = {} if request.calibration is None else {"calibration": request.calibration}
@@ -185,14 +177,14 @@ def calibration_images(
             seed=request.seed,
             progress=lambda *steps: progress(what, *steps),
         ), said
-    if photos := _folder_of_photos(request):
-        images, which = _photos_of(photos, request, job)
+    if request.photos is not None:
+        images, which = _photos_of(request.photos, request, job)
         return images, {**said, "calibration images": which}
-    if needed_by is None and request.calibration is None and job.data is None:
+    if not repair.solves and request.calibration is None and job.data is None:
         return None, said
     if job.data is None:
-        needed_by = needed_by or "--calibration data"
-        without = "; --compensation mean does without" if needed_by.startswith("--compensation") else ""
+        needed_by = f"--compensation {repair.method}" if repair.solves else "--calibration data"
+        without = "; --compensation mean does without" if repair.solves else ""
         raise InputError(
             f"{needed_by} calibrates on images: say where they are with --data, or --calibration DIR, or make some "
             f"with --calibration synthetic{without}."
@@ -223,19 +215,15 @@ def _which(data: Data) -> str:
     return which
 
 
-def strengths_of(request: Request, job: Job) -> Strengths:
+def strengths_of(job: Job, statistics: str) -> Strengths:
     """Return the strength of every synapse of the model."""
     from ss_pruning import synaptic_strength
 
-    strengths: Strengths = synaptic_strength(job.model, job.example, statistics=_statistics(request, job))
+    source: Any = statistics
+    if statistics == DATA and job.data is not None:
+        source = _pictures(job.data, job)
+    strengths: Strengths = synaptic_strength(job.model, job.example, statistics=source)
     return strengths
-
-
-def _statistics(request: Request, job: Job) -> str | list[Tensor]:
-    """What was asked for, or the images."""
-    if request.statistics is None or request.statistics is StatisticsSource.data:
-        return StatisticsSource.batchnorm.value if job.data is None else _pictures(job.data, job)
-    return str(request.statistics.value)
 
 
 def _pictures(data: Data, job: Job) -> list[Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ss_pruning.cli.choices import Compensation, Scope, Score, StatisticsSource
+from ss_pruning.cli.grouped import CRITERION
 
-_MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
+_MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", CRITERION, "Output"
 _SETTING = "Setting"
 
 Model = Annotated[
@@ -93,13 +93,12 @@ Std = Annotated[
     _option(_IMAGES, help="Deviation per channel.", metavar="S,S,S", show_default="the model's own"),
 ]
 Statistics = Annotated[
-    StatisticsSource | None,
+    Literal["batchnorm", "gaussian", "data"],
     _option(
         _CRITERION,
-        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the network "
-        "run on its own noise) or data (the images). To prune, the calibration images if there are any, "
-        "else gaussian; to score, batchnorm.",
-        show_default=False,
+        help="Where the variance of the channels comes from: batchnorm (the paper), gaussian (the model run on its own "
+        "noise) or data (the images).",
+        metavar=None,
     ),
 ]
 Seed = Annotated[
@@ -123,30 +122,13 @@ Criterion = Annotated[
         "bn-scale, lamp, fpgm or random; or one that the model's file registers.",
     ),
 ]
-ScoreOption = Annotated[
-    Score | None,
-    _option(
-        _CRITERION,
-        help="What synaptic importance is made of: share, strength, entropy or relevance (shares handed back from the "
-        "output).",
-        show_default="share with linear, reconstruct or in the local scope, else relevance",
-    ),
-]
-ScopeOption = Annotated[
-    Scope | None,
-    _option(
-        _CRITERION,
-        help="Rank channels across all layers by their scores (global), within each (local), or across all by the "
-        "output error that was measured on the calibration images, or without any on noise (sensitivity).",
-        show_default="sensitivity with calibration images or mean, else global",
-    ),
-]
 CompensationOption = Annotated[
-    Compensation,
+    Literal["none", "mean", "linear", "reconstruct"],
     _option(
         _CRITERION,
         help="Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct "
         "(both calibrate on images, without labels).",
+        metavar=None,
     ),
 ]
 CalibrationOption = Annotated[
@@ -179,29 +161,6 @@ Recalibrate = Annotated[
         "moved, on the calibration images if there are any, else on noise.",
         show_default="with mean and linear",
         metavar="",
-    ),
-]
-MaxRatio = Annotated[
-    float,
-    _option(_CRITERION, help="Never remove more than this fraction of a layer's channels.", metavar="0..1"),
-]
-CostExponent = Annotated[
-    float | None,
-    _option(
-        _CRITERION,
-        help="Divide scores by what a channel costs, to this power; 0 ignores costs, 1 is importance per cost. By "
-        "default 1 where output error is measured on images, 0.75 for relevance, 0.5 elsewhere.",
-        metavar="P",
-        show_default=False,
-    ),
-]
-RoundTo = Annotated[
-    str | None,
-    _option(
-        _CRITERION,
-        help="Keep widths multiples of this; with measured, each of what its layers' times on this machine ask for.",
-        metavar="N|measured",
-        show_default=False,
     ),
 ]
 Ignore = Annotated[
@@ -285,102 +244,3 @@ Threads = Annotated[
     int | None,
     _option(_OUTPUT, help="Threads of the CPU.", metavar="N", show_default="torch's own", min=1),
 ]
-
-PRUNE_HELP = """Prune a model to a budget.
-
-Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what \
-the dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
-"""
-
-PRUNE_EXAMPLES = """
-[bold]Examples[/bold]
-
-Half the multiply-accumulates of the built-in demo, with accuracy before and after:
-
-    ss-prune prune demo:digits --macs 0.5 --data digits --out runs/digits
-
-Your own weights, and a report:
-
-    ss-prune prune timm:resnet50 --weights resnet50.safetensors --macs 0.8 --out runs/r50
-
-A model of your own, four fifths of its parameters, one layer left alone:
-
-    ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
-
-A model that keeps working, without any image:
-
-    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration synthetic
-
-The same on photos of your own, without labels:
-
-    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration photos
-
-Six tenths of the time, as measured on this machine eight images at a time:
-
-    ss-prune prune timm:resnet50 --weights resnet50.safetensors --latency 0.6 --batch 8 --out runs/r50
-
-Another criterion for comparison:
-
-    ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
-"""
-
-SCORE_HELP = """Show the synaptic strengths of a model, layer by layer; nothing is changed.
-
-The strength of a synapse, the connection from one input channel to one output channel, is the norm of its \
-weights times the deviation of what it reads. Its share is its part of the variance of that output.
-"""
-
-SCORE_EXAMPLES = """
-[bold]Examples[/bold]
-
-    ss-prune score torchvision:resnet18 --weights resnet18.pth
-
-    ss-prune score demo:digits --out strengths.safetensors
-"""
-
-EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
-
-The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.
-"""
-
-EXPORT_EXAMPLES = """
-[bold]Examples[/bold]
-
-    ss-prune export runs/digits/model.safetensors --format onnx
-
-    ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
-"""
-
-BENCH_HELP = """Measure what pruning gained: dense against pruned, in turns, in one process.
-
-Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and layout.
-"""
-
-BENCH_EXAMPLES = """
-[bold]Examples[/bold]
-
-    ss-prune bench runs/digits/model.safetensors --batch 1,64
-
-    ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
-"""
-
-COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
-
-A and B are folders that `ss-prune prune --out` has written, or their report.json.
-"""
-
-COMPARE_EXAMPLES = """
-[bold]Example[/bold]
-
-    ss-prune compare runs/synaptic runs/magnitude --html runs/compare.html
-"""
-
-DOCTOR_HELP = """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
-
-Exit code 2 where a package that is needed is missing.
-"""
-
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 a bug (with its traceback), 2 refused (the message says what to do), "
-    "130 interrupted, 143 ended by SIGTERM."
-)

@@ -28,7 +28,7 @@ _PRODUCT_POSITIONS, _PRODUCT_CHANNELS = 2**13, 2**12
 # Numbers that are summed in float64 at a time.
 _CHUNK = 2**20
 #: "batchnorm", "gaussian", or an iterable of batches, see `ss_pruning.importance.calibration`.
-MomentSource = str | Iterable[Any]
+StatisticsSource = str | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ActivationStatistics:
 def measure(
     model: nn.Module,
     connectivity: Connectivity,
-    source: MomentSource,
+    source: StatisticsSource,
     example_inputs: Any,
     paths: Sequence[str],
     *,

@@ -34,7 +34,7 @@ from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.layers import check_finite, groups_of, kernel_powers
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
-from ss_pruning.importance.activation_stats import ActivationStatistics, MomentSource, measure
+from ss_pruning.importance.activation_stats import ActivationStatistics, StatisticsSource, measure
 
 
 class Strengths(dict[str, Tensor]):
@@ -63,7 +63,7 @@ class Strengths(dict[str, Tensor]):
 def synaptic_strength(
     model: nn.Module,
     example_inputs: Any,
-    statistics: MomentSource = "batchnorm",
+    statistics: StatisticsSource = "batchnorm",
     *,
     connectivity: Connectivity | None = None,
 ) -> Strengths:
@@ -104,7 +104,10 @@ def synaptic_strength(
 
 
 def strengths_along(
-    connectivity: Connectivity, model: nn.Module, example_inputs: Any, statistics: MomentSource = "batchnorm"
+    connectivity: Connectivity,
+    model: nn.Module,
+    example_inputs: Any,
+    statistics: StatisticsSource = "batchnorm",
 ) -> Strengths:
     """What `synaptic_strength` gives, for a model known to be finite whose connectivity is at hand."""
     found = list(powers_along(connectivity, model, example_inputs, statistics))
@@ -114,7 +117,10 @@ def strengths_along(
 
 @torch.no_grad()
 def powers_along(
-    connectivity: Connectivity, model: nn.Module, example_inputs: Any, statistics: MomentSource = "batchnorm"
+    connectivity: Connectivity,
+    model: nn.Module,
+    example_inputs: Any,
+    statistics: StatisticsSource = "batchnorm",
 ) -> Iterator[tuple[str, Tensor, ActivationStatistics]]:
     """Layer by layer the squared strengths, and the statistics that they come from.
 

@@ -17,7 +17,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import groups_of
-from ss_pruning.importance.activation_stats import ActivationStatistics, MomentSource, measure
+from ss_pruning.importance.activation_stats import ActivationStatistics, StatisticsSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
 from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
@@ -56,7 +56,7 @@ class SynapticImportance:
 
     def __init__(
         self,
-        statistics: MomentSource = "gaussian",
+        statistics: StatisticsSource = "gaussian",
         score: Score = "share",
         reduce: Reduction = "sum",
         normalizer: Normalizer | None = None,

@@ -1,0 +1,102 @@
+"""What `--help` says of each command, and its examples."""
+
+from __future__ import annotations
+
+PRUNE_HELP = """Prune a model to a budget.
+
+Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what \
+the dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
+"""
+
+PRUNE_EXAMPLES = """
+[bold]Examples[/bold]
+
+Half the multiply-accumulates of the built-in demo, with accuracy before and after:
+
+    ss-prune prune demo:digits --macs 0.5 --data digits --out runs/digits
+
+Your own weights, and a report:
+
+    ss-prune prune timm:resnet50 --weights resnet50.safetensors --macs 0.8 --out runs/r50
+
+A model of your own, four fifths of its parameters, one layer left alone:
+
+    ss-prune prune net.py:build --weights net.pth --input-size 3x32x32 --params 0.8 --ignore head
+
+A model that keeps working, without any image:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration synthetic
+
+The same on photos of your own, without labels:
+
+    ss-prune prune net.py:build --weights net.pth --macs 0.7 --compensation reconstruct --calibration photos
+
+Six tenths of the time, as measured on this machine eight images at a time:
+
+    ss-prune prune timm:resnet50 --weights resnet50.safetensors --latency 0.6 --batch 8 --out runs/r50
+
+Another criterion for comparison:
+
+    ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
+"""
+
+SCORE_HELP = """Show the synaptic strengths of a model, layer by layer; nothing is changed.
+
+The strength of a synapse, the connection from one input channel to one output channel, is the norm of its \
+weights times the deviation of what it reads. Its share is its part of the variance of that output.
+"""
+
+SCORE_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune score torchvision:resnet18 --weights resnet18.pth
+
+    ss-prune score demo:digits --out strengths.safetensors
+"""
+
+EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
+
+The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.
+"""
+
+EXPORT_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune export runs/digits/model.safetensors --format onnx
+
+    ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
+"""
+
+BENCH_HELP = """Measure what pruning gained: dense against pruned, in turns, in one process.
+
+Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and layout.
+"""
+
+BENCH_EXAMPLES = """
+[bold]Examples[/bold]
+
+    ss-prune bench runs/digits/model.safetensors --batch 1,64
+
+    ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
+"""
+
+COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
+
+A and B are folders that `ss-prune prune --out` has written, or their report.json.
+"""
+
+COMPARE_EXAMPLES = """
+[bold]Example[/bold]
+
+    ss-prune compare runs/synaptic runs/magnitude --html runs/compare.html
+"""
+
+DOCTOR_HELP = """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
+
+Exit code 2 where a package that is needed is missing.
+"""
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug (with its traceback), 2 refused (the message says what to do), "
+    "130 interrupted, 143 ended by SIGTERM."
+)

@@ -1,0 +1,125 @@
+"""What a user asks for on the command line: each field is an option, see `ss_pruning.cli.grouped`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ss_pruning import config
+from ss_pruning.cli import options as option
+from ss_pruning.errors import InputError
+
+#: The importance by default, with options of its own.
+SYNAPTIC = "synaptic"
+#: What calibration images may be, besides those of a folder: of the data, or made from the model.
+DATA, SYNTHETIC = "data", "synthetic"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and the images that belong to it."""
+
+    model: option.Model
+    weights: option.Weights = None
+    weights_by_order: option.ByOrder = False
+    data: option.DataPlace = None
+    input_size: option.InputSize = None
+    mean: option.Mean = None
+    std: option.Std = None
+    seed: option.Seed = 0
+    device: option.Device = None
+
+
+@dataclass(frozen=True)
+class Request(Source):
+    """What is to be pruned, and on which images that is judged and calibrated."""
+
+    images: option.Images = None
+    batch: option.Batch = 1
+    calibration: option.CalibrationOption = None
+    calibration_images: option.CalibrationImages = None
+    ignore: option.Ignore = None
+
+    @property
+    def photos(self) -> Path | None:
+        """The folder of calibration images, if that is what was given."""
+        return None if self.calibration in (None, DATA, SYNTHETIC) else Path(str(self.calibration))
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Exactly one of them is given."""
+
+    macs: option.Macs = None
+    params: option.Params = None
+    ratio: option.Ratio = None
+    latency: option.Latency = None
+
+    def given(self) -> dict[str, float]:
+        """By name.
+
+        Raises:
+            InputError: None or several were given.
+        """
+        chosen = {name: value for name, value in vars(self).items() if value is not None}
+        if len(chosen) != 1:
+            listed = " and ".join(f"--{name}" for name in chosen) or "none"
+            raise InputError(
+                f"give exactly one of --macs, --params, --latency and --ratio; {listed} was given. "
+                "For example, --macs 0.8 keeps 80 % of the multiply-accumulates."
+            )
+        return chosen
+
+
+@dataclass(frozen=True)
+class Method:
+    """What decides which channels go, and what is done about it."""
+
+    importance: option.Criterion = SYNAPTIC
+    compensation: option.CompensationOption = "none"
+    recalibrate: option.Recalibrate = None
+
+    @property
+    def repair(self) -> config.Compensation:
+        """The compensation, with its own default for what was not said."""
+        kind = config.COMPENSATIONS[self.compensation]
+        return kind() if self.recalibrate is None else kind(recalibrate=self.recalibrate)
+
+    def check(self, synaptic: config.Synaptic) -> None:
+        """Refuse options of synaptic strength beside another importance.
+
+        Raises:
+            InputError: Names the first.
+        """
+        given = [name for name, value in vars(synaptic).items() if value is not None]
+        if given and self.importance != SYNAPTIC:
+            raise InputError(f"--{given[0]} belongs to --importance synaptic, not to {self.importance}.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes."""
+
+    out: option.OutFolder = None
+    as_json: option.Json = False
+
+
+@dataclass(frozen=True)
+class PrunedFile:
+    """A file that `ss-prune prune` has written."""
+
+    file: option.File
+    model: option.Architecture = None
+    input_size: option.InputSize = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The settings in which dense and pruned are measured."""
+
+    batch: option.Batches = "1"
+    dtype: option.Dtypes = "float32"
+    layout: option.Layouts = "contiguous"
+    compiled: option.Compiled = False
+    threads: option.Threads = None
+    device: option.Device = None
