@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.modules import checksums, modules_of, tensors_of, unchanged
+from ss_pruning.config import Score
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
@@ -22,7 +23,6 @@ from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
 from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
 
-Score = Literal["share", "strength", "entropy", "relevance"]
 Reduction = Literal["sum", "mean", "max"]
 Normalizer = Literal["mean", "max", "sum"]
 
