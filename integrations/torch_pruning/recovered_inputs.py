@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError
 
@@ -73,15 +73,16 @@ def _candidates(saved: Sequence[Tensor]) -> Iterator[Any]:
 def _reproduces(model: nn.Module, inputs: Any, stems: Mapping[nn.Module, Sequence[Tensor]]) -> bool:
     """Whether the model runs on it and its first layers then read what they had read."""
     seen: dict[nn.Module, list[Tensor]] = {module: [] for module in stems}
-    handles = [on_input(module, lambda m, x: seen[m].append(x)) for module in stems]
+    numbered = {str(number): module for number, module in enumerate(stems)}
     try:
-        with preserved(model, training=False), torch.no_grad():
+        with (
+            hooked(numbered, lambda _, module, x: seen[module].append(x)),
+            preserved(model, training=False),
+            torch.no_grad(),
+        ):
             call(model, inputs)
     except Exception:  # of the model's own code: it was no input
         return False
-    finally:
-        for handle in handles:
-            handle.remove()
     return all(
         any(x.numel() == saved.numel() and x.reshape(saved.shape).equal(saved) for x in seen[module])
         for module, each in stems.items()

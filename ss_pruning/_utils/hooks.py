@@ -80,15 +80,6 @@ def on_input(module: nn.Module, visit: Callable[[nn.Module, Tensor], Tensor | No
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def on_output(module: nn.Module, visit: Callable[[nn.Module, Any, Any], Any]) -> RemovableHandle:
-    """Have `visit(module, x, output)` called after the module ran; what it returns, if anything, is the output."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return visit(module, given(module, args, kwargs), output)
-
-    return module.register_forward_hook(hook, with_kwargs=True)
-
-
 def _first_name(module: nn.Module, kwargs: Mapping[str, Any]) -> str:
     """The name of the first parameter of `forward`, of those that were given; callers write them in any order."""
     names = inspect.signature(type(module).forward).parameters
