@@ -54,3 +54,25 @@ def write(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     part.write_text(json.dumps({**result, "versions": versions()}, indent=2) + "\n")
     os.replace(part, path)
     return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results so far; a last line that a killed run left unfinished is dropped from the file."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        part = path.with_suffix(".part")
+        part.write_text(f"{whole}\n" if whole else "")
+        os.replace(part, path)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_line(line: dict[str, Any], path: Path) -> None:
+    """Append a result; it is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -33,8 +33,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.accuracy.run import add_line, read_lines
-from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data.cifar import draw, load
 from benchmarks.data.photos import crops, crops_of, few, labelled, scenes, things
 from ss_pruning import prune_
@@ -263,7 +262,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar")
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
-    parser.add_argument("--page", action="store_true", help="write docs/lite0.md, run nothing")
     return parser.parse_args()
 
 
@@ -271,11 +269,6 @@ def main(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> N
     options = arguments()
     torch.backends.cudnn.allow_tf32 = False  # a GPU computes as precisely as a CPU
     lines = read_lines(options.results)
-    if options.page:
-        from benchmarks.accuracy.lite0_page import write_page
-
-        say(f"written: {write_page(lines)}")
-        return
     done = [{name: line[name] for name in Run.__dataclass_fields__} for line in lines]
     todo = [run for run in grid(options) if asdict(run) not in done]
     material: Material | None = None

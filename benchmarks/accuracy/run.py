@@ -34,8 +34,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
-import os
 import sys
 import time
 import tokenize
@@ -60,7 +58,7 @@ from benchmarks.accuracy.criteria import (
     is_known,
     named_options,
 )
-from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data.cifar import Images, Split, as_input, draw, load, top1
 from benchmarks.data.models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.data.training import Recipe, optimiser, train_epoch
@@ -319,27 +317,6 @@ def finetune(model: nn.Module, images: Images, count: int, seed: int) -> None:
         train_epoch(model, each, sgd, schedule, recipe, epoch)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far; a last line that a killed run left unfinished is dropped from the file."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        part = path.with_suffix(".part")
-        part.write_text(f"{whole}\n" if whole else "")
-        os.replace(part, path)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def add_line(line: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def is_worse(run: Run, lines: Iterable[dict[str, Any]]) -> bool:
     """True if the first seed was run with several cost exponents, and did better, untuned, with another than this."""
     first = {**asdict(run), "seed": 0}
@@ -403,9 +380,6 @@ def arguments() -> argparse.Namespace:
         "--weights", type=Path, default=Path("runs"), help="folder of benchmarks.data.train_cifar"
     )
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
-    parser.add_argument(
-        "--page", action="store_true", help="write docs/accuracy.md from what is there, run nothing"
-    )
     options = parser.parse_args()
     for name in options.criteria:
         if not is_known(name):
@@ -470,11 +444,6 @@ def _next(job: Job) -> None:
 
 def main() -> int:
     options = arguments()
-    if options.page:
-        from benchmarks.accuracy.page import write_page
-
-        print(f"written: {write_page(read_lines(options.results))}")
-        return 0
     lines = read_lines(options.results)
     done = {key(line) for line in lines}
     todo = [(run, run.code()) for run in grid(options)]

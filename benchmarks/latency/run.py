@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python -m benchmarks.latency.run     # budget, settings, compiled, targets
     python -m benchmarks.latency.run --parts trained       # needs CIFAR-10 and the checkpoints, see --data
     python -m benchmarks.latency.run --device cuda
-    python -m benchmarks.latency.run --page                # writes docs/latency.md from what is there
+    python -m benchmarks.latency.page                      # writes docs/latency.md from what is there
 
 Every comparison is a line, written when it is done. A run that was stopped goes on where it was, on the same day or by
 the name that it was given (--run); under another name everything is measured once more. A CPU that does something else
@@ -28,9 +28,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.accuracy.run import add_line, read_lines
-from benchmarks.common import DATA, RESULTS, versions
-from benchmarks.latency.page import what_of, write_page
+from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.cli.bench import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
@@ -53,6 +51,20 @@ WAYS: dict[str, Allocation] = {
 NETS = ("resnet50", "mobilenet_v3_large")
 TARGETS = (0.6,)
 _LIMIT = 25.0  # seconds of timing a comparison
+
+
+def what_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for two lines that measured the same thing on the same machine."""
+    machine = tuple(line["machine"].values())
+    if "comparison" in line:
+        return line["part"], line["net"], machine, tuple(line["comparison"]["setting"].values())
+    return (
+        line["part"],
+        line["net"],
+        machine,
+        *(line.get(key) for key in ("target", "batch", "use", "seed")),
+        *(line.get("dtype", "float32"), line.get("layout", "contiguous")),
+    )
 
 
 def dense_net(name: str) -> nn.Module:
@@ -257,11 +269,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the calibration images of trained")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar and pretrained/")
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
-    parser.add_argument("--page", action="store_true", help="write docs/latency.md, measure nothing")
     options = parser.parse_args()
-    if options.page:
-        print(f"written: {write_page(read_lines(options.results))}")
-        return 0
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print(
             "No CUDA device here. This needs one GPU with about 24 GiB (batch 256 at 224 pixels in float32), a torch "

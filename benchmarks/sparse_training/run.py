@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.run import add_line, read_lines
-from benchmarks.common import DATA, RESULTS, versions
+from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data.cifar import Images, draw, load_dataset, top1
 from benchmarks.data.training import Recipe
 from benchmarks.sparse_training.paper import CRITERIA, LABELLED, Training, compacted, scores, trained, tuned

@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.run import add_line, read_lines
-from benchmarks.common import DATA, RESULTS, ROOT, versions
+from benchmarks.common import DATA, RESULTS, ROOT, add_line, read_lines, versions
 from benchmarks.data.cifar import draw, load_dataset
 
 LINES = RESULTS / "two_processes.jsonl"

@@ -16,10 +16,11 @@ from torch import nn
 
 from benchmarks.accuracy import criteria as accuracy_criteria
 from benchmarks.accuracy import page as accuracy_page
-from benchmarks.accuracy import readme as readme_results
+from benchmarks.accuracy import readme
 from benchmarks.accuracy import run as accuracy
+from benchmarks.accuracy.cells import accuracy_table, cells
 from benchmarks.accuracy.criteria import OURS
-from benchmarks.common import MISSING, made_on
+from benchmarks.common import MISSING, add_line, made_on, read_lines
 from benchmarks.data.models import CHECKPOINTS, cifar_resnet
 
 
@@ -48,12 +49,12 @@ def line(criterion: str, top1: float, **changes: Any) -> dict[str, Any]:
 def test_an_unfinished_last_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     first = line("LAMP", 50.0)
-    accuracy.add_line(first, path)
+    add_line(first, path)
     with path.open("a") as file:
         file.write('{"net": "resn')
-    assert accuracy.read_lines(path) == [first]
-    accuracy.add_line(line("LAMP", 51.0), path)
-    assert [entry["top1"] for entry in accuracy.read_lines(path)] == [50.0, 51.0]
+    assert read_lines(path) == [first]
+    add_line(line("LAMP", 51.0), path)
+    assert [entry["top1"] for entry in read_lines(path)] == [50.0, 51.0]
 
 
 def options(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
@@ -72,9 +73,9 @@ def test_re_estimated_norms_are_runs_of_their_own(monkeypatch: pytest.MonkeyPatc
     assert plain[0].code() != anew[0].code()
     old = line(OURS, 59.0, cost_exponent=0.75)
     assert accuracy.key(old)[:-1] == tuple(vars(plain[0]).values())
-    table = accuracy_page.table([old, line(OURS, 70.0, recalibrate=True, calibration="real")])
+    table = accuracy_table([old, line(OURS, 70.0, recalibrate=True, calibration="real")]).splitlines()
     assert table[0] == "| criterion | none | none, images, norms moved |"
-    assert "59.00 | 70.00 (one seed)" in table[2]
+    assert "59.00 | 70.00¹" in table[2]
 
 
 def test_images_go_to_whom_they_are_of_use(
@@ -99,11 +100,11 @@ def test_a_plain_cut_that_has_no_use_for_images_stands_beside_one_that_has() -> 
     lines = [line(OURS, 60.0), line("LAMP", 61.0), line("Random", 20.0), line("Random", 22.0, seed=1)]
     lines += [line(OURS, 70.0 + seed, seed=seed, **images) for seed in range(3)]
     lines += [line("LAMP", 64.0, compensation="mean", calibration="real", recalibrate=True)]
-    assert accuracy_page.table(lines) == [
+    assert accuracy_table(lines).splitlines() == [
         "| criterion | none | none, images | mean, images |",
         "|---|---:|---:|---:|",
-        "| Random | 21.00 ± 1.41 | 21.00 ± 1.41 |  |",
-        "| LAMP | **61.00** | 61.00 | 64.00 (one seed) |",
+        "| Random | 21.00 ± 1.41² | 21.00 ± 1.41² |  |",
+        "| LAMP | **61.00** | 61.00 | 64.00¹ |",
         f"| {OURS} | 60.00 | **71.00 ± 1.00** |  |",
         f"| *{OURS} to the best* | -1.00, not within | best |  |",
     ]
@@ -216,9 +217,9 @@ def test_the_page_compares_scores_and_scopes() -> None:
     lines = [
         line(name, 80.0 + i, compensation="reconstruct", calibration="real") for i, name in enumerate(names)
     ]
-    found = accuracy_page._scopes(lines)
-    assert found[-1] == "| resnet20, 70% | " + " | ".join(f"{80 + i}.00 (one seed)" for i in range(4)) + " |"
-    assert accuracy_page._scopes(lines[:1]) == []
+    found = accuracy_page.scopes(lines).splitlines()
+    assert found[-1] == "| resnet20, 70% | " + " | ".join(f"{80 + i}.00¹" for i in range(4)) + " |"
+    assert accuracy_page.scopes(lines[:1]) == ""
 
 
 def test_gains_are_over_the_plain_cut_of_the_same_point() -> None:
@@ -231,7 +232,7 @@ def test_gains_are_over_the_plain_cut_of_the_same_point() -> None:
         line(OURS, 45.0),
         line(OURS, 90.0, **solved, cost_exponent=1.0, scope="sensitivity"),
     ]
-    found = accuracy_page._gains(lines)
+    found = accuracy_page.gains(lines).splitlines()
     assert found[-2:] == [f"| {OURS} | +45.0 (1 runs) |", "| LAMP | +30.0 (1 runs) |"][::-1]
 
 
@@ -246,7 +247,7 @@ def test_table_marks_the_best_and_tells_how_far_ours_is() -> None:
     for seed, (ours, others) in enumerate(((80.0, 80.5), (81.0, 81.5), (82.0, 82.5))):
         changes = {"compensation": "reconstruct", "calibration": "real", "seed": seed}
         lines += [line(OURS, ours, **changes), line("LAMP", others, **changes)]
-    assert accuracy_page.table(lines) == [
+    assert accuracy_table(lines).splitlines() == [
         "| criterion | none | reconstruct |",
         "|---|---:|---:|",
         "| LAMP | **61.00** | **81.50 ± 1.00** |",
@@ -257,17 +258,17 @@ def test_table_marks_the_best_and_tells_how_far_ours_is() -> None:
 
 def test_other_criteria_get_the_better_of_two_weights() -> None:
     lines = [line("LAMP", 50.0, cost_exponent=0.0), line("LAMP", 55.0), line("FPGM", 52.0, cost_exponent=0.0)]
-    assert accuracy_page.cells([*lines, line("FPGM", 51.0)]) == {
+    assert cells([*lines, line("FPGM", 51.0)]) == {
         ("LAMP", "none"): [55.0],
         ("FPGM", "none"): [52.0],
     }
     seeds = [line("Random", 40.0, seed=seed, cost_exponent=0.0) for seed in range(2)]
-    assert accuracy_page.cells([*seeds, line("Random", 41.0)]) == {("Random", "none"): [40.0, 40.0]}
+    assert cells([*seeds, line("Random", 41.0)]) == {("Random", "none"): [40.0, 40.0]}
 
 
 def test_fine_tuned_runs_have_a_column_of_their_own() -> None:
     lines = [line("LAMP", 50.0, finetune=1280, top1_finetuned=70.0 + seed, seed=seed) for seed in range(3)]
-    assert accuracy_page.cells(lines) == {
+    assert cells(lines) == {
         ("LAMP", "none"): [50.0],
         ("LAMP", "none, then 1,280 images"): [70.0, 71.0, 72.0],
     }
@@ -278,8 +279,8 @@ def test_runs_that_were_tuned_count_before_it_where_there_is_no_other() -> None:
     plain = tuned | {"finetune": 0}
     lines = [line("LAMP", 71.0, **plain), line("LAMP", 60.0, **tuned), line("LAMP", 73.0, **tuned, seed=1)]
     for found in (
-        accuracy_page.cells(lines),
-        accuracy_page.cells(readme_results._before_tuning("resnet20", 0.7, lines[::-1])),
+        cells(lines),
+        cells(readme.before_tuning(lines[::-1])),
     ):
         assert sorted(found["LAMP", "reconstruct"]) == [71.0, 73.0]
 
@@ -287,7 +288,7 @@ def test_runs_that_were_tuned_count_before_it_where_there_is_no_other() -> None:
 def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -> None:
     lines = [line("LAMP", 50.0), line("LAMP", 55.0, code="new")]
     lines += [line(OURS, 54.0, macs_kept=0.65, cost_exponent=0.75)]
-    text = accuracy_page.write_page(lines, tmp_path / "docs" / "page.md").read_text()
+    text = accuracy_page.make_page(lines, tmp_path / "docs" / "page.md").read_text()
     assert "**55.00**" in text
     assert "50.00" not in text
     assert f"off the budget: {OURS} keeps 65.0%" in text
@@ -296,22 +297,32 @@ def test_page_counts_the_newest_line_and_names_unequal_budgets(tmp_path: Path) -
 def test_page_keeps_both_cost_weights_apart_and_says_where_seeds_are_missing(tmp_path: Path) -> None:
     lines = [line("LAMP", 55.0, cost_exponent=0.0), line("LAMP", 50.0)]
     lines += [line("LAMP", 80.0, compensation="reconstruct"), line("Random", 20.0)]
-    text = accuracy_page.write_page(lines, tmp_path / "page.md").read_text()
-    assert "| LAMP | **55.00** | 80.00 (one seed) |" in text
-    assert "| Random | 20.00 (one seed) |" in text
+    text = accuracy_page.make_page(lines, tmp_path / "page.md").read_text()
+    assert "| LAMP | **55.00** | 80.00¹ |" in text
+    assert "| Random | 20.00¹ |" in text
 
 
 def test_the_only_one_is_not_the_best() -> None:
-    table = accuracy_page.table([line(OURS, 60.0)])
+    table = accuracy_table([line(OURS, 60.0)]).splitlines()
     assert table[2:] == [f"| {OURS} | 60.00 |", f"| *{OURS} to the best* | no other was run |"]
 
 
 def test_page_has_a_plot_where_there_are_several_budgets(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
     lines = [line("LAMP", 50.0), line("LAMP", 40.0, macs=0.5)]
-    page = accuracy_page.write_page(lines, tmp_path / "page.md")
+    page = accuracy_page.make_page(lines, tmp_path / "page.md")
     assert "accuracy_resnet20.svg" in page.read_text()
     assert (tmp_path / "accuracy_resnet20.svg").read_text().startswith("<?xml")
+
+
+def test_the_summary_leaves_out_what_lacks_seeds() -> None:
+    solved = {"compensation": "reconstruct", "calibration": "real", "macs": 0.5}
+    lines = [line(OURS, 80.0 + seed, seed=seed, **solved) for seed in range(3)]
+    lines += [line("LAMP", 70.0 + seed, seed=seed, **solved) for seed in range(3)]
+    lines += [line("FPGM", 90.0, **solved), line(OURS, 50.0, macs=0.5), line(OURS, 60.0)]
+    assert accuracy_page.summary(lines).splitlines()[2:] == [
+        "| resnet20, 50% | 91.73 | 50.00 |  | 81.00 ± 1.00 | 71.00 ± 1.00 (LAMP) |"
+    ]
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -357,9 +368,7 @@ def test_several_processes_do_what_one_does(monkeypatch: pytest.MonkeyPatch, tmp
         more = ("--images", "10", "--data", str(data), "--results", str(path), "--jobs", jobs)
         options(monkeypatch, *words, *more)
         assert accuracy.main() == 0
-        found.append(
-            sorted((row["criterion"], row["top1"], row["code"]) for row in accuracy.read_lines(path))
-        )
+        found.append(sorted((row["criterion"], row["top1"], row["code"]) for row in read_lines(path)))
     assert len(found[0]) == 2
     assert found[0] == found[1]
 
@@ -420,7 +429,7 @@ def test_norms_that_are_not_as_by_default_have_tables_of_their_own(tmp_path: Pat
         line(OURS, 58.0, recalibrate=True),
     ]
     main, _, others = (
-        accuracy_page.write_page(lines, tmp_path / "page.md")
+        accuracy_page.make_page(lines, tmp_path / "page.md")
         .read_text()
         .partition("## Norms left as they were")
     )
@@ -463,7 +472,7 @@ def test_variants_on_training_images_have_a_table_of_their_own(tmp_path: Path) -
         ),
     ]
     newest = line(OURS, 50.0, cost_exponent=0.75)
-    text = accuracy_page.write_page([newest, *tried], tmp_path / "page.md").read_text()
+    text = accuracy_page.make_page([newest, *tried], tmp_path / "page.md").read_text()
     tables, _, noise = text.partition("## Output error measured on noise")
     table = tables.partition("what was tried")[2].strip().splitlines()[-5:]
     assert table[0] == "| scores | cost exponent | resnet20, 70%, none | resnet20, 70%, mean, norms left |"
@@ -489,14 +498,14 @@ def test_defaults_of_the_past_are_not_todays(tmp_path: Path) -> None:
         line(OURS, 60.0, **today | {"scope": "global"}),
         line(OURS, 70.0, **today | {"cost_exponent": 1.0}),
     ]
-    text = accuracy_page.write_page(lines, tmp_path / "page.md").read_text()
+    text = accuracy_page.make_page(lines, tmp_path / "page.md").read_text()
     assert f"| {OURS} |  | 40.00 |" in text
     assert "60.00" not in text
     assert "70.00" not in text
-    assert accuracy_page.cells(readme_results._before_tuning("resnet20", 0.7, lines))[OURS, "mean"] == [40.0]
+    assert cells(readme.before_tuning(lines))[OURS, "mean"] == [40.0]
 
 
 def test_longer_tuning_comes_later() -> None:
     many, few = (line(OURS, 60.0, finetune=n, top1_finetuned=61.0) for n in (100_000, 6_400))
-    heads = accuracy_page.table([many, few])[0]
+    heads = accuracy_table([many, few]).splitlines()[0]
     assert heads.endswith("| none, then 6,400 images | none, then 100,000 images |")

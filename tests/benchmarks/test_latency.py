@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.latency import run as latency
-from benchmarks.latency.page import write_page
+from benchmarks.latency.page import make_page
 from ss_pruning.cli.bench import Setting, Speed
 from ss_pruning.planning.costs import Costs
 
@@ -48,7 +48,7 @@ def compared(part: str, machine: dict[str, str], setting: dict[str, Any], **rati
 
 
 def page(tmp_path: Path, *lines: dict[str, Any]) -> str:
-    return write_page(list(lines), tmp_path / "latency.md").read_text()
+    return make_page(list(lines), tmp_path / "latency.md").read_text()
 
 
 def test_the_goal_is_met_or_not(tmp_path: Path) -> None:

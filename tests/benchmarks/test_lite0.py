@@ -123,20 +123,20 @@ def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
     for of, name in zip(means, ("mean, norms left", "mean"), strict=True):
         assert (
             f"| SynapticImportance | {name} |  |"
-            in lite0_page.write_page([of], tmp_path / "mean.md").read_text()
+            in lite0_page.make_page([of], tmp_path / "mean.md").read_text()
         )
     lines = [line(0, 50.0), line(1, 60.0), line(0, 40.0, calibration="few"), line(0, 30.0, side=128)]
-    text = lite0_page.write_page(lines, tmp_path / "lite0.md").read_text()
+    text = lite0_page.make_page(lines, tmp_path / "lite0.md").read_text()
     assert (
-        "| SynapticImportance | reconstruct | 256 enlarged | 56.0 ± 7.1 | 55.0 ± 7.1 | 0.500 ± 0.000 |"
+        "| SynapticImportance | reconstruct | 256 enlarged | 56.0 ± 7.1² | 55.0 ± 7.1² | 0.500 ± 0.000² |"
         in text
     )
     assert "Top-1 of the dense net: 85.0." in text
     assert "`prune_` took 7 to 7 s on a CPU (3 runs)" in text
-    assert "| SynapticImportance | reconstruct | 256 few | 41.0 (one draw) |" in text
+    assert "| SynapticImportance | reconstruct | 256 few | 41.0¹ |" in text
     assert text.index("224 pixels") < text.index("128 pixels")
 
 
 def test_no_page_without_a_result(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no result yet"):
-        lite0_page.write_page([], tmp_path / "lite0.md")
+        lite0_page.make_page([], tmp_path / "lite0.md")
