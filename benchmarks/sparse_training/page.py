@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.page import spread
 from benchmarks.common import DOCS
+from benchmarks.pages import spread
 from benchmarks.sparse_training.paper import CRITERIA
 from benchmarks.sparse_training.run import (
     EPOCHS,
@@ -90,8 +90,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def _seeds(values: list[float]) -> str:
-    text = spread(values, by_chance=True) or "not run"
-    return f"{text} (two seeds)" if len(values) == 2 else text
+    return spread(values) or "not run"
 
 
 def _gap(lines: list[Line], base: dict[int, float], **values: Any) -> float | None:

@@ -131,7 +131,7 @@ def test_the_page_has_means_over_draws(tmp_path: Path) -> None:
         "| SynapticImportance | reconstruct | 256 enlarged | 56.0 ± 7.1² | 55.0 ± 7.1² | 0.500 ± 0.000² |"
         in text
     )
-    assert "Top-1 of the dense net: 85.0." in text
+    assert "Top-1 of the dense model: 85.0." in text
     assert "`prune_` took 7 to 7 s on a CPU (3 runs)" in text
     assert "| SynapticImportance | reconstruct | 256 few | 41.0¹ |" in text
     assert text.index("224 pixels") < text.index("128 pixels")
