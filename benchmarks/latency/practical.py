@@ -6,9 +6,9 @@
 
 Each run is a process of its own with one thread: `prune_` to half of the multiply-accumulates, one way to compensate,
 IMAGES images of noise with the spectrum of photos, at the net's own size (CIFAR-10's training images for the net that
-is made for them). Weights are random where none come with the benchmarks; cost hardly depends on them. Time is that of the
-processor. Memory is the peak of resident memory above what the process held before, the model and the images included
-in what it held.
+is made for them). Weights are random where none come with the benchmarks; cost hardly depends on them. Time is that of
+the processor. Memory is the peak of resident memory above what the process held before, the model and the images
+included in what it held.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def page(result: dict[str, Any]) -> str:
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
         f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
-        "resident memory above what the process held before. Plain cuts see no images. *Cut* is the cut with its compensation.",
+        "resident memory above what the process held before. Plain cuts see no images. *Cut* is the cut with its "
+        "compensation.",
         "",
         f"Made {made_on([result])}.",
         "",

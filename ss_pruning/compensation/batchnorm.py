@@ -13,7 +13,7 @@ far as means and variances go.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
+from ss_pruning.compensation.passes.calls import Calls
+from ss_pruning.compensation.passes.lockstep import Lockstep
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import has_statistics
 from ss_pruning.importance.calibration import Batch, sizes_that_run
@@ -61,7 +63,8 @@ def recalibrate_(
         dense: The dense model; not changed.
         plan: What was cut.
         connectivity: The connectivity of the dense model.
-        images: Inputs, of which those run that fit into memory side by side, but 16 at least; None for noise.
+        images: Inputs; None for noise. Where a norm runs several times those are taken that fit into memory side by
+            side, but 16 at least.
         inputs: What `forward` takes; the noise has its shape.
         means: Move the means, too; on noise they are known less well than those of `fold_means_`.
 
@@ -72,11 +75,14 @@ def recalibrate_(
     behind = [path for number, path in norms.items() if number >= first]
     if not behind:
         return []
+    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
+    once = all(len({edge.call for edge in connectivity.edges[path]}) == 1 for path in behind)
+    if images is not None and once:
+        return _moved_in_parts(small, dense, behind, kept, Batch.of(images), means)
     on_noise = images is None
     # Noise has to be brought to the statistics of the first norms, too.
     paths = list(norms.values()) if on_noise else behind
     batch = noise_like(inputs, *sizes_that_run(dense, inputs)) if on_noise else _fitting(Batch.of(images))
-    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
     wanted = _watched(dense, paths, batch, on_noise)
     seen: dict[str, list[_Sample]] = defaultdict(list)
 
@@ -93,6 +99,40 @@ def recalibrate_(
 
     _run(small, [path for path in paths if path in wanted], listen, batch)
     return [path for path in behind if path in seen]
+
+
+def _moved_in_parts(
+    small: nn.Module,
+    dense: nn.Module,
+    behind: Sequence[str],
+    kept: Mapping[str, Tensor],
+    images: Batch,
+    means: bool,
+) -> list[str]:
+    """Move the statistics of norms that run once, on some images at a time, see `recalibrate_`."""
+    found = []
+    norms = {path: small.get_submodule(path) for path in behind}
+    with (
+        torch.no_grad(),
+        preserved(small, training=False, but=norms.values()),
+        preserved(dense, training=False),
+        Calls(small) as few,
+        Calls(dense) as all_,
+    ):
+        models = Lockstep(few, all_, images, behind, {}, dense_side="in")
+        for path in models.order:
+            then, now = list[_Sample](), list[_Sample]()
+            for meeting in models.at(path, len(images)):
+                _added(then, meeting.wanted)
+                _added(now, meeting.x)
+            if now:
+                norm, centre = norms[path], norms[path].running_mean
+                before = centre.clone()  # type: ignore[operator]
+                _set(norm, dense.get_submodule(path), kept.get(path), then[-1], now[-1], False)
+                if not means:
+                    centre.copy_(before)  # type: ignore[operator]
+                found.append(path)
+    return found
 
 
 def supports_noise_calibration(model: nn.Module, inputs: Any) -> bool:

@@ -142,9 +142,10 @@ def _is_linear_in_weight(module: nn.Module) -> bool:
 def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | None) -> NormalEquations:
     """Of one layer, from as many images as it needs."""
     equations, total = NormalEquations(module), max(len(models.batch), 1)
+    each = models.sizes[path] / len(models.large.modules[path].weight)  # type: ignore[arg-type]
     rows = min(max(_ROWS_EACH * equations.parameters, _FEWEST_ROWS), _MOST_ROWS)
-    images = min(max(math.ceil(rows / (_SHARE * models.rows[path])), _LEAST_IMAGES), total)
-    share = min(rows / (images * models.rows[path]), 1.0)
+    images = min(max(math.ceil(rows / (_SHARE * each)), _LEAST_IMAGES), total)
+    share = min(rows / (images * each), 1.0)
     for meeting in models.at(path, images):
         x, wanted = with_images(module, meeting.x), with_images(module, meeting.wanted)
         drawn = torch.Generator().manual_seed(int(meeting.numbers[0]) if len(meeting.numbers) else 0)

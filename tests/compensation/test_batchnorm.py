@@ -138,6 +138,34 @@ def test_calls_of_one_norm_are_pooled() -> None:
     torch.testing.assert_close(small.bn3.running_mean, mean, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("means", [True, False])
+def test_images_in_parts_move_norms_as_all_at_once_do(means: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of norms that run once: against a second pass over all images by hooks."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6),
+        nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4, affine=False),
+    ]  # fmt: skip
+    model = randomise(nn.Sequential(*layers), 0).double().eval()
+    plan, x = (
+        Plan((Cut("3", "out", 6, KEPT), Cut("4", "through", 6, KEPT), Cut("6", "in", 6, KEPT))),
+        images(23),
+    )
+    found = []
+    for at_once in (1, 2**23):
+        monkeypatch.setattr("ss_pruning.compensation.passes.lockstep._AT_ONCE", at_once)
+        small = plan.apply_(copy.deepcopy(model))
+        before = small[7].running_mean.clone()
+        assert recalibrate_(small, model, plan, trace(model, x), x, x, means) == ["4", "7"]
+        assert torch.equal(small[7].running_mean, before) is not means
+        found.append(small)
+    for a, b in zip(found[0].state_dict().values(), found[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    (_, v), (_, v2) = statistics(seen_at(model, "7", x)[0]), statistics(seen_at(found[0], "7", x)[0])
+    e = model[7].eps
+    torch.testing.assert_close(found[0][7].running_var, (model[7].running_var + e) * (v2 + e) / (v + e) - e)
+
+
 def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     """Half of equal channels that do not hang together: half of the mean, half of the variance."""
     model = nn.Sequential(

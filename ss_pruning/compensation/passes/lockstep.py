@@ -13,7 +13,7 @@ from torch import Tensor
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.dataflow import Dataflow
 from ss_pruning.compensation.passes.memory import memory_bound
-from ss_pruning.compensation.passes.partial import PartialPasses, Paused, Stops, tried
+from ss_pruning.compensation.passes.partial import PartialPasses, Paused, Side, Stops, tried
 from ss_pruning.compensation.residual_sums import Sum, before_norm
 from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
@@ -43,7 +43,7 @@ class Meeting(NamedTuple):
     Attributes:
         numbers: `[images]`: of the images, in the order in which they are drawn.
         x: What the layer reads in the pruned model.
-        wanted: What it gives in the dense one.
+        wanted: What it gives in the dense one, or reads, see `Lockstep`.
         others: What its output is added to in the pruned and in the dense model, in units of that output; if it is.
     """
 
@@ -58,11 +58,17 @@ class Lockstep:
 
     Attributes:
         order: The layers, as they run.
-        rows: By layer, how many positions an image has in what it gives.
+        sizes: By layer, how many numbers it gives for an image.
     """
 
     def __init__(
-        self, small: Calls, large: Calls, batch: Batch, paths: Sequence[str], sums: Mapping[str, Sum]
+        self,
+        small: Calls,
+        large: Calls,
+        batch: Batch,
+        paths: Sequence[str],
+        sums: Mapping[str, Sum],
+        dense_side: Side = "out",
     ) -> None:
         """See how the dense model runs, and where passes can go on after a stop.
 
@@ -72,15 +78,17 @@ class Lockstep:
             batch: The images.
             paths: Layers that run once.
             sums: What layers are added to.
+            dense_side: Whether the dense model stops after layers or before them.
         """
         first, last = batch[: batch.unit].inputs, batch[-batch.unit :].inputs
         flow = Dataflow.of(large, first)
-        before, after = (tried(large, Stops.of(flow, paths, side), first, last) for side in ("in", "out"))
+        sides: tuple[Side, Side] = ("in", dense_side)
+        before, after = (tried(large, Stops.of(flow, paths, side), first, last) for side in sides)
         asides = {path: (s.module, s.side) for path, s in sums.items()}
         self.small, self.large = PartialPasses(small, before, asides), PartialPasses(large, after, asides)
         self.batch, self.sums, self.order = batch, sums, list(before.over)
         sizes = {call[-1][0]: math.prod(size) / batch.unit for call, size in flow.sizes.items()}
-        self.rows = {path: sizes[path] / len(self.large.modules[path].weight) for path in self.order}  # type: ignore[arg-type]
+        self.sizes = {path: sizes[path] for path in self.order}
         self.parts = _parts(batch, int(_AT_ONCE / max(sizes.values(), default=1)))
         self.bound = memory_bound(large.model)
 
