@@ -44,8 +44,10 @@ from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
-# Output error is measured on so many of the images, of which the copies that run at a time have about so many.
-_IMAGES, _ROWS = 16, 96
+# Output error is measured on so many of the images, on fewer where the layers behind forgive most of it.
+_IMAGES, _IMAGES_REFITTED = 16, 8
+# Copies that run at a time have about so many images together.
+_ROWS = 64
 # At these widths, as shares of the most that may go; between them the local error tells how it grows.
 _WIDTHS = (0.5, 1.0)
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
@@ -67,7 +69,7 @@ def by_sensitivity(
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
-    Takes a pass over all images, at most one over 3 x 16 a group, and as much again with `taken`.
+    Takes a pass over all images, at most one over 40 a group, and as much again with `taken`.
 
     Args:
         model: The dense model; not changed.
@@ -93,7 +95,7 @@ def by_sensitivity(
     images = Batch.of(images)
     _check(images)
     consumers = dict.fromkeys(path for group in coupling.groups for path in _consumers(group, connectivity))
-    held, others = _held_out(images)
+    held, others = _held_out(images, _IMAGES_REFITTED if method == "reconstruct" else _IMAGES)
     with preserved(model, training=False), torch.no_grad():
         statistics = measure(model, connectivity, others.split(batch), None, list(consumers), covariance=True)
         ablation = BatchedAblation(model, connectivity, held, statistics, method, follow)
@@ -123,11 +125,11 @@ def _check(images: Batch) -> None:
         )
 
 
-def _held_out(images: Any) -> tuple[Batch, Batch]:
+def _held_out(images: Any, count: int) -> tuple[Batch, Batch]:
     """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
     batch = Batch.of(images)
     rows = torch.arange(len(batch)).reshape(-1, batch.unit)
-    chosen = torch.linspace(0, len(rows) - 1, min(max(_IMAGES // batch.unit, 1), len(rows) // 2)).long()
+    chosen = torch.linspace(0, len(rows) - 1, min(max(count // batch.unit, 1), len(rows) // 2)).long()
     stays = torch.ones(len(rows), dtype=torch.bool)
     stays[chosen] = False
     return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
@@ -232,7 +234,7 @@ def _parts(
     """The numbers of groups that are measured in one batch: neighbours, of which little runs in vain."""
     begin = {n: min(map(ablation.begin, s.order)) for n, s in enumerate(shrinkages) if s.widths}
     order = sorted(begin, key=begin.__getitem__)
-    size = max(1, _ROWS // (len(ablation.batch) * (1 + len(_WIDTHS))))
+    size = max(1, (_ROWS // len(ablation.batch) - 1) // len(_WIDTHS))
     for start in range(0, len(order), size):
         progress(start)
         yield order[start : start + size]

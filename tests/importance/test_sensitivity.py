@@ -323,7 +323,7 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
-    held, others = _held_out(x)
+    held, others = _held_out(x, 16)
     paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
     statistics = measure(model, connectivity, others.split(BATCH), None, paths, covariance=True)
     ablation = BatchedAblation(model, connectivity, held, statistics, method)
@@ -746,10 +746,10 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
 
 def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     x = torch.arange(20.0)[:, None]
-    held, others = _held_out(x)
+    held, others = _held_out(x, 16)
     assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
     assert (len(held), len(others)) == (10, 10)
-    assert [len(part) for part in _held_out(torch.zeros(100, 1))] == [16, 84]
+    assert [len(part) for part in _held_out(torch.zeros(100, 1), 16)] == [16, 84]
 
 
 def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
