@@ -1,4 +1,4 @@
-"""The command line: `ss-prune prune`, `score`, `export`, `bench`, `compare` and `doctor`."""
+"""The command line: `ss-prune prune`, `score`, `recover`, `export`, `bench`, `compare` and `doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ss_pruning.cli import help_texts as texts
 from ss_pruning.cli import options as option
 from ss_pruning.cli.console import FAILED, not_interrupted, progress_bars
 from ss_pruning.cli.grouped import grouped
+from ss_pruning.cli.recover import recover
 from ss_pruning.cli.request import SYNAPTIC, Budgets, Method, Output, PrunedFile, Request, Source, Timed
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def score(
     facts = {"model": source.model, "statistics": statistics}
     with _written_after(out, lambda path: scores.write(path, strengths, summary, facts)):
         scores.show(summary, facts, as_json, results)
+
+
+app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)(grouped(recover))
 
 
 @app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)

@@ -20,6 +20,8 @@ from ss_pruning.cli.console import guarded
 from ss_pruning.errors import InputError
 
 CRITERION = "Criterion"
+#: Of configurations that do not decide what is cut.
+_PANELS: dict[type, str] = {config.Recovery: "Training"}
 #: By class and field: what typer is told beside help, type and default.
 _TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Allocation, "max_ratio"): {"metavar": "0..1"},
@@ -71,7 +73,9 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
         if get_origin(hint) is not Annotated:
             own = _TOLD.get((group, field.name), {})
             hint = str | None if "parser" in own else hint
-            option = partial(typer.Option, rich_help_panel=CRITERION, help=told[field.name])
+            option = partial(
+                typer.Option, rich_help_panel=_PANELS.get(group, CRITERION), help=told[field.name]
+            )
             hint = Annotated[hint, option(show_default=field.default is not None, **own)]
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hint

@@ -54,6 +54,29 @@ SCORE_EXAMPLES = """
     ss-prune score demo:digits --out strengths.safetensors
 """
 
+RECOVER_HELP = """Train a pruned model, without labels, to have the feature maps of the dense one.
+
+FILE is a model.safetensors of ss-prune prune. A few hundred images and some minutes bring back much of what the cut \
+cost; on held-out images the result is never further from the dense model than FILE is.
+"""
+
+RECOVER_EXAMPLES = """
+[bold]Examples[/bold]
+
+Photos without labels, five minutes; the dense weights are found in the report beside the file:
+
+    ss-prune recover runs/r50/model.safetensors --calibration photos --out runs/r50/recovered.safetensors
+
+Dense weights by name, accuracy before and after, half an hour that may be interrupted:
+
+    ss-prune recover pruned.safetensors --weights resnet50.safetensors --calibration photos --data imagenet \\
+--minutes 30 --checkpoint recovery.safetensors
+
+Without any image:
+
+    ss-prune recover runs/digits/model.safetensors --calibration synthetic --steps 200
+"""
+
 EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
 
 The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.

@@ -1,0 +1,105 @@
+"""`ss-prune recover`: finds the dense weights, writes a better file, refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+from typer.testing import CliRunner
+
+import ss_pruning
+from ss_pruning.cli.app import app
+from ss_pruning.sources.demo import digits_data
+from ss_pruning.sources.models import build_model
+
+
+def invoke(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == code, done.output
+    return done.stdout if code == 0 else " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pruned")
+    options = ("--macs", 0.2, "--compensation", "mean", "--out", folder)
+    invoke("prune", "demo:digits", *options)
+    return folder / "model.safetensors"
+
+
+def error(model: nn.Module) -> float:
+    images = digits_data("test").tensors[0]
+    with torch.no_grad():
+        x, y = model(images), build_model("demo:digits")(images)
+    return float(((x - y) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+
+def test_it_writes_a_better_file(pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "better.safetensors"
+    before = pruned.read_bytes()
+    printed = invoke("recover", pruned, "--data", "digits", "--steps", 20, "--out", out)
+    assert "accuracy before: 9" in printed
+    assert f"written: {out}" in printed
+    assert pruned.read_bytes() == before
+    assert error(ss_pruning.load(out)) < 0.7 * error(ss_pruning.load(pruned))
+
+
+def test_json_synthetic_and_a_checkpoint(pruned: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out.safetensors", tmp_path / "checkpoint.safetensors"
+    options = ("--calibration", "synthetic", "--calibration-images", 16, "--steps", 2, "--json")
+    said = json.loads(
+        invoke("recover", pruned, *options, "--out", out, "--checkpoint", checkpoint, "--no-flip")
+    )
+    assert said["steps"] == 2
+    assert said["calibration"] == "synthetic"
+    assert said["places"] == ["layer1", "layer2", "layer3"]
+    assert checkpoint.is_file()
+
+
+def test_it_writes_beside_the_file_unless_told_otherwise(pruned: Path) -> None:
+    invoke("recover", pruned, "--data", "digits", "--steps", 1)
+    assert (pruned.parent / "recovered.safetensors").is_file()
+
+
+NET = """
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+"""
+
+
+def test_a_model_of_a_file_is_run_only_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    spec, weights = f"{tmp_path / 'net.py'}:build", tmp_path / "dense.safetensors"
+    save_file(build_model(spec).state_dict(), weights)
+    sizes = ("--input-size", "1x8x8")
+    invoke("prune", spec, "--weights", weights, *sizes, "--ratio", 0.3, "--out", tmp_path / "run")
+    file = tmp_path / "run" / "model.safetensors"
+    options = ("--data", "digits", "--steps", 1)
+    assert "does not name its architecture" in invoke("recover", file, *options, code=2)
+    invoke("recover", file, *options, "--model", spec)  # its weights and its size are in the report
+    (tmp_path / "run" / "report.json").unlink()
+    assert "give --weights" in invoke("recover", file, *options, "--model", spec, code=2)
+    invoke("recover", file, *options, "--model", spec, "--weights", weights, *sizes)
+
+
+def test_what_it_refuses(pruned: Path, tmp_path: Path) -> None:
+    digits = ("--data", "digits", "--steps", 1)
+    assert "recover trains on images" in invoke("recover", pruned, "--steps", 1, code=2)
+    assert "no folder" in invoke("recover", pruned, "--calibration", tmp_path / "none", code=2)
+    assert "steps=0" in invoke("recover", pruned, "--data", "digits", "--steps", 0, code=2)
+    assert str(pruned.name) in invoke("recover", pruned, *digits, "--out", pruned, code=2)
+    assert "no file" in invoke("recover", tmp_path / "none.safetensors", *digits, code=2)
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    assert "holds no plan" in invoke("recover", other, *digits, code=2)
