@@ -770,7 +770,7 @@ def test_program_fails_with_a_panel_and_code_2() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["export", "bench"])
+@pytest.mark.parametrize("command", ["export", "bench", "recover"])
 def test_help_of_the_later_commands_teaches(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0
