@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,8 +19,17 @@ from ss_pruning.cli import help_texts as texts
 from ss_pruning.cli import options as option
 from ss_pruning.cli.console import FAILED, not_interrupted, progress_bars
 from ss_pruning.cli.grouped import grouped
-from ss_pruning.cli.recover import recover
-from ss_pruning.cli.request import SYNAPTIC, Budgets, Method, Output, PrunedFile, Request, Source, Timed
+from ss_pruning.cli.request import (
+    SYNAPTIC,
+    Budgets,
+    Method,
+    Output,
+    PrunedFile,
+    Recovering,
+    Request,
+    Source,
+    Timed,
+)
 
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
@@ -110,7 +121,26 @@ def score(
         scores.show(summary, facts, as_json, results)
 
 
-app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)(grouped(recover))
+@app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)
+@grouped
+def recover(
+    wanted: Recovering, training: config.Recovery, results: TextIO, as_json: option.Json = False
+) -> None:
+    """Recover a pruned model, report, and write the result."""
+    from ss_pruning._utils.files import check_apart, check_writable
+    from ss_pruning.cli import delivery as _delivery
+
+    check_writable(wanted.target)
+    request = wanted.request(training.seed)
+    check_apart(wanted.target, wanted.file, request.weights, wanted.checkpoint)
+    with progress_bars() as progress:
+        report, facts = _delivery.recover(wanted, request, training, progress)
+    if as_json:
+        typer.echo(json.dumps({**asdict(report), **facts}, indent=2), file=results)
+    else:
+        typer.echo(
+            "\n".join([str(report), *(f"{name}: {value}" for name, value in facts.items())]), file=results
+        )
 
 
 @app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)

