@@ -12,5 +12,6 @@ from __future__ import annotations
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.model import PrunedYOLO
 from ss_pruning.integrations.ultralytics.pruning import prune_yolo
+from ss_pruning.integrations.ultralytics.recovery import recover_yolo_
 
-__all__ = ["PrunedYOLO", "calibration_images", "prune_yolo"]
+__all__ = ["PrunedYOLO", "calibration_images", "prune_yolo", "recover_yolo_"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 from pathlib import Path
@@ -60,9 +59,14 @@ class PrunedYOLO(YOLO):  # type: ignore[misc]
             network: From `prune_` or `Plan.apply_`; becomes a part of what is returned.
             yolo: Not changed.
         """
-        known: dict[int, Any] = {id(yolo.model): network, id(yolo.predictor): None, id(yolo.trainer): None}
-        pruned: PrunedYOLO = copy.deepcopy(yolo, known)
-        pruned.__class__ = cls
+        pruned = cls.__new__(cls)
+        nn.Module.__init__(pruned)
+        del pruned.training  # YOLO asks its network
+        own = {key: value for key, value in vars(yolo).items() if not key.startswith("_")}
+        own |= dict.fromkeys(("predictor", "trainer", "metrics"))  # of the dense network
+        own["overrides"] = dict(yolo.overrides)
+        own["callbacks"] = {event: list(calls) for event, calls in yolo.callbacks.items()}
+        pruned.__dict__.update(own)
         pruned._take(network)
         return pruned
 

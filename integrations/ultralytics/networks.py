@@ -70,6 +70,19 @@ def _open(model: Any) -> Any:
         raise InputError(f"Ultralytics cannot open '{model}' ({type(error).__name__}: {error})") from error
 
 
+def side_of(yolo: Any, imgsz: int | None) -> int:
+    """Height and width of the images that a YOLO sees: `imgsz`, or what it was trained with, or the usual.
+
+    Raises:
+        InputError: They are no multiple of its stride.
+    """
+    side = imgsz or yolo.overrides.get("imgsz") or (224 if yolo.task == "classify" else 640)
+    stride = max(int(yolo.model.stride.max()), 32)
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % stride:
+        raise InputError(f"imgsz={side!r} must be a multiple of {stride}, the network's stride")
+    return side
+
+
 def build(name: str, options: dict[str, Any]) -> nn.Module:
     """The network that `yolo:NAME` stands for.
 

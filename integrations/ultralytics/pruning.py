@@ -14,10 +14,9 @@ from ultralytics import YOLO
 
 from ss_pruning._utils.copying import copied
 from ss_pruning.compensation.synthetic_data import SYNTHETIC
-from ss_pruning.errors import InputError
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.model import PrunedYOLO
-from ss_pruning.integrations.ultralytics.networks import opened
+from ss_pruning.integrations.ultralytics.networks import opened, side_of
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
 from ss_pruning.pruning import prune_
 from ss_pruning.report.records import Report
@@ -52,7 +51,7 @@ def prune_yolo(
         ModelError: As for `prune_`; so are `NothingToPruneError` and `BudgetError`.
     """
     yolo = opened(model)
-    side = _side(yolo, imgsz)
+    side = side_of(yolo, imgsz)
     if isinstance(calibration, (str, os.PathLike)) and calibration != SYNTHETIC:
         calibration = calibration_images(calibration, side, task=yolo.task)
     network: Any = copied(yolo.model)
@@ -70,14 +69,6 @@ def prune_yolo(
     name = Path(getattr(network, "pt_path", None) or network.yaml["yaml_file"])
     network.pt_path = f"{name.stem.removesuffix('-pruned')}-pruned.pt"  # exports are named after it
     return PrunedYOLO.around(network, yolo), replace(report, model=name.stem)
-
-
-def _side(yolo: Any, imgsz: int | None) -> int:
-    side = imgsz or yolo.overrides.get("imgsz") or (224 if yolo.task == "classify" else 640)
-    stride = max(int(yolo.model.stride.max()), 32)
-    if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % stride:
-        raise InputError(f"imgsz={side!r} must be a multiple of {stride}, the network's stride")
-    return side
 
 
 def _example(network: Any, side: int) -> Tensor:
