@@ -56,7 +56,18 @@ def need(code: str) -> None:
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, flags=re.MULTILINE))
     wanted = imported | ({"nni"} if "nni_adapter" in code else set())
     wanted |= {"sklearn"} if "digits_data" in code else set()
-    optional = {"accelerate", "nni", "onnx", "onnxruntime", "pytorch_lightning", "ray", "sklearn", "timm"}
+    wanted |= {"ultralytics"} if "integrations.ultralytics" in code else set()
+    optional = {
+        "accelerate",
+        "nni",
+        "onnx",
+        "onnxruntime",
+        "pytorch_lightning",
+        "ray",
+        "sklearn",
+        "timm",
+        "ultralytics",
+    }
     for name in wanted & optional:
         pytest.importorskip(name, reason=f"the code needs the optional package {name}")
 

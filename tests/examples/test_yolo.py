@@ -1,0 +1,80 @@
+"""The road of a detector, and the data it is walked on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+from benchmarks.accuracy.yolo_page import write_page
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "yolo"
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    spec = spec_from_file_location("digits_on_photos", FOLDER / "digits_on_photos.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_box_is_where_the_ink_is(data: ModuleType) -> None:
+    side = data.SIDE
+    for seed in range(5):
+        scene, scan = np.zeros((side, side, 3)), np.zeros((8, 8))
+        scan[1:7, 2 + seed % 3 : 5] = 1
+        x, y, width, height = data._paste(
+            scene, np.zeros((side, side), bool), scan, np.random.default_rng(seed)
+        )
+        rows, columns = np.nonzero((scene > 0.25 * scene.max((0, 1))).all(2))
+        found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        np.testing.assert_allclose(np.multiply(box, side), found, atol=1.01)
+
+
+def test_data_is_the_same_each_time_and_boxes_lie_within(data: ModuleType, tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        data.write_data(tmp_path / name, training=3, validation=2)
+        files.append({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.*") if p.suffix != ".yaml"})
+    assert files[0] == files[1]
+    for file in (tmp_path / "one" / "labels").rglob("*.txt"):
+        for label, x, y, width, height in np.loadtxt(file, ndmin=2):
+            assert 0 <= label <= 9
+            assert width > 0
+            assert height > 0
+            assert 0 <= min(x - width / 2, y - height / 2) <= max(x + width / 2, y + height / 2) <= 1
+
+
+@pytest.mark.slow
+def test_the_road_is_walked_to_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics", reason="Ultralytics is an extra")
+    few = "--epochs 1 --tuning-epochs 1 --steps 2 --training 24 --validation 8 --macs 0.7"
+    command = [sys.executable, str(FOLDER / "prune.py"), "--out", str(tmp_path / "out"), *few.split()]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [station["name"] for station in result["stations"]]
+    assert len(names) == 8
+    page = write_page(result, tmp_path / "page.md").read_text()
+    assert all(f"| {name} |" in page for name in names)
