@@ -11,7 +11,7 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import BATCH
 from ss_pruning.compensation.batchnorm import recalibrated_to_noise, supports_noise_calibration
-from ss_pruning.config import METHODS, Config, Synaptic, is_relevance
+from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic, is_relevance
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
@@ -21,6 +21,7 @@ from ss_pruning.importance.sensitivity import by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot
 from ss_pruning.planning.costs import Costs
+from ss_pruning.planning.remembered import key_of, remembered
 from ss_pruning.planning.search import check_any
 
 #: On noise sensitivity is known less well: it counts with this exponent, and relevance with what is left of 1.
@@ -139,28 +140,45 @@ class Ranker:
         def taken(scores: list[list[Floats]]) -> Ints:
             return allot(traced.coupling.groups, scores, self.costs, config)[1]
 
-        model, images, method = traced.model, self.images, config.compensation.method
+        method = config.compensation.method
         if method not in METHODS:  # what one of the user's own makes up for is not known
             method = "none"
-        if images is None:
-            model, images = recalibrated_to_noise(model, traced.example_inputs)
-        sensitivity = by_sensitivity(
-            model,
-            traced.connectivity,
-            traced.coupling,
-            scores,
-            images,
-            BATCH,
-            config.allocation.max_ratio,
-            method,
-            None if method == "reconstruct" else taken,
-            self.clock.steps("measure"),
-            config.compensation.recalibrate,
-        )
+
+        def measure() -> list[list[Floats]]:
+            model, images = traced.model, self.images
+            if images is None:
+                model, images = recalibrated_to_noise(model, traced.example_inputs)
+            return by_sensitivity(
+                model,
+                traced.connectivity,
+                traced.coupling,
+                scores,
+                images,
+                BATCH,
+                config.allocation.max_ratio,
+                method,
+                None if method == "reconstruct" else taken,
+                self.clock.steps("measure"),
+                config.compensation.recalibrate,
+            )
+
+        sensitivity = remembered(self._key(traced, config, scores), measure, scores)
         on_noise = self.images is None
         if on_noise and is_relevance(config.importance):
             sensitivity = [_blended(*subgroups) for subgroups in zip(sensitivity, scores, strict=True)]
         return Ranking(config, sensitivity, on_noise)
+
+    def _key(self, traced: TracedModel, config: Config, scores: list[list[Floats]]) -> str | None:
+        """What sensitivities are kept under; none where they depend on times, which are never the same twice."""
+        given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation)
+        if not isinstance(
+            config.compensation, Reconstruct
+        ):  # measured again beside what the others would lose
+            given = (*given, config.budget, replace(config.allocation, latency_inputs=None))
+            if config.budget.kind == "latency" or config.allocation.round_to == "measured":
+                return None
+        images = traced.example_inputs if self.images is None else self.images.inputs
+        return key_of(traced, images, scores, *given)
 
 
 def _blended(sensitivity: list[Floats], relevance: list[Floats]) -> list[Floats]:

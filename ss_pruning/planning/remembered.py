@@ -1,0 +1,86 @@
+"""What took long to measure is kept by content: a run that was killed, or has another budget, goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ss_pruning._utils import cache
+from ss_pruning._utils.arrays import Floats
+from ss_pruning.graph.traced import TracedModel
+
+#: Whatever took less than so many seconds is not worth a file.
+WORTH = 5.0
+
+Measured = list[list[Floats]]
+
+
+def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
+    """A name for what is measured on a model: the same for the same weights, groups, images, scores and settings.
+
+    Args:
+        traced: The model; its class and structure count, the code of its methods does not.
+        images: Calibration inputs, in any form; None for none.
+        scores: By group and subgroup.
+        settings: All else that the result depends on, as it prints.
+    """
+    groups = [
+        (group.name, sorted(group.paths()), [s.size for s in group.subgroups])
+        for group in traced.coupling.groups
+    ]
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(repr((version("ss-pruning"), torch.__version__, settings, groups, traced.model)).encode())
+    tensors = [*traced.model.state_dict().items(), *enumerate(pytree.tree_leaves(images))]
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in (part for subgroups in scores for part in subgroups):
+        digest.update(part.tobytes())
+    return f"sensitivity-{digest.hexdigest()}"
+
+
+def remembered(
+    key: str | None, measure: Callable[[], Measured], shapes: Sequence[Sequence[Floats]]
+) -> Measured:
+    """What is kept under a key, or what is measured now; None as the key measures anew and keeps nothing.
+
+    Args:
+        key: See `key_of`.
+        measure: Called where nothing fitting is kept.
+        shapes: By group and subgroup, an array of the length that the result has.
+    """
+    known = None if key is None else cache.read(key)
+    if known is not None and (found := _unpacked(known[0], shapes)) is not None:
+        return found
+    begin = time.perf_counter()
+    result = measure()
+    if key is not None and time.perf_counter() - begin > WORTH:
+        parts = ((f"{g}.{s}", part) for g, group in enumerate(result) for s, part in enumerate(group))
+        cache.write(key, {name: torch.from_numpy(part) for name, part in parts}, {})
+    return result
+
+
+def _unpacked(tensors: dict[str, Tensor], shapes: Sequence[Sequence[Floats]]) -> Measured | None:
+    """As it was measured; None where the file holds something else."""
+    found: Measured = []
+    for g, group in enumerate(shapes):
+        found.append([])
+        for s, part in enumerate(group):
+            tensor = tensors.get(f"{g}.{s}")
+            if (
+                tensor is None
+                or tensor.dtype != torch.float64
+                or tensor.shape != part.shape
+                or bool(tensor.isnan().any())
+            ):
+                return None
+            found[-1].append(tensor.numpy())
+    return found
