@@ -32,6 +32,8 @@ class SynapticImportance(synaptic.SynapticImportance, tp.importance.Importance):
     that Torch-Pruning's graph was built with is recovered from what its first layers have read.
     """
 
+    scorer = synaptic.SynapticImportance.scorer  # beside `__call__`: both give the same scores
+
     _traced: tuple[Any, Any, Connectivity] | None = None
     _round: _Round | None = None
 

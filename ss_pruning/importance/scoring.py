@@ -124,7 +124,7 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
 
     Args:
         importance: With a method `scorer`, as `SynapticImportance` has it; else a Torch-Pruning importance: a callable
-            that takes a Torch-Pruning group.
+            that takes a Torch-Pruning group. Of a class that has both the one of the most derived class counts.
         subgroups: What to score.
         graph: The model that they are of.
 
@@ -144,12 +144,22 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
 
 
 def _scorer(importance: Any, graph: SubgroupGraph) -> Callable[[Subgroup], Any]:
-    if hasattr(importance, "scorer"):
+    if _knows_subgroups(importance):
         scorer: Callable[[Subgroup], Any] = importance.scorer(
             graph.model, graph.connectivity, graph.example_inputs
         )
         return scorer
     return lambda subgroup: _as_torch_pruning_does(importance, as_group(subgroup, graph))
+
+
+def _knows_subgroups(importance: Any) -> bool:
+    """Whether `scorer` is what its class means by its scores: a subclass may have a `__call__` of its own."""
+    for cls in type(importance).__mro__:
+        if "scorer" in vars(cls):
+            return True
+        if "__call__" in vars(cls):
+            return False
+    return hasattr(importance, "scorer")
 
 
 def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:

@@ -150,3 +150,24 @@ def test_the_public_class_is_a_torch_pruning_importance() -> None:
     tp = pytest.importorskip("torch_pruning")
     assert isinstance(ss_pruning.SynapticImportance(), tp.importance.Importance)
     assert isinstance(ss_pruning.SynapticImportance(), SynapticImportance)
+
+
+@pytest.mark.parametrize("net", ZOO[:2], ids=lambda net: net.name)
+def test_what_a_subclass_says_of_torch_prunings_groups_counts(net: Net) -> None:
+    """Of `scorer` and `__call__` the one of the most derived class is what a user means."""
+
+    class Doubled(ss_pruning.SynapticImportance):
+        def __call__(self, group: Any) -> Tensor | None:
+            scores = super().__call__(group)
+            return None if scores is None else 2 * scores
+
+    class Own(ss_pruning.SynapticImportance):
+        def scorer(self, *args: Any) -> Any:
+            return lambda subgroup: torch.ones(subgroup.size)
+
+    subgroups, graph = subgroups_of(net.make(), net.example)
+    plain = subgroup_scores(ss_pruning.SynapticImportance(), subgroups, graph)
+    doubled = subgroup_scores(Doubled(), subgroups, graph)
+    for one, two in zip(plain, doubled, strict=True):
+        torch.testing.assert_close(two, 2 * one)
+    assert all(bool((scores == 1).all()) for scores in subgroup_scores(Own(), subgroups, graph))
