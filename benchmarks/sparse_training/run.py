@@ -1,7 +1,7 @@
 """How sparse training on synaptic strength behaves: the runs behind docs/study.md.
 
     python -m benchmarks.sparse_training.run --parts vgg resnet --seeds 0 1 2
-    python -m benchmarks.sparse_training.run --page
+    python -m benchmarks.sparse_training.page
 
 A part trains nets as `benchmarks/sparse_training/paper.py` does, then prunes, fine-tunes and compacts copies of each.
 Every result is a line of benchmarks/results/study.jsonl; what is there is not run again, and a training that was killed
@@ -279,19 +279,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the checkpoints")
     parser.add_argument("--results", type=Path, default=LINES, metavar="FILE")
-    parser.add_argument(
-        "--page", action="store_true", help="write docs/study.md from what is there, run nothing"
-    )
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
-    if options.page:
-        from benchmarks.sparse_training.page import write_page
-
-        print(f"written: {write_page(read_lines(options.results))}")
-        return 0
     bench = Bench(options.data, options.fashion, options.runs)
     try:
         for seed in options.seeds:

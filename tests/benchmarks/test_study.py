@@ -90,7 +90,7 @@ def test_the_page_shows_what_the_lines_say(tmp_path: Path) -> None:
             line("vgg", seed, dense, top1_tuned=80.0, **{**at, "epochs": 1}),
             line("vgg", seed, ours, top1_tuned=79.0, **{**at, "epochs": 1, "sparsity": asked}),
         ]  # fmt: skip
-    text = study_page.write_page(lines, tmp_path / "study.md").read_text()
+    text = study_page.make_page(lines, tmp_path / "study.md").read_text()
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("|")}
     assert "83.00 ± 1.00 | +0.50 | 0 |" in rows["dense, fine-tuned as long"]
     assert f"{asked:.0%} | 82.50 ± 1.00 | +0.00 | -0.50 |" in text
