@@ -1,21 +1,25 @@
-"""Summary and page of the coverage run."""
+"""Turn benchmarks/results/coverage.jsonl into docs/coverage.md: no figure is typed in by hand.
+
+python -m benchmarks.coverage.page
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import DOCS, RESULTS, write
-from benchmarks.coverage.names import NAMED, Candidate
+from benchmarks.common import DOCS, RESULTS
+from benchmarks.coverage.names import NAMED, Candidate, default_names
+from benchmarks.coverage.run import TIMEOUT, latest, read_lines
+from benchmarks.pages import table, write_page
 
 TIMES = RESULTS / "prune_times.json"
 PAGE = DOCS / "coverage.md"
-SIDE_NAMES = {"ours": "ss-pruning", "tp": "Torch-Pruning"}
+SIDES = {"ours": "ss-pruning", "tp": "Torch-Pruning"}
 #: What a status means.
 STATUSES = {
     "ok": "pruned; runs, trains, and equals the masked dense model",
@@ -28,7 +32,7 @@ STATUSES = {
     "killed": "the process died or hung",
     "dense fails": "the dense model itself does not run here",
 }
-#: Short forms of the reasons for leaving channels whole.
+#: Short forms of the reasons for excluding channels.
 REASONS = {
     "reaches the model's output": "output",
     "feeds several channels at once": "broadcast",
@@ -38,34 +42,68 @@ REASONS = {
     "all channels of a layer hang together": "hang together",
     "the forward pass relies on its width": "forward",
 }
+#: Why little goes, where the reasons that the report gives do not tell it all.
+WHY_LITTLE = {
+    "efficientnet_cc": "the kernels of its large convolutions are mixed at run time, from a flat matrix (a row an "
+    "expert) by a routing layer: no layer holds them, so nothing in the channel graph can shrink them",
+}
 TOLERANCE, LEAST_REMOVED, SLOW = 1e-10, 0.25, 60
-Lines = Mapping[tuple[str, str], Mapping[str, Any]]
+HEADS = ("model", "px", "params", *("status", "s", "removed", "difference") * 2, "excluded")
+Line = Mapping[str, Any]
+Lines = Mapping[tuple[str, str], Line]
 
 
-def summary(specs: Sequence[str], lines: Lines, side: str) -> dict[str, Any]:
+def make_page(candidates: Iterable[Candidate], lines: Lines, page: Path = PAGE) -> Path:
+    """Write the page.
+
+    Args:
+        candidates: The models.
+        lines: Results by model and side.
+        page: Where to.
+    """
+    models = sorted(candidates, key=lambda c: c.spec)
+    sides = {side: _summary([c.spec for c in models], lines, side) for side in SIDES}
+    little = sides["ours"]["little_removed"]
+    rows = [_row(c, *(lines.get((c.spec, side), {}) for side in SIDES)) for c in models]
+    return write_page(
+        page,
+        "coverage",
+        summary=_counts(sides, len(models)),
+        statuses=STATUSES,
+        times=_times(),
+        slow=", ".join(f"{spec} {seconds:.0f} s" for spec, seconds in sides["ours"]["slow"].items()),
+        little=", ".join(little),
+        why={n: why for n, why in WHY_LITTLE.items() if any(n in spec for spec in little)},
+        limit=TIMEOUT,
+        least=LEAST_REMOVED,
+        models=table(HEADS, rows, "lrrlrrrlrrrl"),
+        failures={name: list(_failures(models, lines, side)) for side, name in SIDES.items()},
+        states={name: len(sides[side]["codes"]) for side, name in SIDES.items()},
+        versions=sorted({code.partition(" ")[2] for of in sides.values() for code in of["codes"]}),
+    )
+
+
+def _summary(specs: Sequence[str], lines: Lines, side: str) -> dict[str, Any]:
     """Counts and extremes of one side."""
     found = [lines[spec, side] for spec in specs if (spec, side) in lines]
     ok = [line for line in found if line["status"] == "ok"]
-    errors = [exact(line) for line in ok]
+    errors = [error for line in ok if (error := exact(line)) is not None]
     return {
         "models": len(found),
-        "statuses": dict(Counter(line["status"] for line in found).most_common()),
+        "statuses": Counter(line["status"] for line in found),
         "ok": len(ok),
         "share": len(ok) / max(1, len(found)),
-        "compared": sum(e is not None for e in errors),
-        "max_error": max((e for e in errors if e is not None), default=None),
+        "compared": len(errors),
+        "max_error": max(errors, default=None),
         "seconds_median": median(line["seconds"] for line in ok) if ok else None,
-        "seconds_most": max((line["seconds"] for line in found), default=None),
         "removed_median": median(line["removed"] for line in ok) if ok else None,
-        "little_removed": {
-            line["spec"]: round(line["removed"], 3) for line in ok if line["removed"] < LEAST_REMOVED
-        },
-        "slow": {line["spec"]: line["seconds"] for line in found if line["seconds"] > SLOW},
-        "codes": sorted({line["code"] for line in found}),
+        "little_removed": [line["spec"] for line in ok if line["removed"] < LEAST_REMOVED],
+        "slow": {line["spec"]: line["seconds"] for line in found if line.get("seconds", 0) > SLOW},
+        "codes": {line["code"] for line in found},
     }
 
 
-def exact(line: Mapping[str, Any]) -> float | None:
+def exact(line: Line) -> float | None:
     """Difference between cut and masked: the side's own if it has one, else the outside check's, else unknown."""
     if "max_error" in line:
         return float(line["max_error"])
@@ -73,124 +111,42 @@ def exact(line: Mapping[str, Any]) -> float | None:
     return None if error is None or (line.get("mixers") and error > TOLERANCE) else float(error)
 
 
-def write_all(
-    candidates: Iterable[Candidate],
-    lines: Lines,
-    versions: Mapping[str, str],
-    timeout: float,
-    code: str,
-) -> None:
-    """Write `results/coverage.json` and `docs/coverage.md`.
-
-    Args:
-        candidates: The models.
-        lines: Results by model and side.
-        versions: Of the packages.
-        timeout: CPU seconds a model and side.
-        code: The present version of what our results depend on.
-    """
-    models = list(candidates)
-    specs = [c.spec for c in models]
-    sides = {side: summary(specs, lines, side) for side in SIDE_NAMES}
-    machine = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.system(),
-    }
-    facts = {
-        "limit": timeout,
-        "models_listed": len(specs),
-        "machine": machine,
-        "sides": sides,
-    }
-    write(
-        "coverage", {**facts, "models": [dict(lines[key]) for key in sorted(lines) if key[0] in set(specs)]}
-    )
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(
-        "\n".join([*_head(facts, versions, code), *_table(models, lines), *_failures(specs, lines)]) + "\n"
-    )
-
-
-def _head(facts: Mapping[str, Any], versions: Mapping[str, str], code: str) -> list[str]:
-    sides, machine = facts["sides"], facts["machine"]
-    stack = ", ".join(f"{name} {number}" for name, number in versions.items())
-    rows = [
-        (f"models run, of {facts['models_listed']}", lambda s: s["models"]),
-        ("work", lambda s: f"**{s['ok']} ({s['share']:.1%})**"),
-        *((status, lambda s, status=status: s["statuses"].get(status, 0)) for status in list(STATUSES)[1:]),
-        ("largest difference to the masked model", lambda s: _error(s["max_error"])),
-        ("working models in which that could be compared", lambda s: s["compared"]),
-        ("median of parameters removed", lambda s: _percent(s["removed_median"])),
-        ("median CPU seconds", lambda s: _seconds(s["seconds_median"])),
-        ("most CPU seconds", lambda s: _seconds(s["seconds_most"])),
-    ]
-    return [
-        "# Coverage",
-        "",
-        "Generated by `python -m benchmarks.coverage.run`; do not edit. One small variant of every convolutional or "
-        "hybrid family of timm and torchvision (the rule is in `benchmarks/coverage/names.py`), and the architectures "
-        "that were known to be hard. Random weights, one image, half of the channels of every layer (local ratio 0.5), "
-        "the classifier kept. Plain Torch-Pruning is `BasePruner` with `GroupMagnitudeImportance`. Each model and side "
-        f"in a process of its own, {facts['limit']:g} s of CPU time at most for building, scoring and cutting.",
-        "",
-        *_unfinished(sides, facts["models_listed"]),
-        f"Machine: {machine['machine']}, {machine['cores']} cores (shared with other work), one thread. {stack}.",
-        "",
-        "| | " + " | ".join(SIDE_NAMES.values()) + " |",
-        "|---|---:|---:|",
-        *(
-            f"| {label} | " + " | ".join(str(value(sides[side])) for side in SIDE_NAMES) + " |"
-            for label, value in rows
+def _counts(sides: Mapping[str, Mapping[str, Any]], listed: int) -> str:
+    """How many models work, and how those fail that do not: statuses that no side has are left out."""
+    failed = [name for name in STATUSES if name != "ok" and any(s["statuses"][name] for s in sides.values())]
+    rows = {
+        f"models run, of {listed}": lambda s: s["models"],
+        "work": lambda s: f"**{s['ok']} ({s['share']:.1%})**",
+        **{name: lambda s, name=name: s["statuses"][name] for name in failed},
+        "largest difference to the masked model": lambda s: (
+            f"{_error(s['max_error'])} (of {s['compared']} models)"
         ),
-        "",
-        *_times(code),
-        *_acceptance(facts),
-        *(f"- *{status}*: {meaning}." for status, meaning in STATUSES.items()),
-        "",
-        "**Difference**: largest difference between the outputs of the cut model and of the dense model with the "
-        "removed channels zeroed in what reads them, relative to the largest output, in float64. ss-pruning's is its "
-        "report's; norms that span channels run on the kept channels alone there (a smaller layer cannot do "
-        "otherwise). Torch-Pruning's is measured from outside by zeroing; a dash where such norms make that no "
-        "comparison.",
-        "",
-        "**Excluded**, in percent of the output channels of all layers: *output*: reaches the model's output; "
-        "*broadcast*: feeds several channels at once (a gate, a softmax or attention); *forward*: the forward pass "
-        "relies on the width, found by trying on a copy; *no producer*, *unread*, *hang together*: see "
-        "`Report.excluded`.",
-        "",
-    ]
+        "median of parameters removed": lambda s: _percent(s["removed_median"]),
+        "median CPU seconds": lambda s: _seconds(s["seconds_median"]),
+    }
+    return table(
+        ["", *SIDES.values()], ([label, *map(value, sides.values())] for label, value in rows.items())
+    )
 
 
-def _times(code: str) -> list[str]:
+def _times() -> dict[str, Any] | None:
     """CPU seconds on the models that both prune, side by side, as `benchmarks.coverage.prune_times` measured them."""
     if not TIMES.is_file():
-        return ["How long both take was not measured: `python -m benchmarks.coverage.prune_times`.", ""]
+        return None
     times = json.loads(TIMES.read_text())
     every, rest = times["all"], times["rest"]
     slow = ", ".join(spec.partition(":")[2] for spec in every["slow"])
-    rows = [(f"all {every['models']} models", every)]
+    rows = [[f"all {every['models']} models", *_shares(every)]]
     if slow:
-        rows.append((f"without {slow}", rest))
-    text = [
-        f"CPU seconds in all on {every['models']} of the {times['listed']} models that both prune, from a fresh model "
-        "to a cut one, in turns in one process (`python -m benchmarks.coverage.prune_times`; copying the model and "
-        "what the first call in a process costs are left out). *Same*: `prune_` with Torch-Pruning's own "
-        "`GroupMagnitudeImportance`; *default*: with the one of ss-pruning, which runs the net on noise. *Verified*: "
-        "with the check of the cut on a copy, which `prune_` always does and Torch-Pruning does not. In brackets, the "
-        "share of Torch-Pruning's time.",
-        "",
-        "| | Torch-Pruning | same | verified | default | verified |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(f"| {label} | {' | '.join(_shares(sums))} |" for label, sums in rows),
-        "",
-    ]
-    if slow:
-        text += [f"Torch-Pruning's total is mostly that of a few models ({slow}); hence the second row.", ""]
-    if every["codes"] != [code]:
-        text += ["These times are not all of the present version of the code.", ""]
-    return text
+        rows.append([f"without {slow}", *_shares(rest)])
+    heads = ["", "Torch-Pruning", "same", "verified", "default", "verified"]
+    return {
+        "models": every["models"],
+        "listed": times["listed"],
+        "slow": slow,
+        "states": len(every["codes"]),
+        "table": table(heads, rows),
+    }
 
 
 def _shares(sums: Mapping[str, Any]) -> list[str]:
@@ -199,39 +155,35 @@ def _shares(sums: Mapping[str, Any]) -> list[str]:
     return [f"{tp:.1f}", *(f"{seconds:.1f} ({seconds / tp:.2f})" for seconds in ours)]
 
 
-#: Why little goes, where the reasons that the report gives do not tell it all.
-WHY_LITTLE = {
-    "efficientnet_cc": "the kernels of its large convolutions are mixed at run time, from a flat matrix (a row an "
-    "expert) by a routing layer: no layer holds them, so nothing in the channel graph can shrink them",
-}
-
-
-def _acceptance(facts: Mapping[str, Any]) -> list[str]:
-    """Which models miss one of the goals."""
-    ours = facts["sides"]["ours"]
-    slow = ", ".join(f"{s} {t:.0f} s" for s, t in ours["slow"].items()) or "none"
-    text = [
-        f"- Works on at least 98% of the families that were run: **{'yes' if ours['share'] >= 0.98 else 'no'}** "
-        f"({ours['ok']} of {ours['models']}, of {facts['models_listed']} in the list).",
-        f"- Takes more than {facts['limit']:g} s: {slow}.",
-        f"- Loses less than {LEAST_REMOVED:.0%} of its parameters: {', '.join(ours['little_removed']) or 'none'}.",
-    ]
-    for name, reason in WHY_LITTLE.items():
-        if any(name in spec for spec in ours["little_removed"]):
-            text.append(f"  {name}: {reason}.")
-    return [*text, ""]
-
-
-def _unfinished(sides: Mapping[str, Any], listed: int) -> list[str]:
-    """Says where the results are not those of one complete run of one version of the code."""
-    notes = []
-    for side, name in SIDE_NAMES.items():
-        models, codes = sides[side]["models"], len(sides[side]["codes"])
-        if models < listed or codes > 1:
-            notes.append(f"{name}: {models} of {listed} models, by {codes} version(s) of the code")
-    return (
-        [f"**Not one complete run.** {'; '.join(notes)}. Run it again to complete it.", ""] if notes else []
+def _row(candidate: Candidate, ours: Line, theirs: Line) -> list[str]:
+    name = candidate.spec.removeprefix("timm:") + " *" * (
+        candidate.spec.removeprefix("timm:") in NAMED.split()
     )
+    millions = ours.get("params_before", theirs.get("params_before", candidate.params)) / 1e6
+    pixels = ours.get("pixels", theirs.get("pixels", ""))
+    return [name, str(pixels), f"{millions:.1f} M", *_side(ours), *_side(theirs), _excluded(ours)]
+
+
+def _side(line: Line) -> list[str]:
+    if not line:
+        return ["not run", "", "", ""]
+    figures = [_percent(line["removed"]), _error(exact(line))] if line["status"] == "ok" else ["", ""]
+    return [line["status"], _seconds(line["seconds"]) if "seconds" in line else "", *figures]
+
+
+def _excluded(line: Line) -> str:
+    parts = []
+    for reason, channels in line.get("excluded", {}).items() if line.get("outputs") else ():
+        short = next((s for long, s in REASONS.items() if reason.startswith(long)), reason[:30])
+        parts.append(f"{short} {channels / line['outputs']:.0%}")
+    return ", ".join(parts)
+
+
+def _failures(models: Iterable[Candidate], lines: Lines, side: str) -> Iterable[dict[str, str]]:
+    for line in (lines.get((c.spec, side), {"status": "ok"}) for c in models):
+        if line["status"] != "ok":
+            error = " ".join(line.get("error", "").split()).replace("|", "/").replace("<", "&lt;")[:200]
+            yield {"spec": line["spec"], "status": line["status"], "error": error}
 
 
 def _error(value: float | None) -> str:
@@ -246,61 +198,5 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _table(models: Sequence[Candidate], lines: Lines) -> list[str]:
-    header = ["model", "px", "params", *("status", "s", "removed", "difference") * 2, "excluded"]
-    rows = []
-    named = set(NAMED.split())
-    for c in sorted(models, key=lambda c: c.spec):
-        ours, theirs = (lines.get((c.spec, side), {}) for side in SIDE_NAMES)
-        name = c.spec.removeprefix("timm:")
-        millions = ours.get("params_before", theirs.get("params_before", c.params)) / 1e6
-        pixels = ours.get("pixels", theirs.get("pixels", ""))
-        cells = [f"{name}{' *' if name in named else ''}", str(pixels), f"{millions:.1f} M"]
-        rows.append(" | ".join([*cells, *_side(ours), *_side(theirs), _left(ours)]))
-    columns = "|".join(["---", "---:", "---:", *("---", "---:", "---:", "---:") * 2, "---"])
-    return [
-        "## All models",
-        "",
-        "First ss-pruning, then Torch-Pruning. A star marks architectures known to be hard.",
-        "",
-        f"| {' | '.join(header)} |",
-        f"|{columns}|",
-        *(f"| {row} |" for row in rows),
-        "",
-    ]
-
-
-def _side(line: Mapping[str, Any]) -> list[str]:
-    if not line:
-        return ["not run", "", "", ""]
-    ok = line["status"] == "ok"
-    figures = [_percent(line["removed"]), _error(exact(line))] if ok else ["", ""]
-    return [line["status"], _seconds(line["seconds"]) if "seconds" in line else "", *figures]
-
-
-def _left(line: Mapping[str, Any]) -> str:
-    outputs = line.get("outputs")
-    if not outputs:
-        return ""
-    parts = []
-    for reason, channels in line.get("excluded", {}).items():
-        short = next((s for long, s in REASONS.items() if reason.startswith(long)), reason[:30])
-        parts.append(f"{short} {channels / outputs:.0%}")
-    return ", ".join(parts)
-
-
-def _failures(specs: Sequence[str], lines: Lines) -> list[str]:
-    text = []
-    for side, name in SIDE_NAMES.items():
-        failed = [
-            lines[s, side] for s in sorted(specs) if lines.get((s, side), {}).get("status", "ok") != "ok"
-        ]
-        text += [f"## What fails: {name}", ""]
-        text += [f"- {line['spec']}: {line['status']}, {_clean(line.get('error', ''))}" for line in failed]
-        text += ["" if failed else "Nothing.\n"]
-    return text
-
-
-def _clean(error: str) -> str:
-    one = " ".join(error.split())
-    return one.replace("|", "/").replace("<", "&lt;")[:200]
+if __name__ == "__main__":
+    print(f"written: {make_page(default_names(), latest(read_lines()))}")

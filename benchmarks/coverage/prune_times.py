@@ -10,7 +10,7 @@ kept. Three works, each on a copy of its own:
 `prune_` verifies its cut on a copy, which Torch-Pruning does not do: those seconds are told apart. Copying the model,
 and what the first call in a process costs, count for nobody. A line per model is appended to
 `results/prune_times.jsonl`; what is there for the same code is not run again. Totals go to `results/prune_times.json`,
-and from there to `docs/coverage.md` (`python -m benchmarks.coverage.run --page`).
+and from there to `docs/coverage.md` (`python -m benchmarks.coverage.page`).
 
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.prune_times
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.prune_times timm:resnet18 --again

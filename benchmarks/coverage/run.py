@@ -2,8 +2,8 @@
 
 Each model and side runs in a process of its own (forked from one that has imported everything) with a limit on CPU
 time. Local ratio 0.5, the classifier kept, random weights. A line per model and side is appended to
-`results/coverage.jsonl`; what is there for the same code is not run again, so the run can be stopped at any time. At
-the end a summary (`results/coverage.json`) and a page (`docs/coverage.md`) are written.
+`results/coverage.jsonl`; what is there for the same code is not run again, so the run can be stopped at any time.
+`python -m benchmarks.coverage.page` makes `docs/coverage.md` of it.
 
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.run
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.run timm:resnet18 torchvision:vgg11 --only ours
@@ -29,11 +29,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, versions
-from benchmarks.coverage import page, worker
+from benchmarks.common import RESULTS, ROOT
+from benchmarks.coverage import worker
 from benchmarks.coverage.names import Candidate, default_names
 
 LINES = RESULTS / "coverage.jsonl"
+#: CPU seconds that a model and side may take.
+TIMEOUT = 60.0
 Line = dict[str, Any]
 
 
@@ -136,25 +138,21 @@ def chosen(names: list[str], family: str | None) -> list[Candidate]:
 
 
 def main() -> int:
-    """Run what is missing, then write summary and page."""
+    """Run what is missing; `benchmarks.coverage.page` writes what came out."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="timm:NAME or torchvision:NAME; default: one per family")
     parser.add_argument("--family", help="only families whose module/name contains this")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", choices=worker.SIDES, help="only one side")
-    parser.add_argument("--timeout", type=float, default=60, help="CPU seconds a model and side")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="CPU seconds a model and side")
     parser.add_argument("--again", action="store_true", help="run what is there for this code, too")
-    parser.add_argument("--page", action="store_true", help="run nothing, write summary and page")
     options = parser.parse_args()
     candidates = chosen(options.names, options.family)
     sides = [options.only] if options.only else list(worker.SIDES)
-    if not options.page:
-        specs = [c.spec for c in candidates]
-        run(specs, sides, jobs=options.jobs, timeout=options.timeout, again=options.again)
+    specs = [c.spec for c in candidates]
+    run(specs, sides, jobs=options.jobs, timeout=options.timeout, again=options.again)
     if not options.names and not options.family:
         compact()
-        code = code_version("ours")
-        page.write_all(candidates, latest(read_lines()), versions(), options.timeout, code)
     return 0
 
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.latency.scale --models resnet18 resnet50   # adds to results/scale.json
     python -m benchmarks.latency.scale --models all    # up to what fits 24 GiB; what was run is not run again
-    python -m benchmarks.latency.scale --page          # docs/scale.md and its plot
+    python -m benchmarks.latency.scale_page            # docs/scale.md and its plot
 
 Each model gets a process of its own, random weights, one image of --size pixels, and `prune_` to 70 % of its
 multiply-accumulates. Small models of timm are pruned first, so that the code and the tables of PyTorch that pruning
@@ -20,21 +20,18 @@ import contextlib
 import ctypes
 import gc
 import json
-import math
 import os
 import platform
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import DOCS, RESULTS, ROOT, write
-from ss_pruning._utils.files import write_text
+from benchmarks.common import RESULTS, ROOT, write
 
 MODELS = (
     "resnet18", "resnet50", "convnext_tiny", "efficientnet_b5", "resnet152", "dm_nfnet_f0", "convnext_base",
@@ -146,116 +143,6 @@ def stored() -> dict[str, Any]:
 # ---------------------------------------------------------------- page
 
 
-def exponent(models: Collection[dict[str, Any]], stages: Collection[str]) -> float:
-    """The slope of log seconds in these stages over log parameters, by least squares; 1 is linear."""
-    points = [
-        (math.log(m["params"]), math.log(sum(m["seconds"].get(stage, 0.0) for stage in stages) or 1e-3))
-        for m in models
-    ]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-
-
-def growth(models: Collection[dict[str, Any]]) -> list[str]:
-    """How time grows with size."""
-    if len(models) < 3:
-        return []
-    by_stage = ", ".join(f"{stage} {exponent(models, [stage]):.2f}" for stage in STAGES)
-    return [
-        f"Processor time grows as parameters to the power {exponent(models, STAGES):.2f} over these models "
-        f"({by_stage}); 1 is linear."
-    ]
-
-
-def memory(models: dict[str, dict[str, Any]]) -> list[str]:
-    """Whether the goal for memory is met, and by which models not."""
-    ratios = {name: needed(m) for name, m in models.items() if needed(m)}
-    over = [f"{name} ({ratio:.2f})" for name, ratio in ratios.items() if ratio > GOAL]
-    told = f"The goal is to need at most {GOAL} times the model. {len(ratios) - len(over)} of {len(ratios)} meet it"
-    return [told + (f"; {', '.join(over)} do not." if over else ".")]
-
-
-def needed(model: dict[str, Any]) -> float:
-    """The peak to the model where freed tensors are given back; 0 if that was not measured."""
-    return float(model.get("needed", {}).get("peak_to_model", 0))
-
-
-def row(name: str, model: dict[str, Any]) -> str:
-    seconds = " | ".join(f"{model['seconds'].get(stage, 0):.2f}" for stage in STAGES)
-    peak = max(model["peaks"].values())
-    return (
-        f"| {name} | {model['size']} | {model['params'] / 1e6:.1f} | {seconds} | {model['cpu_seconds']:.1f} | "
-        f"{model['model_bytes'] / GIB:.3f} | {peak / GIB:.2f} | {model['peak_to_model']:.2f} | "
-        + (f"{needed(model):.2f} |" if needed(model) else "|")
-    )
-
-
-def page(result: dict[str, Any]) -> str:
-    """docs/scale.md."""
-    measured = {name: m for name, m in result["models"].items() if "failed" not in m}
-    ordered = sorted(measured, key=lambda name: measured[name]["params"])
-    failed = [f"- {name}: {m['failed']}" for name, m in result["models"].items() if "failed" in m]
-    missing = [name for name in MODELS if name not in result["models"]]
-    head = " | ".join(STAGES)
-    setting = " ".join(f"{name}={value}" for name, value in GIVING_BACK.items())
-    lines = [
-        "# Scale",
-        "",
-        "Time and memory of pruning against the size of the model. Written by `python -m benchmarks.latency.scale "
-        "--page` from `benchmarks/results/scale.json`; how it is measured stands at the top of "
-        "`benchmarks/latency/scale.py`.",
-        "",
-        "![seconds and memory against parameters](scale.svg)",
-        "",
-        f"| model | pixels | parameters, M | {head} | CPU s | model, GiB | peak, GiB | peak to model | needed |",
-        f"|---|---:|---:|{'---:|' * len(STAGES)}---:|---:|---:|---:|---:|",
-        *(row(name, measured[name]) for name in ordered),
-        "",
-        "Stages and CPU s are seconds of processor time. *Peak to model* is the peak of resident memory, less what the "
-        "process held besides the model before, over the bytes of the model: 1 is the model alone. The C library keeps "
-        "much of what is freed, to hand it out again; *needed* is the same peak where it gives tensors back at once, "
-        f"which `{setting}` in the environment makes it do (yours, too: it takes a little time). It holds the cut copy "
-        "that plans are tried on, one layer in float64, and, by the size of the image rather than of the model, "
-        "activations and what the probe keeps "
-        "of them.",
-        "",
-        *memory({name: measured[name] for name in ordered}),
-        "",
-        *growth(measured.values()),
-        "",
-        f"Machine: {result['machine']}, load when it was written {result['load']:.1f}; "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + ".",
-        "",
-        *(["Failed:", "", *failed, ""] if failed else []),
-        f"Not run yet: {', '.join(missing)}." if missing else "All models of the list were run.",
-    ]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
-
-
-def plot(models: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "scale"
-    ordered = sorted((m for m in models.values() if "failed" not in m), key=lambda m: m["params"])
-    millions = [m["params"] / 1e6 for m in ordered]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for stage in STAGES:
-        left.loglog(millions, [m["seconds"].get(stage, math.nan) for m in ordered], "o-", label=stage)
-    right.loglog(millions, [m["model_bytes"] / GIB for m in ordered], "o-", label="model")
-    peaks = [max(m["peaks"].values()) / GIB for m in ordered]
-    right.loglog(millions, peaks, "o-", label="peak of the process")
-    for axes, label in ((left, "seconds"), (right, "GiB")):
-        axes.set(xlabel="parameters, millions", ylabel=label)
-        axes.legend(loc="upper left")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -267,7 +154,6 @@ def main() -> None:
         "--models", nargs="+", default=[], help=f"names of timm, or 'all': {', '.join(MODELS)}"
     )
     parser.add_argument("--size", type=int, default=64, help="side of the image [%(default)s]")
-    parser.add_argument("--page", action="store_true", help="write docs/scale.md")
     parser.add_argument("--worker", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -279,10 +165,6 @@ def main() -> None:
         print(name, json.dumps(models[name]), flush=True)
         machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of PyTorch"
         write("scale", {"models": models, "machine": machine, "load": load()})
-    if options.page:
-        result = json.loads((RESULTS / "scale.json").read_text())
-        plot(result["models"], DOCS / "scale.svg")
-        write_text(DOCS / "scale.md", page(result))
 
 
 def load() -> float:

@@ -3,7 +3,7 @@
     python -m benchmarks.nni.run                # every model; goes on where it was stopped
     python -m benchmarks.nni.run --only resnet18 --no-speedup
     python -m benchmarks.nni.run --global-ratio # ResNet-18, kernels, 0.9: seconds and what was met
-    python -m benchmarks.nni.run --page         # writes the table into docs/nni.md
+    python -m benchmarks.nni.page                 # writes the table into docs/nni.md
 
 Weights are random, and so are scales, shifts and statistics of the norms, as a trained net's would not be 1 and 0.
 Channel masks go by NNI's own dependency groups. A difference is the largest one between two outputs, relative to the
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DOCS, RESULTS, write
+from benchmarks.common import RESULTS, write
 from ss_pruning.errors import SSPruningError
 from ss_pruning.graph.tracing import trace
 from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner, bake, compact, speedup, symbolic_graph
@@ -44,7 +44,6 @@ MASKS: dict[str, tuple[Any, float]] = {
     "in_channel": ("in_channel", 0.5),
     "out_channel": ("out_channel", 0.5),
 }
-PAGE = DOCS / "nni.md"
 SIZE, SPEEDUP_SECONDS = 64, 120
 
 
@@ -226,88 +225,16 @@ def global_ratio() -> None:
     write("nni_compaction", {"size": result["size"], "cases": result["cases"], "global_ratio": rows})
 
 
-def table(result: dict[str, Any]) -> str:
-    """The generated section of docs/nni.md."""
-    lines = []
-    if "global_ratio" in result:
-        lines += [
-            "A global ratio of 0.9 over the kernels of ResNet-18's convolutions (`compress()`, one thread):",
-            "",
-            "| pruner | CPU seconds | ratio reached | empty layers |",
-            "|---|---:|---:|---:|",
-        ]
-        for pruner, row in result["global_ratio"].items():
-            name = {"ours": "SynapticStrengthPruner", "l1": "NNI's L1NormPruner"}[pruner]
-            lines.append(
-                f"| {name} | {row['cpu_seconds']:.1f} | {row['ratio']:.6f} | {row['empty_layers']} |"
-            )
-        lines.append("")
-    lines += [
-        f"Masks by granularity on images of {result['size']} x {result['size']}; parameters in thousands; differences "
-        "relative to the masked model:",
-        "",
-        "| model, masks, pruner | params | compact | norms masked | diff. float64 | diff. float32 | seconds | "
-        "ModelSpeedup: params | diff. float32 or error | diff. norms masked |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
-    ]
-    order = [
-        f"{name} {kind} {pruner}"
-        for name in (*TORCHVISION, *TIMM)
-        for kind in MASKS
-        for pruner in ("ours", "l1")
-    ]
-    for key, case in sorted(result["cases"].items(), key=lambda item: order.index(item[0])):
-        ours, nnis = case.get("compact"), case.get("speedup")
-        if ours is None:
-            continue
-        label = key + (" \\*" if "do not fit" in case["masks"] else "")
-        if nnis is None:
-            theirs = ("", "not run", "")
-        elif "error" in nnis:
-            theirs = ("", nnis["error"].replace("|", "\\|"), "")
-        else:
-            differences = (f"{nnis[key]:.0e}" for key in ("difference_float32", "difference_norms_masked"))
-            theirs = (f"{nnis['params'] / 1e3:,.0f}", *differences)
-        lines.append(
-            f"| {label} | {case['params'] / 1e3:,.0f} | {ours['params'] / 1e3:,.0f} | "
-            f"{_thousands(ours.get('params_norms_masked'))} | {ours['difference_float64']:.0e} | "
-            f"{ours['difference_float32']:.0e} | {ours['seconds']:.0f} | {' | '.join(theirs)} |"
-        )
-    lines += [
-        "",
-        "\\* NNI's dependency groups hold layers of different widths here: masked layer by layer.",
-        "",
-        f"`python -m benchmarks.nni.run` ({', '.join(f'{k} {v}' for k, v in result['versions'].items())}).",
-    ]
-    return "\n".join(lines)
-
-
-def _thousands(n: int | None) -> str:
-    return "" if n is None else f"{n / 1e3:,.0f}"
-
-
-def page() -> None:
-    """Put the table between the markers of docs/nni.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split("<!-- results -->\n", 1)
-    _, tail = rest.split("<!-- /results -->", 1)
-    result = json.loads((RESULTS / "nni_compaction.json").read_text())
-    PAGE.write_text(f"{head}<!-- results -->\n{table(result)}\n<!-- /results -->{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[*TORCHVISION, *TIMM], help="models to run")
     parser.add_argument("--no-speedup", action="store_true", help="leave NNI's ModelSpeedup out")
     parser.add_argument("--global-ratio", action="store_true", help="only the cost of a global ratio")
-    parser.add_argument("--page", action="store_true", help="only write docs/nni.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    if options.page:
-        page()
-    elif options.global_ratio:
+    if options.global_ratio:
         global_ratio()
     else:
         run(options.only, not options.no_speedup)

@@ -44,11 +44,11 @@ from benchmarks.sparse_training.paper import (
     report,
     trained,
 )
+from benchmarks.sparse_training.sweep_page import Row, kept, plot
 from ss_pruning._utils.files import make_writable_folder, write_text
 from ss_pruning.errors import InputError, SSPruningError
 
 Options = argparse.Namespace
-Row = dict[str, Any]
 #: What may change between a sweep and its continuation.
 ELSEWHERE = ("data", "out", "address", "cpus", "at_a_time")
 
@@ -189,44 +189,6 @@ def show(rows: list[Row]) -> None:
         left = (f"{kept(row, what):.3f}" for what in ("macs", "params"))
         table.add_row(f"{row['weight']:g}", row["criterion"], f"{row['sparsity']:.0%}", *top, *left)
     Console().print(table)
-
-
-def kept(row: Row, what: str) -> float:
-    return row["after"][what] / row["before"][what]
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """One picture for each penalty weight: top-1 after fine-tuning against the share of synapses that is gone."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    weights = sorted({row["weight"] for row in rows})
-    with plt.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(
-            1,
-            len(weights),
-            sharey=True,
-            squeeze=False,
-            figsize=(1.5 + 3 * len(weights), 3),
-            layout="constrained",
-        )
-        for axis, weight in zip(axes[0], weights, strict=True):
-            of_weight = [row for row in rows if row["weight"] == weight]
-            for criterion in dict.fromkeys(row["criterion"] for row in of_weight):
-                points = sorted(
-                    (row["sparsity"], row["top1"]["fine-tuned"])
-                    for row in of_weight
-                    if row["criterion"] == criterion
-                )
-                axis.plot(*zip(*points, strict=True), marker="o", label=criterion)
-            axis.axhline(of_weight[0]["top1"]["trained"], color="0.5", linestyle=":", label="not pruned")
-            axis.set(title=f"penalty {weight:g}", xlabel="share of the synapses gone")
-        axes[0][0].set_ylabel("top-1 after fine-tuning, %")
-        axes[0][-1].legend()
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def arguments(argv: list[str] | None = None) -> Options:

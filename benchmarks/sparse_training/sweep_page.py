@@ -12,50 +12,55 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DOCS, RESULTS
-from benchmarks.sparse_training.sweep import Row, kept, plot
+from benchmarks.pages import figure, render, table, write_part
 from ss_pruning._utils.files import write_text
 
 PAGE = DOCS / "sweeps.md"
-BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
+HEADS = (
+    *("penalty", "criterion", "synapses gone", "trained", "pruned", "fine-tuned"),
+    *("MACs left", "parameters left"),
+)
+Row = dict[str, Any]
 
 
-def block(result: dict[str, Any]) -> list[str]:
-    """The part of the page between the markers."""
-    rows: list[Row] = result["rows"]
-    chosen = result["options"]
-    versions = ", ".join(f"{name} {text}" for name, text in result["versions"].items())
-    images = f"{chosen['images']:,} images" if chosen["images"] else "all images"
-    lines = [
-        f"A sweep as it came out: {chosen['net']} at width {chosen['width']:g} on {chosen['dataset']}, "
-        f"{chosen['epochs']} epochs on {images}, {chosen['finetune_epochs']} of fine-tuning, one "
-        "seed. Top-1 on the test images, in %.",
-        "",
-        "![top-1 against the share that is gone](sweep.svg)",
-        "",
-        "| penalty | criterion | synapses gone | trained | pruned | fine-tuned | MACs left | parameters left |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        tops = " | ".join(f"{row['top1'][name]:.2f}" for name in ("trained", "pruned", "fine-tuned"))
-        left = " | ".join(f"{kept(row, what):.3f}" for what in ("macs", "params"))
-        lines.append(f"| {row['weight']:g} | {row['criterion']} | {row['sparsity']:.0%} | {tops} | {left} |")
-    return [
-        *lines,
-        "",
-        "Made by `python -m benchmarks.sparse_training.sweep` and "
-        f"`python -m benchmarks.sparse_training.sweep_page` ({versions}).",
-    ]
+def kept(row: Row, what: str) -> float:
+    """The share of parameters or MACs that is left."""
+    return float(row["after"][what] / row["before"][what])
 
 
-def write_page(result: dict[str, Any], page: Path = PAGE) -> Path:
+def make_page(result: dict[str, Any], page: Path = PAGE) -> Path:
     """Rewrite what stands between the markers, and the plot."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    cells = table(HEADS, map(_row, result["rows"]), "rl")
+    write_part(page, "sweep", render("sweep", table=cells, versions=versions, **result["options"]))
     plot(result["rows"], page.with_name("sweep.svg"))
-    write_text(page, before + begin + "\n" + "\n".join(block(result)) + "\n" + end + after)
     return page
+
+
+def _row(row: Row) -> list[str]:
+    tops = (f"{row['top1'][name]:.2f}" for name in ("trained", "pruned", "fine-tuned"))
+    left = (f"{kept(row, what):.3f}" for what in ("macs", "params"))
+    return [f"{row['weight']:g}", row["criterion"], f"{row['sparsity']:.0%}", *tops, *left]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """One picture for each penalty weight: top-1 after fine-tuning against the share of synapses that is gone."""
+    weights = sorted({row["weight"] for row in rows})
+    size = (1.5 + 3 * len(weights), 3)
+    with figure(path, columns=len(weights), sharey=True, figsize=size) as (_, (panels,)):
+        for axes, weight in zip(panels, weights, strict=True):
+            _draw(axes, [row for row in rows if row["weight"] == weight])
+        panels[0].set_ylabel("top-1 after fine-tuning, %")
+        panels[-1].legend()
+
+
+def _draw(axes: Any, rows: list[Row]) -> None:
+    for criterion in dict.fromkeys(row["criterion"] for row in rows):
+        of = [row for row in rows if row["criterion"] == criterion]
+        points = sorted((row["sparsity"], row["top1"]["fine-tuned"]) for row in of)
+        axes.plot(*zip(*points, strict=True), marker="o", label=criterion)
+    axes.axhline(rows[0]["top1"]["trained"], color="0.5", linestyle=":", label="not pruned")
+    axes.set(title=f"penalty {rows[0]['weight']:g}", xlabel="share of the synapses gone")
 
 
 def main() -> None:
@@ -64,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
     write_text(RESULTS / "sweep.json", json.dumps(result, indent=2) + "\n")
-    print(f"written: {write_page(result)}")
+    print(f"written: {make_page(result)}")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,21 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DATA, RESULTS, ROOT, add_line, read_lines, versions
+from benchmarks.common import DATA, DOCS, RESULTS, ROOT, add_line, read_lines, versions
 from benchmarks.data.cifar import draw, load_dataset
+from benchmarks.pages import render, spread, table, write_part
 
 LINES = RESULTS / "two_processes.jsonl"
-PAGE = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- two processes -->", "<!-- /two processes -->"
+PAGE = DOCS / "distributed.md"
+NAME = "two processes"
+HEADS = (
+    *("model", "images", "dense", "one process", "two processes", "difference", "within noise"),
+    *("same plan on both ranks", "same plan as one process", "seeds"),
+)
 NETS = ("resnet18", "mobilenetv3_small_050")
 #: Images to train on and to test on.
 COUNTS = {"train": 1500, "test": 1000}
@@ -94,9 +100,8 @@ def measure(options: argparse.Namespace) -> None:
                 print(what, found, flush=True)
 
 
-def rows(lines: list[dict[str, Any]]) -> list[str]:
+def rows(lines: list[dict[str, Any]]) -> Iterator[list[str]]:
     """One row a net: mean and standard deviation over seeds, and whether the difference is more than noise."""
-    found = []
     for dataset, net in dict.fromkeys((line["dataset"], line["net"]) for line in lines):
         here = [line for line in lines if (line["dataset"], line["net"]) == (dataset, net)]
         by = {count: {line["seed"]: line for line in here if line["processes"] == count} for count in (1, 2)}
@@ -108,46 +113,18 @@ def rows(lines: list[dict[str, Any]]) -> list[str]:
         error = ((statistics.variance(one) + statistics.variance(two)) / len(seeds)) ** 0.5
         same = all(set(by[1][seed]["cuts"]) == set(by[2][seed]["cuts"]) for seed in seeds)
         alike = all(len(by[2][seed]["cuts"]) == 2 and len(set(by[2][seed]["cuts"])) == 1 for seed in seeds)
-        found.append(
-            f"| {net} | {dataset} | {here[0]['dense']:.2f} | {spread(one)} | {spread(two)} "
-            f"| {difference:+.2f} ± {error:.2f} | {'yes' if abs(difference) <= 2 * error else 'NO'} "
-            f"| {'yes' if alike else 'NO'} | {'yes' if same else 'no'} | {', '.join(map(str, seeds))} |"
-        )
-    return found
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def table(lines: list[dict[str, Any]]) -> str:
-    """What stands between the markers of the page."""
-    if not lines:
-        return "Not measured yet: `python -m benchmarks.sparse_training.two_processes` does it."
-    last = lines[-1]
-    counts, options = last["images"], " ".join(last["options"])
-    used = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return "\n".join(
-        [
-            f"Top-1 in % on {counts['test']} test images, nets trained on {counts['train']} images, then pruned and "
-            "fine-tuned with one process and with two; mean ± standard deviation over the seeds. The difference has "
-            "its standard error, and counts as noise up to twice that.",
-            "",
-            "| net | images | dense | one process | two processes | difference | within noise "
-            "| same plan on both ranks | same plan as one process | seeds |",
-            "|---|---|---:|---:|---:|---:|---|---|---|---|",
-            *rows(lines),
-            "",
-            f"`python -m benchmarks.sparse_training.two_processes`; fine-tuning with `{options}` ({used}).",
-        ]
-    )
+        yield [net, dataset, f"{here[0]['dense']:.2f}", spread(one, seeds=2), spread(two, seeds=2),
+               f"{difference:+.2f} ± {error:.2f}", "yes" if abs(difference) <= 2 * error else "NO",
+               "yes" if alike else "NO", "yes" if same else "no", ", ".join(map(str, seeds))]  # fmt: skip
 
 
 def write_page(lines: list[dict[str, Any]], page: Path = PAGE) -> Path:
-    before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{after}", "utf-8")
-    return page
+    """Rewrite the table between the markers."""
+    versions = (
+        ", ".join(f"{name} {version}" for name, version in lines[-1]["versions"].items()) if lines else ""
+    )
+    cells = table(HEADS, rows(lines), "llrrrrllll")
+    return write_part(page, NAME, render("two_processes", table=cells, last=lines[-1:], versions=versions))
 
 
 def main() -> int:

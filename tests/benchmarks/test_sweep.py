@@ -83,7 +83,7 @@ def test_the_page_says_what_the_rows_say_and_leaves_the_rest(tmp_path: Path) -> 
     page.write_text("before <!-- sweep -->\nold\n<!-- /sweep --> after")
     options = {"net": "vgg16bn", "width": 0.125, "dataset": "cifar10", "images": 5000, "epochs": 4}
     result = {"options": {**options, "finetune_epochs": 1}, "rows": ROWS, "versions": {"torch": "2"}}
-    text = sweep_page.write_page(result, page).read_text()
+    text = sweep_page.make_page(result, page).read_text()
     assert "| 0.001 | strength | 90% | 90.00 | 20.00 | 79.10 | 0.610 | 0.180 |" in text
     assert "vgg16bn at width 0.125 on cifar10, 4 epochs on 5,000 images, 1 of fine-tuning" in text
     assert text.startswith("before ")
@@ -92,7 +92,7 @@ def test_the_page_says_what_the_rows_say_and_leaves_the_rest(tmp_path: Path) -> 
     assert (tmp_path / "sweep.svg").is_file()
     page.write_text("no place for it")
     with pytest.raises(SystemExit, match="lacks the markers"):
-        sweep_page.write_page(result, page)
+        sweep_page.make_page(result, page)
 
 
 def test_a_folder_holds_one_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
