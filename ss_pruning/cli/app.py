@@ -1,4 +1,4 @@
-"""The command line: `ss-prune prune`, `score`, `recover`, `export`, `bench`, `compare` and `doctor`."""
+"""The command line: `ss-prune prune`, `score`, `recover`, `finetune`, `export`, `bench`, `compare` and `doctor`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from ss_pruning.cli.request import (
     Source,
     Timed,
 )
+from ss_pruning.integrations.finetuning.options import Options, Sparsifying, Training
 
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
@@ -141,6 +142,29 @@ def recover(
         typer.echo(
             "\n".join([str(report), *(f"{name}: {value}" for name, value in facts.items())]), file=results
         )
+
+
+@app.command(help=texts.FINETUNE_HELP, epilog=texts.FINETUNE_EXAMPLES)
+@grouped
+def finetune(
+    model: option.ModelOrFile,
+    data: option.TrainingData,
+    training: Training,
+    sparsifying: Sparsifying,
+    weights: option.StartingWeights = None,
+    out: option.FinetuningFolder = Path("runs/finetune"),
+    export: option.FinetuningExport = None,
+) -> None:
+    """Train or fine-tune a model, prune it on the way, write the result."""
+    from ss_pruning.errors import InputError
+
+    places = {"model": model, "data": data, "weights": weights, "out": out, "export": export}
+    options = Options(**places, **vars(training), **vars(sparsifying))  # type: ignore[arg-type]
+    try:
+        from ss_pruning.integrations.finetuning.run import finetune
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs {error.name}: pip install 'ss-pruning[train]'") from error
+    finetune(options)
 
 
 @app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)

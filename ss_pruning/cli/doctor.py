@@ -23,7 +23,7 @@ PURPOSES = {
     "lightning": "training towards sparse synapses in Lightning",
     "onnx": "writing and checking ONNX files",
     "sweep": "sweeps over options with Ray Tune",
-    "train": "fine-tuning timm models with accelerate",
+    "train": "ss-prune finetune: with labels, in many processes, by accelerate",
     "plot": "pictures of the benchmarks",
     "docs": "building the documentation",
     "dev": "linter, type checker and tests",

@@ -18,10 +18,15 @@ import typer
 from ss_pruning import config
 from ss_pruning.cli.console import guarded
 from ss_pruning.errors import InputError
+from ss_pruning.integrations.finetuning.options import Sparsifying, Training
 
 CRITERION = "Criterion"
 #: Of configurations that do not decide what is cut.
-_PANELS: dict[type, str] = {config.Recovery: "Training"}
+_PANELS: dict[type, str] = {
+    config.Recovery: "Training",
+    Training: "Training",
+    Sparsifying: "Sparse training and pruning",
+}
 #: By class and field: what typer is told beside help, type and default.
 _TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Allocation, "max_ratio"): {"metavar": "0..1"},

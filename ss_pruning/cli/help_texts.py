@@ -77,6 +77,28 @@ Without any image:
     ss-prune recover runs/digits/model.safetensors --calibration synthetic --steps 200
 """
 
+FINETUNE_HELP = """Train or fine-tune on labelled images, prune on the way, in one or many processes.
+
+An epoch ends with a checkpoint in --out. The same command goes on from it, with any number of processes: \
+torchrun -m ss_pruning.cli finetune ..., or accelerate launch -m ss_pruning.cli finetune ... . Needs the extra train.
+"""
+
+FINETUNE_EXAMPLES = """
+[bold]Examples[/bold]
+
+Prune at once, fine-tune taught by the dense model, export:
+
+    ss-prune finetune resnet50 --weights resnet50.safetensors --data photos --latency 0.6 --distill 0.5 --export onnx
+
+Train towards sparse synapses, prune, go on:
+
+    ss-prune finetune resnet50 --data photos --penalty 1e-4 --prune-epoch 20 --sparsity 0.6 --macs 0.7
+
+Fine-tune what ss-prune prune or recover has written:
+
+    ss-prune finetune runs/r50/recovered.safetensors --data photos --epochs 10
+"""
+
 EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
 
 The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.

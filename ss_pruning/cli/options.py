@@ -267,3 +267,29 @@ RecoveredFile = Annotated[
     Path | None,
     _option(_OUTPUT, help="File to write.", metavar="FILE", show_default="recovered.safetensors beside FILE"),
 ]
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="As for ss-prune prune, or a model.safetensors that it wrote. A bare word is a name of timm's.",
+    ),
+]
+TrainingData = Annotated[
+    Path,
+    _option(_IMAGES, help="Folder with train/CLASS/* and val/CLASS/*.", metavar="DIR", show_default=False),
+]
+StartingWeights = Annotated[
+    Path | None,
+    _option(
+        _MODEL,
+        help="Where to start: weights, or a file of ss-prune.",
+        metavar="FILE",
+        show_default="random",
+    ),
+]
+FinetuningFolder = Annotated[Path, _option(_OUTPUT, help="Folder of checkpoints and results.", metavar="DIR")]
+FinetuningExport = Annotated[
+    Literal["onnx", "pt2"] | None,
+    _option(_OUTPUT, help="Write the result for another runtime, too.", metavar=None, show_default=False),
+]

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ss_pruning
@@ -38,6 +38,7 @@ pytest.importorskip("tensorboard", reason="an optional extra: pip install 'ss-pr
 from accelerate.state import AcceleratorState
 
 from examples import finetune_timm
+from ss_pruning.integrations.finetuning import run as finetuning
 from tests.support.killing import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +72,11 @@ def here(data: Path, out: Path, *options: str) -> int:
     """The example in this process."""
     AcceleratorState._reset_state(True)
     return finetune_timm.main([*SHORT, *options, "--data", str(data), "--out", str(out)])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What errors said, without the panel around it."""
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -113,7 +119,7 @@ def test_interrupted_it_ends_with_the_same_weights(
     epoch: int, whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the epoch that begins with the cut, and in the one after it."""
-    plain = finetune_timm.Run.step
+    plain = finetuning.Run.step
 
     def stops(self: Any, images: Any, labels: Any, step: int) -> Any:
         if step == self.steps * (epoch - 1) + 1:
@@ -121,9 +127,8 @@ def test_interrupted_it_ends_with_the_same_weights(
         return plain(self, images, labels, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_timm.Run, "step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            here(data, tmp_path, "test_resnet", *PRUNED)
+        patch.setattr(finetuning.Run, "step", stops)
+        assert here(data, tmp_path, "test_resnet", *PRUNED) == 130
     assert len(log_of(tmp_path)) == epoch - 1
     assert here(data, tmp_path, "test_resnet", *PRUNED) == 0
     first, second = checkpoint(whole), checkpoint(tmp_path)
@@ -196,30 +201,55 @@ def test_a_pruned_file_goes_on_with_its_zeros(data: Path, tmp_path: Path) -> Non
     assert not masks_of(tuned)
 
 
+def test_from_a_pruned_file_to_onnx(data: Path, tmp_path: Path) -> None:
+    """What ss-prune prune wrote is named as the model; the dense weights teach; the result runs elsewhere."""
+    runtime = pytest.importorskip("onnxruntime", reason="an optional extra: pip install 'ss-pruning[onnx]'")
+    pytest.importorskip("onnxscript", reason="an optional extra: pip install 'ss-pruning[onnx]'")
+    spec, dense, file = (
+        "timm:test_resnet,num_classes=3",
+        tmp_path / "dense.safetensors",
+        tmp_path / "p.safetensors",
+    )
+    torch.manual_seed(0)
+    model = ss_pruning.sources.models.build_model(spec)
+    save_file(model.state_dict(), dense)
+    ss_pruning.prune_(model, torch.zeros(1, 3, 32, 32), macs=0.6)
+    ss_pruning.save(model, file, spec)
+    options = ("--epochs", "1", "--teacher", str(dense), "--distill", "0.5", "--export", "onnx")
+    assert here(data, tmp_path / "out", str(file), *options) == 0
+    final = ss_pruning.load(tmp_path / "out" / "final.safetensors")
+    assert final.ss_pruning_plan == model.ss_pruning_plan
+    x = torch.randn(2, 3, 32, 32)
+    session = runtime.InferenceSession(tmp_path / "out" / "final.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), final(x).detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_another_recipe_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert here(data, tmp_path, "test_resnet", "--epochs", "1") == 0
     assert here(data, tmp_path, "test_resnet", "--epochs", "2") == 2
-    assert "of a run with other options" in capsys.readouterr().err
+    assert "of a run with other options" in said(capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert here(data, tmp_path, "test_resnet", "--epochs", "1", "--rate", "1e30") == 2
-    assert "the loss is nan in epoch 1: lower --rate" in capsys.readouterr().err
+    assert "the loss is nan in epoch 1: lower --rate" in said(capsys)
     assert not (tmp_path / "last.pt").exists()
 
 
 def test_missing_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert here(tmp_path, tmp_path / "out", "test_resnet") == 2
-    assert "needs the folders train and val" in capsys.readouterr().err
+    assert "needs the folders train and val" in said(capsys)
 
 
 def test_the_options_that_exclude_each_other_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for options in (["--distill", "0.5"], ["--prune-epoch", "3"]):
-        with pytest.raises(SystemExit):
-            finetune_timm.main(["test_resnet", "--data", "nowhere", *options])
-    assert "--prune-epoch needs --macs" in capsys.readouterr().err
+        assert finetune_timm.main(["test_resnet", "--data", "nowhere", *options]) == 2
+    text = said(capsys)
+    assert "--prune-epoch needs --macs" in text
+    assert "--distill needs a dense model" in text
 
 
 # ---------------------------------------------------------------- plans in several processes

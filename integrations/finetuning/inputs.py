@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 import ss_pruning
-from examples.finetune_options import Options
 from ss_pruning.errors import InputError
+from ss_pruning.integrations.finetuning.options import Options
+from ss_pruning.io.checkpoint import architecture_of
+from ss_pruning.sources.architecture_names import build_named
 from ss_pruning.sources.models import build_model, input_of
 from ss_pruning.sources.preprocessing import Preprocess, transform
 
@@ -29,6 +32,7 @@ class Draws(Sampler[int]):
         self.images, self.seed, self.epoch = images, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw for that epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -77,7 +81,7 @@ def loaders(options: Options, preprocess: Preprocess) -> tuple[DataLoader[Any], 
         raise InputError(f"'{options.data}' has other classes in train than in val")
     if len(train) < options.batch:
         raise InputError(f"{len(train)} images are less than one batch: lower --batch {options.batch}")
-    shared = {
+    shared: dict[str, Any] = {
         "batch_size": options.batch,
         "num_workers": options.workers,
         "pin_memory": torch.cuda.is_available(),
@@ -102,19 +106,39 @@ def spec_of(options: Options) -> str:
             )
     classes = sum(entry.is_dir() for entry in (options.data / "train").iterdir())
     name = named(options)
-    return name if "num_classes=" in name else f"{name},num_classes={classes}"
+    takes_classes = name.startswith(("timm:", "torchvision:")) and "num_classes=" not in name
+    return f"{name},num_classes={classes}" if takes_classes else name
 
 
 def named(options: Options) -> str:
+    """The architecture as the user says; a bare word is a name of timm's."""
     return options.model if ":" in options.model else f"timm:{options.model}"
+
+
+def with_file_opened(options: Options) -> Options:
+    """The same, with the architecture and the weights of a file of ours where that is the model.
+
+    Raises:
+        InputError: It names no architecture.
+    """
+    file = Path(options.model)
+    if not (file.is_file() and is_ours(file)):
+        return options
+    spec = architecture_of(file)
+    if spec is None:
+        raise InputError(
+            f"{str(file)!r} does not name its architecture: give that as MODEL, and the file as --weights"
+        )
+    build_named(spec, file)  # of what a file names only plain options are followed
+    return replace(options, model=spec, weights=file)
 
 
 def dense_model(options: Options, spec: str, weights: Path | None) -> nn.Module:
     """The architecture, with a new classifier where the weights are of other classes."""
-    if weights is None:
-        return build_model(spec)
-    (classes,) = map(int, re.findall(r"num_classes=(\d+)", spec))
-    model = build_model(named(options), weights)
+    found = re.search(r"num_classes=(\d+)", spec)
+    if weights is None or found is None:
+        return build_model(spec, weights)
+    model, classes = build_model(named(options), weights), int(found[1])
     if getattr(model, "num_classes", classes) != classes:
         model.reset_classifier(classes)  # type: ignore[operator]
     return model
