@@ -34,6 +34,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Source channels that feed the channels of one head of a consumer and no other, as queries and keys do.
+
+    Attributes:
+        width: Channels of a head; the consumer's are heads of this width, one after the other.
+        pairs: `[n, 2]`, source channel and number of the head.
+    """
+
+    width: int
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
 class Edge:
     """What one source hands to one call of one layer.
 
@@ -42,12 +55,14 @@ class Edge:
         call: Which call of the consumer this is (a module may run several times).
         pairs: `[n, 2]`, source channel and consumer channel.
         broadcast: Source channels of which one element feeds several channels at once.
+        heads: Of those, the ones that feed the channels of one head only.
     """
 
     source: str
     call: int
     pairs: Tensor
     broadcast: Tensor
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
             fed[pairs[:, 1] + into] |= edge.source not in connectivity.loose
             read[pairs[:, 0] + source] = True
             read[broadcast + source] = True
+            if edge.heads is not None:
+                heads = edge.heads.pairs.numpy()
+                broadcast = np.setdiff1d(broadcast, heads[:, 0])
+                channels = heads[:, 1:] * edge.heads.width + np.arange(edge.heads.width)
+                fed[channels + into] |= edge.source not in connectivity.loose
             frozen.append((broadcast + source, mixed))
     for path in connectivity.layers:
         reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])

@@ -4,7 +4,8 @@ From the connectivity (who feeds whom) three notions follow:
 
 * A **channel set** is a set of (layer, side, channel) slots that meet somewhere: a producer's output channel, the
   norms and depthwise layers it passes through, the elements of loose tensors along it, every consumer's input channel.
-  A channel set is cut as a whole or not at all.
+  A channel set is cut as a whole or not at all. A head of attention is one: its queries, keys and values, its channels
+  at the projection, its entries in tables.
 * A **subgroup** is a run of channel sets with the same pattern: the same layers on the same sides, neighbours in the
   producer that comes first, and the same block of every grouped layer they touch.
 * A **pruning group** is a set of subgroups of which the same share must go: the groups of a grouped convolution or a
@@ -25,7 +26,7 @@ from torch import nn
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.channel_index import Key, Side, Slots, components
-from ss_pruning.graph.connectivity import INPUT, Connectivity
+from ss_pruning.graph.connectivity import INPUT, Connectivity, Heads
 from ss_pruning.graph.exclusions import (
     IGNORED_REASON,
     UNEVEN_REASON,
@@ -74,6 +75,11 @@ class Subgroup:
     def root(self) -> Member:
         """The first producer: a layer whose output channels are the channel sets."""
         return self.members[0]
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether its channel sets are heads: several channels of the first producer each."""
+        return bool(self.root.index.shape[1] > 1)
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,22 @@ def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Mod
             pairs = edge.pairs.numpy()
             source = slots.start[slots.out_key[edge.source]]
             ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
+            if edge.heads is not None:
+                ties += _head_ties(edge.heads, source, into, slots.widths[slots.in_key(path)])
     for path, layer in connectivity.layers.items():
         if layer.kind == "depthwise":
             out = slots.numbers((path, "out"))
             multiplier = layer.outputs // layer.inputs
             ties.append(np.stack([slots.start[path, "in"] + np.arange(len(out)) // multiplier, out], 1))
     return np.concatenate(ties)
+
+
+def _head_ties(heads: Heads, source: int, into: int, width: int) -> tuple[Ints, Ints]:
+    """A head is one channel set: its channels at the consumer, and all that feeds them at once."""
+    channels, pairs = np.arange(width), heads.pairs.numpy()
+    first = channels - channels % heads.width
+    within = np.stack([channels + into, first + into], 1)
+    return within, np.stack([pairs[:, 0] + source, pairs[:, 1] * heads.width + into], 1)
 
 
 def _subgroups(
@@ -225,7 +241,8 @@ def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) ->
     members = [root, *(m for m in members if m is not root)]
     order = np.argsort(root.index[:, 0], kind="stable")
     members = [Member(m.path, m.side, m.index[order]) for m in members]
-    apart = np.diff(members[0].index[:, 0]) != 1
+    steps = np.diff(members[0].index[:, 0])
+    apart = steps != (1 if members[0].index.shape[1] == 1 else steps.min(initial=steps.max(initial=1)))
     for member in members[1:]:
         apart |= np.diff(member.index[:, 0]) < 0
     breaks = np.flatnonzero(apart) + 1

@@ -31,12 +31,13 @@ from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, ten
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.channel_labels import Labels
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, width
-from ss_pruning.graph.pooling_indices import TiedIndices
+from ss_pruning.graph.probe.channel_labels import Labels
+from ss_pruning.graph.probe.pooling_indices import TiedIndices
+from ss_pruning.graph.probe.pulls import Arrival, Leaf
+from ss_pruning.graph.probe.vjp_probe import SEED, pull, pull_output
 from ss_pruning.graph.refusals import check_bare, usable_inputs
-from ss_pruning.graph.vjp_probe import SEED, Arrival, Leaf, pull, pull_output
 
 #: The path of a layer (or the name of a loose tensor) and one of its channels.
 Source = tuple[str, int]

@@ -53,6 +53,10 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     biases: tuple[str, ...] = ()
 
+    def __deepcopy__(self, memo: Any) -> Plan:
+        """Itself, as it never changes: copies of a model that carries it need not copy all numbers in it."""
+        return self
+
     def apply_(self, model: nn.Module) -> nn.Module:
         """Cut `model` in place and note the plan on it (composed with the plan of an earlier cut).
 

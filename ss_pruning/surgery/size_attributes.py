@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity, pattern
-from ss_pruning.graph.groups import PruningGroup, Selection
+from ss_pruning.graph.groups import Key, PruningGroup, Selection, Subgroup
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
 
@@ -29,25 +30,28 @@ class SizeAttributes:
     """Before a module runs in the cut model, lets the numbers it stores follow the widths that changed.
 
     A number follows if it equals one old width that is known at this module, and that width became one new one:
-    first the widths that arrive here, else those of the layers inside (or beside, where none is inside) and the parts
-    into which their outputs split, else those of the outputs that split alone.
+    first what heads of attention make up (how many there are, and the widths that they share out) where their layers
+    are held, then the widths that arrive here, else those of the layers inside (or beside, where none is inside) and
+    the parts into which their outputs split, else those of the outputs that split alone.
     """
 
     def __init__(
         self,
         plan: Plan,
         arrivals: Mapping[str, list[tuple[int, ...]]],
-        parts: Mapping[str, list[tuple[int, int]]],
+        parts: Parts,
         fixed: Collection[Number],
     ) -> None:
-        self.arrivals, self.fixed = arrivals, fixed
+        self.arrivals, self.fixed, self.heads = arrivals, fixed, parts.heads
         self.found: list[Attribute] = []
         self.current = ""
         self.done: set[str] = set()
         self.inside: dict[str, list[tuple[int, int]]] = {}
         self.split: dict[str, list[tuple[int, int]]] = {}
         for cut in plan.cuts:
-            own = parts.get(cut.path, [])
+            if (cut.path, cut.side) in parts.by_head:
+                continue
+            own = parts.splits.get(cut.path, [])
             path = cut.path
             while path:
                 path = path.rpartition(".")[0]
@@ -68,7 +72,7 @@ class SizeAttributes:
             if old != new
         ]
         block = self._block(path, module)
-        known = (arrived, self.inside.get(block, []), self.split.get(block, []))
+        known = (self.heads.get(path, []), arrived, self.inside.get(block, []), self.split.get(block, []))
         self._follow(path, module, [_changes(pairs) for pairs in known])
 
     def _block(self, path: str, module: nn.Module) -> str:
@@ -167,19 +171,44 @@ def _stored_numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
                     yield name, position, int(item)
 
 
-def part_sizes(
-    groups: Sequence[PruningGroup], selection: Selection, connectivity: Connectivity
-) -> dict[str, list[tuple[int, int]]]:
-    """By layer that touches an output that splits: old and new size of each part of it, and of the whole."""
-    parts: dict[str, list[tuple[int, int]]] = {}
+@dataclass
+class Parts:
+    """Sizes of what outputs consist of, old and new.
+
+    Attributes:
+        splits: By layer that touches an output that splits: of each part of it, and of the whole.
+        heads: By module that holds a layer of attention: of how many heads, and of the width that they have there.
+        by_head: Layer sides and tables with one channel a head: their widths are not those of channels elsewhere.
+    """
+
+    splits: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    heads: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    by_head: set[Key] = field(default_factory=set)
+
+
+def part_sizes(groups: Sequence[PruningGroup], selection: Selection, connectivity: Connectivity) -> Parts:
+    """What the cut makes of parts of outputs and of heads."""
+    parts = Parts()
     for group in groups:
         sizes = []
         for subgroup in group.subgroups:
             path, side = subgroup.root.path, subgroup.root.side
             if (path, side) in selection and subgroup.size < connectivity.layers[path].outputs:
-                left = np.isin(subgroup.root.index[:, 0], selection[path, side]).sum()
-                sizes.append((subgroup.size, int(left)))
+                left = int(np.isin(subgroup.root.index[:, 0], selection[path, side]).sum())
+                if subgroup.of_heads:
+                    _add_heads(parts, subgroup, left)
+                    continue
+                sizes.append((subgroup.size, left))
                 sizes.append((connectivity.layers[path].outputs, len(selection[path, side])))
         for path in group.paths() if sizes else ():
-            parts.setdefault(path, []).extend(sizes)
+            parts.splits.setdefault(path, []).extend(sizes)
     return parts
+
+
+def _add_heads(parts: Parts, subgroup: Subgroup, left: int) -> None:
+    for member in subgroup.members:
+        width = member.index.shape[1]
+        sizes = parts.heads.setdefault(member.path.rpartition(".")[0], [])
+        sizes += [(subgroup.size, left), (subgroup.size * width, left * width)]
+        if width == 1:
+            parts.by_head.add((member.path, member.side))

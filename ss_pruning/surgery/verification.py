@@ -113,6 +113,8 @@ class Verifier:
         #: Names of what the model returns that depends on its layers, all if None.
         self.telling: frozenset[str] | None = None
         self.failures = 0
+        #: What the masked model returns and decides, while one selection is tried with several sets of numbers.
+        self.masked_run: tuple[Any, list[Decision]] | None = None
         # Stored numbers of alike blocks that are known to follow a cut, and ones that need not.
         self.needed: set[Number] = set()
         self.idle = never_named(model)
@@ -163,12 +165,15 @@ class Verifier:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
         attempt = partial(self._verify, plan, selection, groups, locate=locate, reorder=True)
+        self.masked_run = None
         try:
             with self.watch():
                 verified = self._with_fewest_numbers(attempt, frozenset(fixed), last=not locate)
         except VerificationError:
             self.failures += 1
             raise
+        finally:
+            self.masked_run = None
         followed = verified.followed()
         more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
         plan = verified.plan
@@ -232,7 +237,9 @@ class Verifier:
             _run_cut(
                 self.precise(ghost), _to_meta(self.inputs), SizeAttributes(plan, self.arrivals, parts, fixed)
             )
-        expected, decisions = self._masked(selection)
+        if self.masked_run is None:
+            self.masked_run = self._masked(selection)
+        expected, decisions = self.masked_run
         small = _cut(self.dense, plan)
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         twin = self.precise(small)

@@ -8,84 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from ss_pruning._utils.arrays import Ints
-from ss_pruning.graph.channel_labels import (
-    Labels,
-    Pulled,
-    Sharing,
-    aligned_axis,
-    decode,
-    label_of,
-    rows_along,
-)
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
+from ss_pruning.graph.probe.channel_labels import Labels, label_of, rows_along
+from ss_pruning.graph.probe.heads import with_heads
+from ss_pruning.graph.probe.pulls import Arrival, Feed, Leaf, Span, all_channels, heard, pull_batch
 
 #: Of all randomness in the probe.
 SEED = 20181811
 # From so many channels on, a broadcast may turn out to be a stream that arrives more than once.
 _STREAM = 8
-
-
-@dataclass
-class Leaf:
-    """A tensor that was cut loose, and the axis that holds its channels (-1: not yet known, a loose tensor)."""
-
-    source: str
-    tensor: Tensor
-    axis: int
-
-    @property
-    def end(self) -> Tensor:
-        """Where a pull ends."""
-        return self.tensor
-
-
-@dataclass
-class Arrival:
-    """The input of one layer call, still attached to the leaves before it.
-
-    Attributes:
-        path: Of the layer.
-        tensor: A clone of what arrived.
-        axis: The one that holds the channels.
-        index: Which call of the layer it is.
-        end: The place of what arrived itself in the graph, where pulls from later arrivals may end; None without one.
-    """
-
-    path: str
-    tensor: Tensor
-    axis: int
-    index: int
-    end: GradientEdge | None = None
-
-
-@dataclass(frozen=True)
-class _Feed:
-    """What a leaf, or what arrived earlier, feeds.
-
-    Attributes:
-        source: Either.
-        axis: Where its channels lie.
-        pairs: `[n, 2]`, its channels and the arrival's.
-        broadcast: Its channels of which one element feeds several.
-        whole: Whether each of its elements feeds something.
-        settled: Whether its broadcast channels have been looked at more closely.
-    """
-
-    source: Leaf | Arrival
-    axis: int
-    pairs: Tensor
-    broadcast: Tensor
-    whole: bool = True
-    settled: bool = False
-
-    @property
-    def hands_on(self) -> bool:
-        """Whether it is handed on whole, channel by channel: what fed it feeds what it feeds."""
-        one_to_one = all(len(side.unique()) == len(side) for side in self.pairs.unbind(1))
-        return self.whole and not len(self.broadcast) and one_to_one
 
 
 def _look_back(
@@ -144,9 +76,11 @@ def pull(
 
     A pull ends at what arrived at an earlier layer, if it is handed on channel by channel: its sources are known then.
     """
-    known: dict[int, list[_Feed]] = {}  # by `id` of the arrival
-    for arrival, near in zip(arrivals, _pull_near(arrivals, leaves, labels), strict=True):
-        feeds = _with_those_before(near, known)
+    known: dict[int, list[Feed]] = {}  # by `id` of the arrival
+    horizons = _horizons(arrivals, leaves)
+    near = _pull_near(arrivals, horizons, labels)
+    for arrival, horizon, direct in zip(arrivals, horizons, near, strict=True):
+        feeds = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
         known[id(arrival)] = feeds = [_resolved(arrival, feed, labels, feeds) for feed in feeds]
         for feed in feeds:
             leaf = feed.source
@@ -154,20 +88,19 @@ def pull(
             if leaf.axis < 0:
                 size = leaf.tensor.shape[feed.axis]
                 connectivity.loose.setdefault(leaf.source, LooseTensor(leaf.source, feed.axis, size))
-            edge = Edge(leaf.source, arrival.index, feed.pairs, feed.broadcast)
+            edge = Edge(leaf.source, arrival.index, feed.pairs, feed.broadcast, feed.heads)
             connectivity.edges[arrival.path].append(edge)
 
 
-def _pull_near(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels) -> list[list[_Feed]]:
+def _pull_near(arrivals: Sequence[Arrival], horizons: Sequence[_Horizon], labels: Labels) -> list[list[Feed]]:
     """For each arrival what feeds it: leaves, and what arrived earlier where that is handed on channel by channel."""
-    horizons = _horizons(arrivals, leaves)
-    found: list[list[_Feed]] = [[] for _ in arrivals]
+    found: list[list[Feed]] = [[] for _ in arrivals]
     todo = [i for i, horizon in enumerate(horizons) if horizon.all]
     for far in (False, True):
         for numbers in _apart({i: horizons[i].all for i in todo}):
             ends = [_ends(horizons[i], arrivals, far) for i in numbers]
             batch = [(arrivals[i], near) for i, near in zip(numbers, ends, strict=True)]
-            for i, feeds in zip(numbers, _pull_batch(batch, labels), strict=True):
+            for i, feeds in zip(numbers, pull_batch(batch, labels), strict=True):
                 found[i] = feeds
         todo = [i for i in todo if not all(isinstance(f.source, Leaf) or f.hands_on for f in found[i])]
     return found
@@ -180,7 +113,7 @@ def _ends(horizon: _Horizon, arrivals: Sequence[Arrival], far: bool) -> list[Lea
     return [*horizon.leaves, *(arrivals[j] for j in horizon.passed)]
 
 
-def _with_those_before(near: Sequence[_Feed], known: Mapping[int, Sequence[_Feed]]) -> list[_Feed]:
+def _with_those_before(near: Sequence[Feed], known: Mapping[int, Sequence[Feed]]) -> list[Feed]:
     """Feeds from leaves alone: what feeds an earlier arrival feeds what that feeds."""
     feeds = {id(feed.source): feed for feed in near if isinstance(feed.source, Leaf)}
     direct = set(feeds)
@@ -196,24 +129,26 @@ def _with_those_before(near: Sequence[_Feed], known: Mapping[int, Sequence[_Feed
                 pairs = torch.cat([feeds[key].pairs, pairs]).unique(dim=0)
                 broadcast = torch.cat([feeds[key].broadcast, broadcast]).unique()
                 pairs = pairs[~torch.isin(pairs[:, 0], broadcast)]
-            feeds[key] = replace(feed, pairs=pairs, broadcast=broadcast, settled=True)
+            feeds[key] = replace(feed, pairs=pairs, broadcast=broadcast, settled=True, heads=None)
     return [*feeds.values()]
 
 
-def _resolved(arrival: Arrival, feed: _Feed, labels: Labels, others: Sequence[_Feed]) -> _Feed:
+def _resolved(arrival: Arrival, feed: Feed, labels: Labels, others: Sequence[Feed]) -> Feed:
     """The same, with channels that feed several told apart as far as that goes."""
     leaf = feed.source
-    if feed.settled or not isinstance(leaf, Leaf) or leaf.axis < 0 or not len(feed.broadcast):
+    if feed.settled or not isinstance(leaf, Leaf) or leaf.axis < 0:
         return feed
-    more, broadcast = _pull_blocks(arrival, leaf, labels, others, feed.broadcast)
+    apart = feed.broadcast if feed.heads is None else feed.heads.pairs[:, 0]
+    broadcast = feed.broadcast if feed.heads is None else feed.broadcast[~torch.isin(feed.broadcast, apart)]
+    if not len(broadcast):
+        return feed
+    more, broadcast = _pull_blocks(arrival, leaf, labels, others, broadcast)
     pairs = torch.cat([feed.pairs, more])
-    if not len(broadcast) or _mixed(arrival, leaf, broadcast):
-        return replace(feed, pairs=pairs, broadcast=broadcast)
-    pairs, broadcast = _pull_parts(arrival, leaf, labels, _whole(arrival), pairs, broadcast)
+    if len(broadcast) and not _mixed(arrival, leaf, labels, broadcast):
+        pairs, broadcast = _pull_parts(arrival, leaf, labels, all_channels(arrival), pairs, broadcast)
+    if feed.heads is not None:
+        broadcast = torch.cat([broadcast, apart]).unique()
     return replace(feed, pairs=pairs, broadcast=broadcast)
-
-
-_Span = tuple[int, int]
 
 
 def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
@@ -232,62 +167,8 @@ def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
     return [numbers for numbers, _ in batches]
 
 
-def _whole(arrival: Arrival) -> _Span:
-    return 0, arrival.tensor.shape[arrival.axis]
-
-
-def _pull_batch(
-    batch: Sequence[tuple[Arrival, Sequence[Leaf | Arrival]]],
-    labels: Labels,
-    span: _Span | None = None,
-    sharing: Sharing = None,
-) -> list[list[_Feed]]:
-    """For each arrival what feeds it, seen from its channels in `span`; no two arrivals see the same leaf."""
-    ends: list[Any] = [source.end for _, near in batch for source in near]
-    cotangents = [_cotangents(arrival, labels, span or _whole(arrival), sharing) for arrival, _ in batch]
-    pulls = zip(
-        *(
-            torch.autograd.grad(
-                [arrival.tensor for arrival, _ in batch],
-                ends,
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for cotangent in zip(*(c for c, _ in cotangents), strict=True)
-        ),
-        strict=True,
-    )
-    found: list[list[_Feed]] = []
-    reached: list[tuple[int, Leaf | Arrival, Pulled]] = []
-    for number, ((_, near), (_, permuted)) in enumerate(zip(batch, cotangents, strict=True)):
-        found.append([])
-        for source in near:
-            known = [g for g in next(pulls) if g is not None and g.numel()]
-            # A loose tensor counts if its elements follow the channels along some axis.
-            axis = source.axis if source.axis >= 0 or len(known) < 3 else aligned_axis(known, permuted)
-            if len(known) == 3 and axis is not None:
-                reached.append((number, source, Pulled(known, axis, permuted)))
-    decoded = decode([pulled for *_, pulled in reached])
-    for (number, source, pulled), (pairs, broadcast) in zip(reached, decoded, strict=True):
-        if len(pairs) or len(broadcast):
-            whole = isinstance(source, Leaf) or bool(pulled.gradients[0].all())
-            found[number].append(_Feed(source, pulled.axis, pairs, broadcast, whole))
-    return found
-
-
-def _cotangents(arrival: Arrival, labels: Labels, span: _Span, sharing: Sharing) -> tuple[list[Tensor], Ints]:
-    """What to pull with, 0 outside the channels of `span`, and the permuted labels."""
-    *cotangents, permuted = labels(arrival.tensor, arrival.axis, sharing)
-    if span != _whole(arrival):
-        inside = torch.zeros_like(cotangents[0])
-        inside.narrow(arrival.axis, span[0], span[1] - span[0]).fill_(1)
-        cotangents = [c * inside for c in cotangents]
-    return cotangents, permuted
-
-
 def _pull_blocks(
-    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[_Feed], broadcast: Tensor
+    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[Feed], broadcast: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tell which channels feed a block of channels of their own: pooled (to more places than there were) and flattened.
 
@@ -303,7 +184,7 @@ def _pull_blocks(
         block = torch.from_numpy(label_of(sharing, n))
         if any(_tells_apart(feed.pairs, block) for feed in found):
             continue
-        for feed in _pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
+        for feed in pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
             blocks = feed.pairs[torch.isin(feed.pairs[:, 0], broadcast)]
             at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
             resolved.append(torch.stack([blocks[at, 0], listeners], 1))
@@ -317,20 +198,18 @@ def _tells_apart(pairs: Tensor, block: Tensor) -> bool:
     return len(into.unique()) < len(into)
 
 
-def _mixed(arrival: Arrival, leaf: Leaf, broadcast: Tensor) -> bool:
+def _mixed(arrival: Arrival, leaf: Leaf, labels: Labels, broadcast: Tensor) -> bool:
     """Whether one channel hears many of those that feed several, as in attention; of a stream that comes twice, one."""
-    cotangent = torch.zeros_like(arrival.tensor)
-    cotangent.select(arrival.axis, arrival.tensor.shape[arrival.axis] // 2).fill_(1)
-    cotangent *= torch.linspace(0.5, 1.5, cotangent.numel()).reshape(cotangent.shape).to(cotangent)
-    (heard,) = torch.autograd.grad(arrival.tensor, [leaf.tensor], cotangent, retain_graph=True)
-    return int(rows_along(heard, leaf.axis)[broadcast.to(heard.device)].any(1).sum()) >= _STREAM
+    middle = arrival.tensor.shape[arrival.axis] // 2
+    (hears,) = heard(arrival, [leaf], labels, (middle, middle + 1))
+    return int(hears[broadcast].sum()) >= _STREAM
 
 
 def _pull_parts(
     arrival: Arrival,
     leaf: Leaf,
     labels: Labels,
-    span: _Span,
+    span: Span,
     pairs: Tensor,
     broadcast: Tensor,
     patience: int = 2,
@@ -344,7 +223,7 @@ def _pull_parts(
     if span[1] - span[0] < 2:
         return pairs, broadcast
     spans = ((span[0], middle), (middle, span[1]))
-    halves = [_pull_batch([(arrival, [leaf])], labels, half)[0] for half in spans]
+    halves = [pull_batch([(arrival, [leaf])], labels, half)[0] for half in spans]
     mixed = torch.cat([broadcast[:0], *(feed.broadcast for half in halves for feed in half)]).unique()
     if not set(broadcast.tolist()) - set(mixed.tolist()):
         patience -= 1

@@ -1,0 +1,155 @@
+"""Small models with attention of many forms, each naming what belongs to one of its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Layer side or loose tensor, by path, and the channels there that are of one head.
+Head = dict[tuple[str, str], list[int]]
+
+
+def runs(head: int, width: int, parts: int = 1, heads: int = 0) -> list[int]:
+    """Channels of a head of `width` in a layer that puts out `parts` (queries, keys, values) of `heads` each."""
+    return [part * heads * width + head * width + i for part in range(parts) for i in range(width)]
+
+
+class Fused(nn.Module):
+    """Queries, keys and values from one layer; how wide a head is follows from the scale that is stored."""
+
+    def __init__(self, dim: int = 12, heads: int = 4, width: int = 5) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width
+        self.attn_dim = heads * width
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim)
+        self.proj = nn.Linear(self.attn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.join(F.scaled_dot_product_attention(q, k, v))
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def join(self, y: Tensor) -> Tensor:
+        return self.proj(y.transpose(1, 2).reshape(len(y), -1, self.attn_dim))
+
+    def truth(self, head: int) -> Head:
+        h, w = self.num_heads, self.head_dim
+        return {("qkv", "out"): runs(head, w, 3, h), ("proj", "in"): runs(head, w)}
+
+
+class Biased(Fused):
+    """With a table of biases and a temperature, both by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, self.num_heads))
+        self.temperature = nn.Parameter(torch.rand(self.num_heads, 1, 1) + 0.5)
+        self.register_buffer("index", torch.arange(36).reshape(6, 6) % 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        bias = self.table[self.index.flatten()].view(6, 6, -1).permute(2, 0, 1)
+        return self.join((q @ k.mT * self.temperature + bias).softmax(-1) @ v)
+
+    def truth(self, head: int) -> Head:
+        return super().truth(head) | {("table", "tensor"): [head], ("temperature", "tensor"): [head]}
+
+
+class Grouped(nn.Module):
+    """Three heads of queries share one of keys and values: they go together."""
+
+    def __init__(self, dim: int = 12, groups: int = 4, width: int = 2) -> None:
+        super().__init__()
+        self.groups, self.width = groups, width
+        self.q, self.k, self.v = (nn.Linear(dim, n * groups * width) for n in (3, 1, 1))
+        self.o = nn.Linear(3 * groups * width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(3, 1) for t in (k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def truth(self, head: int) -> Head:
+        wide, narrow = runs(head, 3 * self.width), runs(head, self.width)
+        return {("q", "out"): wide, ("k", "out"): narrow, ("v", "out"): narrow, ("o", "in"): wide}
+
+
+class Crossed(Fused):
+    """Channels attend to channels of their head, so that values mix, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.mT for t in self.split(x))
+        return self.join(((F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v).mT)
+
+
+class OfMaps(nn.Module):
+    """Attention between the places of a map, and a norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 3, 4
+        self.qkv = nn.Conv2d(12, 36, 1)
+        self.norm = nn.BatchNorm2d(12)
+        self.out = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x.mT.unsqueeze(-1))
+        q, k, v = y.flatten(2).view(len(y), 3, self.heads, self.width, -1).unbind(1)
+        mixed = v @ (q.mT @ k).softmax(-1).mT
+        return self.out(self.norm(mixed.reshape(len(y), -1, *y.shape[2:])).relu()).flatten(2).mT
+
+    def truth(self, head: int) -> Head:
+        own = runs(head, self.width)
+        return {("qkv", "out"): runs(head, self.width, 3, 3), ("norm", "through"): own, ("out", "in"): own}
+
+
+class Fixed(Fused):
+    """Knows by heart how many heads there are."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).reshape(*x.shape[:2], 3, 4, 5).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Gated(Fused):
+    """Queries are a gate for all heads, too, so that none of them can go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        gate = q.mean((1, 2, 3), keepdim=True).sigmoid()
+        return self.join(F.scaled_dot_product_attention(q, k, v) * gate)
+
+
+class Block(nn.Module):
+    """Attention and a perceptron on one residual stream, with an image's patches in and two classes out."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 12, 2, 2)
+        self.norm1, self.attn = nn.LayerNorm(12), attention
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(12), nn.Linear(12, 16), nn.Linear(16, 12)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).mT
+        x = x + self.attn(self.norm1(x))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return self.head(self.norm(x).mean(1))
+
+
+ATTENTION: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps)
+}
+#: Of an image with six patches.
+EXAMPLE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def block(name: str) -> Block:
+    """A block with attention of one form, the same each time."""
+    torch.manual_seed(0)
+    return Block(ATTENTION[name]()).eval()
