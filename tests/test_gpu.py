@@ -132,7 +132,7 @@ def test_nothing_else_changes(method: Any) -> None:
     assert torch.cuda.memory_allocated() <= held
 
 
-def test_distilled_images_are_made_there() -> None:
+def test_synthetic_images_are_made_there() -> None:
     net = BY_NAME["residual_chain"]
     found = synthesize(net.make().to(GPU), net.inputs[0].to(GPU), images=16, steps=5)
     assert found.device.type == "cuda"

@@ -212,7 +212,7 @@ def test_options_reach_the_core(net: str, photos: Path, options: tuple[Any, ...]
         assert all(2 * entry["outputs_after"] >= entry["outputs_before"] for entry in values["layers"])
 
 
-def test_data_moments_read_the_calibration_images(
+def test_data_statistics_read_the_calibration_images(
     net: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -240,7 +240,7 @@ def test_compensation_calibrates_on_what_was_asked_for(
 
 
 @pytest.mark.parametrize("scope", [(), ("--scope", "sensitivity")])
-def test_damage_is_measured_on_images_without_compensation_too(
+def test_output_error_is_measured_on_images_without_compensation_too(
     scope: tuple[str, ...], net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path / "cache"))

@@ -150,7 +150,7 @@ class Overflowing(Net):
         ),
     ],
 )
-def test_a_model_that_cannot_be_distilled_says_so_and_is_left_alone(
+def test_a_model_that_has_no_synthetic_images_says_so_and_is_left_alone(
     make: Any, example: Tensor, message: str
 ) -> None:
     net = make().train()
@@ -240,7 +240,7 @@ def test_an_unwritable_cache_costs_only_time(net: Net, cache: Path) -> None:
     assert len(synthetic_images(net, EXAMPLE, **FEW)) == 8
 
 
-def test_prune_distils_from_the_dense_model(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_makes_synthetic_images_from_the_dense_model(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     images = synthetic_images(net, EXAMPLE, images=256)
     stages: list[str] = []
     torch.manual_seed(0)

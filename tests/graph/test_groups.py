@@ -50,7 +50,7 @@ def words(model: nn.Module, path: str, side: str) -> list[tuple[str, str]]:
 
 
 @with_channel_sets
-def test_families_equal_the_truth(net: Net) -> None:
+def test_channel_sets_equal_the_truth(net: Net) -> None:
     model, coupling = coupling_of(net)
     found = [
         f
@@ -63,7 +63,7 @@ def test_families_equal_the_truth(net: Net) -> None:
 
 
 @pytest.mark.parametrize("net", [n for n in ZOO if n.balanced], ids=lambda net: net.name)
-def test_balanced_parts_are_cells_of_one_unit(net: Net) -> None:
+def test_balanced_parts_are_subgroups_of_one_group(net: Net) -> None:
     """Each part is made of whole subgroups, as many and as large as the next part's, all of one group."""
     model, coupling = coupling_of(net)
     for constraint in net.balanced:

@@ -41,7 +41,7 @@ def test_every_layer_that_runs_has_a_truth(net: Net) -> None:
 
 
 @every_net
-def test_families_are_disjoint_and_hold_every_consumer(net: Net) -> None:
+def test_channel_sets_are_disjoint_and_hold_every_consumer(net: Net) -> None:
     channel_sets = net.channel_sets or set()
     members = [member for channel_set in channel_sets for member in channel_set]
     assert len(members) == len(set(members))
@@ -149,7 +149,7 @@ def cut_grouped(layer: nn.Module, pruned_in: set[int], pruned_out: set[int]) -> 
 
 
 @pytest.mark.parametrize("net", [n for n in ZOO if n.channel_sets and not n.static], ids=lambda net: net.name)
-def test_families_are_enough_to_slice(net: Net) -> None:
+def test_channel_sets_are_enough_to_slice(net: Net) -> None:
     """Slicing all members of some channel sets leaves a net that runs, equal to the masked one where defined."""
     model, channel_sets = net.make(), removable(net)
     assert channel_sets

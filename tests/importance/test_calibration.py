@@ -256,7 +256,7 @@ def test_a_broken_image_is_named(method: str, value: float) -> None:
     assert snapshot(model) == before
 
 
-def test_a_broken_image_among_moments_is_named() -> None:
+def test_a_broken_image_among_those_for_statistics_is_named() -> None:
     importance = SynapticImportance(statistics=[IMAGES, IMAGES / 0])
     with pytest.raises(InputError, match="batch 1 holds NaN or Inf at index 0"):
         prune_(made(), IMAGES[:1], ratio=0.4, importance=importance)
@@ -311,7 +311,7 @@ def test_what_is_missing_of_several_inputs_is_named(example: Any, calibration: A
         prune_(made(Two), example, ratio=0.4, compensation="mean", calibration=calibration)
 
 
-def test_a_generator_of_moments_serves_every_step() -> None:
+def test_a_generator_for_statistics_serves_every_step() -> None:
     x = IMAGES[:1]
 
     def widths(statistics: Any) -> Iterator[int]:

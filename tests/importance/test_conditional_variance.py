@@ -96,7 +96,7 @@ def test_covariances_are_those_of_all_positions(split: tuple[int, ...]) -> None:
     assert groups_of(model[2]) == 2
 
 
-def test_moments_are_as_exact_as_the_model_and_no_coarser_than_single_precision() -> None:
+def test_statistics_are_as_exact_as_the_model_and_no_coarser_than_single_precision() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)).eval()
     x = 5 + torch.randn(5, 3, 9, 9)

@@ -254,7 +254,9 @@ def silent(done: int) -> None:
 
 @pytest.mark.parametrize("method", ["none", "mean", "linear"])
 @torch.no_grad()
-def test_behind_the_last_layer_but_one_the_closed_form_tells_the_damage_of_all_widths(method: Method) -> None:
+def test_behind_the_last_layer_but_one_the_closed_form_tells_the_output_error_of_all_widths(
+    method: Method,
+) -> None:
     """What a 1x1 convolution loses there is what the output loses, so one measured width is enough to know the rest."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
@@ -340,7 +342,7 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
 
 
 @torch.no_grad()
-def test_what_the_others_can_tell_does_no_damage() -> None:
+def test_what_the_others_can_tell_costs_nothing() -> None:
     model = chain()
     for tensor in (model[0].weight, model[0].bias, *model[1].parameters(), *list(model[1].buffers())[:2]):
         tensor[7] = tensor[2]  # the same channel twice
@@ -350,7 +352,7 @@ def test_what_the_others_can_tell_does_no_damage() -> None:
 
 
 @torch.no_grad()
-def test_what_the_layers_behind_make_up_for_does_no_damage() -> None:
+def test_what_the_layers_behind_make_up_for_costs_nothing() -> None:
     model = chain()
     model[3].weight[:, 6] = 0
     model[3].weight[2] = 0  # an output that reads channel 6 and nothing else,
@@ -376,7 +378,7 @@ def test_the_hull_is_below_all_points_and_bends_upwards(values: list[float], dat
     st.lists(st.floats(0, 1), min_size=1, max_size=3),
     st.booleans(),
 )
-def test_what_steps_add_grows_and_sums_to_the_damage(
+def test_what_steps_add_grows_and_sums_to_the_output_error(
     scores: list[float], sensitivity: list[float], dead: bool
 ) -> None:
     ascending = np.sort(np.array(scores)) * (not dead)
@@ -412,7 +414,7 @@ def residual() -> nn.Module:
     return Net().eval()
 
 
-def test_the_order_within_a_unit_is_that_of_the_scores() -> None:
+def test_the_order_within_a_group_is_that_of_the_scores() -> None:
     model, x = residual(), images()
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
@@ -791,7 +793,7 @@ READERS = {
 @pytest.mark.parametrize("method", ["none", "mean", "linear"])
 @pytest.mark.parametrize("consumer", READERS)
 @torch.no_grad()
-def test_predicted_damage_is_true_damage(consumer: str, method: Any) -> None:
+def test_predicted_output_error_is_the_measured_one(consumer: str, method: Any) -> None:
     """Measured, and then cut and compensated on the same images."""
     torch.manual_seed(0)
     model = nn.Sequential(

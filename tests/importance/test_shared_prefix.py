@@ -118,7 +118,7 @@ def test_the_outputs_are_those_of_all_copies(net: Net) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_damage_is_measured_in_any_mode(mode: Any) -> None:
+def test_output_error_is_measured_in_any_mode(mode: Any) -> None:
     net = nn.Sequential(block(4), block(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     x = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     with mode():

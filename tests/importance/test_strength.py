@@ -222,7 +222,7 @@ def rescale(layer: nn.Module, factor: Tensor) -> None:
 
 
 @pytest.mark.parametrize("act", ["plain", "leaky", "silu", "hardswish", "relu6", "negative_and_zero_gammas"])
-def test_gaussian_moments_equal_a_long_simulation(act: str) -> None:
+def test_gaussian_statistics_equal_a_long_simulation(act: str) -> None:
     """Each norm's output is `gamma z + beta`; then the activation, and a 2x2 maximum before conv3."""
     net = BY_NAME[act]
     model = net.make()
@@ -237,7 +237,7 @@ def test_gaussian_moments_equal_a_long_simulation(act: str) -> None:
         torch.testing.assert_close(strengths[path].double(), expected, rtol=0.05, atol=1e-6)
 
 
-def test_gaussian_moments_of_a_rectifier_in_closed_form() -> None:
+def test_gaussian_statistics_of_a_rectifier_in_closed_form() -> None:
     net = BY_NAME["inplace"]
     model = net.make()
     scales = []
@@ -251,7 +251,7 @@ def test_gaussian_moments_of_a_rectifier_in_closed_form() -> None:
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
 
 
-def test_gaussian_moments_look_at_the_shape_of_the_example_only() -> None:
+def test_gaussian_statistics_look_at_the_shape_of_the_example_only() -> None:
     """Neither the values of the example nor its batch size (a head sees one vector an image) may matter."""
     net = BY_NAME["plain"]
     model = net.make()
@@ -264,7 +264,7 @@ def test_gaussian_moments_look_at_the_shape_of_the_example_only() -> None:
     assert all(s.gt(0).all() for s in a.values())
 
 
-def test_gaussian_moments_are_reproducible() -> None:
+def test_gaussian_statistics_are_reproducible() -> None:
     net = BY_NAME["residual_chain"]
     model = net.make()
     a = synaptic_strength(model, net.example, statistics="gaussian")
@@ -277,7 +277,7 @@ def test_gaussian_moments_are_reproducible() -> None:
     "name",
     ["plain", "residual_chain", "dense", "squeeze_excite_conv", "padded_shortcut", "grouped", "layer_norm"],
 )
-def test_data_moments_equal_what_is_measured(name: str) -> None:
+def test_data_statistics_equal_what_is_measured(name: str) -> None:
     net = BY_NAME[name]
     model = net.make()
     generator = torch.Generator().manual_seed(2)
@@ -303,7 +303,7 @@ def measured_variances(model: nn.Module, path: str, batches: list[Tensor]) -> li
     return [float(((row - row.mean()) ** 2).mean()) for row in everything]
 
 
-def test_data_moments_take_images_with_labels() -> None:
+def test_data_statistics_take_images_with_labels() -> None:
     net = BY_NAME["plain"]
     model = net.make()
     images = torch.randn(32, *net.shapes[0][1:])
@@ -339,7 +339,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         synaptic_strength(model, net.example)
 
 
-def test_unknown_moments_are_refused_by_name() -> None:
+def test_unknown_statistics_are_refused_by_name() -> None:
     net = BY_NAME["plain"]
     with pytest.raises(InputError, match=r"batchnorm.*gaussian"):
         synaptic_strength(net.make(), net.example, statistics="gausian")

@@ -269,7 +269,7 @@ def test_a_regulariser_skips_what_its_importance_does_not_know() -> None:
 
 
 @with_net
-def test_groups_hold_whole_families(net: Net) -> None:
+def test_groups_hold_whole_channel_sets(net: Net) -> None:
     model = net.make()
     graph = ours.ChannelGraph().build_dependency(model, net.example)
     known = {

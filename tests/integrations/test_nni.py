@@ -186,7 +186,7 @@ def test_every_kind_of_layer(name: str, granularity: str) -> None:
 
 
 @pytest.mark.parametrize("statistics", ["gaussian", [IMAGES]])
-def test_other_moments(statistics: Any) -> None:
+def test_other_statistics(statistics: Any) -> None:
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     masks = compress(SynapticStrengthPruner(grouped(), config, IMAGES, statistics=statistics))
     assert sparsity(masks["conv3"]["weight"]) == pytest.approx(0.5)

@@ -178,7 +178,7 @@ def test_normalizers(normalizer: str) -> None:
 
 
 @pytest.mark.parametrize("statistics", ["gaussian", "data"])
-def test_other_moments(statistics: str) -> None:
+def test_other_statistics(statistics: str) -> None:
     net = BY_NAME["residual"]
     model = net.make()
     batches = [torch.randn(16, 3, 16, 16) for _ in range(2)]

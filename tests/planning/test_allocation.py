@@ -51,7 +51,7 @@ class Given:
 
 @pytest.mark.parametrize("name", ["residual_chain", "dense", "grouped", "separable", "flattened"])
 @pytest.mark.parametrize("kind", ["macs", "params"])
-def test_what_a_family_costs_is_what_the_costs_say(name: str, kind: str) -> None:
+def test_what_a_channel_set_costs_is_what_the_costs_say(name: str, kind: str) -> None:
     net = BY_NAME[name]
     model = net.make().eval()
     connectivity = trace(model, net.example)
@@ -127,7 +127,7 @@ def moves(plan: Schedule) -> list[tuple[int, int, int]]:
     return list(zip(plan.group.tolist(), plan.steps.tolist(), plan.channel_sets.tolist(), strict=True))
 
 
-def test_globally_the_least_score_goes_first_whatever_its_unit() -> None:
+def test_globally_the_least_score_goes_first_whatever_its_group() -> None:
     groups = [group("a", 4), group("b", 3)]
     plan = schedule(groups, [scores(4.0, 1.0, 9.0, 6.0), scores(5.0, 2.0, 8.0)], max_ratio=1.0)
     # In ascending order 1 (a), 2 (b), 4 (a), 5 (b), 6 (a); the best of each group never goes.
@@ -136,7 +136,7 @@ def test_globally_the_least_score_goes_first_whatever_its_unit() -> None:
     assert plan.taken(3).tolist() == [2, 1]
 
 
-def test_locally_units_shrink_evenly() -> None:
+def test_locally_groups_shrink_evenly() -> None:
     groups = [group("a", 4), group("b", 2)]
     plan = schedule(groups, [scores(9.0, 9.0, 9.0, 9.0), scores(1.0, 1.0)], scope="local", max_ratio=1.0)
     assert plan.group.tolist() == [0, 0, 1, 0]  # 1/4, 2/4, 1/2, 3/4
@@ -163,7 +163,7 @@ def test_a_rounded_move_counts_with_its_mean_score() -> None:
     assert plan.taken(2).tolist() == [2, 1]
 
 
-def test_cells_of_a_unit_lose_the_same_share() -> None:
+def test_subgroups_of_a_group_lose_the_same_share() -> None:
     """Subgroups of 2 and 4: a step takes one of the first and two of the second; means compare with others."""
     groups = [group("a", 2, 4), group("b", 4)]
     given = [[np.array([1.0, 9.0]), np.array([8.0, 2.0, 3.0, 7.0])], scores(1.0, 2.5, 5.0, 6.0)]

@@ -168,7 +168,7 @@ class Fixed(nn.Module):
         return self.end(self.words(self.cropped(self.start(x))).reshape(-1, 10, 8, 8).relu())
 
 
-def test_numbers_that_moved_by_chance_are_not_searched_for_unit_by_unit(
+def test_numbers_that_moved_by_chance_are_not_searched_for_group_by_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither before nor after a group was found to fail."""

@@ -74,7 +74,7 @@ def test_a_plan_cuts_a_model_without_data_alike(net: Net) -> None:
 
 
 @with_channel_sets
-def test_only_whole_families_go(net: Net) -> None:
+def test_only_whole_channel_sets_go(net: Net) -> None:
     dense, model = net.make(), net.make()
     prune_(model, net.example, ratio=0.4)
     removed = {
