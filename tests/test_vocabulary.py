@@ -49,3 +49,12 @@ def test_retired_words_stay_away(pattern: str) -> None:
         if retired.search(line)
     ]
     assert not found, f"say {RETIRED[pattern]!r}: {found}"
+
+
+def test_names_of_tests_stay_away_from_them_too() -> None:
+    retired = re.compile(
+        r"def (test\w*?_(?:famil(?:y|ies)|damage|unit|cells_of|distil\w*?|\w+_moments)(?:_\w*)?)\("
+    )
+    harmless = {"test_killed_at_random_moments_it_loses_nothing_that_was_saved"}
+    names = {name for path in (ROOT / "tests").rglob("*.py") for name in retired.findall(path.read_text())}
+    assert not names - harmless

