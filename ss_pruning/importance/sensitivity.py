@@ -26,21 +26,21 @@ ConvNets", section 3.2; they did not repair.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import preserved
 from ss_pruning.config import LEAST_IMAGES, Method
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, PruningGroup, ranks_of, step_scores
-from ss_pruning.importance.activation_stats import measure
+from ss_pruning.graph.groups import PruningGroup, ranks_of, step_scores
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.activation_stats import ActivationStatistics, measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
@@ -50,40 +50,50 @@ _IMAGES, _IMAGES_REFITTED = 16, 8
 _ROWS = 64
 # At these widths, as shares of the most that may go; between them the local error tells how it grows.
 _WIDTHS = (0.5, 1.0)
+# Statistics are taken on so many images at a time.
+_BATCH = 64
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
 
 
+@dataclass(frozen=True)
+class Shrinking:
+    """How groups are going to shrink.
+
+    Attributes:
+        max_ratio: No group will lose a larger share of its channels.
+        method: How the cut will be compensated.
+        follow: Batch norms will follow the cut.
+        taken: Says by sensitivities how many steps each group would take, `[groups]`. If it is given, output error is
+            measured again: what is added to that of the other groups, cut so.
+    """
+
+    max_ratio: float = 0.9
+    method: Method = "reconstruct"
+    follow: bool = False
+    taken: Callable[[list[list[Floats]]], Ints] | None = None
+
+
 def by_sensitivity(
-    model: nn.Module,
-    connectivity: Connectivity,
-    coupling: Coupling,
+    traced: TracedModel,
     scores: Sequence[Sequence[Floats]],
     images: Any,
-    batch: int,
-    max_ratio: float,
-    method: Method = "reconstruct",
-    taken: Callable[[list[list[Floats]]], Ints] | None = None,
+    shrinking: Shrinking,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    follow: bool = False,
+    known: Mapping[str, ActivationStatistics] | None = None,
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
     Takes a pass over all images, at most one over 40 a group, and as much again with `taken`.
 
     Args:
-        model: The dense model; not changed.
-        connectivity: Its connectivity.
-        coupling: Its groups.
+        traced: The dense model; not changed.
         scores: By group and subgroup, one score a channel set; those with an infinite one stay.
         images: Calibration inputs.
-        batch: Activation statistics are taken on so many of them at a time.
-        max_ratio: No group will lose a larger share of its channels.
-        method: How the cut will be compensated.
-        taken: Says by such scores how many steps each group would take, `[groups]`. If it is given, output error is
-            measured again: what is added to that of the other groups, cut so.
+        shrinking: How groups are going to shrink.
         progress: Called with (groups done, groups in all), of all measurements.
-        follow: Batch norms will follow the cut.
+        known: Statistics of what layers read, with covariances, if they are at hand; else they are measured on the
+            images that output error is not measured on.
 
     Returns:
         By group and subgroup, the output error of each channel set as a share of the output's variance.
@@ -94,13 +104,22 @@ def by_sensitivity(
     """
     images = Batch.of(images)
     _check(images)
-    consumers = dict.fromkeys(path for group in coupling.groups for path in _consumers(group, connectivity))
-    held, others = _held_out(images, _IMAGES_REFITTED if method == "reconstruct" else _IMAGES)
+    model, connectivity, groups = traced.model, traced.connectivity, traced.coupling.groups
+    consumers = dict.fromkeys(path for group in groups for path in _consumers(group, connectivity))
+    refitted = shrinking.method == "reconstruct"
+    held, others = _held_out(images, _IMAGES_REFITTED if refitted else _IMAGES)
     with preserved(model, training=False), torch.no_grad():
-        statistics = measure(model, connectivity, others.split(batch), None, list(consumers), covariance=True)
-        ablation = BatchedAblation(model, connectivity, held, statistics, method, follow)
-        pairs = zip(coupling.groups, scores, strict=True)
-        shrinkages = [_shrinkage(ablation, group, subgroups, max_ratio) for group, subgroups in pairs]
+        statistics = known or {}
+        if not consumers.keys() <= statistics.keys():
+            statistics = measure(
+                model, connectivity, others.split(_BATCH), None, list(consumers), covariance=True
+            )
+        ablation = BatchedAblation(model, connectivity, held, statistics, shrinking.method, shrinking.follow)
+        pairs = zip(groups, scores, strict=True)
+        shrinkages = [
+            _shrinkage(ablation, group, subgroups, shrinking.max_ratio) for group, subgroups in pairs
+        ]
+        taken = shrinking.taken
         count = len(scores) * (1 if taken is None else 2)
         alone = _measured(ablation, shrinkages, [0] * len(scores), lambda done: progress(done, count))
         if taken is None or not scores:

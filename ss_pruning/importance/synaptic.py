@@ -93,6 +93,11 @@ class SynapticImportance:
         numbers = checksums(self._measured_from(model, connectivity))
         return self._layer_scores(model, connectivity, numbers, lambda: inputs)
 
+    @property
+    def known(self) -> Mapping[str, ActivationStatistics] | None:
+        """The statistics that were measured last, by layer path; None before that."""
+        return None if self._measured is None else self._measured.statistics
+
     def _layer_scores(
         self,
         model: nn.Module,

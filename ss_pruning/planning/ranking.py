@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic, is_relevan
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
-from ss_pruning.importance.sensitivity import by_sensitivity
+from ss_pruning.importance.sensitivity import Shrinking, by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot
 from ss_pruning.planning.costs import Costs
@@ -148,25 +150,27 @@ class Ranker:
             model, images = traced.model, self.images
             if images is None:
                 model, images = recalibrated_to_noise(model, traced.example_inputs)
-            return by_sensitivity(
-                model,
-                traced.connectivity,
-                traced.coupling,
-                scores,
-                images,
-                BATCH,
+            shrinking = Shrinking(
                 config.allocation.max_ratio,
                 method,
-                None if method == "reconstruct" else taken,
-                self.clock.steps("measure"),
                 config.compensation.recalibrate,
+                None if method == "reconstruct" else taken,
             )
+            of_model = replace(traced, model=model)
+            steps, known = self.clock.steps("measure"), self._known(config.importance)
+            return by_sensitivity(of_model, scores, images, shrinking, steps, known)
 
         sensitivity = remembered(self._key(traced, config, scores), measure, scores)
         on_noise = self.images is None
         if on_noise and is_relevance(config.importance):
             sensitivity = [_blended(*subgroups) for subgroups in zip(sensitivity, scores, strict=True)]
         return Ranking(config, sensitivity, on_noise)
+
+    def _known(self, importance: Any) -> Mapping[str, ActivationStatistics] | None:
+        """What the importance has measured with covariances, on so many images that a few make no difference."""
+        made = self._importances.get(importance) if isinstance(importance, Synaptic) else None
+        enough = self.images is not None and len(self.images) >= BATCH
+        return made.known if enough and made is not None and made.conditional > 0 else None
 
     def _key(self, traced: TracedModel, config: Config, scores: list[list[Floats]]) -> str | None:
         """What sensitivities are kept under; none where they depend on times, which are never the same twice."""

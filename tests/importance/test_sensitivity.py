@@ -36,6 +36,7 @@ from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import BatchedAblation
 from ss_pruning.importance.regression import precision
 from ss_pruning.importance.sensitivity import (
+    Shrinking,
     _held_out,
     _hull,
     _joined,
@@ -321,7 +322,13 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     def note(*step: int) -> None:
         steps.append((step[0], step[1]))
 
-    chosen = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, note)
+    chosen = by_sensitivity(
+        TracedModel(model, x[:1], connectivity, coupling),
+        scores,
+        x,
+        Shrinking(method=method, taken=taken),
+        note,
+    )
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
@@ -422,7 +429,11 @@ def test_the_order_within_a_group_is_that_of_the_scores() -> None:
     scores = [[generator.random(subgroup.size) for subgroup in group.subgroups] for group in coupling.groups]
     steps: list[tuple[int, int]] = []
     found = by_sensitivity(
-        model, connectivity, coupling, scores, x, BATCH, 0.9, progress=lambda *step: steps.append(step)
+        TracedModel(model, x[:1], connectivity, coupling),
+        scores,
+        x,
+        Shrinking(),
+        lambda *step: steps.append(step),
     )
     assert (steps[0], steps[-1]) == ((0, len(scores)), (len(scores), len(scores)))
     for group, measured in zip(scores, found, strict=True):
@@ -436,7 +447,7 @@ def test_scores_that_are_not_finite_stay() -> None:
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
     scores = [[np.full(subgroup.size, np.inf) for subgroup in group.subgroups] for group in coupling.groups]
-    found = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9)
+    found = by_sensitivity(TracedModel(model, x[:1], connectivity, coupling), scores, x, Shrinking())
     assert all(np.isinf(subgroup).all() for group in found for subgroup in group)
 
 
@@ -448,9 +459,12 @@ def test_the_model_is_left_as_it_was() -> None:
     scores = [
         [np.arange(subgroup.size, dtype=float) for subgroup in group.subgroups] for group in coupling.groups
     ]
-    by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9)
+    by_sensitivity(TracedModel(model, x[:1], connectivity, coupling), scores, x, Shrinking())
     by_sensitivity(
-        model, connectivity, coupling, scores, x, BATCH, 0.9, "none", lambda _: halves(coupling), follow=True
+        TracedModel(model, x[:1], connectivity, coupling),
+        scores,
+        x,
+        Shrinking(method="none", follow=True, taken=lambda _: halves(coupling)),
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -547,10 +561,10 @@ def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.Monke
     ranker = Ranker(traced, config, Costs(traced), None, Clock(lambda *_: None))
     seen: list[Tensor] = []
 
-    def sensitivity(net: nn.Module, *args: Any) -> list[list[Floats]]:
-        assert net is not model
-        seen.append(args[3])
-        return [[np.arange(1.0, 1 + len(subgroup)) for subgroup in group] for group in args[2]]
+    def sensitivity(of: TracedModel, *args: Any) -> list[list[Floats]]:
+        assert of.model is not model
+        seen.append(args[1])
+        return [[np.arange(1.0, 1 + len(subgroup)) for subgroup in group] for group in args[0]]
 
     monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", sensitivity)
     found = ranker.ranked(traced.coupling).scores
@@ -677,11 +691,13 @@ def test_what_all_copies_share_is_run_once_and_changes_nothing(
         [np.arange(subgroup.size, dtype=float) for subgroup in group.subgroups] for group in coupling.groups
     ]
     taken = None if method == "reconstruct" else lambda _: halves(coupling)
-    once = by_sensitivity(model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow)
+    once = by_sensitivity(
+        TracedModel(model, x[:1], connectivity, coupling), scores, x, Shrinking(0.9, method, follow, taken)
+    )
     assert sum(float(subgroup.sum()) for group in once for subgroup in group) > 1e-3
     monkeypatch.setattr(Prefix, "before", lambda *_: [])
     always = by_sensitivity(
-        model, connectivity, coupling, scores, x, BATCH, 0.9, method, taken, follow=follow
+        TracedModel(model, x[:1], connectivity, coupling), scores, x, Shrinking(0.9, method, follow, taken)
     )
     for a, b in zip(once, always, strict=True):
         assert all(np.allclose(c, d, rtol=1e-3, atol=1e-6) for c, d in zip(a, b, strict=True))
@@ -742,7 +758,9 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
     x = images(24)
     connectivity = trace(model, x[:1])
     coupling = couple(connectivity, model)
-    ((found,),) = by_sensitivity(model, connectivity, coupling, [[np.arange(256.0)]], x, BATCH, 0.9)
+    ((found,),) = by_sensitivity(
+        TracedModel(model, x[:1], connectivity, coupling), [[np.arange(256.0)]], x, Shrinking()
+    )
     assert found[:230].sum() > 0.3
 
 
@@ -947,3 +965,17 @@ def test_a_constant_is_no_batch_however_long_it_is(method: Any) -> None:
     for length in (16, 32, 64, 80, 240, 960):
         found = lab_of(Anchored(length).eval(), x, method).sensitivity(cuts)
         np.testing.assert_allclose(found, wanted, rtol=0.02, atol=1e-7)
+
+
+def test_statistics_that_the_importance_has_measured_are_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("ss_pruning.importance.sensitivity.measure", fail)
+    x = images(80)  # a fifth is held out
+    report = prune_(chain(), x[:1], macs=0.7, compensation="reconstruct", calibration=x)
+    assert report.settings["scope"] == "sensitivity"
+    with pytest.raises(AssertionError, match="measured again"):  # few images say little of themselves
+        prune_(chain(), x[:1], macs=0.7, compensation="reconstruct", calibration=x[:40])
