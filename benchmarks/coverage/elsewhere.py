@@ -7,6 +7,7 @@ by local 0.5 (`benchmarks.coverage.fresh`). Libraries that are not installed are
     pip install --no-deps segmentation-models-pytorch monai ultralytics facenet-pytorch  # and what they import
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.elsewhere
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.elsewhere --fresh  # the second part alone, what is not there yet
+    python -m benchmarks.coverage.elsewhere_page  # docs/coverage_elsewhere.md
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import DOCS, RESULTS, versions, write
+from benchmarks.common import RESULTS, versions, write
 from benchmarks.coverage import fresh as coverage_fresh
 from benchmarks.coverage import run, worker
 from ss_pruning.graph.exclusions import OUTPUT_REASON
@@ -35,7 +36,6 @@ from ss_pruning.graph.groups import couple
 from ss_pruning.graph.tracing import trace
 
 NAME = "coverage_elsewhere"
-PAGE = DOCS / "coverage_elsewhere.md"
 TIMEOUT = 120.0
 Line = dict[str, Any]
 
@@ -161,122 +161,6 @@ def fresh_lines(before: list[Line]) -> Iterator[list[Line]]:
     yield list(known.values())
 
 
-def page(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    return "\n".join([*_side_by_side(result), "", *_fresh(result.get("fresh", []))]) + "\n"
-
-
-def _side_by_side(result: dict[str, Any]) -> list[str]:
-    lines, libraries, used = result["lines"], result["libraries"], result["made_with"]
-    by_side = {side: [x for x in lines if x["side"] == side] for side in worker.SIDES}
-    works = {side: sum(x["status"] == "ok" for x in some) for side, some in by_side.items()}
-    names = list(dict.fromkeys((x["library"], x["name"]) for x in lines))
-    found = {(x["library"], x["name"], x["side"]): x for x in lines}
-    fresh = {(x["library"], x["name"]): x for x in result.get("fresh", []) if x["way"] == "default"}
-    errors = [x["masked_error"] for x in by_side["ours"] if "masked_error" in x and not x["mixers"]]
-    missing = [library for library, known in libraries.items() if known is None]
-    older = result.get("code") not in {x["code"].split()[0] for x in fresh.values()}
-    text = [
-        "# Models of other libraries",
-        "",
-        "Made by `python -m benchmarks.coverage.elsewhere`: random weights, half of the channels of every layer, "
-        "compared with the masked model in float64, then one training step. Torch-Pruning was told which layers "
-        "make the output. "
-        + ", ".join(f"{library} {known}" for library, known in libraries.items() if known)
-        + f", torch {used['torch']}, torch-pruning {used['torch-pruning']}."
-        + f" Not installed, not run: {', '.join(missing)}." * bool(missing)
-        + " This table is of an earlier state of ss-pruning's code than the next." * (older and bool(fresh)),
-        "",
-        f"**ss-pruning works on {works['ours']} of {len(names)}, Torch-Pruning's `BasePruner` on {works['tp']}.** "
-        f"Largest difference to the masked model where zeroed and absent channels are the same: "
-        f"{max(errors, default=0):.1e}.",
-        "",
-        "| library | model | ss-pruning | parameters removed | fresh and default | Torch-Pruning |",
-        "|---|---|---|---:|---|---|",
-    ]
-    for library, name in names:
-        ours, theirs = (found[library, name, side] for side in ("ours", "tp"))
-        removed = f"{ours['removed']:.0%}" if "removed" in ours else ""
-        default = fresh.get((library, name))
-        text.append(
-            f"| {library} | {name} | {_status(ours)} | {removed} | {_status(default) if default else 'not run'} "
-            f"| {_status(theirs)} |"
-        )
-    return text
-
-
-def _fresh(lines: list[Line]) -> list[str]:
-    """The second table."""
-    if not lines:
-        return []
-    found = {(x["library"], x["name"], x["way"]): x for x in lines}
-    names = list(dict.fromkeys((x["library"], x["name"]) for x in lines))
-    works = {way: sum(x["status"] == "ok" for x in lines if x["way"] == way) for way in coverage_fresh.WAYS}
-    used = dict.fromkeys(f"{x['library']} {x['version']}, torch {x['torch']}" for x in lines)
-    codes = len({x["code"].split()[0] for x in lines})
-    text = [
-        "## Fresh and by default",
-        "",
-        "Straight from the constructor, no pass before: `prune_(model, example, macs=0.7)` and nothing else, beside "
-        "`ratio=0.5, scope='local'`. *ok* means that the pruned model then ran on images of this size and of another, "
-        "that its copy and what was written and read back put out the same bit for bit, that a training step worked, "
-        "and that it equals the masked model in float64 from outside (detectors: what their heads put out; not asked "
-        "where layers mix channels, to which zeroed and absent channels are not the same). The difference is "
-        "`prune_`'s own; *by decisions* where the detector found nothing, so that what it selects by was compared. "
-        "Seconds are of one thread's CPU time. Images are of 64 or 96 pixels, and boxes few (SSD and SSDLite scale "
-        f"theirs up). With {'; '.join(used)}" + f"; by {codes} states of the code" * (codes > 1) + ".",
-        "",
-        f"**By default {works['default']} of {len(names)} work, by local 0.5 {works['local']}.**",
-        "",
-        "| library | model | fresh and default | CPU s | parameters kept | difference | excluded "
-        "| local 0.5 | parameters kept | CPU s |",
-        "|---|---|---|---:|---:|---|---|---|---:|---:|",
-    ]
-    for library, name in names:
-        default, local = (found[library, name, way] for way in ("default", "local"))
-        text.append(
-            f"| {library} | {name} | {_status(default)} | {default['seconds']:.1f} | {_kept(default)} "
-            f"| {_difference(default)} | {_excluded(default)} "
-            f"| {_status(local)} | {_kept(local)} | {local['seconds']:.1f} |"
-        )
-    reasons = dict.fromkeys(_short(left["reason"]) for x in lines for left in x.get("excluded", []))
-    return [
-        *text,
-        "",
-        "Excluded, by reason: layers, and how many of their channels. The reasons are:",
-        "",
-    ] + [f"- {reason}" for reason in reasons]
-
-
-def _kept(line: Line) -> str:
-    return f"{line['params_kept']:.0%}" if "params_kept" in line else ""
-
-
-def _difference(line: Line) -> str:
-    if "max_error" not in line:
-        return ""
-    return f"{line['max_error']:.0e}" + " by decisions" * line["by_decisions"]
-
-
-def _excluded(line: Line) -> str:
-    counts: dict[str, list[int]] = {}
-    for left in line.get("excluded", []):
-        count = counts.setdefault(_short(left["reason"]).partition(" (")[0], [0, 0])
-        count[0] += len(left["paths"])
-        count[1] += left["channels"]
-    return "; ".join(f"{reason}: {layers}, {channels}" for reason, (layers, channels) in counts.items())
-
-
-def _short(reason: str) -> str:
-    """A reason without what is said of one layer."""
-    return reason.partition(":")[0]
-
-
-def _status(line: Line) -> str:
-    first = line.get("error", "").split("\n")[0].replace("|", "/")[:100]
-    return line["status"] + (f": {first}" if first else "")
-
-
 def read() -> dict[str, Any]:
     """The results so far."""
     path = RESULTS / f"{NAME}.json"
@@ -301,7 +185,6 @@ def main() -> int:
     for fresh in fresh_lines(result.get("fresh", [])):
         result["fresh"] = fresh
         write(NAME, result)
-    PAGE.write_text(page(result))
     return 0
 
 

@@ -233,6 +233,16 @@ def test_nni_example_on_a_timm_model(tmp_path: Path) -> None:
     assert max(differences) < 1e-5
 
 
+def test_synapses_that_go_leave_a_smaller_model_of_the_same_accuracy(tmp_path: Path) -> None:
+    output = example(tmp_path, "sparse_training/synapses.py", "--epochs", "3")
+    reached = dict(re.findall(r"(masked|fine-tuned|compacted): ([\d.]+) %", output))
+    assert float(reached["fine-tuned"]) > max(70, float(reached["masked"]))
+    assert reached["compacted"] == reached["fine-tuned"]
+    parameters = re.search(r"with (\d+)% of the parameters", output)
+    assert parameters
+    assert int(parameters.group(1)) < 85
+
+
 def test_training_example_writes_weights_that_fit(tmp_path: Path) -> None:
     output = example(tmp_path, "sparse_training/digits.py", "--epochs", "1")
     assert "accuracy, test:" in output
