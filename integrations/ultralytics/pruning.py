@@ -48,7 +48,7 @@ def prune_yolo(
 
     Raises:
         InputError: An argument is wrong, or the model none that can be pruned here.
-        ModelError: As for `prune_`; so are `NothingToPruneError` and `BudgetError`.
+        SSPruningError: As `prune_` raises: the budget is out of reach, or the network cannot be used as it is.
     """
     yolo = opened(model)
     side = side_of(yolo, imgsz)
@@ -66,7 +66,7 @@ def prune_yolo(
         report = prune_(network, _example(network, side), calibration=calibration, **options)
     for module, flag in zip(network.modules(), training, strict=True):
         module.training = flag
-    name = Path(getattr(network, "pt_path", None) or network.yaml["yaml_file"])
+    name = Path(getattr(network, "pt_path", None) or network.yaml.get("yaml_file", "yolo"))
     network.pt_path = f"{name.stem.removesuffix('-pruned')}-pruned.pt"  # exports are named after it
     return PrunedYOLO.around(network, yolo), replace(report, model=name.stem)
 
