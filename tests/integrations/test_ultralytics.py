@@ -23,7 +23,7 @@ import ss_pruning
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning.errors import BudgetError, FileFormatError, InputError
 from ss_pruning.integrations.ultralytics import PrunedYOLO, calibration_images, prune_yolo, recover_yolo_
-from ss_pruning.integrations.ultralytics.networks import name_of, stock_file
+from ss_pruning.integrations.ultralytics.networks import build, name_of, stock_file
 from ss_pruning.integrations.ultralytics.trainers import NOTE
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
@@ -104,15 +104,27 @@ def photos(folder: Path, count: int = 3, size: tuple[int, int] = (80, 50)) -> Pa
     return folder
 
 
-def dataset(root: Path, classes: int = 80) -> Path:
-    """Four images for training and validation, each with a box in its middle."""
+CORNERS = "0.2 0.2 0.8 0.2 0.8 0.8 0.2 0.8"
+#: What follows the class in a line of labels.
+LABELS = {
+    "yolov8n": "0.5 0.5 0.4 0.6",
+    "yolov8n-seg": CORNERS,
+    "yolo11n-obb": CORNERS,
+    "yolo11n-pose": "0.5 0.5 0.4 0.6" + " 0.5 0.4 2" * 17,
+}
+
+
+def dataset(root: Path, classes: int = 80, name: str = "yolov8n") -> Path:
+    """Four images for training and validation, each with a thing in its middle."""
     for split in ("train", "val"):
         photos(root / "images" / split, 4, (SIDE, SIDE))
         (root / "labels" / split).mkdir(parents=True)
         for i in range(4):
-            (root / "labels" / split / f"{i}.txt").write_text(f"{i} 0.5 0.5 0.4 0.6\n")
+            (root / "labels" / split / f"{i}.txt").write_text(f"{i % classes} {LABELS[name]}\n")
     names = "".join(f"  {i}: thing{i}\n" for i in range(classes))
-    (root / "data.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames:\n{names}")
+    points = "kpt_shape: [17, 3]\n" if "pose" in name else ""
+    text = f"path: {root}\ntrain: images/train\nval: images/val\n{points}names:\n{names}"
+    (root / "data.yaml").write_text(text)
     return root / "data.yaml"
 
 
@@ -274,6 +286,41 @@ def test_it_trains_on_and_keeps_its_structure(pruned: PrunedYOLO, tmp_path: Path
     assert (again.trainer, again.metrics, yolo.trainer is None) == (None, None, False)
     yolo.save(tmp_path / "tuned.safetensors")
     assert ss_pruning.load(tmp_path / "tuned.safetensors").model[0].conv.weight.shape == before.shape
+
+
+def trained(yolo: PrunedYOLO, data: Path, folder: Path) -> None:
+    """One epoch, which may change any weight and no shape."""
+    shapes = {name: value.shape for name, value in yolo.model.state_dict().items()}
+    before = yolo.model.model[0].conv.weight.clone()
+    yolo.train(
+        data=str(data),
+        epochs=1,
+        imgsz=SIDE,
+        batch=2,
+        workers=0,
+        plots=False,
+        device="cpu",
+        project=str(folder),
+    )
+    assert {name: value.shape for name, value in yolo.model.state_dict().items()} == shapes
+    assert not torch.equal(yolo.model.model[0].conv.weight, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov8n-seg", "yolo11n-obb", "yolo11n-pose"])
+def test_each_task_trains_on(name: str, tmp_path: Path) -> None:
+    yolo = prune_yolo(cut(name)[1], macs=0.9)[0]
+    trained(yolo, dataset(tmp_path, yolo.model.yaml["nc"], name), tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_classifier_trains_on(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in "ab":
+            photos(tmp_path / "data" / split / label, 2, (SIDE, SIDE))
+    dense = made("yolo11n-cls")
+    dense.model = build("yolo11n-cls.yaml", {"nc": 2})
+    trained(prune_yolo(dense, macs=0.7)[0], tmp_path / "data", tmp_path / "runs")
 
 
 def test_plain_ultralytics_does_not_train_the_dense_network_in_silence(
