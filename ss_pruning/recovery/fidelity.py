@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call
 from ss_pruning.importance.calibration import Batch
-from ss_pruning.recovery.imitation import ImitationLoss, relative_error
+from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import Fidelity
 
 _Outputs = Mapping[str, Tensor]
 
 
 class HeldOut:
-    """Held-out inputs, and what the dense model makes of them.
+    """Held-out inputs on which a pruned model is compared with the dense one.
 
     Args:
         imitation: The loss between both models, with its hooks in place; it counts where outputs cannot be compared.
@@ -28,7 +29,6 @@ class HeldOut:
 
     def __init__(self, imitation: ImitationLoss, inputs: Batch, batch: int) -> None:
         self.imitation, self.parts = imitation, inputs.split(batch)
-        self.wanted = [_outputs(imitation.dense, part) for part in self.parts]
         self.by_outputs = math.isfinite(self._of_outputs().error)
 
     def measure(self) -> Fidelity:
@@ -36,16 +36,21 @@ class HeldOut:
         return self._of_outputs() if self.by_outputs else self._of_features()
 
     def _of_outputs(self) -> Fidelity:
-        found = [_outputs(self.imitation.model, part) for part in self.parts]
-        for ours, theirs in zip(found, self.wanted, strict=True):
-            if not theirs or {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
+        """Infinite where outputs have no common shape, or are not finite."""
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+        same: list[Tensor] | None = []
+        for part in self.parts:
+            ours, theirs = (_outputs(net, part) for net in (self.imitation.model, self.imitation.dense))
+            if not theirs or _shapes(ours) != _shapes(theirs):
                 return Fidelity(math.inf)
-        errors = []
-        for name in self.wanted[0]:
-            x, y = (torch.cat([out[name].flatten() for out in outs]) for outs in (found, self.wanted))
-            errors.append(float(relative_error(x, y)))
-        error = sum(errors) / len(errors)
-        return Fidelity(error if math.isfinite(error) else math.inf, _agreement(found, self.wanted))
+            for name, wanted in theirs.items():
+                sums[name] += _sums(ours[name].double(), wanted.double())
+            agreeing = _agreeing(ours, theirs)
+            same = None if same is None or agreeing is None else [*same, agreeing]
+        self.imitation.forget()
+        error = sum(map(_relative, sums.values())) / len(sums)
+        agreement = None if same is None else float(torch.cat(same).double().mean())
+        return Fidelity(error if math.isfinite(error) else math.inf, agreement)
 
     @torch.no_grad()
     def _of_features(self) -> Fidelity:
@@ -63,11 +68,26 @@ def _outputs(model: nn.Module, inputs: Batch) -> _Outputs:
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and tensor.numel()}
 
 
-def _agreement(found: list[_Outputs], wanted: list[_Outputs]) -> float | None:
-    """Share of rows whose largest number stands in the same column; None where there are none."""
-    if len(wanted[0]) != 1 or any(t.dim() != 2 or t.shape[1] < 2 for out in wanted for t in out.values()):
+def _shapes(outputs: _Outputs) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in outputs.items()}
+
+
+def _sums(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared errors, numbers, their sum and that of their squares, of what is wanted."""
+    count = torch.full_like(wanted.sum(), wanted.numel())
+    return torch.stack([(found - wanted).square().sum(), count, wanted.sum(), wanted.square().sum()]).cpu()
+
+
+def _relative(sums: Tensor) -> float:
+    """Squared error relative to the squared distance from the mean."""
+    error, count, total, squares = map(float, sums)
+    spread = squares - total * total / count
+    return error / (spread if spread > 1e-12 * squares else count)
+
+
+def _agreeing(ours: _Outputs, theirs: _Outputs) -> Tensor | None:
+    """By row of the one `[rows, classes]`, whether its largest number stands in the same column; None for others."""
+    if len(theirs) != 1:
         return None
-    ours, theirs = (
-        torch.cat([tensor.argmax(1) for out in outs for tensor in out.values()]) for outs in (found, wanted)
-    )
-    return float((ours == theirs).float().mean())
+    (x,), (y,) = ours.values(), theirs.values()
+    return x.argmax(1) == y.argmax(1) if y.dim() == 2 and y.shape[1] > 1 else None

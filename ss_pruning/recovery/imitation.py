@@ -69,8 +69,7 @@ class ImitationLoss:
 
     def __exit__(self, *_: object) -> None:
         self.undo.close()
-        self.ours.clear()
-        self.theirs.clear()
+        self.forget()
 
     def __call__(self, inputs: Any) -> Tensor:
         """The loss, a number; call it once after each pass of the pruned model, with the inputs of that pass.
@@ -88,9 +87,13 @@ class ImitationLoss:
             relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]))
             for place in self.places
         ]
+        self.forget()
+        return torch.stack(errors).mean()
+
+    def forget(self) -> None:
+        """Let go of the feature maps of passes that no loss is wanted of."""
         self.ours.clear()
         self.theirs.clear()
-        return torch.stack(errors).mean()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
