@@ -72,7 +72,7 @@ class Run:
         wanted = options.penalty and not self.sparsified
         self.penalty = StrengthPenalty(self.model, self.example, form=options.form) if wanted else None
         if self.teacher is not None:
-            loss = ss_pruning.ImitationLoss(self.model, self.teacher, self.example)
+            loss = ss_pruning.ImitationLoss(self.model, self.teacher, self.example, self.everywhere)
             self.imitation = self.hooks.enter_context(loss)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
@@ -171,6 +171,11 @@ class Run:
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.say(f"going on after epoch {len(self.log)}")
+
+    def everywhere(self, total: Tensor) -> Tensor:
+        """A number, added up over all processes."""
+        added: Tensor = self.accelerator.reduce(total, "sum")
+        return added
 
     def on_first(self, write: Callable[[], object]) -> None:
         """Let the first process write, and the others wait for it."""

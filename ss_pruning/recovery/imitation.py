@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from ss_pruning._utils.modules import parameters_of
 from ss_pruning._utils.running import call, quiet_hooks
 from ss_pruning.errors import InputError
 from ss_pruning.recovery.places import Place, find_places
+
+#: Adds up a number over all processes.
+Total = Callable[[Tensor], Tensor]
 
 
 class ImitationLoss:
@@ -31,6 +35,8 @@ class ImitationLoss:
         model: What `prune_` or `compact_` has made, which carries its plan.
         dense: The model that was pruned.
         example_inputs: What `forward` takes, on the model's device.
+        everywhere: In several processes that share a batch, adds up a number over them, so that what one would do is
+            done: `lambda total: accelerator.reduce(total, "sum")`.
 
     Attributes:
         places: Where the models are compared.
@@ -51,11 +57,17 @@ class ImitationLoss:
         >>> loss.backward()
     """
 
-    def __init__(self, model: nn.Module, dense: nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        example_inputs: Any,
+        everywhere: Total = lambda total: total,
+    ) -> None:
         with torch.inference_mode(False), quiet_hooks(model, example_inputs):
             self.dense = copied(dense).eval().requires_grad_(False).to(device_of(model))
             self.places: tuple[Place, ...] = find_places(model, self.dense, example_inputs)
-        self.model = model
+        self.model, self.everywhere = model, everywhere
         self.ours: dict[str, Tensor] = {}
         self.theirs: dict[str, Tensor] = {}
         self.undo = contextlib.ExitStack()
@@ -84,7 +96,7 @@ class ImitationLoss:
         with torch.no_grad():
             call(self.dense, inputs)
         errors = [
-            relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]))
+            relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]), self.everywhere)
             for place in self.places
         ]
         self.forget()
@@ -96,12 +108,20 @@ class ImitationLoss:
         self.theirs.clear()
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """`sum (found - wanted)^2 / sum (wanted - mean)^2`, in float32 at least; not scaled where `wanted` is constant."""
+def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda total: total) -> Tensor:
+    """`sum (found - wanted)^2 / sum (wanted - mean)^2`, in float32 at least; not scaled where `wanted` is constant.
+
+    Args:
+        found: What the pruned model has.
+        wanted: What it should have.
+        everywhere: Adds a number up over all processes, for what is wanted by all of them together.
+    """
     with torch.autocast(wanted.device.type, enabled=False):
         precision = torch.promote_types(wanted.dtype, torch.float32)
         found, wanted = found.to(precision), wanted.to(precision)
-        spread = (wanted - wanted.mean()).square().mean()
+        count = everywhere(wanted.new_tensor(wanted.numel()))
+        mean = everywhere(wanted.sum()) / count
+        spread = everywhere((wanted - mean).square().sum()) / count
         return (found - wanted).square().mean() / torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
