@@ -35,7 +35,9 @@ class Road:
     def __init__(self, out: Path, options: argparse.Namespace) -> None:
         self.out, self.options = out, options
         self.data = write_data(out / "data", options.training, options.validation, options.seed)
-        self.result: dict[str, Any] = {"options": {k: v for k, v in vars(options).items() if k != "out"}}
+        self.result: dict[str, Any] = {
+            "options": {k: v for k, v in vars(options).items() if k not in ("out", "earlier")}
+        }
         self.result["stations"] = []
         # Written digits are no mirror images of each other.
         self.settings = {"data": str(self.data), "imgsz": SIDE, "workers": 0, "project": str(out.resolve())}
@@ -55,9 +57,17 @@ class Road:
         yolo.train(epochs=epochs, name=name, **self.settings, **self.training, **close, **options)
         return yolo
 
+    def dense(self, name: str, yolo: YOLO, epochs: int, **options: Any) -> YOLO:
+        """Train, or take what an earlier run has trained."""
+        if self.options.earlier is None:
+            return self.fit(yolo, name, epochs, **options)
+        return YOLO(self.options.earlier / name / "weights" / "best.pt")
+
     def measure(self, name: str, yolo: YOLO, seconds: float) -> None:
         """Note mAP, and what it took to get here from the station before."""
-        box = yolo.val(**self.settings, batch=1, device=self.options.device, plots=False, verbose=False).box
+        # Not padded (rect), so that ONNX, whose images have one size, sees the same.
+        options = {"batch": 1, "rect": False, "device": self.options.device, "plots": False, "verbose": False}
+        box = yolo.val(**self.settings, **options).box
         network = isinstance(yolo.model, torch.nn.Module)
         station = {"name": name, "map50_95": float(box.map), "map50": float(box.map50), "seconds": seconds}
         if network:
@@ -69,11 +79,12 @@ class Road:
     def walk(self) -> None:
         """All of it."""
         options, started = self.options, time.time()
-        dense = self.fit(YOLO("yolov8n.yaml"), "dense", options.epochs)
+        dense = self.dense("dense", YOLO("yolov8n.yaml"), options.epochs)
         self.measure("dense", dense, time.time() - started)
         tuning = {"lr0": 5e-4, "optimizer": "AdamW", "warmup_epochs": 0.0}
         started = time.time()
-        longer = self.fit(YOLO(dense.overrides["model"]), "dense_longer", options.tuning_epochs, **tuning)
+        longer = YOLO(dense.overrides["model"])
+        longer = self.dense("dense_longer", longer, options.tuning_epochs, **tuning)
         self.measure("dense, trained on as long as the pruned one", longer, time.time() - started)
         started = time.time()
         self.measure("cut", prune_yolo(dense, **self.budget("none"))[0], time.time() - started)
@@ -115,6 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/yolo_digits"))
     parser.add_argument("--one-class", action="store_true", help="find digits, and do not tell them apart")
+    parser.add_argument("--earlier", type=Path, help="folder of an earlier run, whose dense network is taken")
     parser.add_argument("--macs", type=float, default=0.6, help="share to keep")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--tuning-epochs", type=int, default=6)

@@ -76,5 +76,23 @@ def test_the_road_is_walked_to_its_end(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [station["name"] for station in result["stations"]]
     assert len(names) == 8
-    page = write_page(result, tmp_path / "page.md").read_text()
+    page = write_page([result], tmp_path / "page.md").read_text()
     assert all(f"| {name} |" in page for name in names)
+
+
+def test_the_page_says_how_far_each_station_is_from_the_dense_one(tmp_path: Path) -> None:
+    stations = [
+        {"name": "dense", "map50_95": 0.5, "map50": 0.8, "seconds": 60.0, "params": 2_000_000},
+        {"name": "as ONNX", "map50_95": 0.487, "map50": 0.81, "seconds": 0.0},
+    ]
+    options = {"epochs": 3, "tuning_epochs": 1, "steps": 2, "training": 8, "validation": 4, "one_class": True}
+    runs = [
+        {"options": options, "macs": m, "params": 0.4, "max_error": e, "stations": stations}
+        for m, e in ((0.6, 1e-16), (0.3, 3e-16))
+    ]
+    page = write_page(runs, tmp_path / "page.md").read_text()
+    assert page.count("| dense | 50.0 |  | 80.0 | 2.00 M | 60 |") == 2
+    assert page.count("| as ONNX | 48.7 | -1.3 | 81.0 |  |  |") == 2
+    assert "To 60% of the multiply-accumulates, 40% of the parameters" in page
+    assert "at most 3e-16" in page
+    assert "--steps 2 --training 8 --validation 4 --one-class` for each share" in page
