@@ -8,6 +8,7 @@ from typing import Any
 from ultralytics import YOLO
 
 from ss_pruning.compensation.synthetic_data import SYNTHETIC
+from ss_pruning.config import Recovery
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.networks import opened, side_of
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
@@ -16,6 +17,9 @@ from ss_pruning.recovery.report import RecoveryReport
 
 # Unlabelled images to draw from files.
 _IMAGES = 256
+#: Logits of classes hardly vary where nothing is found, so that relative to that small errors are large: with the rate
+#: that suits classifiers, the first steps overshoot and nothing comes back.
+RATE = 2e-5
 
 
 def recover_yolo_(
@@ -28,8 +32,8 @@ def recover_yolo_(
         dense: The one that was pruned, or its file (a pickle, **which runs the code in it**); not changed.
         images: A data.yaml or a folder, of which 256 images are drawn and letterboxed, or what `recover_` takes.
         imgsz: Height and width of images from files; by default as for `prune_yolo`.
-        options: What else `recover_` takes: `steps`, `minutes`, `settings`, `checkpoint`, `progress`. Turn mirroring
-            off where left and right matter: `settings=ss_pruning.Recovery(flip=False)`.
+        options: What else `recover_` takes: `steps`, `minutes`, `checkpoint`, `progress`, and `settings`, by default
+            `Recovery(rate=2e-5)`; add `flip=False` where left and right matter.
 
     Raises:
         InputError: An argument is wrong, or `dense` is another network.
@@ -46,7 +50,7 @@ def recover_yolo_(
         weight.requires_grad_(True)
     try:
         with raw_outputs(student), raw_outputs(teacher):
-            return recover_(student, teacher, images, **options)
+            return recover_(student, teacher, images, **{"settings": Recovery(rate=RATE), **options})
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
