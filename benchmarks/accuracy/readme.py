@@ -5,19 +5,18 @@ python -m benchmarks.accuracy.readme
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from benchmarks.accuracy.cells import Line, cells, is_default, is_outdated, text_of
 from benchmarks.accuracy.criteria import CRITERIA, OURS
 from benchmarks.accuracy.lite0 import LINES as LITE0_LINES
-from benchmarks.accuracy.page import summary
 from benchmarks.accuracy.run import LINES
-from benchmarks.common import ROOT, made_on, read_lines
-from benchmarks.latency.page import summary as times
-from benchmarks.latency.run import LINES as TIMES
+from benchmarks.common import RESULTS, ROOT, read_lines
 from benchmarks.pages import render, spread, table, write_part
 
 README = ROOT / "README.md"
+COVERAGE, ELSEWHERE = RESULTS / "coverage.jsonl", RESULTS / "coverage_elsewhere.json"
 #: What stands first: net, share of the MACs, and rows as (criterion, compensation, calibrated on, column of
 #: docs/accuracy.md, words).
 NET, MACS = "resnet56", 0.47
@@ -72,15 +71,26 @@ def headline(lines: list[Line], lite0: list[Line]) -> str:
     )
 
 
+def works() -> str:
+    """What it works on, with the counts of the coverage pages."""
+    ours = [line for line in read_lines(COVERAGE) if line["side"] == "ours"]
+    latest = {line["spec"]: line["status"] for line in ours}
+    fresh = json.loads(ELSEWHERE.read_text())["fresh"]
+    models = {(line["library"], line["name"]): line["status"] for line in fresh if line["way"] == "default"}
+    return render(
+        "readme_works",
+        families=len(latest),
+        families_ok=sum(status == "ok" for status in latest.values()),
+        others=len(models),
+        others_ok=sum(status == "ok" for status in models.values()),
+        libraries=sorted({library for library, _ in models}),
+    )
+
+
 def main() -> None:
     """Rewrite what stands between the markers."""
-    results = read_lines(LINES)
-    counting = before_tuning(results)
-    write_part(README, "headline", headline(results, read_lines(LITE0_LINES)))
-    write_part(README, "times", times(read_lines(TIMES)))
-    write_part(
-        README, "results", render("readme_results", summary=summary(counting), versions=made_on(counting))
-    )
+    write_part(README, "headline", headline(read_lines(LINES), read_lines(LITE0_LINES)))
+    write_part(README, "works", works())
 
 
 if __name__ == "__main__":

@@ -36,4 +36,4 @@ def test_only_the_marked_part_of_a_page_changes(tmp_path: Path) -> None:
 
 def test_a_template_wants_all_its_facts() -> None:
     with pytest.raises(UndefinedError):
-        pages.render("readme_results")
+        pages.render("readme_headline")

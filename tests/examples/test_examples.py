@@ -251,3 +251,11 @@ def test_training_example_writes_weights_that_fit(tmp_path: Path) -> None:
         "digits_resnet().load_state_dict(load_file('digits_resnet.safetensors'))"
     )
     run(tmp_path, "-c", check)
+
+
+def test_the_readme_can_be_read() -> None:
+    """At most 130 lines and 1,100 words of prose: everything else belongs to docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    prose = re.sub(r"```.*?```|^\|.*$|<!--.*?-->", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(prose.split()) <= 1100
