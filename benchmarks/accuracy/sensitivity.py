@@ -1,6 +1,6 @@
 """How well sensitivity is predicted: local error in closed form and two measured widths, against damage elsewhere.
 
-Every group of a net, cut by itself to three widths with the linear compensation: the share of the output's variance
+Every group of a model, cut by itself to three widths with the linear compensation: the share of the output's variance
 that is lost on test images, against what `allocation="sensitivity"` predicts from calibration images. Beside it the
 local error alone, and the measurement of each width on 32 images, which was the way before.
 
@@ -102,7 +102,7 @@ def _sums(parts: Sequence[Floats], shrinkage: Any, counts: Sequence[int]) -> Flo
 
 PAGE = """# How well sensitivity is predicted
 
-Output error of every group of a net, cut by itself to 25, 50 and 75 % of its channels with the linear compensation, on
+Output error of every group of a model, cut by itself to 25, 50 and 75 % of its channels with the linear compensation, on
 {test} test images: Spearman's rank correlation with what is predicted from calibration images.
 
 - *Local error*: the closed form alone.
