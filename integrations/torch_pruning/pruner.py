@@ -295,8 +295,12 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InputError(
             "customized_pruners is not supported here: all layers are cut as the channel graph says"
         )
-    if any(options.get(name) for name in _HEADS):
-        warnings.warn("attention heads are excluded: the options for them have no effect", stacklevel=4)
+    if named := [name for name in _HEADS if options.get(name)]:
+        warnings.warn(
+            f"{', '.join(named)} have no effect: heads of attention are found by running the model and go like other "
+            "channels, as pruning_ratio and pruning_ratio_dict say",
+            stacklevel=4,
+        )
 
 
 @dataclass

@@ -77,9 +77,16 @@ class Subgroup:
         return self.members[0]
 
     @property
+    def head_width(self) -> int:
+        """Neighbouring channels of the first producer in a channel set: of the queries of a head; 1 where none is."""
+        head = self.root.index[0]
+        read = any(member.side != "out" and member.index.shape[1] > 1 for member in self.members[1:])
+        return 1 + int(np.append(np.diff(head) != 1, True).argmax()) if read else 1
+
+    @property
     def of_heads(self) -> bool:
-        """Whether its channel sets are heads: several channels of the first producer each."""
-        return bool(self.root.index.shape[1] > 1)
+        """Whether its channel sets are heads."""
+        return self.head_width > 1
 
 
 @dataclass(frozen=True)

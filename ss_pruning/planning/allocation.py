@@ -86,7 +86,7 @@ def _stops(group: PruningGroup, max_ratio: float, round_to: int | None, free: in
     """Numbers of steps after which the group may stop shrinking; no more than are free to go."""
     first, steps = group.subgroups[0], group.steps
     stops: Ints = np.arange(1, min(int(max_ratio * steps + 1e-9), steps - group.least, free) + 1)
-    rest = (first.size - stops * (first.size // steps)) * first.root.index.shape[1]
+    rest = (first.size - stops * (first.size // steps)) * first.head_width
     fitting: Ints = stops[rest % (round_to or 1) == 0]
     return fitting
 

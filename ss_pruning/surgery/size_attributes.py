@@ -64,16 +64,30 @@ class SizeAttributes:
         if path in self.done or kind_of(module) is not None:  # a layer's own numbers follow when it is cut
             return
         self.done.add(path)
+        self._follow_in_tables(path, module)
+        folds = bool(self.heads)  # attention folds its heads into the batch, whose size is then no width
         arrived = [
             (old, new)
             for before, after in zip(self.arrivals.get(path, []), shapes, strict=False)
             if len(before) == len(after)
-            for old, new in zip(before, after, strict=True)
+            for old, new in zip(before[folds:], after[folds:], strict=True)
             if old != new
         ]
         block = self._block(path, module)
         known = (self.heads.get(path, []), arrived, self.inside.get(block, []), self.split.get(block, []))
         self._follow(path, module, [_changes(pairs) for pairs in known])
+
+    def _follow_in_tables(self, path: str, module: nn.Module) -> None:
+        """Modules that only hold a table by head, and are asked for it, never run themselves."""
+        for inner, sizes in self.heads.items():
+            if inner.startswith(f"{path}." if path else "") and inner not in (
+                path,
+                *self.arrivals,
+                *self.done,
+            ):
+                self.done.add(inner)
+                held = module.get_submodule(inner.removeprefix(f"{path}." if path else ""))
+                self._follow(inner, held, [_changes(sizes)])
 
     def _block(self, path: str, module: nn.Module) -> str:
         """The module itself; if it holds no layer (a padded shortcut), the block it stands in."""
@@ -207,8 +221,10 @@ def part_sizes(groups: Sequence[PruningGroup], selection: Selection, connectivit
 
 def _add_heads(parts: Parts, subgroup: Subgroup, left: int) -> None:
     for member in subgroup.members:
-        width = member.index.shape[1]
+        head = member.index[0]
+        runs = np.split(head, np.flatnonzero(np.diff(head) != 1) + 1)  # its queries, keys and values
+        widths = {1, len(head), *map(len, runs)}
         sizes = parts.heads.setdefault(member.path.rpartition(".")[0], [])
-        sizes += [(subgroup.size, left), (subgroup.size * width, left * width)]
-        if width == 1:
+        sizes += [(subgroup.size * width, left * width) for width in widths]
+        if len(head) == 1:
             parts.by_head.add((member.path, member.side))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from ss_pruning.graph.groups import couple
 from ss_pruning.graph.tracing import trace
@@ -30,3 +32,28 @@ def test_few_heads(heads: int) -> None:
     groups = couple(trace(model, EXAMPLE), model).groups
     steps = heads if heads > 1 else 5  # of one head alone, values are channels like others
     assert [group.steps for group in groups if group.name == "attn.qkv"] == [steps]
+
+
+class Gates(nn.Module):
+    """Half of what one layer puts out is a gate for the other: two channels a channel set, and no heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down, self.head = nn.Linear(4, 12), nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, y = self.both(x).chunk(2, -1)
+        return self.head(self.down(gate.sigmoid() * y))
+
+
+def test_gates_are_no_heads() -> None:
+    model = Gates().eval()
+    groups = couple(trace(model, torch.randn(2, 4)), model).groups
+    assert [[s.of_heads for s in group.subgroups] for group in groups] == [[False], [False]]
+
+
+@pytest.mark.parametrize(("name", "width"), [("fused", 5), ("grouped", 6), ("ofmaps", 4)])
+def test_the_width_of_a_head(name: str, width: int) -> None:
+    model = block(name)
+    groups = couple(trace(model, EXAMPLE), model).groups
+    assert {s.head_width for g in groups for s in g.subgroups if s.of_heads} == {width}

@@ -96,3 +96,21 @@ def test_the_projection_makes_up_for_heads(how: Any) -> None:
         )
         errors[compensation] = error(model, dense, images)
     assert errors[how] < 0.95 * errors["none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "cait_xxs24_224", "pit_ti_224", "convit_tiny"])
+def test_timms_transformers_lose_heads(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64).eval()
+    before = sum(p.numel() for p in model.parameters())
+    heads = [m.num_heads for m in model.modules() if hasattr(m, "num_heads")]
+    report = prune_(model, torch.randn(1, 3, 64, 64), ratio=0.5, allocation="local")
+    assert report.max_error < 1e-10
+    assert all(
+        m.num_heads < n
+        for m, n in zip((m for m in model.modules() if hasattr(m, "num_heads")), heads, strict=True)
+    )
+    assert sum(p.numel() for p in model.parameters()) < 0.35 * before
+    model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
