@@ -102,8 +102,8 @@ def _sums(parts: Sequence[Floats], shrinkage: Any, counts: Sequence[int]) -> Flo
 
 PAGE = """# How well sensitivity is predicted
 
-Output error of every group of a model, cut by itself to 25, 50 and 75 % of its channels with the linear compensation, on
-{test} test images: Spearman's rank correlation with what is predicted from calibration images.
+Output error of every group of a model, cut by itself to 25, 50 and 75 % of its channels with the linear compensation,
+on {test} test images: Spearman's rank correlation with what is predicted from calibration images.
 
 - *Local error*: the closed form alone.
 - *Predicted*: the closed form and two widths measured on {images} images, as `allocation="sensitivity"` does it.
