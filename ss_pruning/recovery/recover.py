@@ -204,9 +204,9 @@ def _trained(training: Training, checkpoint: str | os.PathLike[str] | None, prog
             progress("recover", min(total, int(total * length.done(state.step, state.seconds))), total)
 
     file = None if checkpoint is None else Checkpoint(checkpoint, training)
+    if file is not None:
+        file.restore()
     try:
-        if file is not None:
-            file.restore()
         training.run((lambda _: file.save()) if file else (lambda _: None), tell)
     except KeyboardInterrupt:
         return "interrupted"
