@@ -16,44 +16,46 @@ from torch import Tensor
 
 from ss_pruning.graph.connectivity import Heads
 from ss_pruning.graph.probe.channel_labels import Labels
-from ss_pruning.graph.probe.pulls import Arrival, Feed, Leaf, heard, pull_batch
+from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, heard, pull_batch
 
 
-def with_heads(arrival: Arrival, feeds: Sequence[Feed], leaves: Sequence[Leaf], labels: Labels) -> list[Feed]:
-    """The same feeds, and those of tables by head, with the heads that they belong to; none changes if there are none.
+def with_heads(
+    arrival: Arrival, inflows: Sequence[Inflow], leaves: Sequence[Leaf], labels: Labels
+) -> list[Inflow]:
+    """The same inflows, and those of tables by head, with the heads that they belong to; none changes if there are none.
 
     Args:
         arrival: Of attention's result at the layer that reads it.
-        feeds: What feeds it, channel by channel or mixed.
+        inflows: What feeds it, channel by channel or mixed.
         leaves: What it may come from; loose tensors among them may be tables.
         labels: To pull with.
     """
-    mixing = [feed for feed in feeds if _mixes(feed)]
+    mixing = [inflow for inflow in inflows if _mixes(inflow)]
     width = _head_width(arrival, mixing, labels) if mixing else None
     if width is None:
-        return list(feeds)
+        return list(inflows)
     count = arrival.tensor.shape[arrival.axis] // width
-    known = {id(feed.source) for feed in feeds}
+    known = {id(inflow.source) for inflow in inflows}
     tables = [leaf for leaf in leaves if leaf.axis < 0 and id(leaf) not in known]
-    sources = [*(feed.source for feed in mixing), *tables]
+    sources = [*(inflow.source for inflow in mixing), *tables]
     found = {id(f.source): f for f in pull_batch([(arrival, sources)], labels, sharing=("runs", count))[0]}
-    told = [_told(feed, found.get(id(feed.source)), width) for feed in feeds]
-    if all(feed.heads is None for feed in told):
-        return list(feeds)
+    told = [_told(inflow, found.get(id(inflow.source)), width) for inflow in inflows]
+    if all(inflow.heads is None for inflow in told):
+        return list(inflows)
     by_head = [found[id(table)] for table in tables if id(table) in found]
-    return told + [_as_table(feed, width) for feed in by_head if not len(feed.broadcast)]
+    return told + [_as_table(inflow, width) for inflow in by_head if not len(inflow.broadcast)]
 
 
-def _mixes(feed: Feed) -> bool:
-    leaf = feed.source
-    return isinstance(leaf, Leaf) and leaf.axis >= 0 and not feed.settled and len(feed.broadcast) > 1
+def _mixes(inflow: Inflow) -> bool:
+    leaf = inflow.source
+    return isinstance(leaf, Leaf) and leaf.axis >= 0 and not inflow.resolved and len(inflow.broadcast) > 1
 
 
-def _head_width(arrival: Arrival, mixing: Sequence[Feed], labels: Labels) -> int | None:
+def _head_width(arrival: Arrival, mixing: Sequence[Inflow], labels: Labels) -> int | None:
     """Channels of a head, by the reach of those that the first channel hears; None where that is all or one."""
     n = arrival.tensor.shape[arrival.axis]
     widths = [width for width in range(2, n // 2 + 1) if n % width == 0]
-    leaves = [feed.source for feed in mixing if isinstance(feed.source, Leaf)]
+    leaves = [inflow.source for inflow in mixing if isinstance(inflow.source, Leaf)]
 
     def hear(first: int, end: int) -> Tensor:
         by_leaf = heard(arrival, leaves, labels, (first, end))
@@ -71,16 +73,16 @@ def _head_width(arrival: Arrival, mixing: Sequence[Feed], labels: Labels) -> int
     return widths[high]
 
 
-def _told(feed: Feed, by_head: Feed | None, width: int) -> Feed:
-    """A feed with what labels shared within heads say of its mixed channels."""
+def _told(inflow: Inflow, by_head: Inflow | None, width: int) -> Inflow:
+    """An inflow with what labels shared within heads say of its mixed channels."""
     if by_head is None:
-        return feed
-    pairs = by_head.pairs[torch.isin(by_head.pairs[:, 0], feed.broadcast)]
+        return inflow
+    pairs = by_head.pairs[torch.isin(by_head.pairs[:, 0], inflow.broadcast)]
     channels, times = pairs[:, 0].unique(return_counts=True)
     pairs = pairs[torch.isin(pairs[:, 0], channels[times == 1])]
-    return replace(feed, heads=Heads(width, pairs)) if len(pairs) else feed
+    return replace(inflow, heads=Heads(width, pairs)) if len(pairs) else inflow
 
 
-def _as_table(feed: Feed, width: int) -> Feed:
-    entries = feed.pairs[:, 0]
-    return replace(feed, pairs=feed.pairs[:0], broadcast=entries, heads=Heads(width, feed.pairs))
+def _as_table(inflow: Inflow, width: int) -> Inflow:
+    entries = inflow.pairs[:, 0]
+    return replace(inflow, pairs=inflow.pairs[:0], broadcast=entries, heads=Heads(width, inflow.pairs))

@@ -52,7 +52,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Feed:
+class Inflow:
     """What a leaf, or what arrived earlier, feeds.
 
     Attributes:
@@ -61,7 +61,7 @@ class Feed:
         pairs: `[n, 2]`, its channels and the arrival's.
         broadcast: Its channels of which one element feeds several.
         whole: Whether each of its elements feeds something.
-        settled: Whether its broadcast channels have been looked at more closely.
+        resolved: Whether its broadcast channels have been looked at more closely.
         heads: Of the broadcast channels those that feed just one head of the arrival.
     """
 
@@ -70,7 +70,7 @@ class Feed:
     pairs: Tensor
     broadcast: Tensor
     whole: bool = True
-    settled: bool = False
+    resolved: bool = False
     heads: Heads | None = None
 
     @property
@@ -90,7 +90,7 @@ def pull_batch(
     labels: Labels,
     span: Span | None = None,
     sharing: Sharing = None,
-) -> list[list[Feed]]:
+) -> list[list[Inflow]]:
     """For each arrival what feeds it, seen from its channels in `span`; no two arrivals see the same leaf."""
     ends: list[Any] = [source.end for _, near in batch for source in near]
     cotangents = [
@@ -109,7 +109,7 @@ def pull_batch(
         ),
         strict=True,
     )
-    found: list[list[Feed]] = []
+    found: list[list[Inflow]] = []
     reached: list[tuple[int, Leaf | Arrival, Pulled]] = []
     for number, ((_, near), (_, permuted)) in enumerate(zip(batch, cotangents, strict=True)):
         found.append([])
@@ -123,7 +123,7 @@ def pull_batch(
     for (number, source, pulled), (pairs, broadcast) in zip(reached, decoded, strict=True):
         if len(pairs) or len(broadcast):
             whole = isinstance(source, Leaf) or bool(pulled.gradients[0].all())
-            found[number].append(Feed(source, pulled.axis, pairs, broadcast, whole))
+            found[number].append(Inflow(source, pulled.axis, pairs, broadcast, whole))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
 from ss_pruning.graph.probe.channel_labels import Labels, label_of, rows_along
 from ss_pruning.graph.probe.heads import with_heads
-from ss_pruning.graph.probe.pulls import Arrival, Feed, Leaf, Span, all_channels, heard, pull_batch
+from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, Span, all_channels, heard, pull_batch
 
 #: Of all randomness in the probe.
 SEED = 20181811
@@ -76,32 +76,34 @@ def pull(
 
     A pull ends at what arrived at an earlier layer, if it is handed on channel by channel: its sources are known then.
     """
-    known: dict[int, list[Feed]] = {}  # by `id` of the arrival
+    known: dict[int, list[Inflow]] = {}  # by `id` of the arrival
     horizons = _horizons(arrivals, leaves)
     near = _pull_near(arrivals, horizons, labels)
     for arrival, horizon, direct in zip(arrivals, horizons, near, strict=True):
-        feeds = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
-        known[id(arrival)] = feeds = [_resolved(arrival, feed, labels, feeds) for feed in feeds]
-        for feed in feeds:
-            leaf = feed.source
+        inflows = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
+        known[id(arrival)] = inflows = [_resolved(arrival, inflow, labels, inflows) for inflow in inflows]
+        for inflow in inflows:
+            leaf = inflow.source
             assert isinstance(leaf, Leaf)
             if leaf.axis < 0:
-                size = leaf.tensor.shape[feed.axis]
-                connectivity.loose.setdefault(leaf.source, LooseTensor(leaf.source, feed.axis, size))
-            edge = Edge(leaf.source, arrival.index, feed.pairs, feed.broadcast, feed.heads)
+                size = leaf.tensor.shape[inflow.axis]
+                connectivity.loose.setdefault(leaf.source, LooseTensor(leaf.source, inflow.axis, size))
+            edge = Edge(leaf.source, arrival.index, inflow.pairs, inflow.broadcast, inflow.heads)
             connectivity.edges[arrival.path].append(edge)
 
 
-def _pull_near(arrivals: Sequence[Arrival], horizons: Sequence[_Horizon], labels: Labels) -> list[list[Feed]]:
+def _pull_near(
+    arrivals: Sequence[Arrival], horizons: Sequence[_Horizon], labels: Labels
+) -> list[list[Inflow]]:
     """For each arrival what feeds it: leaves, and what arrived earlier where that is handed on channel by channel."""
-    found: list[list[Feed]] = [[] for _ in arrivals]
+    found: list[list[Inflow]] = [[] for _ in arrivals]
     todo = [i for i, horizon in enumerate(horizons) if horizon.all]
     for far in (False, True):
         for numbers in _apart({i: horizons[i].all for i in todo}):
             ends = [_ends(horizons[i], arrivals, far) for i in numbers]
             batch = [(arrivals[i], near) for i, near in zip(numbers, ends, strict=True)]
-            for i, feeds in zip(numbers, pull_batch(batch, labels), strict=True):
-                found[i] = feeds
+            for i, inflows in zip(numbers, pull_batch(batch, labels), strict=True):
+                found[i] = inflows
         todo = [i for i in todo if not all(isinstance(f.source, Leaf) or f.hands_on for f in found[i])]
     return found
 
@@ -113,42 +115,47 @@ def _ends(horizon: _Horizon, arrivals: Sequence[Arrival], far: bool) -> list[Lea
     return [*horizon.leaves, *(arrivals[j] for j in horizon.passed)]
 
 
-def _with_those_before(near: Sequence[Feed], known: Mapping[int, Sequence[Feed]]) -> list[Feed]:
-    """Feeds from leaves alone: what feeds an earlier arrival feeds what that feeds."""
-    feeds = {id(feed.source): feed for feed in near if isinstance(feed.source, Leaf)}
-    direct = set(feeds)
-    for passed in (feed for feed in near if isinstance(feed.source, Arrival)):
+def _with_those_before(near: Sequence[Inflow], known: Mapping[int, Sequence[Inflow]]) -> list[Inflow]:
+    """Inflows from leaves alone: what feeds an earlier arrival feeds what that feeds."""
+    inflows = {id(inflow.source): inflow for inflow in near if isinstance(inflow.source, Leaf)}
+    direct = set(inflows)
+    for passed in (inflow for inflow in near if isinstance(inflow.source, Arrival)):
         onward = torch.full((int(passed.pairs[:, 0].max()) + 1,), -1)
         onward[passed.pairs[:, 0]] = passed.pairs[:, 1]
-        for feed in known[id(passed.source)]:
-            key = id(feed.source)
+        for inflow in known[id(passed.source)]:
+            key = id(inflow.source)
             if key in direct:  # was seen from here, in all ways in which it feeds
                 continue
-            pairs, broadcast = torch.stack([feed.pairs[:, 0], onward[feed.pairs[:, 1]]], 1), feed.broadcast
-            if key in feeds:
-                pairs = torch.cat([feeds[key].pairs, pairs]).unique(dim=0)
-                broadcast = torch.cat([feeds[key].broadcast, broadcast]).unique()
+            pairs, broadcast = (
+                torch.stack([inflow.pairs[:, 0], onward[inflow.pairs[:, 1]]], 1),
+                inflow.broadcast,
+            )
+            if key in inflows:
+                pairs = torch.cat([inflows[key].pairs, pairs]).unique(dim=0)
+                broadcast = torch.cat([inflows[key].broadcast, broadcast]).unique()
                 pairs = pairs[~torch.isin(pairs[:, 0], broadcast)]
-            feeds[key] = replace(feed, pairs=pairs, broadcast=broadcast, settled=True, heads=None)
-    return [*feeds.values()]
+            inflows[key] = replace(inflow, pairs=pairs, broadcast=broadcast, resolved=True, heads=None)
+    return [*inflows.values()]
 
 
-def _resolved(arrival: Arrival, feed: Feed, labels: Labels, others: Sequence[Feed]) -> Feed:
+def _resolved(arrival: Arrival, inflow: Inflow, labels: Labels, others: Sequence[Inflow]) -> Inflow:
     """The same, with channels that feed several told apart as far as that goes."""
-    leaf = feed.source
-    if feed.settled or not isinstance(leaf, Leaf) or leaf.axis < 0:
-        return feed
-    apart = feed.broadcast if feed.heads is None else feed.heads.pairs[:, 0]
-    broadcast = feed.broadcast if feed.heads is None else feed.broadcast[~torch.isin(feed.broadcast, apart)]
+    leaf = inflow.source
+    if inflow.resolved or not isinstance(leaf, Leaf) or leaf.axis < 0:
+        return inflow
+    apart = inflow.broadcast if inflow.heads is None else inflow.heads.pairs[:, 0]
+    broadcast = (
+        inflow.broadcast if inflow.heads is None else inflow.broadcast[~torch.isin(inflow.broadcast, apart)]
+    )
     if not len(broadcast):
-        return feed
+        return inflow
     more, broadcast = _pull_blocks(arrival, leaf, labels, others, broadcast)
-    pairs = torch.cat([feed.pairs, more])
+    pairs = torch.cat([inflow.pairs, more])
     if len(broadcast) and not _mixed(arrival, leaf, labels, broadcast):
         pairs, broadcast = _pull_parts(arrival, leaf, labels, all_channels(arrival), pairs, broadcast)
-    if feed.heads is not None:
+    if inflow.heads is not None:
         broadcast = torch.cat([broadcast, apart]).unique()
-    return replace(feed, pairs=pairs, broadcast=broadcast)
+    return replace(inflow, pairs=pairs, broadcast=broadcast)
 
 
 def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
@@ -168,7 +175,7 @@ def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
 
 
 def _pull_blocks(
-    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[Feed], broadcast: Tensor
+    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[Inflow], broadcast: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tell which channels feed a block of channels of their own: pooled (to more places than there were) and flattened.
 
@@ -182,10 +189,10 @@ def _pull_blocks(
     resolved = [broadcast.new_empty((0, 2))]
     for sharing in (("runs", count), ("strides", count)) if n > count > 1 and n % count == 0 else ():
         block = torch.from_numpy(label_of(sharing, n))
-        if any(_tells_apart(feed.pairs, block) for feed in found):
+        if any(_tells_apart(inflow.pairs, block) for inflow in found):
             continue
-        for feed in pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
-            blocks = feed.pairs[torch.isin(feed.pairs[:, 0], broadcast)]
+        for inflow in pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
+            blocks = inflow.pairs[torch.isin(inflow.pairs[:, 0], broadcast)]
             at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
             resolved.append(torch.stack([blocks[at, 0], listeners], 1))
             broadcast = broadcast[~torch.isin(broadcast, blocks[:, 0])]
@@ -224,7 +231,7 @@ def _pull_parts(
         return pairs, broadcast
     spans = ((span[0], middle), (middle, span[1]))
     halves = [pull_batch([(arrival, [leaf])], labels, half)[0] for half in spans]
-    mixed = torch.cat([broadcast[:0], *(feed.broadcast for half in halves for feed in half)]).unique()
+    mixed = torch.cat([broadcast[:0], *(inflow.broadcast for half in halves for inflow in half)]).unique()
     if not set(broadcast.tolist()) - set(mixed.tolist()):
         patience -= 1
         if not patience or len(broadcast) < _STREAM:
@@ -232,8 +239,8 @@ def _pull_parts(
     resolved = [pairs]
     still: list[Tensor] = [broadcast[:0]]
     for half, found in zip(spans, halves, strict=True):
-        for feed in found:
-            more, rest = feed.pairs, feed.broadcast
+        for inflow in found:
+            more, rest = inflow.pairs, inflow.broadcast
             if len(rest):
                 more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
             resolved.append(more)
