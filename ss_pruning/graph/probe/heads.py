@@ -22,7 +22,7 @@ from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, heard, pull_batc
 def with_heads(
     arrival: Arrival, inflows: Sequence[Inflow], leaves: Sequence[Leaf], labels: Labels
 ) -> list[Inflow]:
-    """The same inflows, and those of tables by head, with the heads that they belong to; none changes if there are none.
+    """The same inflows, and those of tables by head, with the heads that they belong to, if there are any.
 
     Args:
         arrival: Of attention's result at the layer that reads it.
