@@ -17,6 +17,7 @@ from benchmarks.pages import render, spread, table, write_part
 
 README = ROOT / "README.md"
 COVERAGE, ELSEWHERE = RESULTS / "coverage.jsonl", RESULTS / "coverage_elsewhere.json"
+TRANSFORMERS = RESULTS / "coverage_transformers.json"
 #: What stands first: net, share of the MACs, and rows as (criterion, compensation, calibrated on, column of
 #: docs/accuracy.md, words).
 NET, MACS = "resnet56", 0.47
@@ -77,8 +78,15 @@ def works() -> str:
     latest = {line["spec"]: line["status"] for line in ours}
     fresh = json.loads(ELSEWHERE.read_text())["fresh"]
     models = {(line["library"], line["name"]): line["status"] for line in fresh if line["way"] == "default"}
+    attention = json.loads(TRANSFORMERS.read_text())["models"].values()
+    right = [
+        line for line in attention if "error" not in line and line["difference"] <= 1e-10 and line["trains"]
+    ]
     return render(
         "readme_works",
+        transformers=len(attention),
+        transformers_ok=len(right),
+        heads=sum(line["heads left"] < line["heads"] for line in right),
         families=len(latest),
         families_ok=sum(status == "ok" for status in latest.values()),
         others=len(models),
