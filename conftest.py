@@ -7,6 +7,7 @@ import tempfile
 from importlib.util import find_spec
 
 _NEEDED = {
+    "accelerate": "integrations/finetuning/*.py",
     "nni": "integrations/nni/*.py",
     "pytorch_lightning": "integrations/lightning/*.py",
     "typer": "ss_pruning/cli/*.py",

@@ -290,7 +290,7 @@ class Hidden(nn.Module):
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"macs": 0.26, "compensation": "mean"},
+    {"macs": 0.3, "compensation": "mean", "allocation": "local"},
     {"macs": 0.3, "calibration": torch.randn(16, 3, 10, 10, generator=torch.Generator().manual_seed(1))},
     {"ratio": 0.7},
     {"params": 0.6, "allocation": "local"},
