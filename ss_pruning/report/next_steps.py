@@ -26,17 +26,22 @@ ss_pruning.save(model, {file!r}{architecture})"""
 
 
 def next_steps(report: Report) -> list[tuple[str, str]]:
-    """Return (what for, commands): load, fine-tune and export the file that was written, or save one first."""
+    """Return (what for, commands): load, recover, fine-tune and export the file that was written, or save one first."""
     named = report.file is not None and report.model.startswith(_NAMED)
     file = report.file or "pruned.safetensors"
     tuned = str(Path(file).with_name("finetuned.safetensors"))
     build, hint = ("", "") if named else (", build_model", "  # build_model() makes the dense model")
     options = "" if named else _model_options(report)
+    recover = f"ss-prune recover {shlex.quote(file)}{options} --calibration PHOTOS --minutes 5"
+    tune = _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")
     save = [] if report.file else [("Save", f"import ss_pruning\n\nss_pruning.save(model, {file!r})")]
     return [
         *save,
         ("Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
-        ("Fine-tune", _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")),
+        *([("Recover without labels", recover)] if report.file and not report.random_weights else []),
+        *(
+            [] if report.model.startswith("yolo:") else [("Fine-tune", tune)]
+        ),  # detectors have losses of their own
         ("Export", f"ss-prune export {shlex.quote(file)}{options} --format onnx"),
         ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
     ]
