@@ -1,4 +1,4 @@
-"""Adapters, one for each pruning framework; imported as `ss_pruning.integrations`."""
+"""Adapters, one package for each framework that models are pruned, trained or run in; imported as `ss_pruning.integrations`."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _fidelity(report: Report) -> str:
     return (
         f"Measured on {found.inputs:,} inputs {on}; no labels are needed. The pruned model's output is off by "
         f"{percent(found.error)} of the dense output's variance (standard error {percent(found.error_deviation)}"
-        f"{without}).{agreement} What this says of accuracy is in docs/fidelity.md."
+        f"{without}).{agreement}"
     )
 
 

@@ -1,1 +1,1 @@
-"""Where models and images come from: timm, torchvision, files, folders, and the demo."""
+"""Where models and images come from: timm, torchvision, Ultralytics, files, folders, and the demo."""
