@@ -1,4 +1,4 @@
-"""Adapters, one package for each framework that models are pruned, trained or run in; imported as `ss_pruning.integrations`."""
+"""Adapters, one package for each framework in which models are pruned, trained or run: `ss_pruning.integrations`."""
 
 from __future__ import annotations
 
