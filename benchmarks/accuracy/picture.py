@@ -81,7 +81,7 @@ def draw_picture(lines: list[dict[str, Any]], path: Path) -> None:
         )
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 in %, before any fine-tuning")
-    axes[-1].legend(loc="lower right", frameon=False)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
