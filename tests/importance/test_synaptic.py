@@ -129,7 +129,7 @@ class Widest:
 def test_an_importance_may_score_subgroups() -> None:
     net = BY_NAME["plain"]
     model = net.make()
-    ss_pruning.prune_(model, net.example, ratio=0.5, importance=Widest(), scope="local", compensation="none")
+    ss_pruning.prune_(model, net.example, ratio=0.5, importance=Widest(), allocation="local")
     cuts = [cut for cut in model.ss_pruning_plan.cuts if cut.side == "out"]
     assert cuts
     for cut in cuts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,17 @@ def cut(name: str) -> tuple[YOLO, PrunedYOLO, Report]:
     found = prune_yolo(dense, macs=0.6)
     assert snapshot(dense.model) == before
     return dense, *found
+
+
+@pytest.fixture(autouse=True)
+def _global_settings() -> Iterator[None]:
+    """Ultralytics' trainers change settings of the whole process, and leave them so."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 @pytest.fixture(scope="module")
