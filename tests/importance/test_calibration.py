@@ -160,7 +160,7 @@ def test_several_inputs_are_calibrated_like_one(method: str) -> None:
 def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) -> None:
     """The oracle is the net that takes whole clips; a clip cut in two by a batch of 64 or 10 would not run.
 
-    Reconstruction fits, and is measured for, samples that are drawn clip by clip in the one, frame by frame in the other.
+    Reconstruction fits, and is measured for, samples drawn clip by clip in the one, frame by frame in the other.
     """
     expected = pruned(
         Clips,
