@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils import cache
+import ss_pruning
+from ss_pruning._utils import cache as files
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.graph.traced import TracedModel
 
@@ -20,6 +22,15 @@ from ss_pruning.graph.traced import TracedModel
 WORTH = 5.0
 
 Measured = list[list[Floats]]
+
+
+@cache
+def _code() -> str:
+    """A digest of the package's own code: another version measures anew."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(Path(ss_pruning.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
@@ -36,7 +47,7 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
         for group in traced.coupling.groups
     ]
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(repr((version("ss-pruning"), torch.__version__, settings, groups, traced.model)).encode())
+    digest.update(repr((_code(), torch.__version__, settings, groups, traced.model)).encode())
     tensors = [*traced.model.state_dict().items(), *enumerate(pytree.tree_leaves(images))]
     for name, tensor in tensors:
         if isinstance(tensor, Tensor):
@@ -57,14 +68,14 @@ def remembered(
         measure: Called where nothing fitting is kept.
         shapes: By group and subgroup, an array of the length that the result has.
     """
-    known = None if key is None else cache.read(key)
+    known = None if key is None else files.read(key)
     if known is not None and (found := _unpacked(known[0], shapes)) is not None:
         return found
     begin = time.perf_counter()
     result = measure()
     if key is not None and time.perf_counter() - begin > WORTH:
         parts = ((f"{g}.{s}", part) for g, group in enumerate(result) for s, part in enumerate(group))
-        cache.write(key, {name: torch.from_numpy(part) for name, part in parts}, {})
+        files.write(key, {name: torch.from_numpy(part) for name, part in parts}, {})
     return result
 
 

@@ -117,3 +117,12 @@ def test_what_is_read_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     assert remembered.remembered("one", lambda: made, made) is made
     again = remembered.remembered("one", lambda: pytest.fail("measured"), made)
     assert [[part.tolist() for part in group] for group in again] == [[[0.5, np.inf], [1.0]], [[2.0]]]
+
+
+def test_another_version_of_the_package_measures_anew(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths()
+    monkeypatch.setattr(remembered, "_code", lambda: "other")
+    widths()
+    assert len(counted) == 2
