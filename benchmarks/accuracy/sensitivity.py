@@ -73,7 +73,7 @@ def row(net: str, data: Path, weights: Path) -> dict[str, Any]:
         return np.array([lab.sensitivity([s.cut(n) for n in counts]) for s, counts in pairs])
 
     began = time.process_time()
-    few = ablation(x[: sensitivity._IMAGES])
+    few = ablation(x[: sensitivity.QUICK.images])
     found = sensitivity._measured(few, shrinkages, [0] * len(groups), lambda done: None)
     predicted = np.array(
         [_sums(parts, s, counts) for parts, s, counts in zip(found, shrinkages, steps, strict=True)]
@@ -123,7 +123,7 @@ LINE = (
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """docs/sensitivity.md."""
-    head = PAGE.format(test=TEST, images=sensitivity._IMAGES, before=BEFORE)
+    head = PAGE.format(test=TEST, images=sensitivity.QUICK.images, before=BEFORE)
     return head + "".join(LINE.format(**r) for r in rows)
 
 

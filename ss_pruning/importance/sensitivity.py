@@ -3,8 +3,8 @@
 Scores order the channels of a group well and compare groups badly: no score of one layer knows what the layers behind
 it make of its loss, nor what they can make up for. How the error of a group grows with its width, as its consumers
 see it, follows in closed form from what they read (`ss_pruning.importance.conditional_variance`). What the output
-makes of it is measured: every group is shrunk by itself to two widths, on a few images, and its consumers find in place
-of what is gone what the compensation will leave them:
+makes of it is measured: every group is shrunk by itself to a few widths, on a few images, and its consumers find in
+place of what is gone what the compensation will leave them:
 
 * "none": nothing; "mean": its mean;
 * "linear", "reconstruct": what the channels that stay tell of it, by linear regression;
@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import preserved
@@ -44,16 +46,32 @@ from ss_pruning.importance.activation_stats import ActivationStatistics, measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
 from ss_pruning.importance.calibration import Batch
 
-# Output error is measured on so many of the images, on fewer where the layers behind forgive most of it.
-_IMAGES, _IMAGES_REFITTED = 16, 8
+# What is small, so many numbers an input at most, can be measured thoroughly.
+_SMALL = 2**14
 # Copies that run at a time have about so many images together.
 _ROWS = 64
-# At these widths, as shares of the most that may go; between them the local error tells how it grows.
-_WIDTHS = (0.5, 1.0)
 # Statistics are taken on so many images at a time.
 _BATCH = 64
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How output error is measured.
+
+    Attributes:
+        images: On so many of the images.
+        widths: At these, as shares of the most that may go; between them the local error tells how it grows.
+    """
+
+    images: int
+    widths: tuple[float, ...]
+
+
+#: Where the layers behind are fitted, which forgives most of it; for large inputs; for small ones.
+REFITTED, QUICK = Effort(8, (0.5, 1.0)), Effort(16, (0.5, 1.0))
+THOROUGH = Effort(32, (0.125, 0.25, 0.5, 0.75, 1.0))
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,8 @@ def by_sensitivity(
 ) -> list[list[Floats]]:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
-    Takes a pass over all images, at most one over 40 a group, and as much again with `taken`.
+    Takes a pass over all images, at most one over 40 a group (over 192 where inputs are small and nothing is fitted
+    behind), and as much again with `taken`.
 
     Args:
         traced: The dense model; not changed.
@@ -106,8 +125,8 @@ def by_sensitivity(
     _check(images)
     model, connectivity, groups = traced.model, traced.connectivity, traced.coupling.groups
     consumers = dict.fromkeys(path for group in groups for path in _consumers(group, connectivity))
-    refitted = shrinking.method == "reconstruct"
-    held, others = _held_out(images, _IMAGES_REFITTED if refitted else _IMAGES)
+    effort = _effort(shrinking.method, images)
+    held, others = _held_out(images, effort.images)
     with preserved(model, training=False), torch.no_grad():
         statistics = known or {}
         if not consumers.keys() <= statistics.keys():
@@ -117,7 +136,8 @@ def by_sensitivity(
         ablation = BatchedAblation(model, connectivity, held, statistics, shrinking.method, shrinking.follow)
         pairs = zip(groups, scores, strict=True)
         shrinkages = [
-            _shrinkage(ablation, group, subgroups, shrinking.max_ratio) for group, subgroups in pairs
+            _shrinkage(ablation, group, subgroups, shrinking.max_ratio, effort.widths)
+            for group, subgroups in pairs
         ]
         taken = shrinking.taken
         count = len(scores) * (1 if taken is None else 2)
@@ -129,6 +149,13 @@ def by_sensitivity(
         choices = [alone, beside, _sum(alone, beside)]
         lost = ablation.sensitivity([_joined(shrinkages, taken(choice).tolist()) for choice in choices])
     return choices[int(lost.argmin())]
+
+
+def _effort(method: Method, images: Batch) -> Effort:
+    if method == "reconstruct":
+        return REFITTED
+    tensors = [leaf for leaf in pytree.tree_leaves(images.inputs) if isinstance(leaf, Tensor)]
+    return THOROUGH if sum(t.numel() for t in tensors) <= _SMALL * len(images) else QUICK
 
 
 def _check(images: Batch) -> None:
@@ -170,6 +197,7 @@ class _Shrinkage:
         order: By consumer, `[steps, channels a step]`, the channels that go with each step.
         most: So many steps may go.
         error: `[most]`, the local error after each of them.
+        shares: Of the most that may go: where output error is measured.
     """
 
     ranks: list[Ints]
@@ -177,6 +205,7 @@ class _Shrinkage:
     order: dict[str, Ints]
     most: int
     error: Floats
+    shares: tuple[float, ...]
 
     def cut(self, steps: int) -> dict[str, Ints]:
         """By consumer, the channels that go with so many steps."""
@@ -185,7 +214,7 @@ class _Shrinkage:
     @property
     def widths(self) -> list[int]:
         """The numbers of steps at which output error is measured; none where nothing can go, or nobody hears of it."""
-        return sorted({math.ceil(share * self.most) for share in _WIDTHS}) if self.order else []
+        return sorted({math.ceil(share * self.most) for share in self.shares}) if self.order else []
 
     def spread(self, lost: Sequence[float]) -> list[Floats]:
         """By subgroup, the output error that each channel set adds, when so much is lost at the widths."""
@@ -207,7 +236,11 @@ class _Shrinkage:
 
 
 def _shrinkage(
-    ablation: BatchedAblation, group: PruningGroup, subgroups: Sequence[Floats], max_ratio: float
+    ablation: BatchedAblation,
+    group: PruningGroup,
+    subgroups: Sequence[Floats],
+    max_ratio: float,
+    shares: tuple[float, ...] = QUICK.widths,
 ) -> _Shrinkage:
     ranks = ranks_of(subgroups)
     scores = step_scores(group, subgroups, ranks)  # they are ascending: what is kept comes last
@@ -216,7 +249,7 @@ def _shrinkage(
     error = np.zeros(max(most, 0))
     for path, channels in order.items():
         error += ablation.removal_errors(path, channels[:most].ravel()).reshape(most, -1).sum(1)
-    return _Shrinkage(ranks, scores, order, most, np.cumsum(error).clip(0))
+    return _Shrinkage(ranks, scores, order, most, np.cumsum(error).clip(0), shares)
 
 
 def _order(group: PruningGroup, ranks: Sequence[Ints], consumers: Sequence[str]) -> dict[str, Ints]:
@@ -253,7 +286,8 @@ def _parts(
     """The numbers of groups that are measured in one batch: neighbours, of which little runs in vain."""
     begin = {n: min(map(ablation.begin, s.order)) for n, s in enumerate(shrinkages) if s.widths}
     order = sorted(begin, key=begin.__getitem__)
-    size = max(1, (_ROWS // len(ablation.batch) - 1) // len(_WIDTHS))
+    widths = max((len(s.shares) for s in shrinkages), default=1)
+    size = max(1, (_ROWS // len(ablation.batch) - 1) // widths)
     for start in range(0, len(order), size):
         progress(start)
         yield order[start : start + size]

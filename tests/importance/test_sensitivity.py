@@ -36,6 +36,8 @@ from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import BatchedAblation
 from ss_pruning.importance.regression import precision
 from ss_pruning.importance.sensitivity import (
+    QUICK,
+    THOROUGH,
     Shrinking,
     _held_out,
     _hull,
@@ -243,10 +245,13 @@ def halves(coupling: Coupling) -> Ints:
 
 
 def shrinkages_of(
-    ablation: BatchedAblation, coupling: Coupling, scores: list[list[Floats]]
+    ablation: BatchedAblation,
+    coupling: Coupling,
+    scores: list[list[Floats]],
+    shares: tuple[float, ...] = QUICK.widths,
 ) -> list[_Shrinkage]:
     pairs = zip(coupling.groups, scores, strict=True)
-    return [_shrinkage(ablation, group, subgroups, 0.9) for group, subgroups in pairs]
+    return [_shrinkage(ablation, group, subgroups, 0.9, shares) for group, subgroups in pairs]
 
 
 def silent(done: int) -> None:
@@ -332,11 +337,11 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
-    held, others = _held_out(x, 16)
+    held, others = _held_out(x, THOROUGH.images)
     paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
     statistics = measure(model, connectivity, others.split(BATCH), None, paths, covariance=True)
     ablation = BatchedAblation(model, connectivity, held, statistics, method)
-    shrinkages = shrinkages_of(ablation, coupling, scores)
+    shrinkages = shrinkages_of(ablation, coupling, scores, THOROUGH.widths)
     alone = _measured(ablation, shrinkages, [0] * len(scores), silent)
     beside = _measured(ablation, shrinkages, taken(alone).tolist(), silent)
     both = [[c + d for c, d in zip(a, b, strict=True)] for a, b in zip(alone, beside, strict=True)]
@@ -735,7 +740,7 @@ def test_a_batch_that_is_too_large_is_an_error_of_ours() -> None:
 
     model = Small(*chain())
     with pytest.raises(
-        ModelError, match=r"copies of 16 calibration inputs.*out of memory.*allocation='global'"
+        ModelError, match=r"copies of 20 calibration inputs.*out of memory.*allocation='global'"
     ):
         prune_(
             model,
@@ -921,7 +926,7 @@ class Fixed(nn.Module):
 
 def test_where_nobody_asked_and_it_cannot_be_measured_scores_compete_and_the_report_says_so() -> None:
     x = images()
-    with pytest.raises(ModelError, match=r"48 images.*allocation='global'"):
+    with pytest.raises(ModelError, match=r"40 images.*allocation='global'"):
         prune_(Fixed(), x[:1], macs=0.7, calibration=x, allocation="sensitivity")
     report = prune_(Fixed(), x[:1], macs=0.7, calibration=x)
     assert report.settings["scope"] == "global"
