@@ -175,9 +175,8 @@ class Ranker:
     def _key(self, traced: TracedModel, config: Config, scores: list[list[Floats]]) -> str | None:
         """What sensitivities are kept under; none where they depend on times, which are never the same twice."""
         given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation)
-        if not isinstance(
-            config.compensation, Reconstruct
-        ):  # measured again beside what the others would lose
+        # All but reconstruct are measured again, beside what the other groups would lose.
+        if not isinstance(config.compensation, Reconstruct):
             given = (*given, config.budget, replace(config.allocation, latency_inputs=None))
             if config.budget.kind == "latency" or config.allocation.round_to == "measured":
                 return None
