@@ -92,7 +92,9 @@ _SOURCES = {
             _CORE / "importance" / f"{name}.py"
             for name in (
                 "strength",
-                "activation_stats",
+                "activation_stats/noise",
+                "activation_stats/norms",
+                "activation_stats/observed",
                 "conditional_variance",
                 "relevance",
                 "scoring",

@@ -1,4 +1,4 @@
-"""What a layer is called with, as `layer(x)` or as `layer(input=x)`: hooks that see it and may replace it."""
+"""Hooks that see, and may replace, what a layer is called with, as `layer(x)` or as `layer(input=x)`, and returns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -70,14 +69,17 @@ def replaced(
     return args, {**kwargs, _first_name(module, kwargs): x}
 
 
-def on_input(module: nn.Module, visit: Callable[[nn.Module, Tensor], Tensor | None]) -> RemovableHandle:
-    """Have `visit(module, x)` called before the module runs on `x`; what it returns, if anything, takes its place."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = visit(module, given(module, args, kwargs))
-        return None if x is None else replaced(module, args, kwargs, x)
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While a block runs, `forward` stands in the place of the module's own; hooks run around it as ever."""
+    own = vars(module)
+    before = {"forward": own["forward"]} if "forward" in own else {}
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        own.pop("forward", None)
+        own.update(before)
 
 
 def _first_name(module: nn.Module, kwargs: Mapping[str, Any]) -> str:

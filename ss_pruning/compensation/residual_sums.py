@@ -7,9 +7,8 @@ watching one forward pass: no table of architectures.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.layers import ask
@@ -62,8 +61,8 @@ def find_sums(model: nn.Module, example_inputs: Any, norms: Mapping[str, str]) -
         norms: By layer, the norm that alone reads its output, see `ss_pruning.compensation.folding.norms_behind`.
     """
     watch = _Watch(model, norms)
-    with torch.no_grad(), preserved(model, training=False), contextlib.ExitStack() as undo, watch:
-        watch.listen(undo)
+    heard = hooked(modules_of(model), watch.taking, watch.giving)
+    with torch.no_grad(), preserved(model, training=False), heard, watch:
         call(model, example_inputs)
     return {path: found for path, found in watch.sums() if found.norm is None or watch.affine(found.norm)}
 
@@ -83,33 +82,23 @@ class _Watch(TorchFunctionMode):
         self.dimensions: dict[str, int] = {}
         self.layers = {norm: path for path, norm in norms.items()}
 
-    def listen(self, undo: contextlib.ExitStack) -> None:
-        """Notice what modules take and give, until the stack is closed."""
-        for path, module in modules_of(self.model).items():
-            undo.callback(on_input(module, self._taking(path)).remove)
-            undo.callback(module.register_forward_hook(self._giving(path)).remove)
+    def taking(self, path: str, _: nn.Module, x: Any) -> None:
+        """A module begins."""
+        self.calls[path] += 1
+        self.began[path] = len(self.kept)
+        if isinstance(x, Tensor):
+            self._note(x, path, "in")
 
-    def _taking(self, path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, x: Any) -> None:
-            self.calls[path] += 1
-            self.began[path] = len(self.kept)
-            if isinstance(x, Tensor):
-                self._note(x, path, "in")
-
-        return hook
-
-    def _giving(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor):
-                return
-            self._note(output, path, "out")
-            if path in self.layers:
-                self.dimensions[path] = output.dim()
-                self.ends[id(output)] = (self.layers[path], path)
-            elif isinstance(getattr(module, "weight", None), Tensor):
-                self.ends[id(output)] = (path, None)
-
-        return hook
+    def giving(self, path: str, module: nn.Module, _: Any, output: Any) -> None:
+        """A module has ended."""
+        if not isinstance(output, Tensor):
+            return
+        self._note(output, path, "out")
+        if path in self.layers:
+            self.dimensions[path] = output.dim()
+            self.ends[id(output)] = (self.layers[path], path)
+        elif isinstance(getattr(module, "weight", None), Tensor):
+            self.ends[id(output)] = (path, None)
 
     def _note(self, tensor: Tensor, path: str, side: Literal["in", "out"]) -> None:
         self.places.setdefault(id(tensor), []).append((len(self.kept), path, side))

@@ -6,10 +6,9 @@ What the consumers find in place of a channel that is gone, and what is fitted b
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.arrays import Floats, Ints
-from ss_pruning._utils.hooks import on_input
+from ss_pruning._utils.arrays import Floats, Ints, mean_and_variance
+from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call
 from ss_pruning.config import FOLDED, SOLVED, Method
@@ -116,11 +115,9 @@ class BatchedAblation:
         """The outputs of the dense model; what reaches its norms is noted on the way."""
 
         def note(path: str, norm: nn.Module, x: Tensor) -> None:
-            self.reached[path] = _Reached(len(x), *_statistics(x))
+            self.reached[path] = _Reached(len(x), *mean_and_variance(x))
 
-        with contextlib.ExitStack() as undo:
-            for path, norm in self.norms.items():
-                undo.callback(on_input(norm, partial(note, path)).remove)
+        with hooked(self.norms, note):
             return self._heard(self._outputs(1))
 
     def _run(self, consumers: Sequence[str], cuts: Sequence[Mapping[str, Ints]]) -> list[Tensor]:
@@ -129,18 +126,27 @@ class BatchedAblation:
         pruned = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in consumers}
         differ = [path for path, each in pruned.items() if len({g.tobytes() for g in each}) > 1]
         begin = min((self.prefix.begin(path) for path in differ), default=0)
-        with contextlib.ExitStack() as undo:
-            self.prefix.run_once(begin, copies, undo)
-            for path in consumers:  # one that runs once reads one copy, all of whose parts miss the same
-                stand_ins = [self._stand_in(path, g) if len(g) else None for g in pruned[path]]
-                undo.callback(on_input(self.modules[path], _replace(stand_ins)).remove)
-                undo.callback(self.modules[path].register_forward_hook(_shift(stand_ins)).remove)
-            for path in self.fitted if self.method == "reconstruct" else ():
-                if self.prefix.begin(path) >= begin:
-                    undo.callback(self.modules[path].register_forward_hook(_refit(copies)).remove)
-            for path, reached in self.reached.items():
-                hook = _follow(reached, self.norms[path].eps)
-                undo.callback(on_input(self.norms[path], hook).remove)
+        fitted = self.fitted if self.method == "reconstruct" else ()
+        # One that runs once reads one copy, all of whose parts miss the same.
+        gone = {
+            path: [self._stand_in(path, g) if len(g) else None for g in pruned[path]] for path in consumers
+        }
+        with (
+            self.prefix.run_once(begin, copies),
+            hooked(
+                {path: self.modules[path] for path in consumers},
+                lambda path, layer, x: _replaced(layer, x, gone[path]),
+                lambda path, layer, _, output: _shift_(layer, output, gone[path]),
+            ),
+            hooked(
+                {path: self.modules[path] for path in fitted if self.prefix.begin(path) >= begin},
+                after=lambda _, layer, __, output: _refit_(layer, output, copies),
+            ),
+            hooked(
+                {path: self.norms[path] for path in self.reached},
+                lambda path, norm, x: _followed(x, self.reached[path], norm.eps),  # type: ignore[arg-type]
+            ),
+        ):
             return self._heard(self._outputs(copies))
 
     def _outputs(self, copies: int) -> Any:
@@ -214,43 +220,30 @@ class _StandIn:
     shift: Tensor | None
 
 
-def _replace(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A hook that takes channels from each of the copies, or leaves it alone."""
-
-    def hook(module: nn.Module, x: Tensor) -> Tensor:
-        x = x.clone()
-        for one, copy in zip(stand_ins, x.tensor_split(len(stand_ins)), strict=True):
-            if one is not None:
-                one.predicted.fill_(copy.movedim(channel_axis(module, x), -1), constant=one.shift is None)
-        return x
-
-    return hook
+def _replaced(layer: nn.Module, x: Tensor, stand_ins: Sequence[_StandIn | None]) -> Tensor:
+    """What a layer reads, with channels of each of the copies replaced."""
+    x = x.clone()
+    for one, copy in zip(stand_ins, x.tensor_split(len(stand_ins)), strict=True):
+        if one is not None:
+            one.predicted.fill_(copy.movedim(channel_axis(layer, x), -1), constant=one.shift is None)
+    return x
 
 
-def _shift(stand_ins: Sequence[_StandIn | None]) -> Callable[[nn.Module, Any, Tensor], None]:
-    """A hook that adds to what a layer puts out of each copy, in place."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        for one, copy in zip(stand_ins, output.tensor_split(len(stand_ins)), strict=True):
-            if one is not None and one.shift is not None:
-                copy.movedim(channel_axis(module, output), -1).add_(one.shift.to(output))
-
-    return hook
+def _shift_(layer: nn.Module, output: Tensor, stand_ins: Sequence[_StandIn | None]) -> None:
+    """Add to what a layer puts out of each copy."""
+    for one, copy in zip(stand_ins, output.tensor_split(len(stand_ins)), strict=True):
+        if one is not None and one.shift is not None:
+            copy.movedim(channel_axis(layer, output), -1).add_(one.shift.to(output))
 
 
-def _refit(copies: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A hook that scales and shifts each channel of all copies towards the first one, by least squares."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        over = [axis for axis in range(output.dim()) if axis != channel_axis(module, output)]
-        dense, *others = output.chunk(copies)
-        mean = dense.float().mean(over, keepdim=True)
-        centred = dense.float() - mean
-        for copy in others:
-            _fit_(copy, mean, centred, over)
-        return output
-
-    return hook
+def _refit_(layer: nn.Module, output: Tensor, copies: int) -> None:
+    """Scale and shift each channel of all copies towards the first one, by least squares."""
+    over = [axis for axis in range(output.dim()) if axis != channel_axis(layer, output)]
+    dense, *others = output.chunk(copies)
+    mean = dense.float().mean(over, keepdim=True)
+    centred = dense.float() - mean
+    for copy in others:
+        _fit_(copy, mean, centred, over)
 
 
 def _fit_(copy: Tensor, mean: Tensor, centred: Tensor, over: list[int]) -> None:
@@ -271,25 +264,14 @@ class _Reached:
     variance: Tensor
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the channels of `[N, C, ...]`, in its dimensions."""
-    over = [axis for axis in range(x.dim()) if axis != 1]
-    mean = x.float().mean(over, keepdim=True)
-    return mean, (x - mean).square().mean(over, keepdim=True)
-
-
-def _follow(dense: _Reached, eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A hook that brings each channel of all copies to the mean and variance that it has in the dense model."""
-
-    def hook(module: nn.Module, x: Tensor) -> Tensor:
-        found = torch.empty_like(x)  # once: large tensors cost more than what fills them
-        for copy, brought in zip(x.split(dense.rows), found.split(dense.rows), strict=True):
-            mean, variance = _statistics(copy)
-            scale = ((dense.variance + eps) / (variance + eps)).sqrt()
-            torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
-        return found
-
-    return hook
+def _followed(x: Tensor, dense: _Reached, eps: float) -> Tensor:
+    """With each channel of all copies brought to the mean and variance that it has in the dense model."""
+    found = torch.empty_like(x)  # once: large tensors cost more than what fills them
+    for copy, brought in zip(x.split(dense.rows), found.split(dense.rows), strict=True):
+        mean, variance = mean_and_variance(copy)
+        scale = ((dense.variance + eps) / (variance + eps)).sqrt()
+        torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
+    return found
 
 
 def _lost(outputs: Sequence[Tensor], copies: int) -> Floats:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,9 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.hooks import hooked
+
 # Copies that saw the same may differ by this share, which is that of rounding and more.
 _SAME = 1e-3
 _PLAIN = (bool, int, float, str, type(None))
+#: Arguments of a call, by position and by name.
+_Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -53,13 +56,13 @@ class Prefix:
     def sized(self) -> Iterator[None]:
         """While it lasts, the model must run once, on the images."""
 
-        def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.sizes.setdefault(path, []).append(_lengths(args))
+        def before(path: str, _: nn.Module, given: _Given) -> None:
+            self.sizes.setdefault(path, []).append(_lengths(given[0]))
 
-        def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def after(path: str, _: nn.Module, __: _Given, output: Any) -> None:
             self.sizes.setdefault(f"{path}()", []).append(_lengths(output))
 
-        with self._hooked(before, after):
+        with hooked(self.modules, before, after, whole=True):
             yield
 
     @contextlib.contextmanager
@@ -67,7 +70,8 @@ class Prefix:
         """Likewise, on two equal copies of the images; to be called after `sized`."""
         clock, versions = count(), dict[str, list[int]]()
 
-        def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(path: str, _: nn.Module, given: _Given) -> None:
+            args, kwargs = given
             call = self.calls.setdefault(path, _Call(next(clock), calls=0))
             leaves, grown = pytree.tree_leaves(args), self._grown(path, call.calls, args)
             call.calls += 1
@@ -78,26 +82,15 @@ class Prefix:
             if call.pure:
                 versions[path] = [x._version for x in leaves if isinstance(x, Tensor)]
 
-        def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def after(path: str, _: nn.Module, given: _Given, output: Any) -> None:
             call = self.calls[path]
             call.end = next(clock)
             call.by_image &= all(self._grown(f"{path}()", call.calls - 1, output))
             if call.pure:
-                now = [x._version for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+                now = [x._version for x in pytree.tree_leaves(given[0]) if isinstance(x, Tensor)]
                 call.pure = now == versions[path]
 
-        with self._hooked(before, after):
-            yield
-
-    @contextlib.contextmanager
-    def _hooked(self, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
-        """Calls these before and after each module that takes hooks."""
-        with contextlib.ExitStack() as undo:
-            for path, module in self.modules.items():
-                if not isinstance(module, torch.jit.ScriptModule):
-                    hook = partial(before, path)
-                    undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                    undo.callback(module.register_forward_hook(partial(after, path), with_kwargs=True).remove)
+        with hooked(self.modules, before, after, whole=True):
             yield
 
     def _grown(self, key: str, number: int, value: Any) -> list[bool]:
@@ -131,18 +124,16 @@ class Prefix:
                 found.append(path)
         return found
 
-    def run_once(self, moment: int, copies: int, undo: contextlib.ExitStack) -> None:
-        """Let what is over by then run for the first of so many copies, and repeat what it puts out."""
+    def run_once(self, moment: int, copies: int) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, what is over by then runs for the first of so many copies; what it puts out is repeated."""
 
-        def first(module: nn.Module, args: Any) -> Any:
-            return _mapped(lambda x: x[: len(x) // copies], args)
+        def first(path: str, _: nn.Module, given: _Given) -> Any:
+            return _mapped(lambda x: x[: len(x) // copies], given)
 
-        def repeated(module: nn.Module, args: Any, output: Any) -> Any:
+        def repeated(path: str, _: nn.Module, __: _Given, output: Any) -> Any:
             return _mapped(lambda x: torch.cat([x] * copies), output)
 
-        for path in self.before(moment):
-            undo.callback(self.modules[path].register_forward_pre_hook(first).remove)
-            undo.callback(self.modules[path].register_forward_hook(repeated).remove)
+        return hooked({path: self.modules[path] for path in self.before(moment)}, first, repeated, whole=True)
 
 
 def length(x: Any) -> int:

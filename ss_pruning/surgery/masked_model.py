@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.copying import shell
-from ss_pruning._utils.hooks import given, hooked, replaced
+from ss_pruning._utils.hooks import given, hooked, replaced, replaced_forward
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
@@ -38,19 +38,13 @@ def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -
                 if type(module).__module__.startswith("torch.nn."):
                     removed[path] = cut.removed
                 else:  # may standardise its weights over what it reads
-                    _patch(undo, module, _reading_kept_channels(module, cut, layer.in_axis))
+                    forward = _reading_kept_channels(module, cut, layer.in_axis)
+                    undo.enter_context(replaced_forward(module, forward))
             elif side == "through" and (layer.kind == "positional" or mixes_channels(module)):
-                _patch(undo, module, _on_kept_channels(module, cut, layer.in_axis))
+                forward = _on_kept_channels(module, cut, layer.in_axis)
+                undo.enter_context(replaced_forward(module, forward))
         undo.enter_context(hooked({path: modules[path] for path in removed}, zeroed))
         yield
-
-
-def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    undo.callback(vars(module).pop, "forward") if before is None else undo.callback(
-        vars(module).update, forward=before
-    )
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:

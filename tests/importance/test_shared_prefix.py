@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -85,8 +84,7 @@ def test_only_what_cannot_tell_runs_once(how: Any, alone: list[str]) -> None:
             return net(torch.cat([x] * 5))
 
     wanted = outputs()
-    with contextlib.ExitStack() as undo:
-        prefix.run_once(prefix.begin("head"), 5, undo)
+    with prefix.run_once(prefix.begin("head"), 5):
         torch.testing.assert_close(outputs(), wanted)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
@@ -96,8 +94,7 @@ def test_it_runs_for_one_copy() -> None:
     prefix, seen = watched(net, x), []
     net.stem[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
     net.head[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    with contextlib.ExitStack() as undo, torch.no_grad():
-        prefix.run_once(prefix.begin("head"), 4, undo)
+    with prefix.run_once(prefix.begin("head"), 4), torch.no_grad():
         net(torch.cat([x] * 4))
     assert seen == [3, 12]
 
@@ -110,8 +107,7 @@ def test_the_outputs_are_those_of_all_copies(net: Net) -> None:
     with torch.no_grad():
         wanted = oracle.tensors(model(torch.cat([x] * 3)))
         for path in prefix.calls:
-            with contextlib.ExitStack() as undo:
-                prefix.run_once(prefix.begin(path), 3, undo)
+            with prefix.run_once(prefix.begin(path), 3):
                 found = oracle.tensors(model(torch.cat([x] * 3)))
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a, b)

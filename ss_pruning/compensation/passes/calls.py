@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import nn
 
+from ss_pruning._utils.hooks import replaced_forward
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call
 
@@ -37,7 +38,7 @@ class Calls:
         with contextlib.ExitStack() as undo:
             for path, module in modules_of(self.model).items():
                 if not isinstance(module, torch.jit.ScriptModule):
-                    undo.enter_context(_replaced_forward(module, self._intercepted(path, module.forward)))
+                    undo.enter_context(replaced_forward(module, self._intercepted(path, module.forward)))
             self._undo = undo.pop_all()
         return self
 
@@ -70,15 +71,3 @@ class Calls:
             return visit(this, forward.args, forward.keywords, forward)
         finally:
             self._frames.pop()
-
-
-@contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module)
-    before = {"forward": own["forward"]} if "forward" in own else {}
-    own["forward"] = forward
-    try:
-        yield
-    finally:
-        own.pop("forward", None)
-        own.update(before)
