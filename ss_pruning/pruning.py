@@ -21,7 +21,7 @@ from ss_pruning.compensation.selection import Calibration, prepared_best
 from ss_pruning.config import Allocation, Budget, Compensation, Config, Scope, SyntheticImages
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
-from ss_pruning.graph.traced import Ignore, TracedModel
+from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, stopwatch
@@ -33,6 +33,7 @@ from ss_pruning.profiling.macs import count_macs
 from ss_pruning.registry import importance_named
 from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
+from ss_pruning.surgery.same_attention import with_prunable_attention
 from ss_pruning.surgery.verification import Verifier
 
 
@@ -101,7 +102,8 @@ def prune_(
     clock = Clock(progress or (lambda *_: None))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace", 0):
-            traced = TracedModel.of(model, example_inputs, ignore)
+            dense = with_prunable_attention(model, example_inputs)
+            traced = TracedModel.of(dense, example_inputs, paths_of(model, ignore))
             costs = Costs(traced)
         images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
         with clock("score", 1):
@@ -130,7 +132,7 @@ def prune_(
             versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
             **({} if timed is None else as_reported(timed.dense, timed.pruned)),
         )
-        adopt_(model, cut.model)
+        adopt_(model, cut.model if dense is model else cut.plan.cut_copy(model, cut.model))
     return report
 
 

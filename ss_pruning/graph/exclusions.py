@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from ss_pruning._utils.arrays import Ints
+from ss_pruning.graph.attention import PrunableAttention, refusals
 from ss_pruning.graph.channel_index import Slots
 from ss_pruning.graph.connectivity import INPUT, Connectivity
 from ss_pruning.graph.layers import kind_of, width
@@ -87,10 +88,12 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
 
 def broadcast_reason(modules: Mapping[str, nn.Module]) -> str:
     """Why channels stay that feed several at once; modules of torch that mix all they read are named."""
+    refused = refusals(modules[""])
     mixers = [
-        f"'{path}' ({type(module).__name__})"
+        f"'{path}' ({type(module).__name__}{f', which {refused[path]}' if path in refused else ''})"
         for path, module in modules.items()
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention))
+        and not isinstance(module, PrunableAttention)
     ]
     if not mixers:
         return BROADCAST_REASON

@@ -57,14 +57,24 @@ class TracedModel:
         return replace(self, coupling=coupling)
 
 
-def _ignored(model: nn.Module, ignore: Ignore, connectivity: Connectivity) -> dict[str, str]:
-    """Layer paths to keep whole: the named modules and everything inside them."""
+def paths_of(model: nn.Module, ignore: Ignore) -> list[str]:
+    """The same as module paths.
+
+    Raises:
+        InputError: It holds a module that is not in the model.
+    """
     paths = {module: path for path, module in modules_of(model).items()}
-    found: dict[str, str] = {}
-    for item in (ignore,) if isinstance(ignore, (str, nn.Module)) else ignore:
+    items = (ignore,) if isinstance(ignore, (str, nn.Module)) else tuple(ignore)
+    for item in items:
         if isinstance(item, nn.Module) and item not in paths:
             raise InputError(f"ignore holds a {type(item).__name__} that is not in the model")
-        path = paths[item] if isinstance(item, nn.Module) else item
+    return [paths[item] if isinstance(item, nn.Module) else item for item in items]
+
+
+def _ignored(model: nn.Module, ignore: Ignore, connectivity: Connectivity) -> dict[str, str]:
+    """Layer paths to keep whole: the named modules and everything inside them."""
+    found: dict[str, str] = {}
+    for path in paths_of(model, ignore):
         inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
         if not inside:
             raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")

@@ -31,6 +31,7 @@ from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, ten
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, width
 from ss_pruning.graph.probe.channel_labels import Labels
@@ -126,7 +127,8 @@ def trace_outputs(
 
 def _read_alone(model: nn.Module, path: str) -> bool:
     """Whether a layer never runs, in no mode: torch's attention reads the weights of its projection."""
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+    holder = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(holder, nn.MultiheadAttention) and not isinstance(holder, PrunableAttention)
 
 
 def check_unwrapped(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ss_pruning._utils.copying import shell
 from ss_pruning._utils.memento import like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import PlanError
+from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.graph.groups import Key, Side
 from ss_pruning.graph.layers import is_depthwise, width
 from ss_pruning.graph.refusals import check_whole
@@ -81,9 +83,11 @@ class Plan:
             PlanError: The plan does not fit the model.
             ModelError: The model cannot be copied.
         """
-        self._check(model)
         small = shell(model)
         with torch.inference_mode(False):  # what is made there could never be trained
+            holders = {path.rpartition(".")[0] for path in (*(cut.path for cut in self.cuts), *self.biases)}
+            make_prunable_(small, holders.__contains__)
+            self._check(small)
             self._cut_(small)
             _tie_(small, model)
             if values is not None:
@@ -182,23 +186,26 @@ _SIZES = (
 def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
     """Make `model` what `small` is, a copy of it that was cut: tensors, sizes, numbers that follow, the plan.
 
-    All tables are updated in one call of C, between whose steps Python handles no signal: an interrupt comes before it
-    or after it. The old values are held until then, so that no finaliser runs in between.
+    All tables are updated (and attention that lost heads changes its class) in one call of C, between whose steps
+    Python handles no signal: an interrupt comes before it or after it. The old values are held until then, so that no
+    finaliser runs in between.
     """
     plan = vars(small)[PLAN_ATTRIBUTE]
     numbers: dict[str, list[str]] = {"": [PLAN_ATTRIBUTE]}
     for attribute in plan.attributes:
         numbers.setdefault(attribute.path, []).append(attribute.name)
     theirs = modules_of(small)
-    tables, updates, before = [], [], []
+    steps: list[partial[None]] = []
+    before = []
     for path, module in modules_of(model).items():
         own = layer_type_of(module)
         sizes = _SIZES if own is None else own.sizes.values()
         for table, now in _differing(module, theirs[path], (*sizes, *numbers.get(path, ()))):
-            tables.append(table)
-            updates.append(now)
+            steps.append(partial(dict.update, table, now))
             before.append(dict(table))
-    deque(map(dict.update, tables, updates), maxlen=0)
+        if type(theirs[path]) is not type(module):
+            steps.append(partial(object.__setattr__, module, "__class__", type(theirs[path])))
+    deque(map(partial.__call__, steps), maxlen=0)
     del before
     return model
 
@@ -227,8 +234,9 @@ def _take_values_(model: nn.Module, values: nn.Module) -> None:
             continue
         for table in ("_parameters", "_buffers"):
             for name, tensor in vars(module)[table].items():
-                if tensor is not None:
-                    value = _with_values(tensor, vars(theirs[path])[table][name])
+                value = vars(theirs[path])[table].get(name)
+                if tensor is not None and value is not None:
+                    value = _with_values(tensor, value)
                     vars(module)[table][name] = made.setdefault(id(tensor), value)
 
 
@@ -252,10 +260,12 @@ def _differing(
     if isinstance(module, torch.jit.ScriptModule):
         return
     sizes = {name: vars(other)[name] for name in names if name in vars(other)}
+    layers = {} if type(module) is type(other) else other._modules
     pairs = (
         (module._parameters, other._parameters),
         (module._buffers, other._buffers),
         (vars(module), sizes),
+        (module._modules, {name: layer for name, layer in layers.items() if name not in module._modules}),
     )
     for table, now in pairs:
         changed = {name: value for name, value in now.items() if table.get(name, ...) is not value}

@@ -29,11 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.copying import read_as, retyped
+from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.outputs import values_in
-from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup, Selection
@@ -50,6 +49,7 @@ from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
+from ss_pruning.surgery.precision import PRECISIONS, run, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
     SizeAttributes,
@@ -58,9 +58,6 @@ from ss_pruning.surgery.size_attributes import (
     never_named,
     part_sizes,
 )
-
-#: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
-TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,8 @@ class Verifier:
         """
         self.connectivity, self.watch = connectivity, watch
         self.examples = example_inputs
-        self.dense = _stirred(model)  # in the precision of the model, and never run as it is
-        self.precisions = iter(_PRECISIONS)
+        self.dense = stirred(model)  # in the precision of the model, and never run as it is
+        self.precisions = iter(PRECISIONS)
         self._next_precision()
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}
         #: Names of what the model returns that depends on its layers, all if None.
@@ -124,7 +121,7 @@ class Verifier:
         """The copy without data, if the model runs so."""
         try:
             twin = retyped(self.dense, lambda t: t.to("meta"))
-            _run(self.precise(twin), _to_meta(self.inputs))
+            run(self.precise(twin), _to_meta(self.inputs))
         except Exception:  # looks at values, or keeps tensors where `to` does not find them
             return None
         return twin
@@ -301,7 +298,7 @@ class Verifier:
     def _run_masked(self, twin: nn.Module, selection: Selection) -> tuple[Any, list[Decision]]:
         recording = Recording()
         with masked(twin, selection, self.connectivity):
-            return _run(twin, self.inputs, recording), recording.decisions
+            return run(twin, self.inputs, recording), recording.decisions
 
     def _telling(self, output: Any) -> frozenset[str] | None:
         """Names of what is returned that is another when all layers are; None if the connectivity tells as much."""
@@ -328,11 +325,11 @@ class Verifier:
     def _finds_precision(self) -> bool:
         """Go on to the first precision in which the dense model runs; False if it runs in the present one."""
         with contextlib.suppress(Exception):
-            _run(self.twin, self.inputs)
+            run(self.twin, self.inputs)
             return False
         while self._next_precision():
             with contextlib.suppress(Exception):
-                _run(self.twin, self.inputs)
+                run(self.twin, self.inputs)
                 return True
         return False
 
@@ -369,26 +366,8 @@ class Verifier:
 
         modules = modules_of(model)
         with hooked({path: modules[path] for path in sums}, arrived):
-            _run(model, self.inputs)
+            run(model, self.inputs)
         return sums
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor.clone()
-
-
-# How a copy is run, how its inputs are changed, and the tolerance. Where code gets at parameters other than by reading
-# attributes, all are made float64 at once; where a model does not run in float64, it is taken as it is.
-_PRECISIONS: tuple[tuple[Callable[[nn.Module], nn.Module], Callable[[Tensor], Tensor], float], ...] = (
-    (lambda model: read_as(model, _double), _double, TOLERANCE),
-    (lambda model: retyped(model, _double), _double, TOLERANCE),
-    (lambda model: read_as(model, Tensor.clone), Tensor.clone, COARSE_TOLERANCE),
-)
-
-
-def _run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any] | None = None) -> Any:
-    with torch.no_grad(), preserved(model, training=False), mode or contextlib.nullcontext():
-        return call(model, inputs)
 
 
 def _to_meta(inputs: Any) -> Any:
@@ -420,7 +399,7 @@ def _run_cut(
             known, entered = len(sizes_that_follow.found), mode()
             _let_follow(small, sizes_that_follow)  # what a pass sets is taken back with the rest
             try:
-                output = _run(small, inputs, entered)
+                output = run(small, inputs, entered)
             except Exception as error:
                 if len(sizes_that_follow.found) > known:
                     continue
@@ -437,19 +416,6 @@ def _let_follow(model: nn.Module, sizes_that_follow: SizeAttributes) -> None:
     modules = modules_of(model)
     for attribute in sizes_that_follow.found:
         set_number(modules[attribute.path], attribute)
-
-
-def _stirred(model: nn.Module) -> nn.Module:
-    """A copy in which constant tensors hold noise; the others are shared."""
-    generator = torch.Generator().manual_seed(0)
-
-    def stir(tensor: Tensor) -> Tensor:
-        flat = tensor.flatten()
-        if not tensor.is_floating_point() or not len(flat) or flat[0] != flat[-1] or (flat != flat[0]).any():
-            return tensor
-        return tensor + 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor)
-
-    return retyped(model, stir)
 
 
 def _watching(
