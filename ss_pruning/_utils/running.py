@@ -14,6 +14,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.leftovers import BACKWARD, FORWARD, hook_tables, without_leftovers
 from ss_pruning._utils.memento import Memento
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import ModelError
@@ -100,15 +101,11 @@ def without_checkpoints() -> Iterator[None]:
     ours: dict[str, Any] = {name: generator for name in names if name.startswith(_GENERATOR)}
     ours["CheckpointFunction"] = AtOnce
     theirs = {name: names[name] for name in ours}
-    names.update(ours)
     try:
+        names.update(ours)
         yield
     finally:
         names.update(theirs)
-
-
-_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
-_BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
 
 
 @contextlib.contextmanager
@@ -116,30 +113,21 @@ def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
     """Within, of the hooks on `model` only those run that take part in what it computes; later all are back.
 
     Which do shows in one pass on the example inputs: they return something, write into a tensor that they are given or
-    change their module. The others have run once then, as they would for a pass of the user's own.
+    change their module. The others have run once then, as they would for a pass of the user's own. Nothing that an
+    interrupt leaves on the model outlives the block, see `without_leftovers`.
 
     Raises:
         ModelError: The model does not run on the example inputs.
     """
-    tables = [vars(m)[kind] for m in modules_of(model).values() for kind in _FORWARD if vars(m).get(kind)]
-    backward = [vars(m)[kind] for m in modules_of(model).values() for kind in _BACKWARD if vars(m).get(kind)]
-    if not tables and not backward:
-        yield
-        return
-    before = [(table, dict(table)) for table in (*tables, *backward)]
-    try:
-        for table in backward:
+    with without_leftovers(model):
+        for table in hook_tables(model, BACKWARD):
             table.clear()
-        if tables:
+        if tables := [table for table in hook_tables(model, FORWARD) if table]:
             idle = _idle_hooks(model, example_inputs, tables)
             for table in tables:
                 for number in [n for n in table if (id(table), n) in idle]:
                     del table[number]
         yield
-    finally:
-        for table, hooks in before:
-            table.clear()
-            table.update(hooks)
 
 
 def _idle_hooks(model: nn.Module, example_inputs: Any, tables: list[Any]) -> set[tuple[int, int]]:
