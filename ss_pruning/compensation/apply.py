@@ -16,12 +16,10 @@ from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
 from ss_pruning.config import Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.calibration import BATCH as BATCH
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from ss_pruning.registry import compensates, compensation_named
 from ss_pruning.surgery.plan import Plan, adopt_
-
-#: Activation statistics are measured on so many calibration images at a time.
-BATCH = 64
 
 
 def calibration_images(
@@ -111,7 +109,7 @@ def prepared(
         outcome = done if isinstance(done, Outcome) else Outcome()
         if compensation.recalibrate:
             means = method == "none" or images is not None
-            recalibrate_(small, model, plan, traced.connectivity, images, traced.example_inputs, means)
+            recalibrate_(small, traced, plan, images, means)
     except SSPruningError:
         raise
     except Exception as error:
@@ -124,21 +122,9 @@ def prepared(
 
 
 @compensates("none")
-def _leave(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch | None) -> Outcome:
-    return Outcome()
+def _leave(*_: object) -> None:
+    """What is masked is what is cut."""
 
 
-@compensates("mean")
-def _fold_means(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch | None) -> Outcome:
-    source = "gaussian" if images is None else images.split(BATCH)
-    return fold_means_(small, traced.model, plan, traced.connectivity, source, traced.example_inputs)
-
-
-@compensates("linear")
-def _fold_linear(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch) -> Outcome:
-    return fold_linear_(small, traced.model, plan, traced.connectivity, images.split(BATCH))
-
-
-@compensates("reconstruct")
-def _reconstruct(small: nn.Module, traced: TracedModel, plan: Plan, images: Batch) -> Outcome:
-    return reconstruct_(small, traced.model, plan, traced.connectivity, images)
+for _name, _compensate in {"mean": fold_means_, "linear": fold_linear_, "reconstruct": reconstruct_}.items():
+    compensates(_name)(_compensate)

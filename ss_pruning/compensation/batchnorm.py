@@ -29,6 +29,7 @@ from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import has_statistics
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch, sizes_that_run
 from ss_pruning.surgery.plan import Plan
 
@@ -41,13 +42,7 @@ _AT_ONCE = 2**23
 
 
 def recalibrate_(
-    small: nn.Module,
-    dense: nn.Module,
-    plan: Plan,
-    connectivity: Connectivity,
-    images: Any,
-    inputs: Any,
-    means: bool = True,
+    small: nn.Module, traced: TracedModel, plan: Plan, images: Any, means: bool = True
 ) -> list[str]:
     """Move the running statistics of the batch norms behind the first cut, in place and in one pass.
 
@@ -59,18 +54,17 @@ def recalibrate_(
     norm's `eps` is added.
 
     Args:
-        small: `dense` with `plan` applied; in evaluation mode for the pass, whatever its mode is.
-        dense: The dense model; not changed.
+        small: The dense model with `plan` applied; in evaluation mode for the pass, whatever its mode is.
+        traced: The dense model; not changed.
         plan: What was cut.
-        connectivity: The connectivity of the dense model.
-        images: Inputs; None for noise. Where a norm runs several times those are taken that fit into memory side by
-            side, but 16 at least.
-        inputs: What `forward` takes; the noise has its shape.
+        images: Inputs; None for noise, in the shape of the example inputs. Where a norm runs several times those are
+            taken that fit into memory side by side, but 16 at least.
         means: Move the means, too; on noise they are known less well than those of `fold_means_`.
 
     Returns:
         Paths of the norms that were set.
     """
+    dense, connectivity, inputs = traced.model, traced.connectivity, traced.example_inputs
     norms, first = _norms(dense, connectivity), _first_cut(plan, connectivity)
     behind = [path for number, path in norms.items() if number >= first]
     if not behind:

@@ -19,7 +19,7 @@ a bias, and the plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, is_depthwise
-from ss_pruning.importance.activation_stats import measure
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.activation_stats import StatisticsSource, measure
+from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
 from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.cut import Cut, give_bias
@@ -57,36 +59,32 @@ class Outcome:
     biases: list[str] = field(default_factory=list)
 
 
-def fold_means_(
-    pruned: nn.Module, dense: nn.Module, plan: Plan, connectivity: Connectivity, source: Any, inputs: Any
-) -> Outcome:
+def fold_means_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
     """Add what the removed channels carry on average to the biases of their consumers, in place.
 
     Args:
-        pruned: `dense` with `plan` applied; changed in place.
-        dense: The dense model; not changed.
+        pruned: The dense model with `plan` applied; changed in place.
+        traced: The dense model; not changed.
         plan: What was cut.
-        connectivity: The connectivity of `dense`.
-        source: Where means come from: "gaussian" or batches, see `ss_pruning.importance.activation_stats.measure`.
-        inputs: Example inputs, for "gaussian".
+        images: Calibration inputs that means come from; None for the model's own noise, see
+            `ss_pruning.importance.activation_stats`.
     """
-    outcome, norms = Outcome(), norms_behind(connectivity)
-    consumers = _consumers(dense, plan, outcome)
-    statistics = measure(dense, connectivity, source, inputs, list(consumers))
+    outcome = Outcome()
+    consumers = _consumers(traced, plan, outcome)
+    source: StatisticsSource = "gaussian" if images is None else Batch.of(images).split(BATCH)
+    statistics = measure(traced.model, traced.connectivity, source, traced.example_inputs, list(consumers))
+    constants = {}
     for path, cut in consumers.items():
         mean = statistics[path].mean
-        if mean is None:
-            outcome.skipped[path] = IDLE
-            continue
-        constant = torch.zeros_like(mean)
-        constant[cut.removed] = mean[cut.removed]
-        _fold(pruned, dense, path, constant, plan, norms, outcome)
+        if mean is not None:
+            constants[path] = torch.zeros_like(mean)
+            constants[path][cut.removed] = mean[cut.removed]
+    _fold_(pruned, traced, plan, constants, outcome)
+    outcome.skipped |= dict.fromkeys((path for path in consumers if path not in constants), IDLE)
     return outcome
 
 
-def fold_linear_(
-    pruned: nn.Module, dense: nn.Module, plan: Plan, connectivity: Connectivity, batches: Iterable[Any]
-) -> Outcome:
+def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
     """Fold the best linear prediction of the removed channels from the kept ones into the consumers, in place.
 
     Means and covariances are the dense model's, `[C, C]` for each consumer that lost inputs. A removed channel is
@@ -94,19 +92,19 @@ def fold_linear_(
     covariance get the mean alone (see `ss_pruning.importance.activation_stats.measure`).
 
     Args:
-        pruned: `dense` with `plan` applied; changed in place.
-        dense: The dense model; not changed.
+        pruned: The dense model with `plan` applied; changed in place.
+        traced: The dense model; not changed.
         plan: What was cut.
-        connectivity: The connectivity of `dense`.
-        batches: Calibration inputs.
+        images: Calibration inputs.
     """
-    outcome, norms = Outcome(), norms_behind(connectivity)
-    consumers = _consumers(dense, plan, outcome)
-    statistics = measure(dense, connectivity, batches, None, list(consumers), covariance=True)
+    outcome = Outcome()
+    consumers = _consumers(traced, plan, outcome)
+    batches = Batch.of(images).split(BATCH)
+    statistics = measure(traced.model, traced.connectivity, batches, None, list(consumers), covariance=True)
+    constants = {}
     for path, cut in consumers.items():
-        module, seen = dense.get_submodule(path), statistics[path]
+        module, seen = traced.modules[path], statistics[path]
         if seen.mean is None:
-            outcome.skipped[path] = IDLE
             continue
         inverse = seen.covariance if cut.removed else None
         if inverse is not None:
@@ -115,17 +113,18 @@ def fold_linear_(
         predicted = Predicted.of(seen.mean, inverse, kept, removed)
         if predicted.slope is not None:
             _add_inputs(pruned.get_submodule(path), module, predicted, _kept_outputs(plan, path))
-        _fold(pruned, dense, path, predicted.constants(), plan, norms, outcome)
+        constants[path] = predicted.constants()
+    _fold_(pruned, traced, plan, constants, outcome)
+    outcome.skipped |= dict.fromkeys((path for path in consumers if path not in constants), IDLE)
     return outcome
 
 
-def _consumers(dense: nn.Module, plan: Plan, outcome: Outcome) -> dict[str, Cut]:
+def _consumers(traced: TracedModel, plan: Plan, outcome: Outcome) -> dict[str, Cut]:
     """The layers that mix channels and lost inputs; registered ones are noted as skipped."""
     cuts = {cut.path: cut for cut in plan.cuts if cut.side == "in"}
-    modules = {path: dense.get_submodule(path) for path in cuts}
-    own = [path for path, module in modules.items() if layer_type_of(module) is not None]
+    own = [path for path in cuts if layer_type_of(traced.modules[path]) is not None]
     outcome.skipped |= dict.fromkeys(own, REGISTERED)
-    return {path: cut for path, cut in cuts.items() if path not in own and not is_depthwise(modules[path])}
+    return {p: cut for p, cut in cuts.items() if p not in own and not is_depthwise(traced.modules[p])}
 
 
 def _kept_outputs(plan: Plan, path: str) -> Tensor | None:
@@ -146,23 +145,18 @@ def _add_inputs(small: nn.Module, module: nn.Module, predicted: Predicted, kept_
     weights_by_group(small).add_(added.to(weight))
 
 
-def _fold(
-    pruned: nn.Module,
-    dense: nn.Module,
-    path: str,
-    constant: Tensor,
-    plan: Plan,
-    norms: Mapping[str, str],
-    outcome: Outcome,
+def _fold_(
+    pruned: nn.Module, traced: TracedModel, plan: Plan, constants: Mapping[str, Tensor], outcome: Outcome
 ) -> None:
-    """Add to the bias of a layer what constant inputs put out (as if no border were padded)."""
-    module = dense.get_submodule(path)
-    bias = constant_output(module, constant)
-    kept_out = _kept_outputs(plan, path)
-    add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
-    outcome.layers.append(path)
-    if _is_padded(module) and bool(constant.ne(0).any()):
-        outcome.inexact.append(path)
+    """Add to the biases of layers what constant inputs put out (as if no border were padded)."""
+    norms = norms_behind(traced.connectivity)
+    for path, constant in constants.items():
+        bias = constant_output(traced.modules[path], constant)
+        kept_out = _kept_outputs(plan, path)
+        add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
+        outcome.layers.append(path)
+        if _is_padded(traced.modules[path]) and bool(constant.ne(0).any()):
+            outcome.inexact.append(path)
 
 
 def _is_padded(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.graph.layers import channel_axis, groups_of
+from ss_pruning.graph.layers import channel_axis, groups_of, weight_of
 
 # Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
 # where there is nothing to hold out.
@@ -36,8 +36,7 @@ class NormalEquations:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(module)
         self.module, self.groups, self.rows = module, groups_of(module), 0
         self.parameters = size = weight[0].numel() + 1
         self.gram = weight.new_zeros(2, self.groups, size, size, dtype=torch.float64)

@@ -14,7 +14,6 @@ What passes hold while they wait is bounded: those that do not fit begin anew at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from ss_pruning.compensation.passes.lockstep import Lockstep, Meeting
 from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.layers import is_linear_in_weight
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.plan import Plan
@@ -41,31 +42,22 @@ _ROWS_EACH, _FEWEST_ROWS, _MOST_ROWS = 256, 2**13, 2**16
 _LEAST_IMAGES, _SHARE = 32, 0.25
 
 
-def reconstruct_(
-    pruned: nn.Module,
-    dense: nn.Module,
-    plan: Plan,
-    connectivity: Connectivity,
-    images: Any,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outcome:
-    """Re-solve every layer of `pruned`, in place and in forward order, to put out what `dense` does.
+def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
+    """Re-solve every layer of `pruned`, in place and in forward order, to put out what the dense model does.
 
     What is held between layers is bounded, see `ss_pruning.compensation.passes.memory`; the result does not depend on
     the bound.
 
     Args:
-        pruned: `dense` with `plan` applied; changed in place.
-        dense: The dense model; not changed.
+        pruned: The dense model with `plan` applied; changed in place.
+        traced: The dense model; not changed.
         plan: What was cut.
-        connectivity: The connectivity of `dense`.
         images: One batch of inputs; more is better, a few hundred are enough.
-        progress: Called with (layers done, layers in all).
 
     Raises:
         ModelError: A layer does not run in the dense model as it does in the pruned one.
     """
-    batch = Batch.of(images)
+    batch, dense, connectivity = Batch.of(images), traced.model, traced.connectivity
     outcome, norms = Outcome(), norms_behind(connectivity)
     paths = _solvable(pruned, connectivity, plan, outcome)
     found = find_sums(dense, batch[: batch.unit].inputs, norms)
@@ -89,7 +81,6 @@ def reconstruct_(
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
             give_back()
-            progress(len(outcome.layers), len(models.order))
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome
 
@@ -111,32 +102,11 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             outcome.skipped[path] = "it runs several times"
         elif isinstance(module, _ConvNd) and module.transposed:
             outcome.skipped[path] = "transposed convolutions are not solved"
-        elif hasattr(module, "parametrizations") or not _is_linear_in_weight(module):
+        elif hasattr(module, "parametrizations") or not is_linear_in_weight(module):
             outcome.skipped[path] = "its output is not linear in its weight"
         else:
             paths.append(path)
     return paths
-
-
-def _is_linear_in_weight(module: nn.Module) -> bool:
-    """Plain torch layers are; of a subclass, see whether a doubled weight doubles the output."""
-    if type(module).__module__.startswith("torch.nn."):
-        return True
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, nn.Linear):
-        x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
-    elif isinstance(module, _ConvNd):
-        x = torch.ones(1, module.in_channels, *[16] * len(module.kernel_size), dtype=weight.dtype).to(
-            weight.device
-        )
-    else:
-        return False
-    zero = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
-    with torch.no_grad():
-        once = torch.func.functional_call(module, {"weight": weight, **zero}, (x,))
-        twice = torch.func.functional_call(module, {"weight": 2 * weight, **zero}, (x,))
-    return torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6)
 
 
 def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | None) -> NormalEquations:

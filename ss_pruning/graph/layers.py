@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import OrderedDict
 from typing import Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
@@ -122,6 +123,25 @@ def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     return answer
 
 
+def is_linear_in_weight(module: nn.Module) -> bool:
+    """False where twice the weight is not twice the output: a convolution that standardises its weights, for one."""
+    if type(module).__module__.startswith("torch.nn."):
+        return True
+    if layer_type_of(module) is not None:
+        return False
+    weight = weight_of(module)
+    size = [weight.shape[1]]
+    if isinstance(module, _ConvNd):
+        size = [module.in_channels, *(8 * k for k in module.kernel_size)]
+    x = torch.linspace(0.1, 1.0, math.prod(size)).to(weight).reshape(1, *size)
+    w = torch.linspace(-1.0, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    try:
+        nothing, once, twice = (ask(module, {"weight": share * w}, x) for share in (0, 1, 2))
+    except Exception:  # takes more than one tensor: nothing is known of it
+        return False
+    return bool((twice - 2 * once + nothing).abs().max() <= 1e-4 * (twice - nothing).abs().max())
+
+
 def mixes_channels(module: nn.Module) -> bool:
     """True for norms whose statistics span channels (or may): absent channels are not the same to them as zeros."""
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or _foreign_kind(module) is not None
@@ -142,6 +162,13 @@ def blocks_of(module: nn.Module | None, side: str) -> int:
 def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
     """True if every input channel of the convolution has outputs of its own."""
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer that has one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def groups_of(module: nn.Module) -> int:
@@ -200,9 +227,7 @@ def width(module: nn.Module, side: Literal["in", "out"]) -> int:
         if hasattr(module, name):
             value: Any = getattr(module, name)
             return int(value[0]) if isinstance(value, (tuple, list)) else int(value)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.numel())
+    return weight_of(module).numel()
 
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
@@ -227,8 +252,7 @@ def _norm_axis(module: nn.Module, x: Tensor) -> int:
         return fitting[0]
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or not fitting:
         return x.dim() - 1
-    assert isinstance(module.weight, Tensor)
-    weight = torch.ones(module.weight.shape, dtype=x.dtype, device=x.device)
+    weight = torch.ones(weight_of(module).shape, dtype=x.dtype, device=x.device)
     # Of both signs in every channel: an activation inside may silence one.
     probe = torch.arange(x[:1].numel(), device=x.device).sin().to(x.dtype).reshape(x[:1].shape)
     plain = ask(module, {"weight": weight}, probe)
@@ -282,9 +306,7 @@ def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
     one is given.
     """
-    if weight is None:
-        assert isinstance(module.weight, Tensor)
-        weight = module.weight
+    weight = weight_of(module) if weight is None else weight
     if weight.dim() == 2:
         return weight.square()
     elements = weight.flatten(2)

@@ -33,7 +33,7 @@ from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
-from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, width
+from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
 from ss_pruning.graph.probe.channel_labels import Labels
 from ss_pruning.graph.probe.pooling_indices import TiedIndices
 from ss_pruning.graph.probe.pulls import Arrival, Leaf
@@ -283,8 +283,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
 
 def _sloped(path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """The other half of a PReLU, as the operating point's does not depend on the slopes; positive, too."""
-    assert isinstance(module.weight, Tensor)
-    return -nn.functional.prelu(-x.abs(), module.weight)
+    return -nn.functional.prelu(-x.abs(), weight_of(module))
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from ss_pruning.errors import InputError
 
 #: No more samples than these are taken.
 MOST = 1024
+#: Statistics are taken on so many samples at a time.
+BATCH = 64
 
 
 @dataclass(frozen=True)

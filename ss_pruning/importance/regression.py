@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.layers import groups_of
+from ss_pruning.graph.layers import groups_of, weight_of
 
 # Added to the variances, as a share of their mean in the group; at least so much.
 _RIDGE = 1e-3
@@ -118,8 +118,7 @@ class Predicted:
 
 def weights_by_group(module: nn.Module) -> Tensor:
     """A view of the weight, `[groups, outputs of a group, inputs of a group, ...]`."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     by_group: Tensor = weight.detach().unflatten(0, (groups_of(module), -1))
     # Transposed convolutions store inputs first.
     return by_group.transpose(1, 2) if isinstance(module, _ConvNd) and module.transposed else by_group

@@ -44,14 +44,12 @@ from ss_pruning.graph.groups import PruningGroup, ranks_of, step_scores
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics, measure
 from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
-from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.calibration import BATCH, Batch
 
 # What is small, so many numbers an input at most, can be measured thoroughly.
 _SMALL = 2**14
 # Copies that run at a time have about so many images together.
 _ROWS = 64
-# Statistics are taken on so many images at a time.
-_BATCH = 64
 # This share of the scores' mean is added to each: dead channels need a place in the order, too.
 _EVEN, _NUDGE = 1e-3, 1e-15
 
@@ -131,7 +129,7 @@ def by_sensitivity(
         statistics = known or {}
         if not consumers.keys() <= statistics.keys():
             statistics = measure(
-                model, connectivity, others.split(_BATCH), None, list(consumers), covariance=True
+                model, connectivity, others.split(BATCH), None, list(consumers), covariance=True
             )
         ablation = BatchedAblation(model, connectivity, held, statistics, shrinking.method, shrinking.follow)
         pairs = zip(groups, scores, strict=True)

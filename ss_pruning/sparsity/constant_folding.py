@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
 from ss_pruning.graph.connectivity import Connectivity, Layer
 from ss_pruning.graph.groups import Coupling, Member, Subgroup
-from ss_pruning.graph.layers import channel_axis, mixes_channels
+from ss_pruning.graph.layers import channel_axis, mixes_channels, weight_of
 from ss_pruning.sparsity.dead_channels import (
     Liveness,
     by_input,
@@ -140,8 +140,7 @@ class Folding:
 
     def _to_bias(self, twin: nn.Module, path: str, values: Tensor, outcome: Outcome) -> None:
         module, axis = twin.get_submodule(path), self.connectivity.layers[path].in_axis
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(module)
         y = response(module, self.shapes[path][0], axis, values.to(weight))
         bias = y.movedim(channel_axis(module, y), 0).flatten(1)[:, 0]
         add_bias(twin, path, bias, self.norms, outcome)

@@ -22,8 +22,7 @@ from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
-from ss_pruning.graph.layers import channel_axis, groups_of, mixes_channels
-from ss_pruning.registry import layer_type_of
+from ss_pruning.graph.layers import channel_axis, groups_of, is_linear_in_weight, mixes_channels, weight_of
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
 _AMPLITUDES = (1.0, 1000.0, -1000.0)
@@ -34,8 +33,7 @@ _COARSE_ROUNDING = 1e-5
 
 def living_kernels(module: nn.Module) -> Tensor:
     """True for every 2-D kernel (or single weight) with an entry other than 0, `[out, in // groups]`."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     alive = weight.detach().ne(0)
     alive = alive.flatten(2).any(2) if alive.dim() > 2 else alive
     if isinstance(module, _ConvNd) and module.transposed:
@@ -59,8 +57,7 @@ def by_input(module: nn.Module, alive: Tensor, outputs: Tensor | None = None) ->
 
 def reading(module: nn.Module, channel: int) -> Tensor:
     """The kernels that read one input channel, as a view of the weight."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     if isinstance(module, _ConvNd) and module.transposed:
         return weight.data[channel]
     group, position = divmod(channel, weight.shape[1])
@@ -100,7 +97,7 @@ def measure_liveness(model: nn.Module, connectivity: Connectivity, example_input
         if layer.kind in ("synaptic", "depthwise"):
             module = model.get_submodule(path)
             kernels[path] = living_kernels(module).cpu()
-            if not _uses_weight_as_is(module):
+            if not is_linear_in_weight(module):
                 opaque.add(path)
                 kernels[path] = torch.ones_like(kernels[path])
     fed = {path: _fed(connectivity, path) for path in connectivity.layers}
@@ -195,8 +192,7 @@ def response(module: nn.Module, shape: tuple[int, ...], axis: int, values: Tenso
 
 def has_no_border(module: nn.Module, shapes: Iterable[tuple[int, ...]], axis: int) -> bool:
     """True if constant inputs make constant outputs at every position: no zero padding is seen."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     n = next(iter(shapes := list(shapes)))[axis]
     values = torch.rand(n, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
     for shape in set(shapes):
@@ -307,32 +303,3 @@ def _run_on_noise(
     modules = {path: model.get_submodule(path) for path in connectivity.layers}
     with hooked(modules, before, after), torch.no_grad(), preserved(model, training=False):
         call(model, noisy)
-
-
-def _uses_weight_as_is(module: nn.Module) -> bool:
-    """False where twice the weight is not twice the output: a convolution that standardises its weights, for one."""
-    if type(module).__module__.startswith("torch.nn."):
-        return True
-    if layer_type_of(module) is not None:
-        return False
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    size = (
-        [module.in_channels, *(8 * k for k in module.kernel_size)]
-        if isinstance(module, _ConvNd)
-        else [weight.shape[1]]
-    )
-    x = torch.linspace(0.1, 1.0, int(torch.tensor(size).prod())).to(weight).reshape(1, *size)
-
-    def without_bias(w: Tensor) -> Tensor:
-        answer: Tensor = torch.func.functional_call(module, {"weight": w}, (x,))
-        nothing: Tensor = torch.func.functional_call(module, {"weight": torch.zeros_like(w)}, (x,))
-        return answer - nothing
-
-    w = torch.linspace(-1.0, 2.0, weight.numel()).to(weight).reshape(weight.shape)
-    try:
-        with torch.no_grad():
-            once, twice = without_bias(w), without_bias(2 * w)
-    except Exception:  # takes more than one tensor: nothing is known of it
-        return False
-    return bool((twice - 2 * once).abs().max() <= 1e-4 * twice.abs().max())

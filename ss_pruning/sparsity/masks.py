@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.layers import by_kernel, kernel_powers, kind_of
+from ss_pruning.graph.layers import by_kernel, kernel_powers, kind_of, weight_of
 from ss_pruning.importance.strength import share
 
 Masks = Mapping[str, Tensor]
@@ -145,8 +145,7 @@ def mask_(model: nn.Module, masks: Masks) -> nn.Module:
     """
     modules = {path: _fitting(model, path, mask) for path, mask in masks.items()}
     for path, module in modules.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(module)
         mask = by_kernel(module, weight, masks[path]).to(weight.device)
         if (own := _mask_of(module)) is not None:
             own.mask = mask.clone()

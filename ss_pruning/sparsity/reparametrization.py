@@ -24,7 +24,7 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers, width
+from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers, weight_of, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
@@ -199,8 +199,7 @@ def _move_scale_(model: nn.Module, norm: str, consumers: Readers) -> None:
     assert isinstance(shift, Tensor)
     for path, all_pairs in consumers.items():
         consumer = model.get_submodule(path)
-        weight = consumer.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(consumer)
         powers = kernel_powers(consumer)
         factors = scale.new_ones(width(consumer, "in"))
         for pairs in all_pairs:

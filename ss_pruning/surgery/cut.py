@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.memento import like
 from ss_pruning.graph.groups import Side
-from ss_pruning.graph.layers import groups_of, is_depthwise, layout_of, long_axis, width
+from ss_pruning.graph.layers import groups_of, is_depthwise, layout_of, long_axis, weight_of, width
 from ss_pruning.registry import LayerType, layer_type_of
 
 
@@ -152,8 +152,7 @@ def _formatted(selected: Tensor, tensor: Tensor) -> Tensor:
 
 def give_bias(module: nn.Module) -> nn.Parameter:
     """Register a bias of zeros on a convolution or linear layer without one."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     bias = nn.Parameter(torch.zeros(width(module, "out"), dtype=weight.dtype, device=weight.device))
     module.bias = bias
     return bias

@@ -14,6 +14,7 @@ from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.graph import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.surgery.plan import Plan
@@ -55,7 +56,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "macs": count_macs,
     "strength": synaptic_strength,
     "statistics": lambda model, x: measure(model, trace(model, x), [x], None, ["0", "3", "6"]),
-    "norms": lambda model, x: recalibrate_(model, model, Plan(), trace(model, x), x, x),
+    "norms": lambda model, x: recalibrate_(model, TracedModel.of(model, x), Plan(), x),
     "sums": lambda model, x: find_sums(model, x, norms_behind(trace(model, x))),
     "prune": lambda model, x: prune_(model, x[:1], macs=0.7, calibration=x),
     "reconstruct": lambda model, x: prune_(

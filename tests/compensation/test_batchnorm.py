@@ -14,7 +14,7 @@ from ss_pruning import prune_
 from ss_pruning.compensation.batchnorm import noise_like, recalibrate_, recalibrated_to_noise
 from ss_pruning.config import COMPENSATIONS, FoldMean
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.tracing import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.plan import Plan
 from tests.support.snapshot import snapshot
@@ -80,7 +80,7 @@ def seen_at(model: nn.Module, path: str, x: Tensor) -> tuple[list[Tensor], list[
 
 def moved(model: Net, x: Tensor | None, like: Tensor, means: bool = True) -> tuple[Net, list[str]]:
     small, plan = cut(model)
-    return small, recalibrate_(small, model, plan, trace(model, like), x, like, means)
+    return small, recalibrate_(small, TracedModel.of(model, like), plan, x, means)
 
 
 def test_a_norm_puts_out_the_mean_and_variance_that_the_dense_one_puts_out() -> None:
@@ -115,7 +115,7 @@ def test_without_a_change_nothing_moves() -> None:
     small = copy.deepcopy(model)
     everything = Plan((Cut("conv2", "out", 6, tuple(range(6))),))
     for given in (x, None):
-        recalibrate_(small, model, everything, trace(model, x), given, x)
+        recalibrate_(small, TracedModel.of(model, x), everything, given)
         for name, value in small.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
 
@@ -156,7 +156,7 @@ def test_images_in_parts_move_norms_as_all_at_once_do(means: bool, monkeypatch: 
         monkeypatch.setattr("ss_pruning.compensation.passes.lockstep._AT_ONCE", at_once)
         small = plan.apply_(copy.deepcopy(model))
         before = small[7].running_mean.clone()
-        assert recalibrate_(small, model, plan, trace(model, x), x, x, means) == ["4", "7"]
+        assert recalibrate_(small, TracedModel.of(model, x), plan, x, means) == ["4", "7"]
         assert torch.equal(small[7].running_mean, before) is not means
         found.append(small)
     for a, b in zip(found[0].state_dict().values(), found[1].state_dict().values(), strict=True):
@@ -182,10 +182,10 @@ def test_on_noise_a_norm_loses_what_a_removed_channel_brought() -> None:
     small = plan.apply_(copy.deepcopy(model))
     small[2].register_forward_pre_hook(lambda module, args: args[0][:, list(kept)])
     moved = copy.deepcopy(small)
-    assert recalibrate_(moved, model, plan, trace(model, x), None, x) == ["3"]
+    assert recalibrate_(moved, TracedModel.of(model, x), plan, None) == ["3"]
     assert float(moved[3].running_mean) == pytest.approx(24.0, rel=0.04)
     assert float(moved[3].running_var) == pytest.approx(16.0, rel=0.1)
-    recalibrate_(small, model, plan, trace(model, x), None, x, False)
+    recalibrate_(small, TracedModel.of(model, x), plan, None, False)
     assert float(small[3].running_mean) == 48.0
     assert float(small[3].running_var) == pytest.approx(16.0, rel=0.1)
 
@@ -225,8 +225,8 @@ def test_nothing_else_is_changed(training: bool) -> None:
     small.train(training)
     before = snapshot(small)
     dense = snapshot(model)
-    recalibrate_(small, model, plan, trace(model, x), x, x)
-    recalibrate_(small, model, plan, trace(model, x), None, x)
+    recalibrate_(small, TracedModel.of(model, x), plan, x)
+    recalibrate_(small, TracedModel.of(model, x), plan, None)
     assert snapshot(model) == dense
     after = snapshot(small)
     changed = {name for name, value in after.items() if value != before[name]}
@@ -236,9 +236,9 @@ def test_nothing_else_is_changed(training: bool) -> None:
 def test_half_precision_is_summed_in_single() -> None:
     model, x = net(), images(64) + 20
     small, plan = cut(model)
-    recalibrate_(small, model, plan, trace(model, x), x, x)
+    recalibrate_(small, TracedModel.of(model, x), plan, x)
     half, _ = cut(model.bfloat16())
-    recalibrate_(half, model, plan, trace(model, x.bfloat16()), x.bfloat16(), x)
+    recalibrate_(half, TracedModel.of(model, x.bfloat16()), plan, x.bfloat16())
     assert half.bn2.running_mean.dtype == torch.bfloat16
     assert torch.allclose(half.bn2.running_var.double(), small.bn2.running_var, rtol=0.05)
 
@@ -324,7 +324,7 @@ def test_a_failure_leaves_the_model_as_it_was(compensation: Any, monkeypatch: py
 def test_no_hook_survives_an_error() -> None:
     model, x = net(), images()
     small, plan = cut(model)
-    connectivity = trace(model, x)
+    traced = TracedModel.of(model, x)
     with pytest.raises(RuntimeError, match="expected input"):
-        recalibrate_(small, model, plan, connectivity, x[:, :2], x)
+        recalibrate_(small, traced, plan, x[:, :2])
     assert not any(module._forward_pre_hooks for net in (small, model) for module in net.modules())

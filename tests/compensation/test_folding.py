@@ -16,8 +16,7 @@ from ss_pruning.compensation.folding import _is_padded, fold_linear_, fold_means
 from ss_pruning.compensation.normal_equations import change
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.groups import couple
-from ss_pruning.graph.tracing import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import gather
 from ss_pruning.importance.regression import Predicted, precision
 from ss_pruning.planning.allocation import to_plan
@@ -50,10 +49,10 @@ def images(n: int = 40) -> Tensor:
     return torch.randn(n, 3, 10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan, object]:
+def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan, TracedModel]:
     """Cut the given output channels of conv1."""
-    connectivity = trace(model, x)
-    coupling = couple(connectivity, model)
+    traced = TracedModel.of(model, x)
+    coupling = traced.coupling
     group = next(u for u in coupling.groups if u.name == "conv1")
     selection = {}
     for subgroup in group.subgroups:
@@ -67,14 +66,14 @@ def plan_without(model: nn.Module, removed: list[int], x: Tensor) -> tuple[Plan,
             width = coupling.widths[member.path, member.side]
             before = selection.get((member.path, member.side), tuple(range(width)))
             selection[member.path, member.side] = tuple(c for c in before if c not in pruned)
-    return to_plan(selection, coupling, connectivity), connectivity
+    return to_plan(selection, coupling, traced.connectivity), traced
 
 
-def cut(model: nn.Module, removed: list[int], x: Tensor) -> tuple[nn.Module, Plan, object]:
+def cut(model: nn.Module, removed: list[int], x: Tensor) -> tuple[nn.Module, Plan, TracedModel]:
     import copy
 
-    plan, connectivity = plan_without(model, removed, x)
-    return plan.apply_(copy.deepcopy(model)), plan, connectivity
+    plan, traced = plan_without(model, removed, x)
+    return plan.apply_(copy.deepcopy(model)), plan, traced
 
 
 def error(a: nn.Module, b: nn.Module, x: Tensor) -> float:
@@ -99,9 +98,9 @@ def test_duplicates_go_without_a_trace_by_linear(padding: int, monkeypatch: pyte
     monkeypatch.setattr("ss_pruning.importance.regression._share", lambda *_: 1e-9)
     dense, x = double_net(kernel=3, padding=padding), images()
     make_duplicates(dense)
-    small, plan, connectivity = cut(dense, [6, 7], x)
+    small, plan, traced = cut(dense, [6, 7], x)
     plain = error(dense, small, x)
-    fold_linear_(small, dense, plan, connectivity, [x])
+    fold_linear_(small, traced, plan, x)
     assert plain > 1e-2
     assert error(dense, small, x) < 1e-8
 
@@ -115,9 +114,9 @@ def test_affine_copies_go_without_a_trace_by_linear(monkeypatch: pytest.MonkeyPa
         for tensor in (dense.conv1.weight, dense.bn1.running_mean, dense.bn1.running_var):
             tensor[6] = tensor[0]
         dense.bn1.weight[6], dense.bn1.bias[6] = 2 * dense.bn1.weight[0], 2 * dense.bn1.bias[0] + 3
-    small, plan, connectivity = cut(dense, [6], x)
+    small, plan, traced = cut(dense, [6], x)
     assert error(dense, small, x) > 1e-2
-    fold_linear_(small, dense, plan, connectivity, [x])
+    fold_linear_(small, traced, plan, x)
     assert error(dense, small, x) < 1e-7
 
 
@@ -125,8 +124,8 @@ def test_a_channel_that_is_zero_does_no_harm_at_a_padded_border() -> None:
     dense, x = double_net(kernel=3, padding=1), images()
     with torch.no_grad():
         dense.bn1.weight[6], dense.bn1.bias[6] = 0.0, -1.0  # behind the rectifier: 0
-    small, plan, connectivity = cut(dense, [6], x)
-    outcome = fold_means_(small, dense, plan, connectivity, [x], x)
+    small, plan, traced = cut(dense, [6], x)
+    outcome = fold_means_(small, traced, plan, x)
     assert outcome.layers == ["conv2"]
     assert outcome.inexact == []
     assert error(dense, small, x) < 1e-12
@@ -139,8 +138,8 @@ def test_duplicates_go_without_a_trace_by_reconstruct(
     monkeypatch.setattr("ss_pruning.compensation.normal_equations._RIDGES", (1e-10,))
     dense, x = double_net(kernel=3, padding=1, norm_behind=norm_behind), images()
     make_duplicates(dense)
-    small, plan, connectivity = cut(dense, [6, 7], x)
-    reconstruct_(small, dense, plan, connectivity, x)
+    small, plan, traced = cut(dense, [6, 7], x)
+    reconstruct_(small, traced, plan, x)
     assert error(dense, small, x) < 1e-4  # patches are gathered in float32
 
 
@@ -158,8 +157,8 @@ def test_a_constant_folds_exactly_unless_a_border_is_padded(
 ) -> None:
     dense, x = double_net(kernel=kernel, padding=padding, norm_behind=norm_behind), images()
     make_constant(dense)
-    small, plan, connectivity = cut(dense, [5], x)
-    outcome = fold_means_(small, dense, plan, connectivity, [x] if source == "data" else source, x)
+    small, plan, traced = cut(dense, [5], x)
+    outcome = fold_means_(small, traced, plan, x if source == "data" else None)
     assert outcome.inexact == ([] if exact else ["conv2"])
     assert outcome.biases == ([] if norm_behind else ["conv2"])
     difference = error(dense, small, x)
@@ -172,9 +171,9 @@ def test_a_transposed_layer_puts_out_a_constant_on_average(kernel: int, stride: 
     dense, x = double_net(norm_behind=False), images()
     dense.conv2 = randomise(nn.ConvTranspose2d(8, 6, kernel, stride), 2).double()
     make_constant(dense)
-    small, plan, connectivity = cut(dense, [5], x)
+    small, plan, traced = cut(dense, [5], x)
     before = small.conv2.bias.detach().clone()
-    outcome = fold_means_(small, dense, plan, connectivity, [x], x)
+    outcome = fold_means_(small, traced, plan, x)
     alone = torch.zeros(1, 8, 12, 12, dtype=torch.float64)
     alone[:, 5] = 0.7
     with torch.no_grad():
@@ -187,8 +186,8 @@ def test_a_transposed_layer_puts_out_a_constant_on_average(kernel: int, stride: 
 def test_mean_equals_plain_loops() -> None:
     dense, x = double_net(kernel=3, padding=1, norm_behind=False), images()
     removed = [1, 4]
-    small, plan, connectivity = cut(dense, removed, x)
-    fold_means_(small, dense, plan, connectivity, [x], x)
+    small, plan, traced = cut(dense, removed, x)
+    fold_means_(small, traced, plan, x)
     with torch.no_grad():
         maps = F.relu(dense.bn1(dense.conv1(x)))
     for k in range(6):
@@ -345,11 +344,11 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
     x = images()
     for padding, inexact in ((0, []), (1, ["conv2"])):
         dense = double_net(kernel=3, padding=padding)
-        small, plan, connectivity = cut(dense, [1, 4], x)
+        small, plan, traced = cut(dense, [1, 4], x)
         if method == "mean":
-            outcome = fold_means_(small, dense, plan, connectivity, "gaussian", x)  # type: ignore[arg-type]
+            outcome = fold_means_(small, traced, plan, None)
         else:
-            outcome = fold_linear_(small, dense, plan, connectivity, [x])  # type: ignore[arg-type]
+            outcome = fold_linear_(small, traced, plan, x)
         assert outcome.layers == ["conv2"]
         assert outcome.inexact == inexact
 

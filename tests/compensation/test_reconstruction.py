@@ -15,7 +15,7 @@ from ss_pruning.compensation.normal_equations import NormalEquations, outputs_at
 from ss_pruning.compensation.passes.memory import VARIABLE
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.tracing import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.plan import Plan
 from tests.support.snapshot import snapshot
@@ -42,7 +42,10 @@ def test_whole_images_are_held_out_evenly_whatever_their_number(
     numbered = torch.arange(float(n)).reshape(-1, 1, 1, 1).expand(n, 3, 8, 8)
     model = net(nn.Identity())
     reconstruct_(
-        plan_of_half().apply_(net(nn.Identity())), model, plan_of_half(), trace(model, numbered[:1]), numbered
+        plan_of_half().apply_(net(nn.Identity())),
+        TracedModel.of(model, numbered[:1]),
+        plan_of_half(),
+        numbered,
     )
     assert not held & fitted
     assert held | fitted == set(range(n))
@@ -102,7 +105,7 @@ def test_what_a_layer_can_do_it_is_made_to_do(shape: tuple[int, ...]) -> None:
         module = small.get_submodule(path)
         module.weight.data += 0.1 * torch.randn_like(module.weight)
     everything = Plan((Cut("0", "out", 16, tuple(range(16))),))
-    reconstruct_(small, model, everything, trace(model, x[:1]), x)
+    reconstruct_(small, TracedModel.of(model, x[:1]), everything, x)
     wanted, found = model[:4](x), small[:4](x)
     assert float((found - wanted).norm()) < 2e-3 * float(wanted.norm())
 
@@ -170,12 +173,12 @@ def test_both_models_run_in_the_context_of_the_caller(enabled: bool, mode: Any) 
         seen.append((threading.get_ident(), torch.is_autocast_enabled("cpu"), *modes, x.dtype))
 
     model, x = net(Watched()), images(24)
-    connectivity = trace(model, x[:1])
+    traced = TracedModel.of(model, x[:1])
     small = plan_of_half().apply_(net(Watched()))
     WATCHER.append(note)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), mode():
         seen.clear()
-        outcome = reconstruct_(small, model, plan_of_half(), connectivity, x)
+        outcome = reconstruct_(small, traced, plan_of_half(), x)
         dtype = torch.bfloat16 if enabled else torch.float32
         context = threading.get_ident(), enabled, False
         assert {(*entry[:3], entry[4]) for entry in seen} == {(*context, dtype)}
@@ -195,9 +198,9 @@ def test_the_bound_on_memory_changes_time_alone(monkeypatch: pytest.MonkeyPatch)
         seen: list[int] = []
         WATCHER[:] = [lambda x, seen=seen: seen.append(len(x))]  # type: ignore[misc]
         model = net(Watched())
-        connectivity, small = trace(model, x[:1]), plan_of_half().apply_(net(nn.Identity()))
+        traced, small = TracedModel.of(model, x[:1]), plan_of_half().apply_(net(nn.Identity()))
         seen.clear()
-        reconstruct_(small, model, plan_of_half(), connectivity, x)
+        reconstruct_(small, traced, plan_of_half(), x)
         runs.append(seen.count(4))
         found.append(small.state_dict())
     assert runs[0] == 3
@@ -211,9 +214,9 @@ def test_the_bound_on_memory_changes_time_alone(monkeypatch: pytest.MonkeyPatch)
 def test_a_bound_that_is_no_number_of_bytes_is_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, told)
     model, x = net(nn.Identity()), images(12)
-    small, connectivity = plan_of_half().apply_(net(nn.Identity())), trace(model, x[:1])
+    small, traced = plan_of_half().apply_(net(nn.Identity())), TracedModel.of(model, x[:1])
     with pytest.raises(InputError, match=f"{VARIABLE}='{told}'"):
-        reconstruct_(small, model, plan_of_half(), connectivity, x)
+        reconstruct_(small, traced, plan_of_half(), x)
 
 
 class Pairs(nn.Module):

@@ -15,6 +15,7 @@ from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.compensation.residual_sums import Sum, before_norm, find_sums, slope
 from ss_pruning.graph import trace
+from ss_pruning.graph.traced import TracedModel
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 
@@ -132,7 +133,7 @@ def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.
 
     def error() -> float:
         model = copy.deepcopy(small)
-        reconstruct_(model, dense, small.ss_pruning_plan, trace(dense, IMAGE), x)
+        reconstruct_(model, TracedModel.of(dense, IMAGE), small.ss_pruning_plan, x)
         return float((run(model) - run(dense)).square().mean())
 
     ratios = []

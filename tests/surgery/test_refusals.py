@@ -14,10 +14,10 @@ from torch.nn.utils import prune as masks
 from ss_pruning import FoldLinear, Plan, Reconstruct, prune_, registry
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.folding import IDLE
-from ss_pruning.compensation.reconstruction import _is_linear_in_weight
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError, PlanError, VerificationError
 from ss_pruning.graph import TracedModel, couple, trace
+from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.cut import Cut
@@ -272,7 +272,7 @@ class Scaled(nn.Linear):
     ids=lambda value: type(value).__name__,
 )
 def test_only_layers_linear_in_their_weight_are_solved(layer: nn.Module, linear: bool) -> None:
-    assert _is_linear_in_weight(layer) is linear
+    assert is_linear_in_weight(layer) is linear
 
 
 def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
