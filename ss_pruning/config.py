@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 from ss_pruning.errors import InputError
@@ -21,6 +22,35 @@ LEAST_IMAGES = 8
 COST_EXPONENT: Mapping[Scope, float] = {"global": 0.5, "local": 0.5, "sensitivity": 1.0}
 #: The same where layers compete by relevance, or it has a say: it estimates sensitivity, not as well as measuring.
 RELEVANCE_EXPONENT = 0.75
+
+
+def is_number(value: Any) -> bool:
+    """Of Python, NumPy or fractions."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """A whole number that arrays can be measured by."""
+    return is_number(value) and isinstance(value, Integral) and 1 <= int(value) < 2**31
+
+
+def _as_pythons_own(config: Any) -> None:
+    """Numbers of other libraries become Python's: reports and checkpoints hold them as JSON."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_number(value):
+            made = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(config, field.name, made)  # frozen
+
+
+def _check_seed(seed: Any) -> None:
+    if not (is_number(seed) and isinstance(seed, Integral) and 0 <= int(seed) < 2**32):
+        raise InputError(f"seed={seed!r} must be a whole number in [0, 2**32)")
+
+
+def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{name}={value!r} is unknown; use {', '.join(map(repr, known))}")
 
 
 @dataclass(frozen=True)
@@ -48,8 +78,10 @@ class Budget:
                 "give exactly one of macs=, params=, latency= (shares to keep) and ratio= (share to remove)"
             )
         kind, value = given[0]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise InputError(f"{kind}={value!r} must lie strictly between 0 and 1; for example {kind}=0.5")
+        if not is_number(value) or not 0 < value < 1:
+            raise InputError(
+                f"{kind}={value!r} must be a number strictly between 0 and 1; for example {kind}=0.5"
+            )
         return Budget(kind, float(value))  # type: ignore[arg-type]
 
 
@@ -87,19 +119,19 @@ class Allocation:
     def __post_init__(self) -> None:
         if self.scope is not None:
             _check_one_of("scope", self.scope, get_args(Scope))
-        for name in ("max_ratio", "round_to", "cost_exponent"):
-            if isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={getattr(self, name)} is no number; give one, or leave it out")
-        if not 0 < self.max_ratio <= 1:
-            raise InputError(f"max_ratio={self.max_ratio} must lie in (0, 1]")
-        if self.cost_exponent is not None and not 0 <= self.cost_exponent <= 10:
+        if not is_number(self.max_ratio) or not 0 < self.max_ratio <= 1:
+            raise InputError(f"max_ratio={self.max_ratio!r} must be a number in (0, 1]")
+        exponent, multiple = self.cost_exponent, self.round_to
+        if exponent is not None and not (is_number(exponent) and 0 <= exponent <= 10):
             raise InputError(
-                f"cost_exponent={self.cost_exponent} must lie in [0, 10]; 1 is importance per cost, 0 ignores it"
+                f"cost_exponent={exponent!r} must be a number in [0, 10]; 1 is importance per cost, 0 ignores it"
             )
-        if self.round_to not in (None, "measured") and not _is_count(self.round_to):
+        measured = isinstance(multiple, str) and multiple == "measured"
+        if not (multiple is None or measured or is_count(multiple)):
             raise InputError(
-                f"round_to={self.round_to!r} must be a positive whole number, such as 8, or 'measured'"
+                f"round_to={multiple!r} must be a positive whole number, such as 8, or 'measured'"
             )
+        _as_pythons_own(self)
 
     @classmethod
     def of(cls, choice: Allocation | str | None) -> Allocation:
@@ -208,10 +240,12 @@ class SyntheticImages:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.images is None or _is_count(self.images)) or not _is_count(self.steps):
+        if not (self.images is None or is_count(self.images)) or not is_count(self.steps):
             raise InputError(
                 f"images={self.images!r} and steps={self.steps!r} must be positive whole numbers"
             )
+        _check_seed(self.seed)
+        _as_pythons_own(self)
 
 
 @dataclass(frozen=True)
@@ -255,16 +289,18 @@ class Recovery:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 raise InputError(f"{name}={value!r} must be a number in [{low}, {high}]")
         if not self.rate or not self.held_out:
             raise InputError("rate and held_out must be larger than 0")
-        if not _is_count(self.batch) or isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise InputError(
-                f"batch={self.batch!r} must be a positive whole number, and seed={self.seed!r} a whole one"
-            )
+        if not is_count(self.batch):
+            raise InputError(f"batch={self.batch!r} must be a positive whole number")
+        if not isinstance(self.flip, bool):
+            raise InputError(f"flip={self.flip!r} is neither True nor False")
+        _check_seed(self.seed)
         if self.dtype not in (None, "bfloat16"):
             raise InputError(f"dtype={self.dtype!r} is unknown; use 'bfloat16' or None (float16 overflows)")
+        _as_pythons_own(self)
 
 
 @dataclass(frozen=True)
@@ -279,11 +315,23 @@ class Synaptic:
         conditional: How far a channel counts less for what stronger ones tell already, in [0, 1]; by default 1 where
             weights are solved anew in the sensitivity scope, 0.5 (by half is meant the root of `1 - R^2`) where they
             are and layers compete by scores, else 0.
+
+    Raises:
+        InputError: A value is unknown or out of range.
     """
 
     statistics: Literal["batchnorm", "gaussian", "data"] | None = None
     score: Score | None = None
     conditional: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.statistics is not None:
+            _check_one_of("statistics", self.statistics, ("batchnorm", "gaussian", "data"))
+        if self.score is not None:
+            _check_one_of("score", self.score, get_args(Score))
+        if self.conditional is not None and not (is_number(self.conditional) and 0 <= self.conditional <= 1):
+            raise InputError(f"conditional={self.conditional!r} must be a number in [0, 1]")
+        _as_pythons_own(self)
 
     def resolve(self, scope: Scope, compensation: Compensation, images: int) -> Synaptic:
         """With nothing left open; `images` is the number of calibration inputs."""
@@ -311,6 +359,17 @@ class Config:
     allocation: Allocation = Allocation()
     compensation: Compensation = NoCompensation()
     importance: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.importance, type):
+            kind = self.importance.__name__
+            raise InputError(f"importance is the class {kind}; give one that was made, {kind}()")
+        known = self.importance is None or isinstance(self.importance, Synaptic)
+        if not (known or hasattr(self.importance, "scorer") or callable(self.importance)):
+            raise InputError(
+                f"importance={self.importance!r:.80} is none; give a name, Synaptic(...) or an importance of "
+                "Torch-Pruning"
+            )
 
     def resolve(self, images: int, noise: bool) -> Config:
         """The effective settings: nothing is left to a default.
@@ -354,12 +413,3 @@ class Config:
 def is_relevance(importance: Any) -> bool:
     """Whether scores compare from layer to layer, since nothing is lost on the way, see `importance.relevance`."""
     return getattr(importance, "score", None) == "relevance"
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name}={value!r} is unknown; use {', '.join(map(repr, known))}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.modules import modules_of, parameters_of
-from ss_pruning._utils.progress import Clock, Progress
+from ss_pruning._utils.progress import Clock, Progress, reporter
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_calibration
 from ss_pruning.compensation.selection import Calibration, prepared_best
@@ -99,7 +99,7 @@ def prune_(
     config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), importance)
     check_calibration(calibration, config.compensation)
     check_finite(model)
-    clock = Clock(progress or (lambda *_: None))
+    clock = Clock(reporter(progress))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace", 0):
             dense = with_prunable_attention(model, example_inputs)
@@ -182,7 +182,7 @@ def _verified_plan(ranker: Ranker) -> tuple[SearchResult, LatencyPlan | None]:
 
 def _timed_on(traced: TracedModel, config: Config) -> Any:
     given = config.allocation.latency_inputs
-    return traced.example_inputs if given is None else given
+    return traced.example_inputs if given is None else usable_inputs(given, "latency_inputs")
 
 
 def _strengths(traced: TracedModel) -> dict[str, tuple[int, tuple[float, ...]]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ss_pruning.config import (
@@ -19,6 +22,7 @@ from ss_pruning.config import (
     FoldMean,
     NoCompensation,
     Reconstruct,
+    Recovery,
     Synaptic,
     SyntheticImages,
 )
@@ -31,11 +35,19 @@ HALF = Budget("macs", 0.5)
     ("wrong", "message"),
     [
         ({"scope": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
-        ({"max_ratio": 0.0}, r"max_ratio=0.0 must lie in \(0, 1\]"),
+        ({"scope": ["local"]}, r"scope=\['local'\] is unknown"),
+        ({"max_ratio": 0.0}, r"max_ratio=0.0 must be a number in \(0, 1\]"),
         ({"max_ratio": 1.5}, "max_ratio=1.5"),
-        ({"max_ratio": True}, "max_ratio=True is no number"),
-        ({"round_to": True}, "round_to=True is no number"),
-        ({"cost_exponent": True}, "cost_exponent=True is no number"),
+        ({"max_ratio": True}, "max_ratio=True must be a number"),
+        ({"max_ratio": "0.5"}, "max_ratio='0.5' must be a number"),
+        ({"max_ratio": None}, "max_ratio=None must be a number"),
+        ({"max_ratio": np.array([0.5, 0.4])}, r"max_ratio=array\(\[0.5, 0.4\]\) must be a number"),
+        ({"round_to": True}, "round_to=True"),
+        ({"round_to": np.array([4, 8])}, r"round_to=array\(\[4, 8\]\) must be a positive whole number"),
+        ({"round_to": 10**20}, "round_to=10+ must be a positive whole number"),
+        ({"cost_exponent": True}, "cost_exponent=True must be a number"),
+        ({"cost_exponent": "1"}, "cost_exponent='1' must be a number"),
+        ({"cost_exponent": float("nan")}, "cost_exponent=nan"),
         ({"round_to": 0}, "round_to=0"),
         ({"round_to": 2.5}, "round_to=2.5 must be a positive whole number, such as 8, or 'measured'"),
         ({"cost_exponent": -1}, "cost_exponent=-1"),
@@ -44,6 +56,54 @@ HALF = Budget("macs", 0.5)
 def test_an_allocation_refuses_what_it_cannot_do(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Allocation(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"statistics": "some"}, "statistics='some' is unknown; use 'batchnorm', 'gaussian', 'data'"),
+        ({"statistics": ["data"]}, r"statistics=\['data'\] is unknown"),
+        ({"score": 1}, "score=1 is unknown"),
+        ({"conditional": "1"}, "conditional='1' must be a number in"),
+        ({"conditional": 1.5}, "conditional=1.5"),
+    ],
+)
+def test_a_criterion_refuses_what_it_cannot_do(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Synaptic(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (Synaptic, r"importance is the class Synaptic; give one that was made, Synaptic\(\)"),
+        (5, "importance=5 is none; give a name"),
+        (["magnitude"], r"importance=\['magnitude'\] is none"),
+    ],
+)
+def test_an_importance_is_one(importance: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Config(HALF, importance=importance)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Reports and checkpoints hold them as JSON."""
+    made = Allocation(max_ratio=np.float32(0.5), round_to=np.int64(4), cost_exponent=np.float16(1))  # type: ignore[arg-type]
+    settings = Config(
+        Budget.of(macs=np.float32(0.5)), made, importance=Synaptic(conditional=np.float32(1))
+    ).settings()  # type: ignore[arg-type]
+    assert json.loads(json.dumps(settings)) == settings
+    assert (settings["macs"], settings["max_ratio"], settings["round_to"]) == (0.5, 0.5, 4)
+    recovery = Recovery(rate=np.float32(0.5), batch=np.int32(8), seed=np.uint8(3))  # type: ignore[arg-type]
+    assert json.dumps(asdict(recovery)) == json.dumps(asdict(Recovery(rate=0.5, batch=8, seed=3)))
+    assert Budget.of(ratio=Fraction(1, 2)) == Budget("ratio", 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, True, "0"])
+@pytest.mark.parametrize("kind", [SyntheticImages, Recovery])
+def test_a_seed_is_one_of_numpys_and_torchs(kind: Any, seed: Any) -> None:
+    with pytest.raises(InputError, match="seed="):
+        kind(seed=seed)
 
 
 def test_short_forms() -> None:
@@ -95,7 +155,7 @@ def test_what_was_said_is_kept() -> None:
     config = asked.resolve(100, noise=True)
     assert config.allocation == asked.allocation
     assert config.importance == Synaptic("data", "entropy", 0.0)
-    assert Config(HALF, importance=(mine := object())).resolve(0, noise=False).importance is mine
+    assert Config(HALF, importance=(mine := print)).resolve(0, noise=False).importance is mine
 
 
 def test_a_report_stores_the_effective_settings() -> None:

@@ -6,9 +6,24 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from ss_pruning.errors import InputError
+
 #: Called with a stage's name, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 _STAGES = 5
+
+
+def reporter(progress: Progress | None) -> Progress:
+    """What to call; without any, a function that does nothing.
+
+    Raises:
+        InputError: It cannot be called.
+    """
+    if progress is None:
+        return lambda *_: None
+    if not callable(progress):
+        raise InputError(f"progress={progress!r} cannot be called; give a function of (stage, done, total)")
+    return progress
 
 
 class Clock:

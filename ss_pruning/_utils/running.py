@@ -26,6 +26,21 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def checked_call(model: nn.Module, example_inputs: Any) -> Any:
+    """Likewise, of inputs that nothing has run on yet.
+
+    Raises:
+        ModelError: The model does not run on them.
+    """
+    try:
+        return call(model, example_inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, dtype "
+            "and device: call model(*example_inputs) yourself first"
+        ) from error
+
+
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments of `forward`."""
     if isinstance(example_inputs, Mapping):
@@ -137,13 +152,7 @@ def _idle_hooks(model: nn.Module, example_inputs: Any, tables: list[Any]) -> set
         for table in tables:
             for number, hook in table.items():
                 table[number] = partial(_listened, hook, ran, (id(table), number))
-        try:
-            call(model, example_inputs)
-        except Exception as error:
-            raise ModelError(
-                f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, "
-                "dtype and device: call model(*example_inputs) yourself first"
-            ) from error
+        checked_call(model, example_inputs)
     return {key for key, takes_part in ran.items() if not takes_part}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning._utils.modules import tensors_of
+from ss_pruning._utils.modules import buffers_of, tensors_of
 from ss_pruning.errors import ModelError
 from ss_pruning.registry import LayerType, layer_type_of
 
@@ -289,14 +289,17 @@ def check_registered(path: str, module: nn.Module, x: Tensor, side: Literal["in"
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or Inf weights.
+    """Refuse a model with NaN or Inf weights; buffers other than statistics may hold Inf, as masks of attention do.
 
     Raises:
         ModelError: Names the first such tensor.
     """
+    masks = {name for name in buffers_of(model) if not name.rpartition(".")[2].startswith("running_")}
     for name, tensor in tensors_of(model).items():
         # A sum is finite if all is, unless it overflows: a quick first look.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        if (tensor.isnan() if name in masks else ~tensor.isfinite()).any():
             raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
 
 

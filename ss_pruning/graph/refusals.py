@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.modules import modules_of, tensors_of
+from ss_pruning._utils.modules import modules_of, parameters_of, tensors_of
 from ss_pruning.errors import InputError, ModelError
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _FORMS = "a tensor [batch, channels, height, width], a tuple of positional or a dict of keyword arguments"
 
 
-def usable_inputs(example_inputs: Any) -> Any:
+def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
     """Example inputs with any mapping as a dict.
+
+    Args:
+        example_inputs: What a user gave.
+        name: What it was given as, for messages.
 
     Raises:
         InputError: They hold no tensor, or one without values.
@@ -26,11 +30,11 @@ def usable_inputs(example_inputs: Any) -> Any:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors:
         raise InputError(
-            f"example_inputs={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"
+            f"{name}={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"
         )
     if not any(tensor.dim() for tensor in tensors):
         raise InputError(
-            f"example_inputs is a single number, no batch; give what the model's forward takes: {_FORMS}"
+            f"{name} is a single number, no batch; give what the model's forward takes: {_FORMS}"
         )
     for tensor in tensors:
         if tensor.is_meta or not tensor.numel():
@@ -117,11 +121,15 @@ def check_bare(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse weights that a hook computes anew before each pass from tensors of other names.
+    """Refuse weights that a hook computes anew before each pass from tensors of other names, and complex ones.
 
     Raises:
         InputError: Names the first such module, and what takes the hook away.
+        ModelError: Names the first complex weight of a layer.
     """
+    for name, tensor in parameters_of(model).items():
+        if tensor.is_complex() and name.rpartition(".")[2] == "weight":
+            raise ModelError(f"'{name}' is complex; only layers with real weights can be pruned")
     for path, module in modules_of(model).items():
         for name in (*module._parameters.keys(), *module._buffers.keys()):  # scripted ones have no other way
             base, _, kind = name.rpartition("_")

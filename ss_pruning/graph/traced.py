@@ -61,11 +61,17 @@ def paths_of(model: nn.Module, ignore: Ignore) -> list[str]:
     """The same as module paths.
 
     Raises:
-        InputError: It holds a module that is not in the model.
+        InputError: It holds a module that is not in the model, or neither modules nor paths.
     """
     paths = {module: path for path, module in modules_of(model).items()}
-    items = (ignore,) if isinstance(ignore, (str, nn.Module)) else tuple(ignore)
+    items = (
+        (ignore,)
+        if isinstance(ignore, (str, nn.Module)) or not isinstance(ignore, Iterable)
+        else tuple(ignore)
+    )
     for item in items:
+        if not isinstance(item, (str, nn.Module)):
+            raise InputError(f"ignore={item!r:.80} is neither a module of the model nor the path of one")
         if isinstance(item, nn.Module) and item not in paths:
             raise InputError(f"ignore holds a {type(item).__name__} that is not in the model")
     return [paths[item] if isinstance(item, nn.Module) else item for item in items]

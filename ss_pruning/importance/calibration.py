@@ -268,7 +268,7 @@ def _as_tensor(batch: Any, example: Tensor, where: str) -> Tensor:
         batch = batch[found[0]]
     if not isinstance(batch, Tensor):
         raise InputError(f"{where} is a {_kind(batch)}; give {_wanted(example)}")
-    if batch.dim() != example.dim() or batch.is_meta:
+    if batch.dim() != example.dim() or batch.is_meta or batch.layout is not torch.strided:
         raise InputError(f"{where} is a {_kind(batch)}; give {_wanted(example)}")
     if not _alike(batch, example):
         raise InputError(
@@ -298,7 +298,8 @@ def _wanted(example: Any) -> str:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{'meta ' if value.is_meta else ''}tensor of shape {list(value.shape)}"
+        odd = "meta " if value.is_meta else "" if value.layout is torch.strided else "sparse "
+        return f"{odd}tensor of shape {list(value.shape)}"
     return type(value).__name__
 
 

@@ -93,7 +93,9 @@ def check_any(coupling: Coupling) -> None:
     """
     if not coupling.groups:
         why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
-        raise NothingToPruneError(f"the model has no channel that may go. Excluded: {why}")
+        raise NothingToPruneError(
+            f"the model has no channel that may go. Excluded: {why or 'nothing, as no layer that is known ran'}"
+        )
 
 
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:

@@ -21,7 +21,7 @@ from ss_pruning._utils import cache as _cache
 from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
 from ss_pruning.graph.layers import channel_axis, groups_of, is_depthwise, width
@@ -131,7 +131,7 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
 
     modules = {path: model.get_submodule(path) for path in paths}
     with hooked(modules, note), preserved(model, training=False), torch.no_grad():
-        call(model, example_inputs)
+        checked_call(model, example_inputs)
     return seen
 
 

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
-from ss_pruning._utils.running import call, preserved
-from ss_pruning.errors import ModelError
+from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.graph.layers import kind_of
 
 
@@ -32,19 +31,9 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, in
         torch.no_grad(),
         counter,
     ):
-        _run(model, example_inputs)
+        # On the inputs as they are given: tracing brings models and inputs to one number type.
+        checked_call(model, example_inputs)
     return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
-
-
-def _run(model: nn.Module, example_inputs: Any) -> None:
-    """Run it on the inputs as they are given: tracing brings models and inputs to one number type."""
-    try:
-        call(model, example_inputs)
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, dtype "
-            "and device: call model(*example_inputs) yourself first"
-        ) from error
 
 
 class _MacCounter(TorchDispatchMode):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable
 from ss_pruning._utils.modules import parameters_of, tensors_of
-from ss_pruning._utils.progress import Progress
+from ss_pruning._utils.progress import Progress, reporter
 from ss_pruning._utils.running import quiet_hooks, same_random_numbers
 from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
-from ss_pruning.config import Recovery, SyntheticImages
+from ss_pruning.config import Recovery, SyntheticImages, is_count, is_number
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, usable_inputs
@@ -31,6 +31,8 @@ from ss_pruning.surgery.plan import plan_of
 STEPS = 1000
 # Of a data loader, whose images have to fit into memory, no more are taken.
 _MOST = 4096
+# Minutes of a year.
+_LONGEST = 366 * 24 * 60
 # With fewer images little is to be expected, and fidelity is measured on next to nothing.
 _FEW = 100
 
@@ -89,7 +91,9 @@ def recover_(
         >>> recovered.after.error <= recovered.before.error
         True
     """
-    length, settings = _length(steps, minutes), settings or Recovery()
+    length, settings, progress = _length(steps, minutes), settings or Recovery(), reporter(progress)
+    if not isinstance(settings, Recovery):
+        raise InputError(f"settings={settings!r:.80} are none; give Recovery(...)")
     _check(model, dense)
     if checkpoint is not None:
         check_writable(checkpoint)
@@ -113,15 +117,13 @@ def recover_(
 
 
 def _length(steps: int | None, minutes: float | None) -> Length:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+    if steps is not None and not is_count(steps):
         raise InputError(f"steps={steps!r} must be a positive whole number")
-    if minutes is not None and (
-        isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0
-    ):
-        raise InputError(f"minutes={minutes!r} must be a positive number")
+    if minutes is not None and not (is_number(minutes) and 0 < minutes <= _LONGEST):
+        raise InputError(f"minutes={minutes!r} must be a positive number, of at most a year")
     if steps is None and minutes is None:
         steps = STEPS
-    return Length(steps, None if minutes is None else 60.0 * minutes)
+    return Length(None if steps is None else int(steps), None if minutes is None else 60 * float(minutes))
 
 
 def _check(model: nn.Module, dense: nn.Module) -> None:
@@ -194,14 +196,13 @@ def _parts(batch: Batch, settings: Recovery) -> tuple[Batch, Batch]:
     return shown, another_view(kept_back, settings, generator)
 
 
-def _trained(training: Training, checkpoint: str | os.PathLike[str] | None, progress: Progress | None) -> str:
+def _trained(training: Training, checkpoint: str | os.PathLike[str] | None, progress: Progress) -> str:
     """Train to the end, or until Ctrl-C; why it ended."""
     length = training.length
 
     def tell(state: State) -> None:
         total = length.steps or round(length.seconds or 0)
-        if progress is not None:
-            progress("recover", min(total, int(total * length.done(state.step, state.seconds))), total)
+        progress("recover", min(total, int(total * length.done(state.step, state.seconds))), total)
 
     file = None if checkpoint is None else Checkpoint(checkpoint, training)
     if file is not None:

@@ -283,6 +283,9 @@ def test_bad_input_is_refused_before_any_work(nets: tuple[nn.Module, nn.Module],
         ((pruned, dense, torch.full((4, 1, 8, 8), math.nan)), {}, "NaN or Inf"),
         ((pruned, dense, images), {"steps": 0}, "steps=0"),
         ((pruned, dense, images), {"minutes": math.nan}, "minutes=nan"),
+        ((pruned, dense, images), {"minutes": math.inf}, "minutes=inf"),
+        ((pruned, dense, images), {"settings": {"rate": 0.1}}, "settings={'rate': 0.1} are none"),
+        ((pruned, dense, images), {"progress": True}, "progress=True cannot be called"),
         ((pruned, dense, images), {"checkpoint": "/nowhere/there"}, "does not exist"),
     ]
     for arguments, options, message in cases:

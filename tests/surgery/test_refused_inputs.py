@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as masks
 
-from ss_pruning import SynapticImportance, prune_
-from ss_pruning.errors import BudgetError, InputError
+from ss_pruning import Allocation, SynapticImportance, prune_
+from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph import trace
 from ss_pruning.graph.exclusions import UNCALLED_REASON
 from tests.support.snapshot import snapshot
@@ -85,6 +85,89 @@ def test_ignore_takes_one_path_or_module() -> None:
     prune_(model, X, ratio=0.3, ignore=model.conv2)
     assert model.conv2.out_channels == 16 > model.conv1.out_channels
     refused(net(), "ignore='conv' names no layer", ignore="conv")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore": 5}, "ignore=5 is neither a module of the model nor the path of one"),
+        ({"ignore": nn.Conv2d}, "ignore=<class .*Conv2d'> is neither"),
+        ({"ignore": ["conv1", None]}, "ignore=None is neither"),
+        ({"progress": True}, r"progress=True cannot be called; give a function of \(stage, done, total\)"),
+        ({"calibration": X.to_sparse()}, r"calibration batch 0 is a sparse tensor of shape \[1, 3, 12, 12\]"),
+        ({"importance": SynapticImportance}, "importance is the class SynapticImportance"),
+        (
+            {"allocation": Allocation(round_to="measured", latency_inputs="x")},
+            "latency_inputs='x' holds no tensor",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options: dict[str, Any], message: str) -> None:
+    refused(net(), message, **options)
+
+
+def test_inputs_to_time_on_must_run() -> None:
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"does not run on the example inputs \(RuntimeError: .* 1 channels"):
+        prune_(model, X, ratio=0.3, allocation=Allocation(round_to="measured", latency_inputs=X[:, :1]))
+    assert snapshot(model) == before
+
+
+def test_complex_weights_are_named() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 2))
+    model[0].weight = nn.Parameter(torch.randn(8, 12, dtype=torch.complex64))
+    with pytest.raises(ModelError, match=r"'0.weight' is complex"):
+        prune_(model, torch.randn(2, 12, dtype=torch.complex64), ratio=0.3)
+
+
+def test_where_nothing_is_known_the_message_says_so() -> None:
+    """Weights reach a function, not a layer that has run: nothing is there to be named."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3)) @ self.weight.T
+
+    with pytest.raises((ModelError, NothingToPruneError)) as raised:
+        prune_(Bare(), X, ratio=0.3)
+    assert not str(raised.value).rstrip().endswith(":")
+
+
+@pytest.mark.parametrize("of", ["mask", "bn"])
+def test_masks_may_hold_infinities_and_statistics_may_not(of: str) -> None:
+    """A causal mask that is added to scores is a buffer of minus infinities."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.q, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 2)
+            self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.embed(x)).flatten(2).mT[:, :4]
+            y: Tensor = self.head((self.q(x) @ x.mT + self.mask).softmax(-1) @ self.v(x))
+            return y
+
+    torch.manual_seed(0)
+    model = Causal().eval()
+    if of == "bn":
+        model.bn.running_var[2] = torch.inf
+        with pytest.raises(ModelError, match=r"'bn.running_var' holds NaN or Inf"):
+            prune_(model, X, ratio=0.3)
+        return
+    for compensation in ("none", "mean", "linear"):
+        pruned = copy.deepcopy(model)
+        report = prune_(pruned, X, ratio=0.3, compensation=compensation, calibration=X.repeat(24, 1, 1, 1))
+        assert report.max_error < 1e-10
+        assert report.params_after < report.params_before
+        assert torch.equal(pruned.mask, model.mask)  # type: ignore[arg-type]
+        assert pruned(X).isfinite().all()
 
 
 def test_masks_are_refused_until_they_are_removed() -> None:
