@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
     from ss_pruning.io.checkpoint import load, save
     from ss_pruning.io.export import export
+    from ss_pruning.io.int8 import export_int8
     from ss_pruning.profiling.latency import measure_latency
     from ss_pruning.pruning import plan, prune_
     from ss_pruning.recovery.imitation import ImitationLoss
@@ -57,6 +58,7 @@ __all__ = [
     "compact_",
     "errors",
     "export",
+    "export_int8",
     "load",
     "measure_latency",
     "plan",
@@ -79,6 +81,7 @@ _LAZY = {
     "SynapticStrengthPruner": "integrations.nni.pruner",
     "compact_": "sparsity.compaction",
     "export": "io.export",
+    "export_int8": "io.int8",
     "load": "io.checkpoint",
     "measure_latency": "profiling.latency",
     "plan": "pruning",

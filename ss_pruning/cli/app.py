@@ -22,9 +22,10 @@ from ss_pruning.cli.grouped import grouped
 from ss_pruning.cli.request import (
     SYNAPTIC,
     Budgets,
+    Compared,
+    Exporting,
     Method,
     Output,
-    PrunedFile,
     Recovering,
     Request,
     Source,
@@ -169,43 +170,23 @@ def finetune(
 
 @app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)
 @grouped
-def export(
-    pruned: PrunedFile,
-    results: TextIO,
-    format: option.ExportFormat = None,  # noqa: A002 - the option's name
-    out: option.ExportOut = None,
-) -> None:
+def export(wanted: Exporting, results: TextIO) -> None:
     """Write a pruned model for another runtime, and say how far the file is from the model."""
-    from ss_pruning._utils.files import check_apart
-    from ss_pruning.cli import delivery as _delivery
-    from ss_pruning.errors import InputError
-    from ss_pruning.io import export as exporting
-    from ss_pruning.sources.preprocessing import random_inputs
+    with progress_bars() as progress:
+        from ss_pruning.cli import delivery as _delivery
 
-    if out is None and format not in ("onnx", "pt2"):
-        raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
-    target = out or pruned.file.with_suffix(f".{format}")
-    check_apart(target, pruned.file)
-    opened = _delivery.open_file(pruned.file, pruned.model, pruned.input_size)
-    example = random_inputs(1, opened.size)
-    written = exporting.export(opened.pruned, target, example, format)  # type: ignore[arg-type]
-    typer.echo(
-        f"written: {written.path} ({written.bytes / 1e6:.1f} MB); its outputs differ from the model's by at most "
-        f"{written.max_error:.1e} of the largest",
-        file=results,
-    )
+        said = _delivery.export(wanted, progress)
+    typer.echo(f"written: {said}", file=results)
 
 
 @app.command(help=texts.BENCH_HELP, epilog=texts.BENCH_EXAMPLES)
 @grouped
-def bench(pruned: PrunedFile, timed: Timed, results: TextIO, as_json: option.Json = False) -> None:
-    """Measure dense against pruned."""
+def bench(compared: Compared, timed: Timed, results: TextIO, as_json: option.Json = False) -> None:
+    """Measure dense against pruned, and exported files."""
     with progress_bars() as progress:
         import torch
 
         from ss_pruning.cli import bench as benching
-        from ss_pruning.cli import delivery as _delivery
-        from ss_pruning.cli import jobs as _job
 
         if timed.threads is not None:
             torch.set_num_threads(timed.threads)
@@ -213,15 +194,13 @@ def bench(pruned: PrunedFile, timed: Timed, results: TextIO, as_json: option.Jso
         wanted = benching.settings(
             _counts(timed.batch), timed.dtype.split(","), timed.layout.split(","), compiled
         )
-        place = _job.device_of(timed.device)
-        opened = _delivery.open_file(pruned.file, pruned.model, pruned.input_size)
-        comparisons, sizes = _delivery.bench(opened, wanted, place, progress)
+        found = benching.measure(compared, wanted, timed.device, progress)
     if as_json:
-        typer.echo(_delivery.as_json(comparisons, sizes, place), file=results, nl=False)
+        typer.echo(found.to_json(), file=results, nl=False)
         return
     from rich.console import Console
 
-    Console(file=results).print(benching.table(comparisons, sizes, place))
+    Console(file=results).print(benching.table(found))
 
 
 def _counts(text: str) -> list[int]:

@@ -1,28 +1,43 @@
-"""Dense against pruned on one machine: latency, throughput, memory and file size, in the settings people deploy in."""
+"""Models and exported files on one machine: latency, memory, file size, and what their outputs are worth."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.copying import copied
+from ss_pruning.cli import delivery, jobs
+from ss_pruning.cli.console import ProgressCallback
+from ss_pruning.cli.request import Compared
+from ss_pruning.compensation.fidelity import Reference
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.importance.calibration import gather
 from ss_pruning.io.checkpoint import packed
 from ss_pruning.profiling.latency import Timing, machine, measure_latency, peak_memory
+from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.report.formatting import count, percent
-from ss_pruning.report.records import TOO_NOISY, crosses_one
-from ss_pruning.sources.preprocessing import random_inputs
+from ss_pruning.report.records import TOO_NOISY, Fidelity, crosses_one
+from ss_pruning.sources.accuracy import accuracy
+from ss_pruning.sources.data import Data, open_data, open_photos
+from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.preprocessing import Preprocess, random_inputs
+from ss_pruning.sources.weights import load_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+#: Outputs are compared on so many inputs: of noise where there are no images, of photos at most.
+NOISE, PHOTOS = 64, 512
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """One model in one setting; of all but the dense one `levelled` to that: what is shown of both fits their ratio.
+    """One model in one setting; of all but the first one `levelled` to that: what is shown of both fits their ratio.
 
     Attributes:
         seconds: Of a forward pass, the median.
@@ -56,7 +71,7 @@ class Speed:
         high: Their upper quartile.
         images_per_second: At the median.
         peak_bytes: Most that tensors hold at once, see `ss_pruning.profiling.latency.peak_memory`; None if not asked
-            for.
+            for, and of exported files.
     """
 
     seconds: float
@@ -73,7 +88,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models in one setting; the first is the dense one.
+    """Models in one setting.
 
     Attributes:
         setting: How they ran.
@@ -92,6 +107,44 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What the outputs of the models are worth.
+
+    Attributes:
+        reference: The model whose outputs the others are compared with: the first that has weights.
+        on: The inputs, in words.
+        fidelity: By name.
+        accuracy: By name, where there are labels.
+    """
+
+    reference: str
+    on: str
+    fidelity: dict[str, Fidelity]
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured; the first model is what the others are compared with.
+
+    Attributes:
+        machine: Where.
+        file_bytes: By name of the model.
+        comparisons: One for each setting.
+        outputs: None where there are not two models with weights.
+    """
+
+    machine: dict[str, str]
+    file_bytes: dict[str, int]
+    comparisons: list[Comparison]
+    outputs: Worth | None
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def settings(
@@ -128,7 +181,7 @@ def compare(
     """Time models in turns in one setting.
 
     Args:
-        models: By name, the dense one first; copies of them are run.
+        models: By name; copies of them are run, of exported files themselves.
         size: Of one image.
         setting: How to run them.
         device: Where.
@@ -137,32 +190,48 @@ def compare(
         memory: Whether to find the peak memory, too.
 
     Raises:
-        InputError: The layout is one of images, and the inputs are none.
+        InputError: The layout is one of images, and the inputs are none; or exported files are to run otherwise than
+            as they are.
         ModelError: A model does not run in this setting.
     """
     x = random_inputs(setting.batch, size)
     if setting.layout == "channels_last" and x.dim() != 4:
         raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")
+    if any(isinstance(model, OnnxModel) for model in models.values()):
+        _check_as_they_are(setting, device)
     x = x.to(device, DTYPES[setting.dtype], memory_format=LAYOUTS[setting.layout])
     ready = {name: _prepared(model, setting, device) for name, model in models.items()}
     try:
-        peaks = {name: peak_memory(model, x) if memory else None for name, model in ready.items()}
+        peaks = {
+            name: peak_memory(model, x) if memory and not isinstance(model, OnnxModel) else None
+            for name, model in ready.items()
+        }
         runs = [torch.compile(model) if setting.compiled else model for model in ready.values()]
         timings = measure_latency(runs, x, precision=precision, seconds=seconds)  # type: ignore[arg-type]
     except (RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"the model does not run with {setting} on {device.type}: {first}") from error
-    dense, by_name = timings[0], dict(zip(ready, timings, strict=True))
+        said = str(error).strip().split("\n")[0]
+        raise ModelError(f"the model does not run with {setting} on {device.type}: {said}") from error
+    first, by_name = timings[0], dict(zip(ready, timings, strict=True))
     speeds = {
-        name: Speed.of(timing if timing is dense else timing.levelled(dense), setting.batch, peaks[name])
+        name: Speed.of(timing if timing is first else timing.levelled(first), setting.batch, peaks[name])
         for name, timing in by_name.items()
     }
-    ratios = {name: timing.over(dense) for name, timing in by_name.items()}
-    spreads = {name: timing.spread_over(dense) for name, timing in by_name.items()}
-    return Comparison(setting, len(dense.seconds), speeds, ratios, spreads)
+    ratios = {name: timing.over(first) for name, timing in by_name.items()}
+    spreads = {name: timing.spread_over(first) for name, timing in by_name.items()}
+    return Comparison(setting, len(first.seconds), speeds, ratios, spreads)
+
+
+def _check_as_they_are(setting: Setting, device: torch.device) -> None:
+    if setting != Setting(setting.batch) or device.type != "cpu":
+        raise InputError(
+            f"exported files run as they are, on the CPU, not with {setting} on {device.type}: leave out --dtype, "
+            "--layout, --compiled and --device"
+        )
 
 
 def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
+    if isinstance(model, OnnxModel):
+        return model
     model = copied(model).eval().requires_grad_(False).to(device, DTYPES[setting.dtype])
     return model.to(memory_format=LAYOUTS[setting.layout])
 
@@ -172,35 +241,169 @@ def file_bytes(model: nn.Module) -> int:
     return len(packed(model)[0])
 
 
-def table(comparisons: Sequence[Comparison], sizes: dict[str, int], device: torch.device) -> Table:
-    """What was measured, for the terminal; the two models are "dense" and "pruned"."""
+# ---------------------------------------------------------------- files, and what they put out
+
+
+def measure(
+    wanted: Compared, settings: Sequence[Setting], device: str | None, progress: ProgressCallback
+) -> Measured:
+    """Open what is to be measured, and measure it in each setting."""
+    models, sizes, preprocess = _opened(wanted)
+    place = torch.device("cpu") if device is None and wanted.exported else jobs.device_of(device)
+    found = []
+    for done, setting in enumerate(settings):
+        progress(f"timing: {setting}", done, len(settings))
+        found.append(compare(models, preprocess.size, setting, place))
+    # A dense model without weights costs the same time; its outputs mean nothing.
+    alive = {name: model for name, model in models.items() if name != "dense" or wanted.weights}
+    outputs = worth(alive, wanted, preprocess) if len(alive) > 1 else None
+    return Measured(machine(place), sizes, found, outputs)
+
+
+def _opened(wanted: Compared) -> tuple[dict[str, nn.Module], dict[str, int], Preprocess]:
+    """The models by name, the sizes of their files, and how images become their inputs."""
+    models: dict[str, nn.Module] = {}
+    preprocess, file = None, wanted.pruned()
+    if file is not None:
+        opened = delivery.open_file(file, wanted)
+        if wanted.weights:
+            load_weights(opened.dense, wanted.weights)
+        models, preprocess = {"dense": opened.dense, "pruned": opened.pruned}, opened.preprocess
+    sizes = {name: file_bytes(model) for name, model in models.items()}
+    exported = {name: OnnxModel(path) for name, path in _named(wanted.exported)}
+    sizes |= {name: model.path.stat().st_size for name, model in exported.items()}
+    models |= exported
+    return models, sizes, preprocess or _preprocess(wanted, next(iter(exported.values())))
+
+
+def _named(files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Names to show: of the files alone, unless two are called the same."""
+    alone = len({file.name for file in files}) == len(files)
+    return ((file.name if alone else str(file), file) for file in files)
+
+
+def _preprocess(wanted: Compared, model: OnnxModel) -> Preprocess:
+    """Of files alone: what the user says, and the size that is in the file.
+
+    Raises:
+        InputError: Images are to be compared on, and nobody says how they become inputs; or the size is free.
+    """
+    if wanted.model:
+        return jobs.preprocess_of(input_of(wanted.model, build_model(wanted.model)), wanted)
+    if (wanted.data or wanted.photos) and not (wanted.mean and wanted.std):
+        raise InputError(
+            "exported files do not say how images become their inputs: name the model as for ss-prune prune (--model), "
+            "or give --mean and --std."
+        )
+    if model.size is None and wanted.input_size is None:
+        raise InputError(f"{model.path.name} takes inputs of any size: say which, with --input-size.")
+    size = model.size or (3, 224, 224)
+    plain = Preprocess(size, (0.0,) * size[0], (1.0,) * size[0])
+    return jobs.preprocess_of(plain, wanted)
+
+
+def worth(models: dict[str, nn.Module], wanted: Compared, preprocess: Preprocess) -> Worth:
+    """Compare the outputs with those of the first model, and with labels where there are any."""
+    data = None
+    if wanted.data is not None:
+        data = open_data(wanted.data, preprocess, calibration_size=0, evaluation_size=wanted.images)
+    inputs, on = _inputs(wanted, preprocess, data)
+    first, *others = models
+    reference = Reference(_Flat(models[first]), gather(inputs, None))
+    return Worth(
+        first,
+        on,
+        {name: reference.fidelity(_Flat(models[name])) for name in others},
+        {name: accuracy(model, data.evaluation) for name, model in models.items()} if data else {},
+    )
+
+
+def _inputs(wanted: Compared, preprocess: Preprocess, data: Data | None) -> tuple[Any, str]:
+    if wanted.photos is not None:
+        photos = open_photos(wanted.photos, preprocess, size=PHOTOS)
+        return photos.images, f"{photos.used:,} images of {wanted.photos}"
+    if data is not None:
+        return data.evaluation, f"images of {data.name}"
+    return random_inputs(NOISE, preprocess.size), f"{NOISE} inputs of noise"
+
+
+class _Flat(nn.Module):
+    """A model whose outputs go by order: exported files know no names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The tensors among the outputs."""
+        return tuple(leaf for leaf in pytree.tree_leaves(self.model(x)) if isinstance(leaf, Tensor))
+
+
+# ---------------------------------------------------------------- table
+
+
+def table(found: Measured) -> Table:
+    """What was measured, for the terminal: a column for each model."""
     from rich.table import Table
 
-    where = ", ".join(f"{key} {value}" for key, value in machine(device).items())
-    table = Table(title="dense against pruned", caption=where, title_justify="left", caption_justify="left")
-    for column in ("", "dense", "pruned", "ratio"):
+    first, *others = found.file_bytes
+    where = ", ".join(f"{key} {value}" for key, value in found.machine.items())
+    title = f"{first} against {', '.join(others)}" if others else first
+    table = Table(title=title, caption=where, title_justify="left", caption_justify="left")
+    for column in ("", *found.file_bytes):
         table.add_column(column, justify="right" if column else "left")
-    for comparison in comparisons:
-        dense, pruned = comparison.speeds["dense"], comparison.speeds["pruned"]
+    for comparison in found.comparisons:
         table.add_section()
         table.add_row(f"{comparison.setting} ({comparison.rounds} rounds)")
-        noisy = crosses_one(comparison.spreads["pruned"])
-        ratio, rate = (
-            TOO_NOISY if noisy else percent(share)
-            for share in (comparison.ratios["pruned"], pruned.images_per_second / dense.images_per_second)
-        )
-        table.add_row("  latency, median", _milli(dense.seconds), _milli(pruned.seconds), ratio)
-        spread = (f"{_milli(s.low)} to {_milli(s.high)}" for s in (dense, pruned))
-        table.add_row("  middle half", *spread)
-        rates = (f"{s.images_per_second:,.1f} /s" for s in (dense, pruned))
-        table.add_row("  images", *rates, rate)
-        if dense.peak_bytes and pruned.peak_bytes:
-            peaks = (count(s.peak_bytes or 0, "B") for s in (dense, pruned))
-            table.add_row("  peak memory", *peaks, percent(pruned.peak_bytes / dense.peak_bytes))
+        for row in _speed_rows(comparison, first):
+            table.add_row(*_unbroken(row))
     table.add_section()
-    files = (count(sizes[name], "B") for name in ("dense", "pruned"))
-    table.add_row("file", *files, percent(sizes["pruned"] / sizes["dense"]))
+    sizes = found.file_bytes
+    table.add_row("file", *(count(size, "B") for size in sizes.values()))
+    table.add_row(
+        *_unbroken(["  of the first", ""]), *(percent(sizes[name] / sizes[first]) for name in others)
+    )
+    if found.outputs is not None:
+        table.add_section()
+        heading, *rows = _worth_rows(found.outputs, list(sizes))
+        table.add_row(*heading)
+        for row in rows:
+            table.add_row(*_unbroken(row))
     return table
+
+
+def _unbroken(row: list[str]) -> list[str]:
+    """With its title on one line, however narrow the terminal."""
+    return [row[0].replace(" ", "\N{NO-BREAK SPACE}"), *row[1:]]
+
+
+def _speed_rows(comparison: Comparison, first: str) -> Iterator[list[str]]:
+    speeds = comparison.speeds.values()
+    yield ["  latency, median", *(_milli(speed.seconds) for speed in speeds)]
+    yield ["  middle half", *(f"{_milli(speed.low)} to {_milli(speed.high)}" for speed in speeds)]
+    shares = [
+        TOO_NOISY if crosses_one(comparison.spreads[name]) else percent(share)
+        for name, share in comparison.ratios.items()
+        if name != first
+    ]
+    yield ["  of the first", "", *shares]
+    yield ["  images", *(f"{speed.images_per_second:,.1f} /s" for speed in speeds)]
+    if any(speed.peak_bytes for speed in speeds):
+        yield ["  peak memory", *(count(s.peak_bytes, "B") if s.peak_bytes else "" for s in speeds)]
+
+
+def _worth_rows(found: Worth, names: Sequence[str]) -> Iterator[list[str]]:
+    def row(title: str, value: Callable[[Fidelity], str]) -> list[str]:
+        shown = {name: value(fidelity) for name, fidelity in found.fidelity.items()}
+        return [title, *(shown.get(name, "") for name in names)]
+
+    yield [f"outputs against {found.reference}, on {found.on}"]
+    yield row("  error", lambda fidelity: percent(fidelity.error))
+    if any(fidelity.agreement is not None for fidelity in found.fidelity.values()):
+        yield row("  same class first", lambda f: "" if f.agreement is None else percent(f.agreement))
+    if found.accuracy:
+        shown = (percent(found.accuracy[name], 2) if name in found.accuracy else "" for name in names)
+        yield ["  accuracy", *shown]
 
 
 def _milli(seconds: float) -> str:

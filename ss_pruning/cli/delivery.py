@@ -1,9 +1,7 @@
-"""What `ss-prune recover`, `ss-prune export` and `ss-prune bench` do with a file that `ss-prune prune` wrote."""
+"""What `ss-prune recover` and `ss-prune export` do with a file that `ss-prune prune` wrote."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,71 +9,75 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ss_pruning.cli import bench as benching
+from ss_pruning._utils.files import check_apart
 from ss_pruning.cli import jobs
 from ss_pruning.cli.console import ProgressCallback, not_interrupted
-from ss_pruning.cli.jobs import size_of
-from ss_pruning.cli.request import Recovering, Request
+from ss_pruning.cli.request import Exporting, Rebuilt, Recovering, Request
 from ss_pruning.config import NoCompensation, Recovery
 from ss_pruning.errors import InputError
+from ss_pruning.io import export as exporting
 from ss_pruning.io.checkpoint import architecture_of, load, save
-from ss_pruning.profiling.latency import machine
+from ss_pruning.io.int8 import export_int8
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.report.formatting import percent
 from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.architecture_names import build_named
 from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.preprocessing import Preprocess, random_inputs
 
 
 class Opened(NamedTuple):
-    """A file's two models, and the size of one image for them."""
+    """A file's two models, and how images become their inputs."""
 
+    spec: str
     dense: nn.Module
     pruned: nn.Module
-    size: tuple[int, ...]
+    preprocess: Preprocess
 
 
-def open_file(file: Path, spec: str | None, input_size: str | None) -> Opened:
-    """Rebuild the pruned model, and the dense one with random weights (which cost the same time).
-
-    Args:
-        file: What `save` wrote.
-        spec: The dense architecture, where the file does not name it.
-        input_size: As in `3x224x224`; the model's own by default.
-    """
-    known = spec or architecture_of(file)
+def open_file(file: Path, wanted: Rebuilt) -> Opened:
+    """Rebuild the pruned model, and the dense one with random weights (which cost the same time)."""
+    known = wanted.model or architecture_of(file)
     if known is None:
         raise InputError(
             f"{str(file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
         )
     # What the user says is built as it is; of what the file says, only what is safe.
-    build = partial(build_model, spec) if spec else partial(build_named, known, file)
+    build = partial(build_model, wanted.model) if wanted.model else partial(build_named, known, file)
     dense = build()
-    size = size_of(input_size) if input_size else input_of(known, dense).size
-    return Opened(dense, load(file, build, torch.zeros(1, *size)), size)
+    preprocess = jobs.preprocess_of(input_of(known, dense), wanted)
+    return Opened(known, dense, load(file, build, torch.zeros(1, *preprocess.size)), preprocess)
 
 
-def bench(
-    opened: Opened, wanted: Sequence[benching.Setting], device: torch.device, progress: ProgressCallback
-) -> tuple[list[benching.Comparison], dict[str, int]]:
-    """Compare the two models in each setting, and their files."""
-    models = {"dense": opened.dense, "pruned": opened.pruned}
-    found = []
-    for done, setting in enumerate(wanted):
-        progress(f"timing: {setting}", done, len(wanted))
-        found.append(benching.compare(models, opened.size, setting, device))
-    return found, {name: benching.file_bytes(model) for name, model in models.items()}
+def export(wanted: Exporting, progress: ProgressCallback) -> str:
+    """Write a model for other runtimes; what there is to say of it."""
+    target = wanted.target()
+    check_apart(target, wanted.file, wanted.weights)
+    request = Request(
+        str(wanted.file), calibration=wanted.calibration, calibration_images=wanted.calibration_images
+    )
+    jobs.check_photos(request)
+    spec, model, preprocess = _to_export(wanted)
+    example = random_inputs(1, preprocess.size)
+    if not wanted.int8:
+        written = exporting.export(model, target, example, wanted.format)  # type: ignore[arg-type]
+        return (
+            f"{written.path} ({written.bytes / 1e6:.1f} MB); its outputs differ from the model's by at most "
+            f"{written.max_error:.1e} of the largest"
+        )
+    job = jobs.Job(spec, model, example, preprocess, None, example.device)
+    images, _ = jobs.calibration_images(request, NoCompensation(), job, progress)
+    return str(export_int8(model, target, images))
 
 
-def as_json(comparisons: Sequence[benching.Comparison], sizes: dict[str, int], device: torch.device) -> str:
-    """What was measured, as JSON text."""
-    content = {
-        "machine": machine(device),
-        "file_bytes": sizes,
-        "comparisons": [comparison.to_dict() for comparison in comparisons],
-    }
-    return json.dumps(content, indent=2) + "\n"
+def _to_export(wanted: Exporting) -> tuple[str, nn.Module, Preprocess]:
+    if wanted.is_pruned:
+        opened = open_file(wanted.file, wanted)
+        return opened.spec, opened.pruned, opened.preprocess
+    spec = str(wanted.file)
+    model = build_model(spec, wanted.weights)
+    return spec, model, jobs.preprocess_of(input_of(spec, model), wanted)
 
 
 def recover(

@@ -101,7 +101,8 @@ Fine-tune what ss-prune prune or recover has written:
 
 EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
 
-The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept.
+The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept. With --int8 it \
+computes in eight bits, and how far it is from the model is said.
 """
 
 EXPORT_EXAMPLES = """
@@ -110,11 +111,18 @@ EXPORT_EXAMPLES = """
     ss-prune export runs/digits/model.safetensors --format onnx
 
     ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
+
+In eight bits, with ranges from photos without labels; and the dense model, to compare with:
+
+    ss-prune export runs/r50/model.safetensors --int8 --calibration photos
+
+    ss-prune export timm:resnet50 --weights resnet50.safetensors --int8 --calibration photos --out dense.int8.onnx
 """
 
-BENCH_HELP = """Measure what pruning gained: dense against pruned, in turns, in one process.
+BENCH_HELP = """Measure what pruning gained: dense against pruned, and exported files, in turns, in one process.
 
-Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and layout.
+Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and \
+layout; how far the outputs are from the first model's; accuracy where there are labels.
 """
 
 BENCH_EXAMPLES = """
@@ -123,6 +131,10 @@ BENCH_EXAMPLES = """
     ss-prune bench runs/digits/model.safetensors --batch 1,64
 
     ss-prune bench runs/r50/model.safetensors --batch 1,32,256 --dtype float32,bf16 --layout contiguous,channels_last
+
+Files of ss-prune export beside each other:
+
+    ss-prune bench dense.onnx pruned.onnx dense.int8.onnx pruned.int8.onnx --model timm:resnet50 --data imagenet
 """
 
 COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.

@@ -14,7 +14,7 @@ import torch
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
 from ss_pruning.cli.console import ProgressCallback, note
-from ss_pruning.cli.request import DATA, SYNTHETIC, Request
+from ss_pruning.cli.request import DATA, SYNTHETIC, Rebuilt, Request, Source
 from ss_pruning.config import Compensation, Synaptic
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
@@ -64,16 +64,13 @@ def check_statistics(request: Request, synaptic: Synaptic) -> None:
 
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
-    if request.photos is not None and not request.photos.is_dir():
-        raise InputError(
-            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(request.photos)!r}."
-        )
+    check_photos(request)
     device = device_of(request.device)
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if random_weights(request):
         note("No --weights: the model has random weights, so only sizes mean anything.")
-    preprocess = _preprocess(input_of(request.model, model), request)
+    preprocess = preprocess_of(input_of(request.model, model), request)
     data = None
     if request.data is not None:
         data = open_data(
@@ -85,6 +82,18 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
         )
     example = random_inputs(1, preprocess.size, request.seed)
     return Job(request.model, model, example.to(device), preprocess, data, device)
+
+
+def check_photos(request: Request) -> None:
+    """Refuse a folder that is not there.
+
+    Raises:
+        InputError: Names it.
+    """
+    if request.photos is not None and not request.photos.is_dir():
+        raise InputError(
+            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(request.photos)!r}."
+        )
 
 
 @contextlib.contextmanager
@@ -101,7 +110,7 @@ def input_size_named(request: Request) -> Iterator[None]:
         ) from error
 
 
-def _preprocess(default: Preprocess, request: Request) -> Preprocess:
+def preprocess_of(default: Preprocess, request: Source | Rebuilt) -> Preprocess:
     """Apply --input-size, --mean and --std."""
     changes: dict[str, Any] = {}
     if request.input_size is not None:

@@ -213,6 +213,23 @@ Batch = Annotated[int, _option(_IMAGES, help="Measure times on so many images at
 File = Annotated[
     Path, typer.Argument(metavar="FILE", show_default=False, help="A model.safetensors of ss-prune prune.")
 ]
+FileOrModel = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        show_default=False,
+        help="A model.safetensors of ss-prune prune; or a MODEL as there, which is exported as it is.",
+    ),
+]
+Measured = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE...",
+        show_default=False,
+        help="A model.safetensors of ss-prune prune (dense and pruned are measured), exported files (.onnx), or both; "
+        "the others are compared with the first.",
+    ),
+]
 Architecture = Annotated[
     str | None,
     _option(
@@ -233,6 +250,54 @@ ExportFormat = Annotated[
 ExportOut = Annotated[
     Path | None,
     _option(_OUTPUT, help="File to write.", metavar="FILE", show_default="beside the model"),
+]
+Int8 = Annotated[
+    bool,
+    _option(
+        _OUTPUT,
+        "--int8",
+        help="Compute in eight bits (onnx). Ranges come from --calibration.",
+        metavar="",
+    ),
+]
+Int8Calibration = Annotated[
+    str | None,
+    _option(
+        _IMAGES,
+        help="Images for --int8: a folder with images anywhere below it, without labels, or synthetic (made from the "
+        "model's batch norms).",
+        metavar="synthetic|DIR",
+        show_default=False,
+    ),
+]
+Int8Images = Annotated[
+    int | None,
+    _option(
+        _IMAGES,
+        "--calibration-images",
+        help="Take so many of them at most, drawn at random.",
+        metavar="N",
+        show_default="512; synthetic: up to 256",
+        min=1,
+    ),
+]
+DenseWeights = Annotated[
+    str | None,
+    _option(
+        _MODEL,
+        help="The dense model's trained weights: then its outputs are compared, too.",
+        metavar="FILE",
+        show_default="random",
+    ),
+]
+Photos = Annotated[
+    Path | None,
+    _option(
+        _IMAGES,
+        help="Compare outputs on images of this folder and all below it, without labels.",
+        metavar="DIR",
+        show_default="those of --data, else noise",
+    ),
 ]
 Batches = Annotated[str, _option(_IMAGES, help="Images at a time, one or several.", metavar="N,N,N")]
 Dtypes = Annotated[str, _option(_SETTING, help="Number types: float32, bf16, float16.", metavar="NAME,NAME")]

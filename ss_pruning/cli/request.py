@@ -105,16 +105,24 @@ class Output:
     as_json: option.Json = False
 
 
-@dataclass(frozen=True)
-class PrunedFile:
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """How the model of a file is built, and images become its inputs."""
+
+    model: option.Architecture = None
+    input_size: option.InputSize = None
+    mean: option.Mean = None
+    std: option.Std = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedFile(Rebuilt):
     """A file that `ss-prune prune` has written."""
 
     file: option.File
-    model: option.Architecture = None
-    input_size: option.InputSize = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recovering(PrunedFile):
     """What is recovered, on which images, for how long, and where it goes."""
 
@@ -123,8 +131,6 @@ class Recovering(PrunedFile):
     images: option.Images = None
     calibration: option.CalibrationOption = None
     calibration_images: option.CalibrationImages = None
-    mean: option.Mean = None
-    std: option.Std = None
     device: option.Device = None
     minutes: option.Minutes = None
     steps: option.Steps = None
@@ -180,6 +186,81 @@ class Recovering(PrunedFile):
                 "give --weights"
             )
         return request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting(PrunedFile):
+    """What is written for other runtimes, and how."""
+
+    file: option.FileOrModel
+    weights: option.Weights = None
+    format: option.ExportFormat = None
+    int8: option.Int8 = False
+    calibration: option.Int8Calibration = None
+    calibration_images: option.Int8Images = None
+    out: option.ExportOut = None
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a file was given, not the name of a model."""
+        return self.file.suffix == ".safetensors" or self.file.is_file()
+
+    def target(self) -> Path:
+        """The file to write.
+
+        Raises:
+            InputError: It is not clear what to write, or an option goes with another one only.
+        """
+        if self.int8 and self.format not in (None, "onnx"):
+            raise InputError("--int8 writes onnx: leave --format out.")
+        if self.int8 and self.calibration is None:
+            raise InputError(
+                "--int8 takes the ranges of activations from images without labels: say where they are with "
+                "--calibration DIR, or make some with --calibration synthetic."
+            )
+        if not self.int8 and self.calibration is not None:
+            raise InputError("--calibration belongs to --int8: give both, or none.")
+        if self.weights is not None and self.is_pruned:
+            raise InputError(f"{str(self.file)!r} holds its own weights: leave --weights out.")
+        if self.out is not None:
+            return self.out
+        if not self.int8 and self.format not in ("onnx", "pt2"):
+            raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
+        if not self.is_pruned:
+            raise InputError("say where to write: --out FILE.")
+        return self.file.with_suffix(".int8.onnx" if self.int8 else f".{self.format}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Rebuilt):
+    """The files that are measured, and the images that their outputs are compared on."""
+
+    files: option.Measured
+    weights: option.DenseWeights = None
+    data: option.DataPlace = None
+    images: option.Images = None
+    photos: option.Photos = None
+
+    @property
+    def exported(self) -> list[Path]:
+        """The files for other runtimes."""
+        return [file for file in self.files if file.suffix == ".onnx"]
+
+    def pruned(self) -> Path | None:
+        """The file of ours, if there is one.
+
+        Raises:
+            InputError: There are several, or weights without one.
+        """
+        ours = [file for file in self.files if file.suffix != ".onnx"]
+        if len(ours) > 1:
+            raise InputError(
+                f"of files that are no .onnx one at a time is measured, not {len(ours)}: export the others "
+                "(ss-prune export FILE --format onnx)."
+            )
+        if not ours and self.weights:
+            raise InputError("--weights belong to a model.safetensors: files in ONNX hold their own.")
+        return ours[0] if ours else None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ss_pruning._utils.files import check_writable, replacing
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.graph.refusals import check_module
+from ss_pruning.profiling.onnx_model import OnnxModel, require
 
 Format = Literal["onnx", "pt2"]
 #: Largest difference between what the file and the model put out, relative to the largest output.
@@ -72,11 +73,11 @@ def export(
     chosen = _format(path, format)
     check_writable(path)
     if chosen == "onnx":
-        _need_onnx()
+        require("onnxruntime", "onnxscript")
         if any(tensor.dtype is torch.bfloat16 for tensor in _tensors(example_inputs)):
             raise InputError("onnxruntime takes no bfloat16 inputs: export model.float(), with float inputs")
     small, large = (_with_batch(example_inputs, batch) for batch in _BATCHES)
-    with quiet_hooks(model, example_inputs), preserved(model, training=False), _quiet():
+    with quiet_hooks(model, example_inputs), preserved(model, training=False), quiet():
         program = _followed(model, small)
         with replacing(path) as temporary:
             run = _WRITERS[chosen](program, temporary)
@@ -96,16 +97,6 @@ def _format(path: str | os.PathLike[str], given: str | None) -> Format:
         if chosen == known:
             return known  # type: ignore[no-any-return]
     raise InputError(f"format={chosen!r} is unknown; use 'onnx' or 'pt2', or name the file *.onnx or *.pt2")
-
-
-def _need_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"ONNX needs a package that is not installed ({error.name}): pip install 'ss-pruning[onnx]'"
-        ) from error
 
 
 def _with_batch(inputs: Any, batch: int) -> Any:
@@ -156,27 +147,17 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Runner:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
-    import onnxruntime
-
     try:
         written = torch.onnx.export(program, dynamo=True, verbose=False)
         assert written is not None
         written.save(path, external_data=False)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = OnnxModel(path)
     except OSError:
         raise  # the disk is full, say: nothing is wrong with the model
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be written as ONNX ({type(error).__name__}: {first})") from error
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(inputs: Any) -> list[Tensor]:
-        values = [tensor.detach().cpu().numpy() for tensor in _tensors(inputs)]
-        return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, values, strict=True)))]
-
-    return run
+    return lambda inputs: _tensors(call(model, inputs))
 
 
 _WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Runner]] = {
@@ -204,7 +185,7 @@ def _difference(run: Runner, model: nn.Module, inputs: Any) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave out what the exporters say to their own developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -843,16 +843,75 @@ def test_bench_compares_dense_with_pruned(saved: Path, net: str) -> None:
     shown = run("bench", saved, "--model", net, *SIZE, *options)
     assert shown.exit_code == 0, shown.output
     for words in ("batch 2, bf16", "latency, median", "middle half", "peak memory", "images", "file"):
-        assert words in shown.stdout
+        assert words in " ".join(shown.stdout.split())
     found = json.loads(run("bench", saved, "--model", net, *SIZE, *options, "--json").stdout)
     assert len(found["comparisons"]) == 4
     assert found["file_bytes"]["pruned"] < found["file_bytes"]["dense"]
     assert found["machine"]["device"] == "cpu"
 
 
+@pytest.fixture
+def pruned_digits(tmp_path: Path) -> Path:
+    """As ours and as ONNX, in one folder."""
+    for name in ("onnxruntime", "onnxscript", "sklearn"):
+        pytest.importorskip(name, reason="needs the extras onnx and demo")
+    assert run("prune", "demo:digits", "--macs", 0.5, "--out", tmp_path).exit_code == 0
+    assert run("export", tmp_path / "model.safetensors", "--format", "onnx").exit_code == 0
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_dense_and_pruned_in_float_and_int8_in_one_table(pruned_digits: Path) -> None:
+    int8 = "--int8", "--calibration", "synthetic", "--calibration-images", 100
+    for options in (
+        (pruned_digits / "model.safetensors", *int8),
+        ("demo:digits", "--out", pruned_digits / "dense.onnx"),
+        ("demo:digits", *int8, "--out", pruned_digits / "dense.int8.onnx"),
+    ):
+        result = run("export", *options)
+        assert result.exit_code == 0, result.output
+    assert "INT8, ranges from 80 images; on 20 others the output error is" in " ".join(result.stdout.split())
+    names = ["dense.onnx", "model.onnx", "dense.int8.onnx", "model.int8.onnx"]
+    files = [pruned_digits / name for name in names]
+    shown = run("bench", *files, "--model", "demo:digits", "--data", "digits")
+    assert shown.exit_code == 0, shown.output
+    for words in ("dense.onnx against", "of the first", "same class", "accuracy", "file"):
+        assert words in " ".join(shown.stdout.split())
+    found = json.loads(run("bench", *files, "--model", "demo:digits", "--data", "digits", "--json").stdout)
+    assert found["file_bytes"] == {file.name: file.stat().st_size for file in files}
+    assert list(found["comparisons"][0]["ratios"]) == names
+    outputs = found["outputs"]
+    assert outputs["accuracy"]["dense.int8.onnx"] > 0.9
+    assert outputs["fidelity"]["dense.int8.onnx"]["error"] < outputs["fidelity"]["model.onnx"]["error"]
+    assert (outputs["reference"], outputs["on"]) == ("dense.onnx", "images of digits")
+
+
+def test_bench_compares_files_with_the_model_that_has_weights(pruned_digits: Path) -> None:
+    """Without weights the dense model's outputs mean nothing."""
+    file, exported = pruned_digits / "model.safetensors", pruned_digits / "model.onnx"
+    shown = run("bench", file, exported, "--json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert (found["outputs"]["reference"], found["outputs"]["on"]) == ("pruned", "64 inputs of noise")
+    assert found["outputs"]["fidelity"]["model.onnx"]["error"] < 1e-8
+    assert list(found["comparisons"][0]["speeds"]) == ["dense", "pruned", "model.onnx"]
+    assert found["comparisons"][0]["speeds"]["model.onnx"]["peak_bytes"] is None
+    message = refused("bench", file, exported, "--dtype", "bf16")
+    assert "exported files run as they are, on the CPU, not with batch 1, bf16" in message
+    assert "one at a time is measured, not 2" in refused("bench", file, file)
+    assert "name the model as for ss-prune prune" in refused("bench", exported, "--data", "digits")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (("export", "FILE", "--int8"), "say where they are with --calibration DIR, or make some"),
+        (("export", "FILE", "--int8", "--calibration", "absent"), "there is no folder 'absent'"),
+        (("export", "FILE", "--int8", "--calibration", "synthetic", "--format", "pt2"), "leave --format out"),
+        (("export", "FILE", "--format", "onnx", "--calibration", "synthetic"), "belongs to --int8"),
+        (("export", "FILE", "--format", "onnx", "--weights", "a.pth"), "holds its own weights"),
+        (("export", "NET", "--format", "onnx"), "say where to write: --out FILE"),
+        (("bench", "absent.onnx"), "there is no file 'absent.onnx'"),
         (("export", "FILE"), "say what to write: --format onnx, --format pt2"),
         (
             ("export", "FILE", "--format", "pt2"),
