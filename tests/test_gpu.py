@@ -20,7 +20,7 @@ pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[
 from typer.testing import CliRunner
 
 import ss_pruning
-from ss_pruning import prune_
+from ss_pruning import SyntheticImages, prune_
 from ss_pruning.cli.app import app
 from ss_pruning.compensation.synthetic_data import synthesize
 from ss_pruning.config import METHODS, Allocation
@@ -134,12 +134,12 @@ def test_nothing_else_changes(method: Any) -> None:
 
 def test_synthetic_images_are_made_there() -> None:
     net = BY_NAME["residual_chain"]
-    found = synthesize(net.make().to(GPU), net.inputs[0].to(GPU), images=16, steps=5)
+    few = SyntheticImages(16, 5)
+    found = synthesize(net.make().to(GPU), net.inputs[0].to(GPU), few)
     assert found.device.type == "cuda"
     assert bool(found.isfinite().all())
-    there = synthesize(net.make(), net.inputs[0], images=16, steps=5, device=GPU)
-    assert there.device.type == "cpu"
-    torch.testing.assert_close(found.cpu(), there, atol=1e-2, rtol=1e-2)
+    here = synthesize(net.make(), net.inputs[0], few)
+    torch.testing.assert_close(found.cpu(), here, atol=1e-2, rtol=1e-2)
 
 
 def test_a_latency_target_is_measured_there() -> None:

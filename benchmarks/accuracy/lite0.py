@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data.cifar import draw, load
 from benchmarks.data.photos import crops, crops_of, few, labelled, scenes, things
-from ss_pruning import prune_
+from ss_pruning import SyntheticImages, prune_
 from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.profiling.latency import machine
 from ss_pruning.sources.models import build_model
@@ -157,7 +157,7 @@ class Material:
         if run.calibration == "none":
             return None
         if run.calibration == "synthetic":
-            return synthetic_images(dense, self.example(), seed=self.draw)
+            return synthetic_images(dense, self.example(), SyntheticImages(seed=self.draw))
         images: Tensor = getattr(self, run.calibration)[0]
         return images.to(self.device)
 

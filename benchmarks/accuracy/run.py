@@ -62,7 +62,7 @@ from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data.cifar import Images, Split, as_input, draw, load, top1
 from benchmarks.data.models import CHECKPOINTS, NETS, load_net, stream_layers
 from benchmarks.data.training import Recipe, optimiser, train_epoch
-from ss_pruning import prune_
+from ss_pruning import SyntheticImages, prune_
 from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.config import (
     COMPENSATIONS,
@@ -300,7 +300,7 @@ class Bench:
         if not run.uses_images:
             return None
         if run.calibration == "synthetic":
-            return synthetic_images(model, example, seed=run.seed)
+            return synthetic_images(model, example, SyntheticImages(seed=run.seed))
         return as_input(draw(self.train, CALIBRATION, run.seed)[0].to(self.device))
 
 

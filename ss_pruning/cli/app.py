@@ -24,6 +24,7 @@ from ss_pruning.cli.request import (
     Budgets,
     Compared,
     Exporting,
+    Finetuning,
     Method,
     Output,
     Recovering,
@@ -147,20 +148,11 @@ def recover(
 
 @app.command(help=texts.FINETUNE_HELP, epilog=texts.FINETUNE_EXAMPLES)
 @grouped
-def finetune(
-    model: option.ModelOrFile,
-    data: option.TrainingData,
-    training: Training,
-    sparsifying: Sparsifying,
-    weights: option.StartingWeights = None,
-    out: option.FinetuningFolder = Path("runs/finetune"),
-    export: option.FinetuningExport = None,
-) -> None:
+def finetune(wanted: Finetuning, training: Training, sparsifying: Sparsifying) -> None:
     """Train or fine-tune a model, prune it on the way, write the result."""
     from ss_pruning.errors import InputError
 
-    places = {"model": model, "data": data, "weights": weights, "out": out, "export": export}
-    options = Options(**places, **vars(training), **vars(sparsifying))  # type: ignore[arg-type]
+    options = Options(**vars(wanted), **vars(training), **vars(sparsifying))
     try:
         from ss_pruning.integrations.finetuning.run import finetune
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
 from ss_pruning.cli.console import ProgressCallback, note
 from ss_pruning.cli.request import DATA, SYNTHETIC, Rebuilt, Request, Source
-from ss_pruning.config import Compensation, Synaptic
+from ss_pruning.config import Compensation, Synaptic, SyntheticImages
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
@@ -178,14 +178,9 @@ def calibration_images(
     if request.calibration == SYNTHETIC:
         from ss_pruning.compensation.synthetic_data import synthetic_images
 
-        what, count = "synthesizing calibration images", request.calibration_images
-        return synthetic_images(
-            job.model,
-            job.example,
-            images=count,
-            seed=request.seed,
-            progress=lambda *steps: progress(what, *steps),
-        ), said
+        wanted = SyntheticImages(request.calibration_images, seed=request.seed)
+        what = "synthesizing calibration images"
+        return synthetic_images(job.model, job.example, wanted, lambda *steps: progress(what, *steps)), said
     if request.photos is not None:
         images, which = _photos_of(request.photos, request, job)
         return images, {**said, "calibration images": which}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,47 @@ SYNAPTIC = "synaptic"
 DATA, SYNTHETIC = "data", "synthetic"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model and the images that belong to it."""
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images with labels, and how they become what a model takes."""
 
-    model: option.Model
-    weights: option.Weights = None
-    weights_by_order: option.ByOrder = False
     data: option.DataPlace = None
     input_size: option.InputSize = None
     mean: option.Mean = None
     std: option.Std = None
-    seed: option.Seed = 0
     device: option.Device = None
 
 
-@dataclass(frozen=True)
-class Request(Source):
-    """What is to be pruned, and on which images that is judged and calibrated."""
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Images):
+    """Which of the images are evaluated on, and which are calibrated on."""
 
     images: option.Images = None
-    batch: option.Batch = 1
     calibration: option.CalibrationOption = None
     calibration_images: option.CalibrationImages = None
-    ignore: option.Ignore = None
 
     @property
     def photos(self) -> Path | None:
         """The folder of calibration images, if that is what was given."""
         return None if self.calibration in (None, DATA, SYNTHETIC) else Path(str(self.calibration))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Images):
+    """A model and the images that belong to it."""
+
+    model: option.Model
+    weights: option.Weights = None
+    weights_by_order: option.ByOrder = False
+    seed: option.Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Source, Calibrated):
+    """What is to be pruned, and on which images that is judged and calibrated."""
+
+    batch: option.Batch = 1
+    ignore: option.Ignore = None
 
 
 @dataclass(frozen=True)
@@ -123,15 +135,10 @@ class PrunedFile(Rebuilt):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovering(PrunedFile):
+class Recovering(PrunedFile, Calibrated):
     """What is recovered, on which images, for how long, and where it goes."""
 
     weights: option.Weights = None
-    data: option.DataPlace = None
-    images: option.Images = None
-    calibration: option.CalibrationOption = None
-    calibration_images: option.CalibrationImages = None
-    device: option.Device = None
     minutes: option.Minutes = None
     steps: option.Steps = None
     checkpoint: option.Checkpoint = None
@@ -167,19 +174,9 @@ class Recovering(PrunedFile):
             known = report.settings if report.model == spec else known
         except (FileFormatError, InputError):
             pass  # a file on its own
-        request = Request(
-            model=spec,
-            weights=self.weights or known.get("weights"),
-            data=self.data,
-            input_size=self.input_size or known.get("input size"),
-            mean=self.mean,
-            std=self.std,
-            seed=seed,
-            device=self.device,
-            images=self.images,
-            calibration=self.calibration,
-            calibration_images=self.calibration_images,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(Calibrated)}
+        own["input_size"] = self.input_size or known.get("input size")
+        request = Request(model=spec, weights=self.weights or known.get("weights"), seed=seed, **own)
         if random_weights(request):
             raise InputError(
                 "the dense model's weights are what is imitated, and no report beside the file says where they are: "
@@ -273,3 +270,14 @@ class Timed:
     compiled: option.Compiled = False
     threads: option.Threads = None
     device: option.Device = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """What is trained, on which images, and where it goes."""
+
+    model: option.ModelOrFile
+    data: option.TrainingData
+    weights: option.StartingWeights = None
+    out: option.FinetuningFolder = Path("runs/finetune")
+    export: option.FinetuningExport = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -42,7 +42,7 @@ def calibration_images(
     if isinstance(calibration, str):
         calibration = SyntheticImages()
     if isinstance(calibration, SyntheticImages):
-        calibration = synthetic_images(model, example_inputs, progress=progress, **asdict(calibration))
+        calibration = synthetic_images(model, example_inputs, calibration, progress)
     batch = gather(calibration, example_inputs)
     fitting = batch.limited(*sizes_that_run(model, example_inputs))
     if not len(fitting):

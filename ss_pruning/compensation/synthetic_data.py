@@ -27,6 +27,7 @@ from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
+from ss_pruning.config import SyntheticImages
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import has_statistics
 from ss_pruning.importance.calibration import sizes_that_run
@@ -50,13 +51,8 @@ _MOST, _FEWEST, _POSITIONS = 256, 32, 2**21
 def synthesize(
     model: nn.Module,
     example_inputs: Any,
-    *,
-    images: int | None = None,
-    steps: int = 60,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    progress: StepProgress | None = None,
-    cached: bool = False,
+    settings: SyntheticImages,
+    progress: StepProgress = lambda done, total: None,
 ) -> Tensor:
     """Make calibration images from a model's batch norms: no data, no labels.
 
@@ -66,38 +62,44 @@ def synthesize(
         model: A trained model with batch norms.
         example_inputs: What `forward` takes: one tensor `[batch, channels, positions...]`, alone, in a tuple or in a
             dict; gives the shape, type and place of the result.
-        images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
-        steps: Of Adam, for each batch of 64 images that are made.
-        seed: Of the noise to start from.
-        device: Compute there; the model's own by default.
+        settings: How many images, and how they are made.
         progress: Called with (steps done, steps in all).
-        cached: Take what was made earlier of the same model with the same settings, and keep what is made, on disk.
 
     Returns:
-        `[images, channels, positions...]`, as the model takes them, that is after any normalisation of pixels.
+        `[images, channels, positions...]`, as the model takes them, that is after any normalisation of pixels; one half
+        is made, the other are its mirror images.
 
     Raises:
-        InputError: The inputs are no images, or a number is not positive.
+        InputError: The inputs are no images.
         ModelError: There is no batch norm with running statistics, the model does not run, or it yields NaN.
     """
-    example = _example(example_inputs)
-    count = default_images(example) if images is None else images
-    if count < 1 or steps < 1:
-        raise InputError(f"images={count} and steps={steps} must be positive whole numbers")
-    shape = (count, *example.shape[1:])
-    name = f"synthetic-{_key(model, shape, steps, seed)}" if cached else None
-    found = None if name is None else _kept(name, shape)
-    if found is None:
-        place = example.device if device is None else torch.device(device)
-        found = _make(
-            model, example_inputs, shape, steps, seed, place, progress or (lambda done, total: None)
-        )
-        if name is not None:
-            _cache.write(name, {"images": found.float().cpu()}, {})
-    return found.to(example).contiguous()
+    example, steps = _example(example_inputs), settings.steps
+    shape = _shape(example, settings)
+    unit, most = sizes_that_run(model, example_inputs)
+    half = -(-shape[0] // (2 * unit)) * unit
+    each = most or max(_BATCH // unit, 1) * unit
+    sizes = [min(each, half - begin) for begin in range(0, half, each)]
+    generator = torch.Generator().manual_seed(settings.seed)
+    listening = _listening(model, example_inputs, example.device, settings.seed)
+    made = []
+    with torch.inference_mode(False), torch.enable_grad(), listening as listen:
+        for number, size in enumerate(sizes):
+            noise = _natural_noise((size, *shape[1:]), generator).to(example.device)
+
+            def report(done: int, before: int = number * steps) -> None:
+                progress(before + done, len(sizes) * steps)
+
+            made.append(_optimise(noise, listen, steps, report))
+    found = torch.cat(made)
+    return torch.cat([found, found.flip(-1)])[: shape[0]].to(example).contiguous()
 
 
-def synthetic_images(model: nn.Module, example_inputs: Any, **settings: Any) -> Tensor:
+def synthetic_images(
+    model: nn.Module,
+    example_inputs: Any,
+    settings: SyntheticImages,
+    progress: StepProgress = lambda done, total: None,
+) -> Tensor:
     """`synthesize` with a cache: `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder.
 
     It knows a model by its structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder
@@ -107,36 +109,21 @@ def synthetic_images(model: nn.Module, example_inputs: Any, **settings: Any) -> 
         model: As for `synthesize`.
         example_inputs: As for `synthesize`.
         settings: As for `synthesize`.
+        progress: As for `synthesize`.
     """
-    return synthesize(model, example_inputs, cached=True, **settings)
+    example = _example(example_inputs)
+    shape = _shape(example, settings)
+    name = f"synthetic-{_key(model, shape, settings.steps, settings.seed)}"
+    if (found := _kept(name, shape)) is None:
+        found = synthesize(model, example_inputs, settings, progress)
+        _cache.write(name, {"images": found.float().cpu()}, {})
+    return found.to(example).contiguous()
 
 
-def _make(
-    model: nn.Module,
-    inputs: Any,
-    shape: tuple[int, ...],
-    steps: int,
-    seed: int,
-    place: torch.device,
-    progress: StepProgress,
-) -> Tensor:
-    """The images in float32: one half is made, the other are its mirror images."""
-    unit, most = sizes_that_run(model, inputs)
-    half = -(-shape[0] // (2 * unit)) * unit
-    each = most or max(_BATCH // unit, 1) * unit
-    sizes = [min(each, half - begin) for begin in range(0, half, each)]
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    with torch.inference_mode(False), torch.enable_grad(), _listening(model, inputs, place, seed) as listen:
-        for number, size in enumerate(sizes):
-            noise = _natural_noise((size, *shape[1:]), generator).to(place)
-
-            def report(done: int, before: int = number * steps) -> None:
-                progress(before + done, len(sizes) * steps)
-
-            made.append(_optimise(noise, listen, steps, report))
-    found = torch.cat(made)
-    return torch.cat([found, found.flip(-1)])[: shape[0]]
+def _shape(example: Tensor, settings: SyntheticImages) -> tuple[int, ...]:
+    """Of all images."""
+    count = default_images(example) if settings.images is None else settings.images
+    return (count, *example.shape[1:])
 
 
 def _kept(name: str, shape: tuple[int, ...]) -> Tensor | None:

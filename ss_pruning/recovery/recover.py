@@ -172,7 +172,7 @@ def _inputs(images: Any, dense: nn.Module, example: Any) -> Batch:
     if isinstance(images, SyntheticImages):
         if example is None:
             raise InputError("synthetic images need example_inputs=, which tell their size")
-        return gather(synthetic_images(dense, example, **vars(images)), example)
+        return gather(synthetic_images(dense, example, images), example)
     most = len(images) if isinstance(images, Tensor) and images.dim() else _MOST
     return gather(images, example, most)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from ss_pruning import prune_
 from ss_pruning._utils import cache as _cache
 from ss_pruning.compensation.synthetic_data import default_images, synthesize, synthetic_images
+from ss_pruning.config import SyntheticImages
 from ss_pruning.errors import InputError, ModelError
 from tests.support.snapshot import snapshot
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
-FEW: dict[str, Any] = {"images": 8, "steps": 5}
+FEW = SyntheticImages(images=8, steps=5)
 
 
 class Net(nn.Module):
@@ -69,15 +71,15 @@ def surprise(net: Net, images: Tensor) -> float:
 
 
 def test_norms_find_what_they_remember(net: Net) -> None:
-    images = synthesize(net, EXAMPLE, images=32, steps=150)
+    images = synthesize(net, EXAMPLE, SyntheticImages(32, 150))
     assert images.shape == (32, 3, 8, 8)
     assert surprise(net, images) < 0.25 * surprise(net, torch.randn(32, 3, 8, 8))
 
 
 def test_a_seed_gives_the_same_images_again(net: Net) -> None:
-    first, again = synthesize(net, EXAMPLE, **FEW), synthesize(net, EXAMPLE, **FEW)
+    first, again = synthesize(net, EXAMPLE, FEW), synthesize(net, EXAMPLE, FEW)
     assert torch.equal(first, again)
-    assert not torch.equal(first, synthesize(net, EXAMPLE, seed=1, **FEW))
+    assert not torch.equal(first, synthesize(net, EXAMPLE, replace(FEW, seed=1)))
 
 
 class Drawing(Net):
@@ -87,13 +89,13 @@ class Drawing(Net):
 
 def test_a_model_that_draws_numbers_gives_the_same_images_again() -> None:
     net = Drawing()
-    assert torch.equal(synthesize(net, EXAMPLE, **FEW), synthesize(net, EXAMPLE, **FEW))
+    assert torch.equal(synthesize(net, EXAMPLE, FEW), synthesize(net, EXAMPLE, FEW))
 
 
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
     steps: list[tuple[int, int]] = []
     images = synthesize(
-        net, EXAMPLE, images=139, steps=2, progress=lambda done, total: steps.append((done, total))
+        net, EXAMPLE, SyntheticImages(139, 2), lambda done, total: steps.append((done, total))
     )
     assert len(images) == 139
     assert torch.equal(images[70:], images[:69].flip(-1))
@@ -101,29 +103,29 @@ def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
 
 
 def test_type_and_place_are_those_of_the_example(net: Net) -> None:
-    assert synthesize(net.double(), EXAMPLE.double(), **FEW).dtype == torch.float64
-    assert synthesize(net.bfloat16(), EXAMPLE.bfloat16(), **FEW).dtype == torch.bfloat16
+    assert synthesize(net.double(), EXAMPLE.double(), FEW).dtype == torch.float64
+    assert synthesize(net.bfloat16(), EXAMPLE.bfloat16(), FEW).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(net: Net, context: Any) -> None:
-    expected = synthesize(net, EXAMPLE, **FEW)
+    expected = synthesize(net, EXAMPLE, FEW)
     with context():
-        assert torch.equal(synthesize(net, EXAMPLE, **FEW), expected)
+        assert torch.equal(synthesize(net, EXAMPLE, FEW), expected)
 
 
 @pytest.mark.parametrize("example", [EXAMPLE[..., 0], EXAMPLE[..., None]])
 def test_other_numbers_of_axes(example: Tensor) -> None:
     conv, norm = (nn.Conv1d, nn.BatchNorm1d) if example.dim() == 3 else (nn.Conv3d, nn.BatchNorm3d)
     net = nn.Sequential(conv(3, 4, 1), norm(4)).eval()
-    assert synthesize(net, (example,), **FEW).shape == (8, *example.shape[1:])
+    assert synthesize(net, (example,), FEW).shape == (8, *example.shape[1:])
 
 
 def test_the_model_is_left_alone(net: Net) -> None:
     net.train()
     net.conv1.weight.requires_grad_(False)
     before, random = snapshot(net), torch.get_rng_state()
-    synthesize(net, EXAMPLE, **FEW)
+    synthesize(net, EXAMPLE, FEW)
     assert snapshot(net) == before
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -156,7 +158,7 @@ def test_a_model_that_has_no_synthetic_images_says_so_and_is_left_alone(
     net = make().train()
     before = snapshot(net)
     with pytest.raises(ModelError, match=message):
-        synthesize(net, example, **FEW)
+        synthesize(net, example, FEW)
     assert snapshot(net) == before
 
 
@@ -166,19 +168,19 @@ def test_a_model_that_has_no_synthetic_images_says_so_and_is_left_alone(
 )
 def test_inputs_that_are_no_images(net: Net, inputs: Any) -> None:
     with pytest.raises(InputError, match="makes images"):
-        synthesize(net, inputs, **FEW)
+        synthesize(net, inputs, FEW)
 
 
 def test_the_image_may_come_in_a_tuple_or_by_name(net: Net) -> None:
-    alone = synthesize(net, EXAMPLE, **FEW)
-    assert torch.equal(synthesize(net, (EXAMPLE,), **FEW), alone)
-    assert torch.equal(synthesize(net, {"x": EXAMPLE}, **FEW), alone)
+    alone = synthesize(net, EXAMPLE, FEW)
+    assert torch.equal(synthesize(net, (EXAMPLE,), FEW), alone)
+    assert torch.equal(synthesize(net, {"x": EXAMPLE}, FEW), alone)
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"steps": 0}])
-def test_numbers_that_are_not_positive(net: Net, wrong: dict[str, int]) -> None:
+def test_numbers_that_are_not_positive(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="positive"):
-        synthesize(net, EXAMPLE, **{**FEW, **wrong})
+        replace(FEW, **wrong)
 
 
 def test_large_images_are_fewer() -> None:
@@ -194,35 +196,35 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Tensor:
         raise AssertionError("made anew")
 
-    monkeypatch.setattr("ss_pruning.compensation.synthetic_data._make", fail)
+    monkeypatch.setattr("ss_pruning.compensation.synthetic_data.synthesize", fail)
 
 
 def test_the_cache_hands_out_what_was_made(net: Net, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = synthetic_images(net, EXAMPLE, **FEW)
-    assert torch.equal(first, synthesize(net, EXAMPLE, **FEW))
+    first = synthetic_images(net, EXAMPLE, FEW)
+    assert torch.equal(first, synthesize(net, EXAMPLE, FEW))
     assert len(list(cache.iterdir())) == 1
     forbid(monkeypatch)
-    assert torch.equal(synthetic_images(net, EXAMPLE, **FEW), first)
+    assert torch.equal(synthetic_images(net, EXAMPLE, FEW), first)
 
 
 @pytest.mark.parametrize("change", ["seed", "steps", "images", "weights", "structure"])
 def test_the_cache_knows_models_and_settings_apart(
     net: Net, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synthetic_images(net, EXAMPLE, **FEW)
+    synthetic_images(net, EXAMPLE, FEW)
     forbid(monkeypatch)
-    settings: dict[str, Any] = {**FEW, change: 3} if change in ("seed", "steps", "images") else FEW
+    numbers: dict[str, int] = {change: 3} if change in ("seed", "steps", "images") else {}
     if change == "weights":
         net.bn2.running_var[3] *= 1.01
     if change == "structure":
         net.bn1.eps = 1e-3
     with pytest.raises(AssertionError, match="made anew"):
-        synthetic_images(net, EXAMPLE, **settings)
+        synthetic_images(net, EXAMPLE, replace(FEW, **numbers))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other tensor", "wrong shape", "NaN"])
 def test_a_damaged_cache_file_is_written_anew(net: Net, cache: Path, damage: str) -> None:
-    first = synthetic_images(net, EXAMPLE, **FEW)
+    first = synthetic_images(net, EXAMPLE, FEW)
     (path,) = cache.iterdir()
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:50])
@@ -230,18 +232,18 @@ def test_a_damaged_cache_file_is_written_anew(net: Net, cache: Path, damage: str
         name = "others" if damage == "other tensor" else "images"
         value = torch.full((3, 3), 1.0) if damage == "wrong shape" else torch.full_like(first, torch.nan)
         _cache.write(path.stem, {name: value}, {})
-    assert torch.equal(synthetic_images(net, EXAMPLE, **FEW), first)
+    assert torch.equal(synthetic_images(net, EXAMPLE, FEW), first)
     tensors, _ = _cache.read(path.stem) or ({}, {})
     assert torch.equal(tensors["images"], first)
 
 
 def test_an_unwritable_cache_costs_only_time(net: Net, cache: Path) -> None:
     cache.write_text("a file where the folder would be")
-    assert len(synthetic_images(net, EXAMPLE, **FEW)) == 8
+    assert len(synthetic_images(net, EXAMPLE, FEW)) == 8
 
 
 def test_prune_makes_synthetic_images_from_the_dense_model(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = synthetic_images(net, EXAMPLE, images=256)
+    images = synthetic_images(net, EXAMPLE, SyntheticImages(256))
     stages: list[str] = []
     torch.manual_seed(0)
     twin = Net()
