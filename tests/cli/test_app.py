@@ -364,7 +364,7 @@ def test_norms_are_re_estimated_on_the_images(
     seen: list[tuple[int, ...]] = []
     real = cutting.recalibrate_
     monkeypatch.setattr(
-        cutting, "recalibrate_", lambda *args: seen.append(tuple(args[4].inputs.shape)) or real(*args)
+        cutting, "recalibrate_", lambda *args: seen.append(tuple(args[3].inputs.shape)) or real(*args)
     )
     result = run("prune", net, *SIZE, "--macs", 0.7, "--recalibrate", "--data", photos, "--json")
     assert result.exit_code == 0, result.output
