@@ -55,7 +55,7 @@ def export(wanted: Exporting, progress: ProgressCallback) -> str:
     target = wanted.target()
     check_apart(target, wanted.file, wanted.weights)
     request = Request(
-        str(wanted.file), calibration=wanted.calibration, calibration_images=wanted.calibration_images
+        model=str(wanted.file), calibration=wanted.calibration, calibration_images=wanted.calibration_images
     )
     jobs.check_photos(request)
     spec, model, preprocess = _to_export(wanted)
