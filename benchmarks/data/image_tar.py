@@ -24,7 +24,7 @@ def tar_images(path: Path, split: str) -> tuple[Tensor, Tensor]:
         InputError: It is no tar, cut off, or has no such split.
     """
     name = f"{path.stem}-{split}-{_digest(path)}"
-    tensors, _ = cache.read(name) or ({}, {})
+    tensors = cache.read(name) or {}
     if not {"images", "labels"} <= tensors.keys():
         try:
             with tarfile.open(path) as archive:
@@ -33,7 +33,7 @@ def tar_images(path: Path, split: str) -> tuple[Tensor, Tensor]:
             raise InputError(
                 f"cannot read {str(path)!r} as a tar of {split}/<class>/<image>: {error}"
             ) from error
-        cache.write(name, tensors, {})
+        cache.write(name, tensors)
     return tensors["images"], tensors["labels"]
 
 

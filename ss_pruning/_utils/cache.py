@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ss_pruning._utils.files import make_writable_folder, write_bytes
@@ -18,27 +20,42 @@ def folder() -> Path:
     own, general = os.environ.get("SS_PRUNING_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return (Path(general) if general else Path.home() / ".cache") / "ss_pruning"
+    try:
+        return (Path(general) if general else Path.home() / ".cache") / "ss_pruning"
+    except RuntimeError:  # a user without a home, as in containers: nothing is kept
+        return Path(os.devnull) / "ss_pruning"
 
 
-def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Return tensors and texts kept under `name`, or None where there is nothing or it is damaged."""
+def read(name: str) -> dict[str, Tensor] | None:
+    """Return the tensors kept under `name`, or None where there is nothing or it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = folder() / f"{name}.safetensors"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            return None
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            checksum = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError):
         return None
+    return tensors if checksum == _checksum(tensors) else None
 
 
-def write(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Keep tensors and texts under `name`, over what is there; where that cannot be done, do without."""
+def write(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors under `name`, over what is there; where that cannot be done, do without."""
     from safetensors.torch import save
 
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(InputError, OSError):
         path = make_writable_folder(folder()) / f"{name}.safetensors"
-        write_bytes(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, dict(texts)))
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        write_bytes(path, save(whole, {"checksum": _checksum(whole)}))
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values: bits turn over on disks, and a number that is another looks sound."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

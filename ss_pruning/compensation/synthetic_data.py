@@ -116,7 +116,7 @@ def synthetic_images(
     name = f"synthetic-{_key(model, shape, settings.steps, settings.seed)}"
     if (found := _kept(name, shape)) is None:
         found = synthesize(model, example_inputs, settings, progress)
-        _cache.write(name, {"images": found.float().cpu()}, {})
+        _cache.write(name, {"images": found.float().cpu()})
     return found.to(example).contiguous()
 
 
@@ -128,7 +128,7 @@ def _shape(example: Tensor, settings: SyntheticImages) -> tuple[int, ...]:
 
 def _kept(name: str, shape: tuple[int, ...]) -> Tensor | None:
     """What the cache holds under that name, if it is sound."""
-    found = (_cache.read(name) or ({}, {}))[0].get("images")
+    found = (_cache.read(name) or {}).get("images")
     return found if found is not None and found.shape == shape and bool(found.isfinite().all()) else None
 
 

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 import ss_pruning
 from ss_pruning._utils import cache as files
 from ss_pruning._utils.arrays import Floats
+from ss_pruning._utils.outputs import tensors_in
+from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.traced import TracedModel
 
 #: Whatever took less than so many seconds is not worth a file.
@@ -37,7 +39,7 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
     """A name for what is measured on a model: the same for the same weights, groups, images, scores and settings.
 
     Args:
-        traced: The model; its class and structure count, the code of its methods does not.
+        traced: The model; its class, its structure and what it puts out for the example inputs count.
         images: Calibration inputs, in any form; None for none.
         scores: By group and subgroup.
         settings: All else that the result depends on, as it prints.
@@ -48,7 +50,15 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
     ]
     digest = hashlib.blake2b(digest_size=12)
     digest.update(repr((_code(), torch.__version__, settings, groups, traced.model)).encode())
-    tensors = [*traced.model.state_dict().items(), *enumerate(pytree.tree_leaves(images))]
+    with preserved(traced.model, training=False), torch.no_grad():
+        outputs = tensors_in(
+            call(traced.model, traced.example_inputs)
+        )  # the code of its methods has no digest
+    tensors = [
+        *traced.model.state_dict().items(),
+        *enumerate(pytree.tree_leaves(images)),
+        *outputs.items(),
+    ]
     for name, tensor in tensors:
         if isinstance(tensor, Tensor):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -69,13 +79,13 @@ def remembered(
         shapes: By group and subgroup, an array of the length that the result has.
     """
     known = None if key is None else files.read(key)
-    if known is not None and (found := _unpacked(known[0], shapes)) is not None:
+    if known is not None and (found := _unpacked(known, shapes)) is not None:
         return found
     begin = time.perf_counter()
     result = measure()
     if key is not None and time.perf_counter() - begin > WORTH:
         parts = ((f"{g}.{s}", part) for g, group in enumerate(result) for s, part in enumerate(group))
-        files.write(key, {name: torch.from_numpy(part) for name, part in parts}, {})
+        files.write(key, {name: torch.from_numpy(part) for name, part in parts})
     return result
 
 

@@ -145,13 +145,13 @@ def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> La
         return kept
     time = _Lone(module, x, device, kind, side).measured()
     tensors = {"grid": time.grid, **{f"waste.{key}": value for key, value in time.waste.items()}}
-    _cache.write(name, {key: torch.from_numpy(value) for key, value in tensors.items()}, {})
+    _cache.write(name, {key: torch.from_numpy(value) for key, value in tensors.items()})
     return time
 
 
 def _from_cache(name: str) -> LayerLatency | None:
     found = _cache.read(name)
-    arrays = {key: tensor.double().numpy() for key, tensor in found[0].items()} if found else {}
+    arrays = {key: tensor.double().numpy() for key, tensor in found.items()} if found else {}
     waste = {key.partition(".")[2]: array for key, array in arrays.items() if key.startswith("waste.")}
     grid = arrays.get("grid")
     if (

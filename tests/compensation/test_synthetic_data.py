@@ -231,9 +231,9 @@ def test_a_damaged_cache_file_is_written_anew(net: Net, cache: Path, damage: str
     else:
         name = "others" if damage == "other tensor" else "images"
         value = torch.full((3, 3), 1.0) if damage == "wrong shape" else torch.full_like(first, torch.nan)
-        _cache.write(path.stem, {name: value}, {})
+        _cache.write(path.stem, {name: value})
     assert torch.equal(synthetic_images(net, EXAMPLE, FEW), first)
-    tensors, _ = _cache.read(path.stem) or ({}, {})
+    tensors = _cache.read(path.stem) or {}
     assert torch.equal(tensors["images"], first)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ss_pruning import Allocation, prune_
 from ss_pruning.planning import ranking, remembered
@@ -79,6 +80,26 @@ def test_anything_else_is_measured_anew(counted: list[int], other: dict[str, Any
     assert len(counted) == 2
 
 
+class Ending(nn.Sequential):
+    """The same layers as `net()`, and something else behind the last: no module, weight or score shows it."""
+
+    squares = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y.square() if Ending.squares else y
+
+
+def test_other_code_is_measured_anew(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Ending(*net()).eval()
+    widths(copy.deepcopy(model))
+    widths(copy.deepcopy(model))
+    assert len(counted) == 1
+    monkeypatch.setattr(Ending, "squares", True)
+    widths(copy.deepcopy(model))
+    assert len(counted) == 2
+
+
 def test_what_hangs_on_the_budget_is_measured_for_each(counted: list[int]) -> None:
     """Without reconstruct a group is measured beside what the others would lose."""
     widths(compensation="linear")
@@ -99,7 +120,11 @@ def test_a_damaged_file_costs_time_and_nothing_else(counted: list[int], tmp_path
         assert widths() == first
     path.write_bytes(b"no tensors")
     assert widths() == first
-    assert len(counted) == 5
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x7F  # a number that is another, and looks sound
+    path.write_bytes(content)
+    assert widths() == first
+    assert len(counted) == 6
 
 
 def test_what_was_quick_is_not_kept(
