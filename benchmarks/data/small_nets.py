@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
@@ -194,22 +194,6 @@ CONFIRMING: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 SMALL_NETS = CHOOSING | CONFIRMING
-
-
-def load_small(name: str, weights: Path = WEIGHTS) -> nn.Module:
-    """One of them, trained, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: The weights are not there; the message says how to get them.
-    """
-    path = weights / f"{name}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no '{path}'; train it with: python -m benchmarks.data.small_nets --nets {name} --out {weights}"
-        )
-    model = SMALL_NETS[name]()
-    model.load_state_dict(load_file(path))
-    return model.eval()
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.modules import device_of
 from ss_pruning.errors import InputError
 from ss_pruning.importance.strength import synaptic_strength
 from ss_pruning.io.distributed import broadcast_plan, check_agreement
@@ -158,7 +159,7 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         mask_(self.plan.apply_(network), saved["masks"])
 
     def _inputs(self, network: nn.Module) -> Any:
-        device = next(network.parameters()).device
+        device = device_of(network)
         return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.example_inputs)
 
     def _new_penalty(self, network: nn.Module) -> StrengthPenalty:

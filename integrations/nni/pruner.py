@@ -28,6 +28,7 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
+from ss_pruning._utils.modules import device_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers
@@ -262,7 +263,7 @@ class Scores:
         """
         if self._delivered is None:
             layers = self.connectivity.layers
-            device = next(self.model.parameters()).device
+            device = device_of(self.model)
             out = {path: torch.zeros(layer.outputs, device=device) for path, layer in layers.items()}
             read = {
                 path: torch.zeros(layer.outputs, dtype=torch.bool, device=device)

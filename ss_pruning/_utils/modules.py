@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -56,6 +58,12 @@ def _tensors_in(modules: Mapping[str, nn.Module], table: str) -> dict[str, Tenso
                 seen.add(id(tensor))
                 found[f"{path}.{name}" if path else name] = tensor
     return found
+
+
+def device_of(held: Any) -> torch.device:
+    """Where a model, or the first tensor of any inputs, lies; the CPU if there is no tensor."""
+    leaves = tensors_of(held).values() if isinstance(held, nn.Module) else pytree.tree_leaves(held)
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -249,7 +249,7 @@ def measure(
 ) -> Measured:
     """Open what is to be measured, and measure it in each setting."""
     models, sizes, preprocess = _opened(wanted)
-    place = torch.device("cpu") if device is None and wanted.exported else jobs.device_of(device)
+    place = torch.device("cpu") if device is None and wanted.exported else jobs.device_named(device)
     found = []
     for done, setting in enumerate(settings):
         progress(f"timing: {setting}", done, len(settings))

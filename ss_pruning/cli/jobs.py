@@ -65,7 +65,7 @@ def check_statistics(request: Request, synaptic: Synaptic) -> None:
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
     check_photos(request)
-    device = device_of(request.device)
+    device = device_named(request.device)
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if random_weights(request):
@@ -150,7 +150,7 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
     return numbers
 
 
-def device_of(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
     """The device of that name; a GPU, if there is one, by default."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -312,7 +312,7 @@ def _note_classes(job: Job) -> None:
 
 
 def _tensor_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def settings_of(request: Request, importance: str, job: Job) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 
@@ -199,12 +200,6 @@ def _uncertainty(times: Sequence[Sequence[float]]) -> float:
         return float(1.25 * (high - low) / 1.35 / len(values) ** 0.5 / statistics.median(values))
 
     return max(map(error, compared))
-
-
-def device_of(example_inputs: Any) -> torch.device:
-    """The device of the first tensor in the inputs."""
-    tensors = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:

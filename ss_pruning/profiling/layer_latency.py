@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils import cache as _cache
 from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.modules import device_of, modules_of
 from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Side
@@ -136,7 +136,7 @@ def _arrivals(model: nn.Module, example_inputs: Any, paths: Collection[str]) -> 
 
 
 def _kept_or_measured(module: nn.Module, x: Tensor, kind: str, side: Side) -> LayerLatency:
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    device = device_of(module)
     what = type(module).__qualname__, repr(module), tuple(x.shape), x.stride(), x.dtype, kind
     recipe = repr((what, machine(device), GRID, ROUNDINGS))
     name = f"layer-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}"

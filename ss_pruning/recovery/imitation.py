@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.modules import parameters_of
+from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.running import call, quiet_hooks
 from ss_pruning.errors import InputError
 from ss_pruning.recovery.places import Place, find_places
@@ -132,8 +132,3 @@ def _noting(
         noted[path] = output
 
     return hooked({place.path: model.get_submodule(place.path) for place in places}, after=note)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
-    return next(iter(parameters_of(model).values())).device

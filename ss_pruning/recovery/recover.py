@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable
-from ss_pruning._utils.modules import parameters_of, tensors_of
+from ss_pruning._utils.modules import device_of, parameters_of, tensors_of
 from ss_pruning._utils.progress import Progress, reporter
 from ss_pruning._utils.running import quiet_hooks, same_random_numbers
 from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
@@ -21,7 +21,7 @@ from ss_pruning.graph.refusals import check_bare, usable_inputs
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
 from ss_pruning.recovery.checkpoint import Checkpoint
 from ss_pruning.recovery.fidelity import HeldOut
-from ss_pruning.recovery.imitation import ImitationLoss, device_of
+from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.training import Length, State, Training
 from ss_pruning.recovery.views import another_view

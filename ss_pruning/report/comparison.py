@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning.errors import InputError
-from ss_pruning.report.formatting import aligned, count, milliseconds, percent, plain, printable
-from ss_pruning.report.records import TOO_NOISY, Report, in_words, jsonable
+from ss_pruning.report.formatting import (
+    aligned,
+    count,
+    in_words,
+    jsonable,
+    milliseconds,
+    percent,
+    plain,
+    printable,
+)
+from ss_pruning.report.records import TOO_NOISY, Report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,7 +138,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
-        return json.dumps({"format": "ss-pruning comparison 1", **jsonable(asdict(self))}, indent=2) + "\n"
+        return json.dumps({"format": "ss-pruning comparison 1", **jsonable(self)}, indent=2) + "\n"
 
 
 def compare(a: Report, b: Report, name_a: str = "A", name_b: str = "B") -> Comparison:

@@ -1,8 +1,14 @@
-"""Numbers and names as text, for people."""
+"""Numbers, names and settings as text, for people and for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def count(number: float, unit: str = "") -> str:
@@ -69,3 +75,47 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for name, *cells in rows
     ]
+
+
+def rich_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> Table:
+    """Rows of cells as a `rich` table: the first column to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def jsonable(value: object) -> Any:
+    """Turn a value into what JSON can hold: records to objects, the rest to its text.
+
+    JSON has no infinity and no NaN: they become text, which `float()` reads back.
+    """
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if is_dataclass(value):
+        return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(entry) for entry in value]
+    return str(value)
+
+
+def in_words(value: object) -> str:
+    """Write a setting for people."""
+    plain = jsonable(value)
+    if plain is None:
+        return "not set"
+    if isinstance(plain, bool):
+        return "yes" if plain else "no"
+    if isinstance(plain, list):
+        return ", ".join(map(str, plain)) or "none"
+    return str(plain)

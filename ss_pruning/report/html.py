@@ -17,10 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from ss_pruning.report import charts
-from ss_pruning.report.formatting import percent, printable
+from ss_pruning.report.formatting import in_words, percent, printable
 from ss_pruning.report.next_steps import next_steps
 from ss_pruning.report.notes import certainty
-from ss_pruning.report.records import in_words
 
 if TYPE_CHECKING:
     from ss_pruning.report.comparison import Comparison

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from ss_pruning._utils.files import write_text
 from ss_pruning.errors import FileFormatError
 from ss_pruning.graph.groups import Excluded
-from ss_pruning.report.formatting import aligned, count, milliseconds, percent, plain, printable
+from ss_pruning.report.formatting import (
+    aligned,
+    count,
+    jsonable,
+    milliseconds,
+    percent,
+    plain,
+    printable,
+    rich_table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +33,8 @@ QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 TOO_NOISY = "too noisy to tell"
 """What is said in place of a share of time that may be more or less than all of it."""
 
-_FORMAT = "ss-pruning report 3"
+FORMAT = "ss-pruning report 3"
+"""How a report in JSON begins."""
 
 
 @dataclass(frozen=True)
@@ -209,20 +219,8 @@ class Report:
 
     def table(self) -> Table:
         """Return the headline figures as a `rich` table."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"{plain(self.model)}, pruned",
-            title_justify="left",
-            caption=self.verification(),
-            caption_justify="left",
-        )
-        table.add_column("")
-        for column in ("dense", "pruned", "kept"):
-            table.add_column(column, justify="right")
-        for row in self.headline():
-            table.add_row(*row)
-        return table
+        title, columns = f"{plain(self.model)}, pruned", ("", "dense", "pruned", "kept")
+        return rich_table(title, columns, self.headline(), caption=self.verification())
 
     def headline(self) -> list[tuple[str, str, str, str]]:
         """Return the rows (name, dense, pruned, kept) of the headline table; unknown figures are left out."""
@@ -273,7 +271,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values; `from_dict` reads it back."""
-        return {"format": _FORMAT, **{item.name: jsonable(getattr(self, item.name)) for item in fields(self)}}
+        return {"format": FORMAT, **{item.name: jsonable(getattr(self, item.name)) for item in fields(self)}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -282,27 +280,9 @@ class Report:
         Raises:
             FileFormatError: a field is missing, unknown or of the wrong type.
         """
-        if values.get("format") != _FORMAT:
-            raise FileFormatError(
-                f"not a report of this version: the format reads {values.get('format')!r}, not {_FORMAT!r}."
-            )
-        known = {key: value for key, value in values.items() if key != "format"}
-        try:
-            layers = [_layer(entry) for entry in known.pop("layers")]
-            for name in ("fidelity", "fidelity_uncompensated"):
-                known[name] = _fidelity(known.get(name))
-            excluded = [_excluded(entry) for entry in known.pop("excluded")]
-            known["max_error"] = float(known["max_error"])
-            if (spread := known.get("latency_spread")) is not None:
-                low, high = spread
-                known["latency_spread"] = (float(low), float(high))
-            report: Report = _checked(cls(layers=layers, excluded=excluded, **known))
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise FileFormatError(f"the report is damaged: {error}.") from error
-        for accuracy in (report.accuracy_before, report.accuracy_after):
-            if accuracy is not None and not 0 <= accuracy <= 1:
-                raise FileFormatError(f"the report is damaged: an accuracy is {accuracy!r}.")
-        return report
+        from ss_pruning.report.reading import report_from
+
+        return report_from(values)
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -357,91 +337,3 @@ def crosses_one(spread: tuple[float, float] | None) -> bool:
     (True, False, False, False)
     """
     return spread is not None and spread[0] < 1 < spread[1]
-
-
-def jsonable(value: object) -> Any:
-    """Turn a value into what JSON can hold: records to objects, the rest to its text.
-
-    JSON has no infinity and no NaN: they become text, which `float()` reads back.
-    """
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, LayerReport | Excluded | Fidelity):
-        return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [jsonable(entry) for entry in value]
-    return str(value)
-
-
-def in_words(value: object) -> str:
-    """Write a setting for people."""
-    plain = jsonable(value)
-    if plain is None:
-        return "not set"
-    if isinstance(plain, bool):
-        return "yes" if plain else "no"
-    if isinstance(plain, list):
-        return ", ".join(map(str, plain)) or "none"
-    return str(plain)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "tuple": (tuple,),
-    "list": (list,),
-    "dict": (dict,),
-    "None": (type(None),),
-    "Fidelity": (Fidelity,),
-    "Any": (object,),
-}
-
-
-def _checked(record: Any) -> Any:
-    """The record itself, once every field is of its type and no number negative: files may say anything.
-
-    Raises:
-        TypeError: a field is of another type.
-        ValueError: a number is negative.
-    """
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if not any(_fits(value, kind) for kind in str(item.type).split(" | ")):
-            raise TypeError(f"{item.name} is {value!r:.60}, not {item.type}")
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{item.name} is {value!r}")
-    return record
-
-
-def _fits(value: object, kind: str) -> bool:
-    name, _, inner = kind.rstrip("]").partition("[")
-    if not isinstance(value, _KINDS[name]):
-        return False
-    held = _KINDS.get(inner.rpartition(", ")[2], (object,))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and isinstance(entry, held) for key, entry in value.items())
-    return not isinstance(value, list) or all(isinstance(entry, held) for entry in value)
-
-
-def _layer(entry: Mapping[str, Any]) -> LayerReport:
-    strength = tuple(float(value) for value in entry.get("strength", ()))
-    return _checked(  # type: ignore[no-any-return]
-        LayerReport(**{**entry, "strength": strength, "share_cut": float(entry.get("share_cut", math.nan))})
-    )
-
-
-def _fidelity(entry: Mapping[str, Any] | None) -> Fidelity | None:
-    if entry is None:
-        return None
-    numbers = {name: float(entry[name]) for name in ("error", "error_deviation")}  # may be infinite
-    return _checked(Fidelity(**{**entry, **numbers}))  # type: ignore[no-any-return]
-
-
-def _excluded(entry: Mapping[str, Any]) -> Excluded:
-    return _checked(Excluded(**{**entry, "paths": tuple(entry["paths"])}))  # type: ignore[no-any-return]

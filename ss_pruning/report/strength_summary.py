@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -12,8 +12,7 @@ import torch
 
 from ss_pruning._utils.files import check_writable, write_bytes, write_text
 from ss_pruning.errors import InputError
-from ss_pruning.report.formatting import plain
-from ss_pruning.report.records import jsonable
+from ss_pruning.report.formatting import jsonable, plain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -201,6 +200,4 @@ def _weakest(path: str, values: Tensor, shares: Tensor, most: int) -> list[Synap
 
 
 def _json(summary: Summary, facts: Mapping[str, str]) -> str:
-    return (
-        json.dumps(jsonable({"format": "ss-pruning scores 1", **facts, **asdict(summary)}), indent=2) + "\n"
-    )
+    return json.dumps({"format": "ss-pruning scores 1", **facts, **jsonable(summary)}, indent=2) + "\n"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.progress import Progress
 from ss_pruning.errors import InputError, ModelError
 
@@ -29,7 +30,7 @@ def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None)
         InputError: the outputs are no class scores, or a label has no output.
         ModelError: the model does not run on these images.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     modes = {module: module.training for module in model.modules()}
     right, seen, total = 0, 0, len(loader.dataset)  # type: ignore[arg-type]
     model.eval()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ss_pruning._utils.files import write_text
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Excluded
+from ss_pruning.graph.layers import weight_of
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.report.formatting import count, percent
-from ss_pruning.report.records import LayerReport, jsonable
+from ss_pruning.report.formatting import count, jsonable, percent, rich_table
+from ss_pruning.report.records import LayerReport
 from ss_pruning.sparsity.dead_channels import living_kernels
 
 if TYPE_CHECKING:
@@ -80,12 +80,7 @@ class Compaction:
 
     def table(self) -> Table:
         """The sizes before and after as a `rich` table."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.model}, compacted", title_justify="left")
-        table.add_column("")
-        for column in ("masked", "compacted", "kept"):
-            table.add_column(column, justify="right")
+        rows = []
         for name, attribute in (
             ("parameters", "params"),
             ("synapses", "synapses"),
@@ -96,14 +91,12 @@ class Compaction:
             ("  stored sparse", "sparse_bytes"),
         ):
             old, new = getattr(self.before, attribute), getattr(self.after, attribute)
-            table.add_row(name, count(old), count(new), percent(new / old) if old else "-")
-        return table
+            rows.append((name, count(old), count(new), percent(new / old) if old else "-"))
+        return rich_table(f"{self.model}, compacted", ("", "masked", "compacted", "kept"), rows)
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        plain = {key: jsonable(value) for key, value in vars(self).items()}
-        sizes = {"before": asdict(self.before), "after": asdict(self.after)}
-        return json.dumps({**plain, **sizes}, indent=2, allow_nan=False) + "\n"
+        return json.dumps(jsonable(self), indent=2, allow_nan=False) + "\n"
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, whole or not at all.
@@ -118,22 +111,17 @@ def size_of(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -
     """Count `model`, of which `connectivity` names the layers."""
     macs, by_path = count_macs(model, example_inputs)
     tensors = [*model.parameters(), *model.buffers()]
-    total = sum(_bytes(t) for t in tensors)
+    total = sum(t.nbytes for t in tensors)
     synapses = living = living_macs = saved = 0
     for path, layer in connectivity.layers.items():
         if layer.kind not in ("synaptic", "depthwise"):
             continue
         module = model.get_submodule(path)
-        weight, alive = module.weight, living_kernels(module)
-        assert isinstance(weight, Tensor)
+        weight, alive = weight_of(module), living_kernels(module)
         here = int(alive.sum())
         synapses, living = synapses + alive.numel(), living + here
         living_macs -= by_path.get(path, 0) * (alive.numel() - here) // alive.numel()
-        sparse = here * (_bytes(weight) // alive.numel() + _INDEX_BYTES)
-        saved += max(0, _bytes(weight) - sparse)
+        sparse = here * (weight.nbytes // alive.numel() + _INDEX_BYTES)
+        saved += max(0, weight.nbytes - sparse)
     params = sum(p.numel() for p in model.parameters())
     return Size(params, synapses, living, macs, macs + living_macs, total, total - saved)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -14,17 +14,7 @@ from ss_pruning.compensation.fidelity import Reference, held_out
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.report.notes import certainty
 from ss_pruning.report.records import Report
-from tests.support.zoo import randomise
-
-
-def net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
-    ]  # fmt: skip
-    return randomise(nn.Sequential(*layers), seed).eval()
-
+from tests.support.zoo import two_normed_convolutions as net
 
 X = torch.randn(60, 3, 9, 9, generator=torch.Generator().manual_seed(3))
 

@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from ss_pruning import Allocation, prune_
 from ss_pruning.planning import ranking, remembered
-from tests.support.zoo import randomise
+from tests.support.zoo import two_normed_convolutions as net
 
 X = torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-
-
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = [
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
-    ]  # fmt: skip
-    return randomise(nn.Sequential(*layers), seed).eval()
 
 
 @pytest.fixture

@@ -153,6 +153,16 @@ class Net:
         return model.eval()
 
 
+def two_normed_convolutions(seed: int = 0) -> nn.Sequential:
+    """A classifier of images, `[n, 3, height, width]`, for tests that prune something and look at something else."""
+    torch.manual_seed(seed)
+    layers = [
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    ]  # fmt: skip
+    return randomise(nn.Sequential(*layers), seed).eval()
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Gives every norm random gamma, beta and running statistics, in place; returns the model."""
     generator = torch.Generator().manual_seed(seed + 1)

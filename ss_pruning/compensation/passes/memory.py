@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ss_pruning._utils.modules import device_of
 from ss_pruning.errors import InputError
 
 #: Names the variable that sets it, in bytes.
@@ -27,9 +28,7 @@ def memory_bound(model: nn.Module) -> int:
     """
     told = os.environ.get(VARIABLE)
     if told is None:
-        return min(
-            _MOST, int(_SHARE * _free(next((p.device for p in model.parameters()), torch.device("cpu"))))
-        )
+        return min(_MOST, int(_SHARE * _free(device_of(model))))
     if not told.isdecimal():
         raise InputError(f"{VARIABLE}={told!r} is no whole number of bytes, such as {_MOST}")
     return int(told)
