@@ -14,7 +14,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.leftovers import BACKWARD, FORWARD, hook_tables, without_leftovers
+from ss_pruning._utils.hooks import BACKWARD, FORWARD, hook_tables, without_leftovers
 from ss_pruning._utils.memento import Memento
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import ModelError

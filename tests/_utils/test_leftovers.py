@@ -15,7 +15,7 @@ from torch.utils import _python_dispatch as dispatching
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss_pruning import prune_
-from ss_pruning._utils.leftovers import without_leftovers
+from ss_pruning._utils.hooks import without_leftovers
 from tests.support.chain import chain
 from tests.support.snapshot import HOOKS, snapshot
 
