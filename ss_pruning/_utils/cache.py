@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ss_pruning._utils.digests import digest
 from ss_pruning._utils.files import make_writable_folder, write_bytes
 from ss_pruning.errors import InputError
 
@@ -39,7 +38,8 @@ def read(name: str) -> dict[str, Tensor] | None:
             checksum = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError):
         return None
-    return tensors if checksum == _checksum(tensors) else None
+    # Bits turn over on disks, and a number that is another looks sound.
+    return tensors if checksum == digest(sorted(tensors.items())) else None
 
 
 def write(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -49,13 +49,4 @@ def write(name: str, tensors: Mapping[str, Tensor]) -> None:
     with contextlib.suppress(InputError, OSError):
         path = make_writable_folder(folder()) / f"{name}.safetensors"
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        write_bytes(path, save(whole, {"checksum": _checksum(whole)}))
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values: bits turn over on disks, and a number that is another looks sound."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        write_bytes(path, save(whole, {"checksum": digest(sorted(whole.items()))}))

@@ -7,7 +7,6 @@ plain values is ever unpickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from ss_pruning._utils.digests import digest
 from ss_pruning._utils.files import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
@@ -41,11 +41,7 @@ class _Content(NamedTuple):
 
     def checksum(self) -> str:
         """SHA-256 of all of it."""
-        whole = hashlib.sha256(json.dumps([self.architecture, self.plan]).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return whole.hexdigest()
+        return digest(sorted(self.tensors.items()), self.architecture, self.plan)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | None = None) -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import ss_pruning
 from ss_pruning._utils import cache as files
 from ss_pruning._utils.arrays import Floats
+from ss_pruning._utils.digests import digest
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.traced import TracedModel
@@ -29,10 +30,10 @@ Measured = list[list[Floats]]
 @cache
 def _code() -> str:
     """A digest of the package's own code: another version measures anew."""
-    digest = hashlib.blake2b(digest_size=12)
+    whole = hashlib.sha256()
     for path in sorted(Path(ss_pruning.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
@@ -48,24 +49,19 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
         (group.name, sorted(group.paths()), [s.size for s in group.subgroups])
         for group in traced.coupling.groups
     ]
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(repr((_code(), torch.__version__, settings, groups, traced.model)).encode())
     with preserved(traced.model, training=False), torch.no_grad():
         outputs = tensors_in(
             call(traced.model, traced.example_inputs)
-        )  # the code of its methods has no digest
+        )  # of its methods' code there is no digest
     tensors = [
         *traced.model.state_dict().items(),
         *enumerate(pytree.tree_leaves(images)),
         *outputs.items(),
+        *enumerate(torch.from_numpy(part) for subgroups in scores for part in subgroups),
     ]
-    for name, tensor in tensors:
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for part in (part for subgroups in scores for part in subgroups):
-        digest.update(part.tobytes())
-    return f"sensitivity-{digest.hexdigest()}"
+    named = ((str(name), tensor) for name, tensor in tensors if isinstance(tensor, Tensor))
+    whole = digest(named, _code(), torch.__version__, repr((settings, groups, traced.model)))
+    return f"sensitivity-{whole[:24]}"
 
 
 def remembered(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ss_pruning._utils.digests import digest
 from ss_pruning._utils.files import write_bytes
+from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.recovery.report import Fidelity, Measured
 from ss_pruning.recovery.training import Training
@@ -54,6 +55,7 @@ class Checkpoint:
             "before": asdict(state.before),
             "after": asdict(state.after),
         }
+        note["sha256"] = digest(sorted(tensors.items()), note)
         write_bytes(self.path, to_bytes(tensors, metadata={_KEY: json.dumps(note)}))
 
     def restore(self) -> None:
@@ -92,27 +94,30 @@ class Checkpoint:
         state.history = [Measured(m["step"], m["loss"], Fidelity(**m["fidelity"])) for m in note["history"]]
 
     def _recipe(self) -> str:
-        """SHA-256 of all that decides what comes out."""
+        """A digest of all that decides what comes out."""
         training = self.training
+        imitation = training.imitation
         said = [
             asdict(training.settings),
             asdict(training.length),
-            [asdict(p) for p in training.imitation.places],
+            [asdict(p) for p in imitation.places],
         ]
-        whole = hashlib.sha256(json.dumps(said).encode())
         inputs = training.images.tensors() + [t for part in training.held_out.parts for t in part.tensors()]
-        for tensor in [*training.state.weights.values(), *inputs]:
-            whole.update(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-            whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return whole.hexdigest()
+        models = [
+            tensor for model in (imitation.model, imitation.dense) for tensor in tensors_of(model).values()
+        ]
+        return digest((("", tensor) for tensor in [*models, *inputs]), said)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            note = json.loads((file.metadata() or {})[_KEY])
-            return dict(note), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            note = dict(json.loads((file.metadata() or {})[_KEY]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if note.pop("sha256") != digest(sorted(tensors.items()), note):
+            raise ValueError("its checksum does not fit")
+        return note, tensors
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(
             f"'{path}' is damaged, or no checkpoint of a recovery ({error}); delete it to start anew"
         ) from error

@@ -154,8 +154,26 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         raise InputError(
             "the model was not pruned: it is the same as dense, so that there is nothing to recover"
         )
-    if not any(p.requires_grad for p in parameters_of(model).values()):
+    _check_trainable(model, dense)
+
+
+def _check_trainable(model: nn.Module, dense: nn.Module) -> None:
+    ours, theirs = parameters_of(model), parameters_of(dense)
+    odd = next((name for name, p in ours.items() if p.dtype != theirs[name].dtype), None)
+    if odd is not None:
+        raise InputError(
+            f"'{odd}' is {ours[odd].dtype} in the model, {theirs[odd].dtype} in dense: bring both to one, such as "
+            "model.float() and dense.float()"
+        )
+    trained = {name: p for name, p in ours.items() if p.requires_grad}
+    if not trained:
         raise InputError("no parameter may be trained: model.requires_grad_(True) lets them")
+    half = next((name for name, p in trained.items() if p.dtype == torch.float16), None)
+    if half is not None:
+        raise InputError(
+            f"'{half}' is float16, in which Adam's steps vanish or overflow: recover model.float() with dense.float(), "
+            "and take model.half() afterwards"
+        )
 
 
 def _values(model: nn.Module) -> list[Tensor]:

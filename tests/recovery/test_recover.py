@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ss_pruning import Recovery, SyntheticImages, compact_, prune_, recover_
@@ -151,9 +153,36 @@ def test_a_checkpoint_of_something_else_is_refused(
     for other in ({"steps": 2}, {"steps": 1, "settings": Recovery(seed=1)}):
         with pytest.raises(InputError, match="belongs to a recovery of another model"):
             recover_(copy.deepcopy(nets[1]), nets[0], images[:20], checkpoint=file, **other)
-    file.write_bytes(file.read_bytes()[:100])
+    dense = copy.deepcopy(nets[0])
+    with torch.no_grad():
+        dense.fc.bias.add_(1.0)
+    with pytest.raises(InputError, match="belongs to a recovery of another model"):
+        recover_(copy.deepcopy(nets[1]), dense, images[:20], steps=1, checkpoint=file)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "a tensor less", "a note", "depth"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, tmp_path: Path, damage: str
+) -> None:
+    """A bit that has turned over would end in the best weights, under a fidelity that they do not have."""
+    file = tmp_path / "recovery.safetensors"
+    recover_(copy.deepcopy(nets[1]), nets[0], images[:20], steps=1, checkpoint=file)
+    content, tensors = bytearray(file.read_bytes()), load_file(file)
+    with safe_open(file, "pt") as opened:
+        ((key, note),) = opened.metadata().items()
+    content[-30] ^= 0x40
+    file.write_bytes({"cut off": content[:100], "a bit": content}.get(damage, content))
+    if damage == "a tensor less":
+        save_file({name: tensors[name] for name in sorted(tensors)[1:]}, file, {key: note})
+    if damage == "a note":
+        save_file(tensors, file, {key: json.dumps(json.loads(note) | {"best_step": 7})})
+    if damage == "depth":
+        save_file(tensors, file, {key: "[" * 100_000})
+    model = copy.deepcopy(nets[1])
+    before = snapshot(model)
     with pytest.raises(FileFormatError, match="damaged"):
-        recover_(copy.deepcopy(nets[1]), nets[0], images[:20], steps=1, checkpoint=file)
+        recover_(model, nets[0], images[:20], steps=1, checkpoint=file)
+    assert snapshot(model) == before
 
 
 def test_ctrl_c_leaves_the_best_weights_so_far(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
@@ -286,6 +315,16 @@ def test_bad_input_is_refused_before_any_work(nets: tuple[nn.Module, nn.Module],
         ((pruned, dense, images), {"minutes": math.inf}, "minutes=inf"),
         ((pruned, dense, images), {"settings": {"rate": 0.1}}, "settings={'rate': 0.1} are none"),
         ((pruned, dense, images), {"progress": True}, "progress=True cannot be called"),
+        (
+            (copy.deepcopy(pruned).double(), dense, images),
+            {},
+            "is torch.float64 in the model, torch.float32 in dense",
+        ),
+        (
+            (copy.deepcopy(pruned).half(), copy.deepcopy(dense).half(), images.half()),
+            {},
+            "float16, in which Adam",
+        ),
         ((pruned, dense, images), {"checkpoint": "/nowhere/there"}, "does not exist"),
     ]
     for arguments, options, message in cases:
