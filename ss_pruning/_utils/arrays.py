@@ -1,7 +1,10 @@
-"""Arrays: their types, noise in their place (the same on every device), and statistics of their channels."""
+"""Arrays: their types, noise in their place (the same on every device), statistics of their channels, digests."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -53,3 +56,12 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     over = [axis for axis in range(x.dim()) if axis != 1]
     mean = x.mean(over, keepdim=True)
     return mean, (x - mean).square().mean(over, keepdim=True)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], *said: object) -> str:
+    """SHA-256 of tensors, their names, types, shapes and values, and of what JSON can say."""
+    whole = hashlib.sha256(json.dumps(said).encode())
+    for name, tensor in tensors:
+        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()

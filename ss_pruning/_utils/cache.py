@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ss_pruning._utils.digests import digest
+from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import make_writable_folder, write_bytes
 from ss_pruning.errors import InputError
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ss_pruning._utils.digests import digest
+from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
@@ -63,6 +63,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
 def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, str]:
     """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
     check_module(model, "save")
+    if not isinstance(architecture, str | None):
+        raise InputError(f"architecture={architecture!r:.80} is no name, such as 'timm:resnet18'")
     plan = plan_of(model)
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
     state = model.state_dict()
@@ -117,8 +119,6 @@ def load(
             is not followed.
         PlanError: The architecture is not the one that was pruned.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file '{path}'")
     if _is_checkpoint(path):
         model, plan, tensors = _from_history(path, architecture, example_inputs)
     else:
@@ -137,15 +137,22 @@ def architecture_of(path: str | os.PathLike[str]) -> str | None:
         InputError: The file does not exist.
         FileFormatError: It is damaged, or not written by `save`.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file '{path}'")
     return None if _is_checkpoint(path) else _read(path).architecture
 
 
 def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so."""
-    with Path(path).open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so.
+
+    Raises:
+        InputError: There is no such file, or it cannot be read.
+    """
+    try:
+        if not Path(path).is_file():
+            raise InputError(f"there is no file '{path}'")
+        with Path(path).open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise InputError(f"cannot read '{path}' ({error.strerror})") from error
 
 
 def _from_history(
@@ -240,6 +247,11 @@ def _build(architecture: Any, named: str | None, path: str | os.PathLike[str]) -
                 "load(path, factory)"
             )
         return build_model(architecture)
+    if isinstance(architecture, nn.Module) or not callable(architecture):
+        raise InputError(
+            f"architecture is a {type(architecture).__name__}; pass a callable that builds the dense model: "
+            "load(path, lambda: MyNet())"
+        )
     model = architecture()
     if not isinstance(model, nn.Module):
         raise InputError("the architecture callable must return a torch.nn.Module")

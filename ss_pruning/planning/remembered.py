@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 
 import ss_pruning
 from ss_pruning._utils import cache as files
-from ss_pruning._utils.arrays import Floats
-from ss_pruning._utils.digests import digest
+from ss_pruning._utils.arrays import Floats, digest
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.graph.traced import TracedModel
@@ -49,10 +48,9 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
         (group.name, sorted(group.paths()), [s.size for s in group.subgroups])
         for group in traced.coupling.groups
     ]
+    # Outputs stand for the code of its methods, of which there is no digest.
     with preserved(traced.model, training=False), torch.no_grad():
-        outputs = tensors_in(
-            call(traced.model, traced.example_inputs)
-        )  # of its methods' code there is no digest
+        outputs = tensors_in(call(traced.model, traced.example_inputs))
     tensors = [
         *traced.model.state_dict().items(),
         *enumerate(pytree.tree_leaves(images)),

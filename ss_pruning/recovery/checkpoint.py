@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ss_pruning._utils.digests import digest
+from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import write_bytes
 from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import FileFormatError, InputError

@@ -143,7 +143,7 @@ class Plan:
             cuts = tuple(_cut_from(c) for c in data["cuts"])
             attributes = tuple(_attribute_from(a) for a in data["attributes"])
             return Plan(cuts, attributes, tuple(str(path) for path in data["biases"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
 
     def _check(self, model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import ss_pruning
 from ss_pruning.errors import FileFormatError, InputError, PlanError, SSPruningError
 from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
-from ss_pruning.io.checkpoint import _Content, load, save
+from ss_pruning.io.checkpoint import _Content, architecture_of, load, save
 from ss_pruning.io.torch_pruning_history import plan_of
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
 from tests.support.zoo import BY_NAME
@@ -459,6 +459,29 @@ def test_a_killed_prune_loses_nothing_that_was_saved(tmp_path: Path, kills: int)
         load(out / names[0])
         ss_pruning.report.records.Report.load_json(out / names[1])
         assert (out / names[2]).read_text().rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "", "x" * 5000, "/proc/self/mem"])
+def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
+    for read in (load, architecture_of):
+        with pytest.raises(InputError, match=r"there is no file|cannot read"):
+            read(path)
+
+
+def test_a_model_in_the_place_of_its_maker_is_named(
+    original: tuple[bytes, nn.Module], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(original[0])
+    for wrong in (nn.Linear(1, 1), 5, []):
+        with pytest.raises(InputError, match="pass a callable that builds the dense model"):
+            load(path, wrong)  # type: ignore[arg-type]
+
+
+def test_an_architecture_that_is_no_name_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="architecture=5 is no name"):
+        save(nn.Linear(1, 1), tmp_path / "a.safetensors", 5)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_plans_are_readable_on_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -89,6 +90,10 @@ def test_a_compensation_that_stumbles_leaves_the_model_alone(monkeypatch: pytest
     [
         ({"format": "plan 99"}, "format 'plan 99' is unknown here"),
         ({"cuts": 1}, "no pruning plan|not a pruning plan"),
+        (
+            {"cuts": [{"path": "a", "side": "in", "width": math.inf, "kept": [0], "axis": 0}]},
+            "not a pruning plan",
+        ),
         ({"cuts": [{"path": "a", "side": "up", "width": 4, "kept": [0], "axis": 0}]}, "unknown side 'up'"),
         *[
             (
