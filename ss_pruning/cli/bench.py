@@ -351,42 +351,33 @@ def table(found: Measured) -> Table:
     title = f"{first} against {', '.join(others)}" if others else first
     table = Table(title=title, caption=where, title_justify="left", caption_justify="left")
     for column in ("", *found.file_bytes):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for comparison in found.comparisons:
         table.add_section()
         table.add_row(f"{comparison.setting} ({comparison.rounds} rounds)")
         for row in _speed_rows(comparison, first):
-            table.add_row(*_unbroken(row))
+            table.add_row(*row)
     table.add_section()
     sizes = found.file_bytes
     table.add_row("file", *(count(size, "B") for size in sizes.values()))
-    table.add_row(
-        *_unbroken(["  of the first", ""]), *(percent(sizes[name] / sizes[first]) for name in others)
-    )
+    table.add_row("  of first", "", *(percent(sizes[name] / sizes[first]) for name in others))
     if found.outputs is not None:
         table.add_section()
-        heading, *rows = _worth_rows(found.outputs, list(sizes))
-        table.add_row(*heading)
-        for row in rows:
-            table.add_row(*_unbroken(row))
+        for row in _worth_rows(found.outputs, list(sizes)):
+            table.add_row(*row)
     return table
-
-
-def _unbroken(row: list[str]) -> list[str]:
-    """With its title on one line, however narrow the terminal."""
-    return [row[0].replace(" ", "\N{NO-BREAK SPACE}"), *row[1:]]
 
 
 def _speed_rows(comparison: Comparison, first: str) -> Iterator[list[str]]:
     speeds = comparison.speeds.values()
-    yield ["  latency, median", *(_milli(speed.seconds) for speed in speeds)]
+    yield ["  median", *(_milli(speed.seconds) for speed in speeds)]
     yield ["  middle half", *(f"{_milli(speed.low)} to {_milli(speed.high)}" for speed in speeds)]
     shares = [
         TOO_NOISY if crosses_one(comparison.spreads[name]) else percent(share)
         for name, share in comparison.ratios.items()
         if name != first
     ]
-    yield ["  of the first", "", *shares]
+    yield ["  of first", "", *shares]
     yield ["  images", *(f"{speed.images_per_second:,.1f} /s" for speed in speeds)]
     if any(speed.peak_bytes for speed in speeds):
         yield ["  peak memory", *(count(s.peak_bytes, "B") if s.peak_bytes else "" for s in speeds)]
@@ -398,9 +389,9 @@ def _worth_rows(found: Worth, names: Sequence[str]) -> Iterator[list[str]]:
         return [title, *(shown.get(name, "") for name in names)]
 
     yield [f"outputs against {found.reference}, on {found.on}"]
-    yield row("  error", lambda fidelity: percent(fidelity.error))
+    yield row("  error", lambda fidelity: percent(fidelity.error, 2))
     if any(fidelity.agreement is not None for fidelity in found.fidelity.values()):
-        yield row("  same class first", lambda f: "" if f.agreement is None else percent(f.agreement))
+        yield row("  same class", lambda f: "" if f.agreement is None else percent(f.agreement))
     if found.accuracy:
         shown = (percent(found.accuracy[name], 2) if name in found.accuracy else "" for name in names)
         yield ["  accuracy", *shown]

@@ -53,7 +53,7 @@ class Int8Exported:
         same = "" if found.agreement is None else f", top-1 agreement {percent(found.agreement)}"
         return (
             f"{self.path} ({self.bytes / 1e6:.1f} MB): INT8, ranges from {self.images} images; on {found.inputs} "
-            f"others the output error is {percent(found.error)}{same}"
+            f"others the output error is {percent(found.error, 2)}{same}"
         )
 
 
