@@ -13,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Pages, and the packages that they need besides our own dependencies.
-PAGES = {"distributed.md": ("pytorch_lightning",), "recovery_how.md": ("sklearn",), "sparse_training.md": ()}
+PAGES = {
+    "distributed.md": ("pytorch_lightning",),
+    "exporting.md": ("onnxruntime", "onnxscript"),
+    "recovery_how.md": ("sklearn",),
+    "sparse_training.md": (),
+}
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ Ranges come from calibration images; weights have a scale for each output channe
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +78,10 @@ def export_int8(
         InputError: onnxruntime or the images are missing, images have another size than the file takes, or the file
             cannot be written.
         ModelError: The model cannot be exported, or quantised.
-        VerificationError: The file's outputs say nothing of the model's; it was not kept.
+        VerificationError: The file puts out NaN or Inf; it was not kept.
+
+    Warns:
+        UserWarning: The file's outputs say nothing of the model's.
     """
     require("onnx", "onnxruntime", *(["onnxscript"] if isinstance(model, nn.Module) else []))
     check_writable(path)
@@ -109,12 +114,22 @@ def _quantised(source: Path, path: str | os.PathLike[str], images: Batch) -> Int
     with replacing(path) as temporary:
         _quantise(source, temporary, seen)
         fidelity = reference.fidelity(OnnxModel(temporary))
-        if not fidelity.error < 1:  # NaN, too
-            raise VerificationError(
-                f"the INT8 file's output error is {percent(fidelity.error)}, no better than a constant's; it was not "
-                "kept. Calibrate on more images, prepared as those that the model was trained on"
-            )
+        _check(fidelity)
     return Int8Exported(Path(path), Path(path).stat().st_size, len(seen), fidelity)
+
+
+def _check(fidelity: Fidelity) -> None:
+    if not math.isfinite(fidelity.error):
+        raise VerificationError(
+            "the INT8 file puts out NaN or Inf; it was not kept. Calibrate on images prepared as those that the model "
+            "was trained on"
+        )
+    if fidelity.error >= 1:
+        warnings.warn(
+            f"the INT8 file's output error is {percent(fidelity.error)}, no better than a constant's: the model is "
+            "untrained, or calibrated on too few images, or on others than it was trained on",
+            stacklevel=4,
+        )
 
 
 def _quantise(source: Path, target: Path, images: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +176,29 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(tmp_path) == ["text.onnx"]
 
 
-def test_a_file_that_says_nothing_of_the_model_is_not_kept(
+def test_a_file_that_says_nothing_of_the_model_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "a.onnx"
-    target.write_bytes(b"an older file")
     quantise = int8._quantise
 
     def wrong(source: Path, path: Path, images: Any) -> None:
         quantise(source, path, images.mapped(lambda x: x * 1e-3))
 
     monkeypatch.setattr(int8, "_quantise", wrong)
-    with pytest.raises(VerificationError, match="no better than a constant's; it was not kept"):
+    with pytest.warns(UserWarning, match="no better than a constant's: the model is untrained"):
+        export_int8(randomise(Classifier(), 0).eval(), tmp_path / "a.onnx", IMAGES)
+
+
+def test_a_file_that_puts_out_nan_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.onnx"
+    target.write_bytes(b"an older file")
+    fidelity = int8.Reference.fidelity
+
+    def broken(self: Any, small: nn.Module) -> Any:
+        return replace(fidelity(self, small), error=float("nan"))
+
+    monkeypatch.setattr(int8.Reference, "fidelity", broken)
+    with pytest.raises(VerificationError, match="puts out NaN or Inf; it was not kept"):
         export_int8(randomise(Classifier(), 0).eval(), target, IMAGES)
     assert target.read_bytes() == b"an older file"
     assert os.listdir(tmp_path) == ["a.onnx"]
