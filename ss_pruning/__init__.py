@@ -18,6 +18,9 @@ from ss_pruning.config import (
 )
 
 if TYPE_CHECKING:
+    from ss_pruning.compensation.apply import register_compensation
+    from ss_pruning.graph.layer_types import register_layer
+    from ss_pruning.importance.scoring import register_importance
     from ss_pruning.importance.strength import Strengths, synaptic_strength
     from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner
     from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
@@ -64,6 +67,9 @@ __all__ = [
     "plan",
     "prune_",
     "recover_",
+    "register_compensation",
+    "register_importance",
+    "register_layer",
     "save",
     "synaptic_strength",
 ]
@@ -87,6 +93,9 @@ _LAZY = {
     "plan": "pruning",
     "prune_": "pruning",
     "recover_": "recovery.recover",
+    "register_compensation": "compensation.apply",
+    "register_importance": "importance.scoring",
+    "register_layer": "graph.layer_types",
     "save": "io.checkpoint",
     "synaptic_strength": "importance.strength",
 }

@@ -214,7 +214,7 @@ class Reconstruct(Compensation):
     solves: ClassVar[bool] = True
 
 
-#: By short form; `ss_pruning.registry.register_compensation` adds to it.
+#: By short form; `ss_pruning.register_compensation` adds to it.
 COMPENSATIONS: dict[str, type[Compensation]] = {
     kind.method: kind for kind in (NoCompensation, FoldMean, FoldLinear, Reconstruct)
 }

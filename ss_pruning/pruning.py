@@ -22,6 +22,7 @@ from ss_pruning.config import Allocation, Budget, Compensation, Config, Scope, S
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
+from ss_pruning.importance.scoring import importance_named
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, stopwatch
@@ -30,7 +31,6 @@ from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.registry import importance_named
 from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.same_attention import with_prunable_attention
@@ -69,8 +69,8 @@ def prune_(
             four.
         importance: `ss_pruning.Synaptic`, a `SynapticImportance`, any importance of Torch-Pruning, or a name:
             "magnitude", "magnitude-l1", "bn-scale", "lamp", "fpgm", "random", or one of your own, see
-            `ss_pruning.registry`. By default synaptic strength with the score and the statistics that suit compensation
-            and scope.
+            `ss_pruning.register_importance`. By default synaptic strength with the score and the statistics that suit
+            compensation and scope.
         compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
             "reconstruct", or one of `ss_pruning.config` with settings of its own, such as
             `FoldMean(recalibrate=False)`. With "none" the pruned model equals the masked one.

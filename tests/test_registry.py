@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning import config, registry
+from ss_pruning import config, register_compensation, register_importance
+from ss_pruning.compensation import apply
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import Subgroup
-from ss_pruning.registry import register_compensation, register_importance
+from ss_pruning.importance import scoring
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME
 
@@ -23,10 +24,10 @@ NET = BY_NAME["plain"]
 
 @pytest.fixture(autouse=True)
 def _same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_IMPORTANCES", dict(registry._IMPORTANCES))
-    monkeypatch.setattr(registry, "_COMPENSATIONS", dict(registry._COMPENSATIONS))
+    monkeypatch.setattr(scoring, "_IMPORTANCES", dict(scoring._IMPORTANCES))
+    monkeypatch.setattr(apply, "_COMPENSATIONS", dict(apply._COMPENSATIONS))
     kinds = dict(config.COMPENSATIONS)
-    for module in (config, registry):
+    for module in (config, apply):
         monkeypatch.setattr(module, "COMPENSATIONS", kinds)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -13,13 +13,54 @@ from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
 from ss_pruning.compensation.reconstruction import reconstruct_
 from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
-from ss_pruning.config import Compensation, SyntheticImages
+from ss_pruning.config import COMPENSATIONS, Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import BATCH as BATCH
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
-from ss_pruning.registry import compensates, compensation_named
 from ss_pruning.surgery.plan import Plan, adopt_
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_COMPENSATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def register_compensation(
+    name: str, *, needs_calibration: bool = False, recalibrate: bool = False
+) -> Callable[[Function], Function]:
+    """Let `prune_(compensation=name)` find a way of your own to repair a cut.
+
+    Args:
+        name: Its name.
+        needs_calibration: It solves the weights that stay anew, from calibration inputs.
+        recalibrate: The batch norms behind the cut are recalibrated afterwards.
+
+    Returns:
+        A decorator for a function `(pruned, traced, plan, images)` that changes the weights of `pruned` in place.
+        `pruned` is a copy that has been cut, `traced.model` the dense model, `plan.cuts` tell which channels stayed,
+        and `images.inputs` are the calibration inputs (`images` is None without any). What it returns is
+        ignored, unless it is an `Outcome` (`ss_pruning.compensation.folding`) that says what was done.
+    """
+    by_default = recalibrate
+
+    @dataclass(frozen=True)
+    class Registered(Compensation):
+        recalibrate: bool = by_default
+        method: ClassVar[Any] = name
+        solves: ClassVar[bool] = needs_calibration
+
+    COMPENSATIONS[name] = Registered
+    return compensates(name)
+
+
+def compensates(name: str) -> Callable[[Function], Function]:
+    """A decorator for the function that carries out a compensation whose settings exist."""
+
+    def register(function: Function) -> Function:
+        _COMPENSATIONS[name] = function
+        return function
+
+    return register
 
 
 def calibration_images(
@@ -105,7 +146,7 @@ def prepared(
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
-        done = compensation_named(method)(small, traced, plan, images)
+        done = _COMPENSATIONS[method](small, traced, plan, images)
         outcome = done if isinstance(done, Outcome) else Outcome()
         if compensation.recalibrate:
             means = method == "none" or images is not None

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.layer_types import layer_type_of
 from ss_pruning.graph.layers import groups_of, is_depthwise
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
 from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
-from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.cut import Cut, give_bias
 from ss_pruning.surgery.plan import Plan
 

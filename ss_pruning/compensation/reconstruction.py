@@ -28,10 +28,10 @@ from ss_pruning.compensation.passes.lockstep import Lockstep, Meeting
 from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.layer_types import layer_type_of
 from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
-from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.plan import Plan
 
 # Of so many images (or positions of a single one) one chooses the ridge, and is not fitted on.

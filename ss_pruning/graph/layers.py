@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import buffers_of, tensors_of
 from ss_pruning.errors import ModelError
-from ss_pruning.registry import LayerType, layer_type_of
+from ss_pruning.graph.layer_types import LayerType, layer_type_of
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*

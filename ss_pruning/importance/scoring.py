@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,39 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Member, Subgroup
 from ss_pruning.graph.layers import is_depthwise
-from ss_pruning.registry import register_importance
+
+Maker = TypeVar("Maker", bound=Callable[[], Any])
+
+_IMPORTANCES: dict[str, Callable[[], Any]] = {}
+
+
+def register_importance(name: str) -> Callable[[Maker], Maker]:
+    """Let `prune_(importance=name)` and `ss-prune --importance name` find an importance of your own.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        A decorator for a class, or a function, that makes the importance when called without arguments.
+    """
+
+    def register(maker: Maker) -> Maker:
+        _IMPORTANCES[name] = maker
+        return maker
+
+    return register
+
+
+def importance_named(name: str) -> Any:
+    """A new importance of that name.
+
+    Raises:
+        InputError: None is registered so.
+    """
+    if name not in _IMPORTANCES:
+        raise InputError(f"importance={name!r} is unknown; use {', '.join(map(repr, _IMPORTANCES))}")
+    return _IMPORTANCES[name]()
+
 
 for _name, _maker in {
     "synaptic": Synaptic,

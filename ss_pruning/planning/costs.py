@@ -17,10 +17,10 @@ from ss_pruning._utils.modules import parameters_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup
+from ss_pruning.graph.layer_types import LayerType, layer_type_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.profiling.layer_latency import LatencyTable, roundings
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.registry import LayerType, layer_type_of
 from ss_pruning.surgery.plan import Plan
 
 #: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.memento import like
 from ss_pruning.graph.groups import Side
+from ss_pruning.graph.layer_types import LayerType, layer_type_of
 from ss_pruning.graph.layers import groups_of, is_depthwise, layout_of, long_axis, weight_of, width
-from ss_pruning.registry import LayerType, layer_type_of
 
 
 @dataclass(frozen=True)

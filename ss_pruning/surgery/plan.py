@@ -18,9 +18,9 @@ from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import PlanError
 from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.graph.groups import Key, Side
+from ss_pruning.graph.layer_types import layer_type_of
 from ss_pruning.graph.layers import is_depthwise, width
 from ss_pruning.graph.refusals import check_whole
-from ss_pruning.registry import layer_type_of
 from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
 
 #: Name under which a pruned model carries the plan that made it.

@@ -462,7 +462,7 @@ def test_a_model_file_may_register_an_importance(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import torch\n"
         "from torch import nn\n"
-        "from ss_pruning.registry import register_importance\n\n\n"
+        "from ss_pruning import register_importance\n\n\n"
         "@register_importance('last')\n"
         "class Last:\n"
         "    def scorer(self, model, connectivity, inputs):\n"

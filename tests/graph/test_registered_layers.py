@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError
+from ss_pruning.graph.layer_types import layer_type_of, register_layer
 from ss_pruning.graph.layers import kernel_powers, layout_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.planning.costs import Costs
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.registry import layer_type_of, register_layer
 from ss_pruning.sparsity.penalty import StrengthPenalty
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
 
-from ss_pruning import FoldLinear, Plan, Reconstruct, prune_, registry
+from ss_pruning import FoldLinear, Plan, Reconstruct, prune_
+from ss_pruning.compensation import apply
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.folding import IDLE
 from ss_pruning.config import Method
@@ -76,7 +77,7 @@ def test_a_compensation_that_stumbles_leaves_the_model_alone(monkeypatch: pytest
     model = chain()
     plan, _ = without(model, 3)
     traced, before = TracedModel.of(model, X), snapshot(model)
-    monkeypatch.setitem(registry._COMPENSATIONS, "linear", stumble)
+    monkeypatch.setitem(apply._COMPENSATIONS, "linear", stumble)
     with pytest.raises(ModelError, match=r"the model is as it was \(ZeroDivisionError: out of luck\)"):
         cut_(traced, plan, FoldLinear(recalibrate=False), X)
     assert snapshot(model) == before

@@ -1,20 +1,14 @@
-"""What users add by decorator: layer types, importances and compensations, see docs/own_layer.md, own_importance.md.
-
-What the package itself offers by name goes through the same tables.
-"""
+"""Layer types that users add by decorator, see docs/own_layer.md; torch's own are described the same way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from ss_pruning.config import COMPENSATIONS, Compensation
 from ss_pruning.errors import InputError
 
 Class = TypeVar("Class", bound=type)
-Maker = TypeVar("Maker", bound=Callable[[], Any])
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -90,80 +84,3 @@ def layer_type_of(module: Any) -> LayerType | None:
     if not _LAYER_TYPES:
         return None
     return next((_LAYER_TYPES[cls] for cls in type(module).__mro__ if cls in _LAYER_TYPES), None)
-
-
-_IMPORTANCES: dict[str, Callable[[], Any]] = {}
-
-
-def register_importance(name: str) -> Callable[[Maker], Maker]:
-    """Let `prune_(importance=name)` and `ss-prune --importance name` find an importance of your own.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        A decorator for a class, or a function, that makes the importance when called without arguments.
-    """
-
-    def register(maker: Maker) -> Maker:
-        _IMPORTANCES[name] = maker
-        return maker
-
-    return register
-
-
-def importance_named(name: str) -> Any:
-    """A new importance of that name.
-
-    Raises:
-        InputError: None is registered so.
-    """
-    if name not in _IMPORTANCES:
-        raise InputError(f"importance={name!r} is unknown; use {', '.join(map(repr, _IMPORTANCES))}")
-    return _IMPORTANCES[name]()
-
-
-_COMPENSATIONS: dict[str, Callable[..., Any]] = {}
-
-
-def register_compensation(
-    name: str, *, needs_calibration: bool = False, recalibrate: bool = False
-) -> Callable[[Function], Function]:
-    """Let `prune_(compensation=name)` find a way of your own to repair a cut.
-
-    Args:
-        name: Its name.
-        needs_calibration: It solves the weights that stay anew, from calibration inputs.
-        recalibrate: The batch norms behind the cut are recalibrated afterwards.
-
-    Returns:
-        A decorator for a function `(pruned, traced, plan, images)` that changes the weights of `pruned` in place.
-        `pruned` is a copy that has been cut, `traced.model` the dense model, `plan.cuts` tell which channels stayed,
-        and `images.inputs` are the calibration inputs (`images` is None without any). What it returns is
-        ignored, unless it is an `Outcome` (`ss_pruning.compensation.folding`) that says what was done.
-    """
-    by_default = recalibrate
-
-    @dataclass(frozen=True)
-    class Registered(Compensation):
-        recalibrate: bool = by_default
-        method: ClassVar[Any] = name
-        solves: ClassVar[bool] = needs_calibration
-
-    COMPENSATIONS[name] = Registered
-    return compensates(name)
-
-
-def compensates(name: str) -> Callable[[Function], Function]:
-    """A decorator for the function that carries out a compensation whose settings exist."""
-
-    def register(function: Function) -> Function:
-        _COMPENSATIONS[name] = function
-        return function
-
-    return register
-
-
-def compensation_named(name: str) -> Callable[..., Any]:
-    """The function that carries out a compensation."""
-    return _COMPENSATIONS[name]
