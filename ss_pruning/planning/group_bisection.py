@@ -15,8 +15,8 @@ from typing import Protocol
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.connectivity import pattern
 from ss_pruning.graph.groups import PruningGroup
+from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.size_attributes import Number, alike
-from ss_pruning.surgery.verification import Verified
 
 # How often a group is tried with numbers fixed.
 _PATIENCE = 10

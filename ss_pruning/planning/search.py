@@ -16,9 +16,10 @@ from ss_pruning.errors import NothingToPruneError
 from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection
 from ss_pruning.planning.allocation import Schedule, select, to_plan
 from ss_pruning.planning.group_bisection import GroupBisection
+from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number
-from ss_pruning.surgery.verification import Verified, Verifier
+from ss_pruning.surgery.verification import Verifier
 
 FORWARD_REASON = "the forward pass relies on its width"
 

@@ -38,9 +38,10 @@ from ss_pruning.sparsity.masks import check_unmasked
 from ss_pruning.sparsity.size import Compaction, size_of
 from ss_pruning.surgery.agreement import certified, compare
 from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan, adopt_
 from ss_pruning.surgery.precision import TOLERANCE
-from ss_pruning.surgery.verification import Verified, Verifier
+from ss_pruning.surgery.verification import Verifier
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"
 SHARE_REASON = (

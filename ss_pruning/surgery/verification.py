@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -47,37 +47,17 @@ from ss_pruning.surgery.agreement import (
 )
 from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
+from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, run, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
     SizeAttributes,
-    alike,
     head_numbers,
     never_named,
     part_sizes,
 )
-
-
-@dataclass(frozen=True)
-class Verified:
-    """A plan that was applied to a copy and found right.
-
-    Attributes:
-        plan: The plan, with the stored numbers that have to follow.
-        max_error: Largest difference between cut and masked outputs, relative to the largest output.
-        by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was: so is
-            `max_error`.
-    """
-
-    plan: Plan
-    max_error: float
-    by_decisions: bool = False
-
-    def followed(self) -> frozenset[Number]:
-        """The stored numbers that follow the cut."""
-        return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
 
 
 class Verifier:
@@ -112,9 +92,7 @@ class Verifier:
         self.failures = 0
         #: What the masked model returns and decides, while one selection is tried with several sets of numbers.
         self.masked_run: tuple[Any, list[Decision]] | None = None
-        # Stored numbers of alike blocks that are known to follow a cut, and ones that need not.
-        self.needed: set[Number] = set()
-        self.idle = never_named(model)
+        self.numbers = FewestNumbers(never_named(model))
 
     @cached_property
     def ghost(self) -> nn.Module | None:
@@ -165,7 +143,7 @@ class Verifier:
         self.masked_run = None
         try:
             with self.watch():
-                verified = self._with_fewest_numbers(attempt, frozenset(fixed), last=not locate)
+                verified = self.numbers.verified(attempt, frozenset(fixed), last=not locate)
         except VerificationError:
             self.failures += 1
             raise
@@ -175,46 +153,6 @@ class Verifier:
         more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
         plan = verified.plan
         return replace(verified, plan=replace(plan, attributes=(*plan.attributes, *more)))
-
-    def _with_fewest_numbers(
-        self, attempt: Callable[[Collection[Number]], Verified], fixed: frozenset[Number], last: bool
-    ) -> Verified:
-        """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.
-
-        Alike blocks are one; what was found for them holds for later plans, too. A plan that fails is tried once more
-        without the numbers that nobody knows to be needed, and with `last` with all numbers following.
-        """
-        try:
-            verified = attempt(fixed | self.idle)
-        except VerificationError as error:
-            doubtful = {alike(number) for number in error.followed} - self.needed
-            if (without := self._without(attempt, fixed, doubtful) if doubtful else None) is not None:
-                return without
-            if not last:
-                raise
-            verified = attempt(fixed)
-            self.idle -= {alike(number) for number in verified.followed()}
-        unsure = {alike(number) for number in verified.followed()} - self.needed
-        alone = [{number} for number in sorted(unsure, key=str)] if len(unsure) > 1 else []
-        for numbers in (unsure, *alone):
-            if numbers - self.idle:
-                verified = self._without(attempt, fixed, numbers) or verified
-        self.needed |= unsure - self.idle
-        return verified
-
-    def _without(
-        self,
-        attempt: Callable[[Collection[Number]], Verified],
-        fixed: frozenset[Number],
-        numbers: Collection[Number],
-    ) -> Verified | None:
-        """Verify with some numbers as they were; None if that is wrong."""
-        try:
-            verified = attempt(fixed | self.idle | frozenset(numbers))
-        except VerificationError:
-            return None
-        self.idle |= frozenset(numbers)
-        return verified
 
     def _verify(
         self,
