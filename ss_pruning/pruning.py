@@ -28,6 +28,7 @@ from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, stopwatch
 from ss_pruning.planning.ranking import Ranker, Ranking
 from ss_pruning.planning.search import SearchResult, find_verified_plan
+from ss_pruning.planning.tied_heads import with_tied_heads
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
@@ -103,7 +104,7 @@ def prune_(
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace", 0):
             dense = with_prunable_attention(model, example_inputs)
-            traced = TracedModel.of(dense, example_inputs, paths_of(model, ignore))
+            traced = with_tied_heads(TracedModel.of(dense, example_inputs, paths_of(model, ignore)))
             costs = Costs(traced)
         images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
         with clock("score", 1):

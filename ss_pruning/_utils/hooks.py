@@ -3,20 +3,25 @@
 A `with` block undoes nothing where Ctrl-C comes after it has set something and before it has noted how to undo it:
 when a hook is registered but its handle is not kept yet, say. torch's own blocks are no better. So whoever works on a
 user's model notes all such things at the start, and puts them back at the end (`without_leftovers`).
+
+Some attention computes `F.linear(x, layer.weight, bias)` and never calls the layer. Once such weights are known
+(`find_weights_read_by_code`), hooks see that as a call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn, overrides
+import torch.nn.functional as F
+from torch import Tensor, nn, overrides
 from torch.utils import _python_dispatch as dispatching
 
+from ss_pruning._utils.memento import READ_BY_CODE
 from ss_pruning._utils.modules import modules_of
 
 FORWARD = ("_forward_pre_hooks", "_forward_hooks")
@@ -53,9 +58,12 @@ def hooked(
         assert after is not None
         return after(path, module, (args, kwargs) if whole else given(module, args, kwargs), y)
 
+    read = {path: module for path, module in modules.items() if is_read_by_code(module)}
     with contextlib.ExitStack() as undo:
+        if read:
+            undo.enter_context(_Calls(read, before and ahead, after and behind))
         for path, module in modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
+            if path in read or isinstance(module, torch.jit.ScriptModule):
                 continue
             if before is not None:
                 handle = module.register_forward_pre_hook(partial(ahead, path), with_kwargs=True)
@@ -64,6 +72,102 @@ def hooked(
                 handle = module.register_forward_hook(partial(behind, path), with_kwargs=True)
                 undo.callback(handle.remove)
         yield
+
+
+def is_read_by_code(module: nn.Module) -> bool:
+    """Whether it is a linear layer that is not called, as `find_weights_read_by_code` has found."""
+    weight = _linear_weight(module)
+    return weight is not None and weight in READ_BY_CODE
+
+
+def _linear_weight(module: nn.Module) -> Tensor | None:
+    """As it stands in the table of a plain linear layer, which may give another one to who asks for it."""
+    return dict.get(module._parameters, "weight") if type(module) is nn.Linear else None
+
+
+class _Products(overrides.TorchFunctionMode):
+    """While it is entered, sees products with weights that have a name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight, bias = _of_linear(*args, **kwargs)
+            if weight in READ_BY_CODE:
+                return self.product(READ_BY_CODE[weight], x, weight, bias)
+        return func(*args, **kwargs)
+
+    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the weight of that name."""
+        raise NotImplementedError
+
+
+def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002 - torch's name
+    return input, weight, bias
+
+
+class _Calls(_Products):
+    """Runs hooks around products with the weights of layers that are not called."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        before: Callable[..., Any] | None,
+        after: Callable[..., Any] | None,
+    ) -> None:
+        super().__init__()
+        self.layers = {READ_BY_CODE[_linear_weight(module)]: at for at in layers.items() for module in at[1:]}
+        self.before, self.after = before, after
+
+    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As a call of the layer; the bias is added to what the weight makes, in the precision of both."""
+        if name not in self.layers:
+            return F.linear(x, weight, bias)
+        path, module = self.layers[name]
+        args: tuple[Any, ...] = (x,)
+        if self.before is not None:
+            args, _ = self.before(path, module, args, {}) or (args, {})
+        y = F.linear(args[0], weight)
+        y = y if bias is None else y + bias
+        replaced = None if self.after is None else self.after(path, module, args, {}, y)
+        return y if replaced is None else replaced
+
+
+class _Noting(_Products):
+    """Notes the names of the weights that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[object] = set()
+
+    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product itself."""
+        y = F.linear(x, weight, bias)
+        self.names.add(name)
+        return y
+
+
+def find_weights_read_by_code(modules: Iterable[nn.Module], run: Callable[[], Any]) -> bool:
+    """Give the weights a name that `run` reads from linear layers without calling them: hooks see them from then on.
+
+    Args:
+        modules: Layers that `run` does not call; only plain linear ones are looked at.
+        run: Runs the model.
+
+    Returns:
+        Whether there are any.
+    """
+    weights = [weight for weight in map(_linear_weight, modules) if weight is not None]
+    for weight in weights:
+        READ_BY_CODE.setdefault(weight, object())
+    noting = _Noting()
+    try:
+        with noting:
+            run()
+    finally:
+        for weight in weights:
+            if READ_BY_CODE[weight] not in noting.names:
+                del READ_BY_CODE[weight]
+    return bool(noting.names)
 
 
 def given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -37,6 +37,9 @@ _PLAIN = frozenset(
 # By parameter, whether a forward pass was seen to write into it: only then, or if none was seen, content is kept.
 _WRITTEN = WeakTensorKeyDictionary()
 
+#: By weight that code multiplies with, not calling the layer that holds it: a name, the same for all its copies.
+READ_BY_CODE = WeakTensorKeyDictionary()
+
 Undo = Callable[[], None]
 
 
@@ -321,8 +324,9 @@ def _content(tensor: Tensor) -> Tensor | None:
 
 def like(made: Tensor, tensor: Tensor) -> Tensor:
     """Note of a copy of a parameter what is known of the parameter."""
-    if tensor in _WRITTEN:
-        _WRITTEN[made] = _WRITTEN[tensor]
+    for known in (_WRITTEN, READ_BY_CODE):
+        if tensor in known:
+            known[made] = known[tensor]
     return made
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.hooks import given, hooked
+from ss_pruning._utils.hooks import find_weights_read_by_code, given, hooked, is_read_by_code
 from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, tensors_of
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import as_arguments, preserved, quiet_hooks
+from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
@@ -81,6 +81,17 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
                 _probe(model, example_inputs, paths, connectivity, training=True)
     connectivity.uncalled = tuple(sorted(set(paths.values()) - set(connectivity.layers)))
     return connectivity
+
+
+def _reads_more(model: nn.Module, example_inputs: Any, called: Collection[str]) -> bool:
+    """Whether the model reads weights of linear layers that it has not called; if so, hooks see it from here on."""
+    left = [module for path, module in modules_of(model).items() if path not in called]
+
+    def run() -> None:
+        with torch.no_grad(), preserved(model, training=False):
+            call(model, example_inputs)
+
+    return any(type(module) is nn.Linear for module in left) and find_weights_read_by_code(left, run)
 
 
 def trace_outputs(
@@ -200,7 +211,9 @@ class _Recorder:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         check_registered(path, module, output, "out")
-        return self.leaf(path, output, channel_axis(module, output))
+        leaf = self.leaf(path, output, channel_axis(module, output))
+        # Where code adds a bias of its own, that feeds what the leaf feeds: as a factor it does so in a softmax, too.
+        return leaf * (1 + (output - output.detach())) if is_read_by_code(module) else leaf
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,6 +230,8 @@ def _probe(
 ) -> None:
     """One labelled pass; adds what it finds to `connectivity`."""
     recorder, output = _labelled(model, example_inputs, paths, training)
+    if not training and _reads_more(model, example_inputs, recorder.layers):
+        recorder, output = _labelled(model, example_inputs, paths, training)
     new = {path: layer for path, layer in recorder.layers.items() if path not in connectivity.layers}
     connectivity.layers |= new
     connectivity.single |= recorder.single

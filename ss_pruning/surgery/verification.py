@@ -53,6 +53,7 @@ from ss_pruning.surgery.plan import Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, run, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
+    Parts,
     SizeAttributes,
     head_numbers,
     never_named,
@@ -167,11 +168,8 @@ class Verifier:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
         parts = part_sizes(groups, selection, self.connectivity)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
-        if self.failures and self.ghost is not None:
-            ghost = _cut(self.ghost, plan)
-            _run_cut(
-                self.precise(ghost), _to_meta(self.inputs), SizeAttributes(plan, self.arrivals, parts, fixed)
-            )
+        if self.failures:
+            self._run_on_shapes(plan, parts, fixed)
         if self.masked_run is None:
             self.masked_run = self._masked(selection)
         expected, decisions = self.masked_run
@@ -191,6 +189,26 @@ class Verifier:
         _let_follow(small, sizes_that_follow)
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, groups, fixed, locate=locate, reorder=False)
+
+    def runs(self, plan: Plan, selection: Selection, groups: Sequence[PruningGroup]) -> bool:
+        """Whether a cut model runs, as far as shapes tell; see `verify`."""
+        if not self.arrivals:
+            self.run()
+        try:
+            self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), self.idle)
+        except VerificationError:
+            return False
+        return True
+
+    def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> None:
+        """Run a cut model without data.
+
+        Raises:
+            VerificationError: It does not run.
+        """
+        if self.ghost is not None:
+            sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
+            _run_cut(self.precise(_cut(self.ghost, plan)), _to_meta(self.inputs), sizes_that_follow)
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""

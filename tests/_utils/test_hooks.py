@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ss_pruning
-from ss_pruning._utils.hooks import given, hooked, replaced
+from ss_pruning._utils.copying import read_as, retyped, shell
+from ss_pruning._utils.hooks import find_weights_read_by_code, given, hooked, is_read_by_code, replaced
 from ss_pruning.profiling.layer_latency import latency_table
 from tests.support.zoo import randomise
 
@@ -179,3 +181,53 @@ def test_modules_of_torchscript_are_left_out() -> None:
     script = torch.jit.script(nn.Linear(2, 2))
     with hooked({"script": script}, lambda *_: pytest.fail("called")):
         script(torch.ones(1, 2))
+
+
+class Reader(nn.Module):
+    """Multiplies with the weight of a layer that it does not call, and with that of one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.idle = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 4)
+        self.bias = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.called(F.linear(input=x, weight=self.read.weight, bias=self.bias))
+        return y
+
+
+def layers_seen(model: nn.Module, x: Tensor) -> list[str]:
+    seen: list[str] = []
+    modules = {path: module for path, module in model.named_modules() if path}
+    with hooked(modules, lambda path, module, x: seen.append(path)):
+        model(x)
+    return seen
+
+
+def test_weights_read_by_code_are_seen_as_calls_in_copies_too() -> None:
+    model, x = Reader(), torch.randn(5, 3)
+    expected = model(x)
+    assert layers_seen(model, x) == ["called"]
+    assert find_weights_read_by_code([model.read, model.idle], lambda: model(x))
+    assert [is_read_by_code(m) for m in (model.read, model.called, model.idle)] == [True, False, False]
+    for twin in (model, shell(model), retyped(model, Tensor.clone), read_as(model, Tensor.clone)):
+        assert layers_seen(twin, x) == ["read", "called"]
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_what_stands_around_weights_read_by_code_can_be_replaced() -> None:
+    model, x = Reader(), torch.randn(5, 3)
+    find_weights_read_by_code([model.read], lambda: model(x))
+    with hooked({"read": model.read}, lambda *_: torch.zeros(5, 3)):
+        torch.testing.assert_close(model(x), model.called(torch.ones(5, 4)))
+    with hooked({"read": model.read}, after=lambda path, module, x, y: 2 * y):
+        doubled = 2 * (x @ model.read.weight.T + 1)
+        torch.testing.assert_close(model(x), model.called(doubled))
+    torch.testing.assert_close(model(x), model.called(doubled / 2))
+
+
+def test_nothing_is_known_of_a_model_that_fails() -> None:
+    model = Reader()
+    with pytest.raises(RuntimeError):
+        find_weights_read_by_code([model.read], lambda: model(torch.randn(5, 7)))
+    assert layers_seen(model, torch.randn(5, 3)) == ["called"]

@@ -109,11 +109,41 @@ class OfMaps(nn.Module):
         return {("qkv", "out"): runs(head, self.width, 3, 3), ("norm", "through"): own, ("out", "in"): own}
 
 
+class Read(Fused):
+    """Reads the weight of a layer that it never calls, with biases of its own; no softmax notices that of the keys."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__(width=width)
+        self.qkv = nn.Linear(12, 3 * self.attn_dim, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(self.attn_dim)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(self.attn_dim), persistent=False)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(input=x, weight=self.qkv.weight, bias=bias)
+        return qkv.reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def truth(self, head: int) -> Head:
+        own = runs(head, self.head_dim)
+        return super().truth(head) | {(f"{part}_bias", "tensor"): own for part in "qkv"}
+
+
+class Proportional(Read):
+    """Takes what all heads put out for as wide as its input: heads go with as large a share of that, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__(width=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.split(x))
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
 class Fixed(Fused):
     """Knows by heart how many heads there are."""
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).reshape(*x.shape[:2], 3, 4, 5).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(x).reshape(*x.shape[:2], 3, 4, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Gated(Fused):
@@ -143,7 +173,7 @@ class Block(nn.Module):
 
 
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps)
+    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read)
 }
 #: Of an image with six patches.
 EXAMPLE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -167,8 +167,14 @@ def _mostly_mixed(pulled: Sequence[Tensor], permuted: Ints) -> bool:
     return bool(clean.sum() < 0.05 * len(at))
 
 
-def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
-    """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one."""
+def aligned_axis(pulled: Sequence[Tensor], permuted: Ints, *, shared: bool = False) -> int | None:
+    """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one.
+
+    Args:
+        pulled: What three pulls left at the tensor.
+        permuted: The permuted labels.
+        shared: Several may belong to one.
+    """
     if pulled[0].numel() > _LARGE and _mostly_mixed(pulled, permuted):
         return None
     channel, clean = Pulled(pulled, 0, permuted).decoded(
@@ -181,6 +187,11 @@ def aligned_axis(pulled: Sequence[Tensor], permuted: Ints) -> int | None:
         used = clean.any(others)
         low = np.where(clean, channel, len(permuted)).min(others)[used]
         high = np.where(clean, channel, -1).max(others)[used]
-        if size > 1 and len(low) and np.array_equal(low, high) and len(np.unique(low)) == len(low):
+        if (
+            size > 1
+            and len(low)
+            and np.array_equal(low, high)
+            and (shared or len(np.unique(low)) == len(low))
+        ):
             return axis
     return None

@@ -116,7 +116,9 @@ def pull_batch(
         for source in near:
             known = [g for g in next(pulls) if g is not None and g.numel()]
             # A loose tensor counts if its elements follow the channels along some axis.
-            axis = source.axis if source.axis >= 0 or len(known) < 3 else aligned_axis(known, permuted)
+            axis: int | None = source.axis
+            if source.axis < 0 and len(known) == 3:
+                axis = aligned_axis(known, permuted, shared=sharing is not None)
             if len(known) == 3 and axis is not None:
                 reached.append((number, source, Pulled(known, axis, permuted)))
     decoded = decode([pulled for *_, pulled in reached])

@@ -1,0 +1,106 @@
+"""Heads of attention that can go only with as large a share of the stream that they read.
+
+Much attention ends in `reshape(B, N, C)`, where `C` is how wide its input is, or takes `C // num_heads` for the width
+of a head: there heads and stream have to stay in proportion. No table says where: it is tried, on shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ss_pruning.errors import SSPruningError
+from ss_pruning.graph.channel_index import components
+from ss_pruning.graph.connectivity import pattern
+from ss_pruning.graph.groups import Coupling, PruningGroup
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.planning.allocation import schedule, select, to_plan
+from ss_pruning.surgery.verification import Verifier
+
+#: By number of a group of heads, those of the groups of the stream that they read.
+Pairs = dict[int, set[int]]
+
+
+def with_tied_heads(traced: TracedModel) -> TracedModel:
+    """The same, with heads and the stream that they read in one group where heads alone cannot go, and both can."""
+    pairs = _pairs(traced.coupling)
+    if not pairs:
+        return traced
+    verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
+    try:
+        return traced.coupled(_Trials(verifier, traced.coupling).tied(pairs))
+    except SSPruningError:  # nothing can be tried here; whoever plans a cut will say why
+        return traced
+    finally:
+        verifier.close()
+
+
+def _pairs(coupling: Coupling) -> Pairs:
+    """By number of a group of heads, the groups of the stream that is as wide as all of its heads."""
+    reading: dict[str, set[int]] = defaultdict(set)
+    for number, group in enumerate(coupling.groups):
+        for member in (m for subgroup in group.subgroups for m in subgroup.members):
+            if member.side == "in":
+                reading[member.path].add(number)
+    found: Pairs = {}
+    for number, group in enumerate(coupling.groups):
+        members = [m for subgroup in group.subgroups if subgroup.of_heads for m in subgroup.members]
+        widths = {coupling.widths[m.path, "in"] for m in members if m.side == "in"}
+        roots = {m.path for m in members if m.side == "out" and coupling.widths[m.path, "in"] in widths}
+        streams = {other for path in roots for other in reading[path]} - {number}
+        if streams:
+            found[number] = streams
+    return found
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Tries on shapes whether groups can lose a step."""
+
+    verifier: Verifier
+    coupling: Coupling
+
+    def tied(self, pairs: Pairs) -> Coupling:
+        """The coupling in which heads that cannot go alone are tied to their stream, as far as both can go then."""
+        if self._run(self.coupling, pairs):
+            return self.coupling
+        alike: dict[str, Pairs] = defaultdict(dict)
+        for number, streams in pairs.items():
+            alike[pattern(self.coupling.groups[number].name)][number] = streams
+        stuck = [part for part in alike.values() if not self._run(self.coupling, part)]
+        together = self._with(stuck)
+        if together is not None:
+            return together
+        sound: list[Pairs] = []
+        for part in stuck:
+            sound += [part] if self._with([*sound, part]) is not None else []
+        return self._with(sound) or self.coupling
+
+    def _with(self, parts: Sequence[Pairs]) -> Coupling | None:
+        """The coupling with ties; None if what is tied cannot go."""
+        groups = self.coupling.groups
+        ties = [(a, b) for part in parts for a, streams in part.items() for b in streams]
+        label = components(len(groups), np.array(ties, dtype=np.int64).reshape(-1, 2))
+        merged = [_merged([groups[i] for i in np.flatnonzero(label == n)]) for n in np.unique(label)]
+        coupling = replace(self.coupling, groups=tuple(merged))
+        changed = [number for number, group in enumerate(merged) if group not in groups]
+        return coupling if self._run(coupling, changed) else None
+
+    def _run(self, coupling: Coupling, numbers: Collection[int]) -> bool:
+        """Whether the model runs when groups, by number, have lost a step; those of one step lose none."""
+        groups = coupling.groups
+        flat = [[np.zeros(subgroup.size) for subgroup in group.subgroups] for group in groups]
+        steps = np.array([number in numbers and group.steps > 1 for number, group in enumerate(groups)])
+        selection = select(schedule(groups, flat), groups, steps.astype(np.int64), coupling)
+        plan = to_plan(selection, coupling, self.verifier.connectivity)
+        return self.verifier.runs(plan, selection, groups)
+
+
+def _merged(groups: Sequence[PruningGroup]) -> PruningGroup:
+    if len(groups) == 1:
+        return groups[0]
+    subgroups = tuple(subgroup for group in groups for subgroup in group.subgroups)
+    return PruningGroup(subgroups, max(group.least for group in groups))

@@ -1,0 +1,63 @@
+"""Heads that can go only in proportion to their stream are tied to it, and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ss_pruning import prune_
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.planning.tied_heads import with_tied_heads
+from tests.support.attention import ATTENTION, EXAMPLE, Block, Fixed, Proportional, block
+from tests.support.snapshot import snapshot
+
+
+def tied(model: nn.Module) -> list[set[str]]:
+    """The layers whose outputs shrink together, of groups in which heads do."""
+    groups = with_tied_heads(TracedModel.of(model, EXAMPLE)).coupling.groups
+    return [
+        {member.path for s in group.subgroups for member in s.members if member.side == "out"}
+        for group in groups
+        if any(subgroup.of_heads for subgroup in group.subgroups)
+    ]
+
+
+def proportional() -> Block:
+    torch.manual_seed(0)
+    return Block(Proportional()).eval()
+
+
+def test_heads_and_the_stream_that_they_read() -> None:
+    assert tied(proportional()) == [{"embed", "attn.qkv", "attn.proj", "fc2"}]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_that_can_go_alone(name: str) -> None:
+    (outputs,) = tied(block(name))
+    assert "embed" not in outputs
+
+
+def test_heads_that_cannot_go_at_all_do_not_hold_the_stream() -> None:
+    """Written into code is how many there are, so that no tie would help."""
+    torch.manual_seed(0)
+    model = Block(Fixed(width=3)).eval()
+    assert tied(model) == [{"attn.qkv"}]
+    prune_(model, EXAMPLE, ratio=0.5, allocation="local")
+    assert (model.embed.out_channels, model.attn.qkv.out_features) == (6, 36)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("ratio", "heads"), [(0.3, 3), (0.5, 2), (0.7, 2), (0.8, 1)])
+def test_both_lose_the_same_share(ratio: float, heads: int) -> None:
+    model = proportional()
+    report = prune_(model, EXAMPLE, ratio=ratio, allocation="local")
+    assert report.max_error < 1e-10
+    assert (model.attn.num_heads, model.embed.out_channels) == (heads, 3 * heads)
+    assert model.attn.qkv.in_features == model.attn.proj.in_features == 3 * heads  # type: ignore[union-attr]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = proportional()
+    before = snapshot(model)
+    with_tied_heads(TracedModel.of(model, EXAMPLE))
+    assert snapshot(model) == before
