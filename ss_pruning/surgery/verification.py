@@ -195,7 +195,7 @@ class Verifier:
         if not self.arrivals:
             self.run()
         try:
-            self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), self.idle)
+            self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), self.numbers.idle)
         except VerificationError:
             return False
         return True
