@@ -14,6 +14,7 @@ from torch import Tensor
 from ultralytics.data.augment import LetterBox, classify_transforms
 from ultralytics.data.utils import check_det_dataset
 
+from ss_pruning.config import is_count
 from ss_pruning.errors import InputError
 from ss_pruning.sources.image_files import image_files, open_rgb
 
@@ -37,8 +38,10 @@ def calibration_images(
         [images, 3, imgsz, imgsz], RGB in [0, 1].
 
     Raises:
-        InputError: There are none, or one is damaged.
+        InputError: There are none, one is damaged, or a number is not positive.
     """
+    if not is_count(imgsz) or not is_count(count):
+        raise InputError(f"imgsz={imgsz!r} and count={count!r} must be positive whole numbers")
     files = list(_files(Path(source)))
     if not files:
         raise InputError(f"there is no image in '{source}'")
@@ -63,11 +66,16 @@ def _files(source: Path) -> Iterator[str]:
         for place in [places] if isinstance(places, (str, Path)) else places:
             yield from _files(Path(place))
     elif source.suffix == ".txt":
-        for line in source.read_text(encoding="utf-8").split("\n"):
-            if line.strip():
-                yield str(source.parent / line.strip())
+        yield from (str(source.parent / line.strip()) for line in _lines(source) if line.strip())
     else:
         yield from image_files(source)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{file}' is no list of images ({error})") from error
 
 
 def _dataset(file: Path) -> dict[str, Any]:

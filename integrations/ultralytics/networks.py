@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
         "this needs Ultralytics 8.4: pip install 'ss-pruning[ultralytics]'", name="ultralytics"
     ) from error
 
+from ss_pruning.config import is_count
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.surgery.plan import Attribute, Plan, plan_of
 
@@ -76,11 +77,12 @@ def side_of(yolo: Any, imgsz: int | None) -> int:
     Raises:
         InputError: They are no multiple of its stride.
     """
-    side = imgsz or yolo.overrides.get("imgsz") or (224 if yolo.task == "classify" else 640)
+    usual = yolo.overrides.get("imgsz") or (224 if yolo.task == "classify" else 640)
+    side = usual if imgsz is None else imgsz
     stride = max(int(yolo.model.stride.max()), 32)
-    if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % stride:
+    if not is_count(side) or side % stride:
         raise InputError(f"imgsz={side!r} must be a multiple of {stride}, the network's stride")
-    return side
+    return int(side)
 
 
 def build(name: str, options: dict[str, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ from ultralytics import YOLO
 
 from ss_pruning.compensation.synthetic_data import SYNTHETIC
 from ss_pruning.config import Recovery
+from ss_pruning.errors import InputError
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.networks import opened, side_of
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
@@ -40,6 +41,8 @@ def recover_yolo_(
         ModelError: A network holds NaN or Inf weights.
     """
     student, teacher = opened(yolo).model, opened(dense).model
+    if student is teacher:
+        raise InputError("dense is the pruned YOLO itself; give the one that was pruned, as it was before")
     if isinstance(images, (str, os.PathLike)) and images != SYNTHETIC:
         images = calibration_images(images, side_of(yolo, imgsz), task=yolo.task, count=_IMAGES)
     # Ultralytics freezes what it writes to a file, and thaws it when it trains.

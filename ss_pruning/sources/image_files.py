@@ -66,7 +66,8 @@ def open_rgb(path: str) -> Image.Image:
         ImportError,
     ) as error:
         # ImportError: Ultralytics, once imported, has Pillow ask for a plugin where it knows no format.
-        raise InputError(f"cannot decode the image {path!r}: {error}.") from error
+        why = "it is damaged, or no image" if isinstance(error, ImportError) else error
+        raise InputError(f"cannot decode the image {path!r}: {why}.") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

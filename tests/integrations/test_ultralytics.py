@@ -482,6 +482,8 @@ def test_other_networks_are_refused() -> None:
     ("options", "message"),
     [
         ({"imgsz": 100}, r"imgsz=100 must be a multiple of 32"),
+        ({"imgsz": 0}, r"imgsz=0 must be a multiple of 32"),
+        ({"calibration": "absent.txt"}, r"'absent.txt' is no list of images"),
         ({"calibration": "absent"}, r"there is no folder 'absent'"),
         ({"calibration": "absent.yaml"}, r"'absent.yaml' describes no data that is here"),
         ({"compensation": "reconstruct"}, r"needs calibration="),
@@ -491,6 +493,24 @@ def test_other_networks_are_refused() -> None:
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune_yolo(made(), **{"macs": 0.6, **options})
+
+
+def test_a_list_of_something_else_and_numbers_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xc0")
+    with pytest.raises(InputError, match=r"binary.txt' is no list of images"):
+        calibration_images(tmp_path / "binary.txt", SIDE)
+    folder = photos(tmp_path / "photos")
+    for wrong in ({"count": 0}, {"count": "3"}, {"imgsz": -SIDE}):
+        options: dict[str, Any] = {"imgsz": SIDE, **wrong}
+        with pytest.raises(InputError, match="must be positive whole numbers"):
+            calibration_images(folder, **options)
+
+
+def test_a_yolo_is_not_recovered_by_itself(pruned: PrunedYOLO) -> None:
+    kind = type(pruned.model)
+    with pytest.raises(InputError, match="dense is the pruned YOLO itself"):
+        recover_yolo_(pruned, pruned, torch.rand(4, 3, SIDE, SIDE))
+    assert type(pruned.model) is kind
 
 
 def test_safetensors_need_a_yaml_of_ultralytics(pruned: PrunedYOLO, tmp_path: Path) -> None:
