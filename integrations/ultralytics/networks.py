@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ try:
     from ultralytics import YOLO
     from ultralytics.engine.model import Model
     from ultralytics.nn import tasks
+    from ultralytics.nn.modules import DFL
     from ultralytics.utils import DEFAULT_CFG_DICT, ROOT
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -85,6 +87,29 @@ def side_of(yolo: Any, imgsz: int | None) -> int:
     return int(side)
 
 
+def thaw_(network: nn.Module) -> nn.Module:
+    """Let all weights be trained but the fixed ones that decode distances, as Ultralytics does before it trains."""
+    fixed = {
+        id(weight) for part in network.modules() if isinstance(part, DFL) for weight in part.parameters()
+    }
+    for weight in network.parameters():
+        if weight.is_floating_point():
+            weight.requires_grad_(id(weight) not in fixed)
+    return network
+
+
+@contextmanager
+def thawed(network: nn.Module) -> Iterator[None]:
+    """Within, `network` is as `thaw_` leaves it: what comes from a file of Ultralytics' is frozen altogether."""
+    before = {name: weight.requires_grad for name, weight in network.named_parameters()}
+    thaw_(network)
+    try:
+        yield
+    finally:
+        for name, weight in network.named_parameters():
+            weight.requires_grad_(before.get(name, weight.requires_grad))
+
+
 def build(name: str, options: dict[str, Any]) -> nn.Module:
     """The network that `yolo:NAME` stands for.
 
@@ -101,7 +126,7 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
     if not name.endswith((".yaml", ".yml")):
         if stock or options:
             raise InputError(f"yolo:{name} is no .yaml file, and only those take options")
-        return opened(name).model  # type: ignore[no-any-return]
+        return thaw_(opened(name).model)
     shape = options.pop("keypoints", None), options.pop("dims", 3)
     settings = tasks.yaml_model_load(stock_file(name) if stock else name)
     task = tasks.guess_model_task(settings)

@@ -16,7 +16,7 @@ from ss_pruning._utils.copying import copied
 from ss_pruning.compensation.synthetic_data import SYNTHETIC
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.model import PrunedYOLO
-from ss_pruning.integrations.ultralytics.networks import opened, side_of
+from ss_pruning.integrations.ultralytics.networks import opened, side_of, thawed
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
 from ss_pruning.pruning import prune_
 from ss_pruning.report.records import Report
@@ -62,7 +62,7 @@ def prune_yolo(
             stacklevel=2,
         )
     training = [module.training for module in network.modules()]
-    with raw_outputs(network.eval()):
+    with raw_outputs(network.eval()), thawed(network):
         report = prune_(network, _example(network, side), calibration=calibration, **options)
     for module, flag in zip(network.modules(), training, strict=True):
         module.training = flag

@@ -11,7 +11,7 @@ from ss_pruning.compensation.synthetic_data import SYNTHETIC
 from ss_pruning.config import Recovery
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.ultralytics.images import calibration_images
-from ss_pruning.integrations.ultralytics.networks import opened, side_of
+from ss_pruning.integrations.ultralytics.networks import opened, side_of, thawed
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
@@ -45,15 +45,5 @@ def recover_yolo_(
         raise InputError("dense is the pruned YOLO itself; give the one that was pruned, as it was before")
     if isinstance(images, (str, os.PathLike)) and images != SYNTHETIC:
         images = calibration_images(images, side_of(yolo, imgsz), task=yolo.task, count=_IMAGES)
-    # Ultralytics freezes what it writes to a file, and thaws it when it trains.
-    frozen = [
-        weight for weight in student.parameters() if not weight.requires_grad and weight.is_floating_point()
-    ]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        with raw_outputs(student), raw_outputs(teacher):
-            return recover_(student, teacher, images, **{"settings": Recovery(rate=RATE), **options})
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
+    with raw_outputs(student), raw_outputs(teacher), thawed(student):
+        return recover_(student, teacher, images, **{"settings": Recovery(rate=RATE), **options})

@@ -86,8 +86,9 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
 
 
 def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome: Outcome) -> list[str]:
-    """Layers behind a cut that run once and whose output is linear in their weight."""
+    """Layers behind a cut that run once and whose output is linear in their weight; frozen ones are meant to stay."""
     touched = {cut.path for cut in plan.cuts}
+    trained = any(weight.requires_grad for weight in pruned.parameters())
     paths: list[str] = []
     reached = False
     for path, layer in connectivity.layers.items():
@@ -102,6 +103,8 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             outcome.skipped[path] = "it runs several times"
         elif isinstance(module, _ConvNd) and module.transposed:
             outcome.skipped[path] = "transposed convolutions are not solved"
+        elif trained and not any(weight.requires_grad for weight in module.parameters()):
+            outcome.skipped[path] = "it is frozen, while other layers are not"
         elif hasattr(module, "parametrizations") or not is_linear_in_weight(module):
             outcome.skipped[path] = "its output is not linear in its weight"
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -161,6 +162,20 @@ def net(*between: nn.Module) -> nn.Sequential:
 def plan_of_half() -> Plan:
     half = tuple(range(8))
     return Plan((Cut("0", "out", 16, half), Cut("2", "through", 16, half), Cut("4", "in", 16, half)))
+
+
+@pytest.mark.parametrize("all_frozen", [False, True])
+def test_what_is_frozen_while_other_layers_are_not_is_not_solved(all_frozen: bool) -> None:
+    """It has a fixed meaning, such as the decoding of distances; a model for inference is frozen as a whole."""
+    model, x = net(nn.Identity()), images(24)
+    small = plan_of_half().apply_(net(nn.Identity())).requires_grad_(not all_frozen)
+    conv, head = small[4], small[9].requires_grad_(False)
+    before = copy.deepcopy((conv.state_dict(), head.state_dict()))
+    outcome = reconstruct_(small, TracedModel.of(model, x[:1]), plan_of_half(), x)
+    assert not torch.equal(conv.weight, before[0]["weight"])  # type: ignore[arg-type]
+    stays = all(torch.equal(now, before[1][name]) for name, now in head.state_dict().items())
+    assert stays == (not all_frozen)
+    assert outcome.skipped == ({} if all_frozen else {"9": "it is frozen, while other layers are not"})
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

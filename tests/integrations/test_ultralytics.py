@@ -24,7 +24,7 @@ import ss_pruning
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning.errors import BudgetError, FileFormatError, InputError
 from ss_pruning.integrations.ultralytics import PrunedYOLO, calibration_images, prune_yolo, recover_yolo_
-from ss_pruning.integrations.ultralytics.networks import build, name_of, stock_file
+from ss_pruning.integrations.ultralytics.networks import build, name_of, stock_file, thawed
 from ss_pruning.integrations.ultralytics.trainers import NOTE
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
@@ -246,6 +246,32 @@ def test_reconstruction_comes_nearer_on_a_folder_of_images(name: str, tmp_path: 
             for one, other in zip(raw(small.model, seen), truth, strict=True)
         )
     assert errors["reconstruct"] < 0.3 * errors["none"]
+
+
+def test_files_of_ultralytics_are_thawed_but_for_what_decodes() -> None:
+    network = made().model.requires_grad_(False)
+    with thawed(network):
+        frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+        assert frozen == [f"model.{len(network.model) - 1}.dfl.conv.weight"]
+    assert not any(weight.requires_grad for weight in network.parameters())
+
+
+@pytest.mark.slow
+def test_the_decoding_of_distances_stays_as_it_is() -> None:
+    """Also where everything is frozen, as in a file of Ultralytics'."""
+    dense = made()
+    dense.model.requires_grad_(False)
+    pictures = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    small, report = prune_yolo(
+        dense, macs=0.7, calibration=pictures, compensation="reconstruct", allocation="local"
+    )
+    decoding: Any = small.model.model[-1].dfl.conv
+    assert decoding.weight.flatten().tolist() == list(range(16))
+    assert decoding.bias is None
+    assert f"model.{len(small.model.model) - 1}.dfl.conv" in report.not_compensated
+    flags = {name: weight.requires_grad for name, weight in dense.model.named_parameters()}
+    assert not any(flags.values())
+    assert not any(w.requires_grad for name, w in small.model.named_parameters() if name in flags)
 
 
 def test_recovery_without_labels_comes_nearer(tmp_path: Path) -> None:
