@@ -20,7 +20,7 @@ Score = Literal["share", "strength", "entropy", "relevance"]
 LEAST_IMAGES = 8
 #: By scope, the power of costs that scores are divided by.
 COST_EXPONENT: Mapping[Scope, float] = {"global": 0.5, "local": 0.5, "sensitivity": 1.0}
-#: The same where layers compete by relevance, or it has a say: it estimates sensitivity, not as well as measuring.
+#: The same where layers compete by relevance: it estimates sensitivity, not as well as measuring.
 RELEVANCE_EXPONENT = 0.75
 
 
@@ -92,18 +92,17 @@ class Allocation:
     Attributes:
         scope: How layers compete. "global" ranks all channels by their scores, "local" shrinks every layer by the same
             share, "sensitivity" ranks all channels by what their removal was seen to do to the output on the
-            calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`;
-            without any it is measured on noise, on which relevance has a say, too. By default "sensitivity" with 8
-            calibration inputs or more, or with `FoldMean` and none where batch norms tell what noise should come to;
-            else "global".
+            calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`. By
+            default, with 8 calibration inputs or more, "sensitivity" and "global" compete: that is taken whose cut is
+            seen to lose less (with `Reconstruct`, "sensitivity" is taken); with fewer, or none, "global".
         max_ratio: No layer loses a larger share of its channels than this.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
         cost_exponent: Before channels of different layers are compared, their scores are divided by what they cost (in
             the budget's unit) to this power: with 0 a channel that saves much must be as unimportant as one that saves
-            little, with 1 importance per cost decides. By default 1 for the sensitivity scope; 0.75 where relevance
-            counts, in the global scope and on noise; 0.5 for other scores. Means nothing to `ratio` and to the local
-            scope.
+            little, with 1 importance per cost decides. By default 1, 0.75 and 0.5 compete for the sensitivity scope
+            (with `Reconstruct` it is 1); 0.75 where relevance counts in the global scope; 0.5 for other scores. Means
+            nothing to `ratio` and to the local scope.
         latency_inputs: What times are measured on, in the batch size that counts; the example inputs by default.
 
     Raises:
@@ -371,25 +370,16 @@ class Config:
                 "Torch-Pruning"
             )
 
-    def resolve(self, images: int, noise: bool) -> Config:
-        """The effective settings: nothing is left to a default.
-
-        Without calibration inputs, `FoldMean` has sensitivity measured on noise where the model supports it. Plain
-        cuts, whose norms do not follow, lose by that as often as they gain.
-
-        Args:
-            images: Number of calibration inputs.
-            noise: Whether noise can stand for them, see `supports_noise_calibration`.
-        """
-        enough = images >= LEAST_IMAGES if images else noise and isinstance(self.compensation, FoldMean)
-        scope: Scope = self.allocation.scope or ("sensitivity" if enough else "global")
+    def resolve(self, images: int) -> Config:
+        """The effective settings: nothing is left to a default; `images` is the number of calibration inputs."""
+        scope: Scope = self.allocation.scope or ("sensitivity" if images >= LEAST_IMAGES else "global")
         importance = Synaptic() if self.importance is None else self.importance
         if isinstance(importance, Synaptic):
             importance = importance.resolve(scope, self.compensation, images)
         exponent = self.allocation.cost_exponent
         if exponent is None:
-            compares = scope == "global" or (scope == "sensitivity" and not images)
-            exponent = RELEVANCE_EXPONENT if compares and is_relevance(importance) else COST_EXPONENT[scope]
+            by_relevance = scope == "global" and is_relevance(importance)
+            exponent = RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
         allocation = replace(self.allocation, scope=scope, cost_exponent=exponent)
         return replace(self, allocation=allocation, importance=importance)
 

@@ -126,7 +126,6 @@ def prune_(
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
             settings=_settings(ranking, calibration),
-            sensitivity_on_noise=ranking.on_noise,
             sensitivity_not_measured=ranking.not_measured or None,
             **cut.noted(),
             seconds=clock.seconds,

@@ -130,36 +130,35 @@ def test_settings_cannot_be_changed_behind_a_calls_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compensation", "images", "noise", "scope", "exponent", "score", "conditional"),
+    ("compensation", "images", "scope", "exponent", "score", "conditional"),
     [
-        ("none", 0, True, "global", 0.75, "relevance", 0.0),
-        ("mean", 0, True, "sensitivity", 0.75, "relevance", 0.0),
-        ("mean", 0, False, "global", 0.75, "relevance", 0.0),
-        ("none", LEAST_IMAGES, True, "sensitivity", 1.0, "relevance", 0.0),
-        ("none", LEAST_IMAGES - 1, True, "global", 0.75, "relevance", 0.0),
-        ("linear", 100, False, "sensitivity", 1.0, "share", 1.0),
-        ("reconstruct", LEAST_IMAGES - 1, False, "global", 0.5, "share", 0.5),
+        ("none", 0, "global", 0.75, "relevance", 0.0),
+        ("mean", 0, "global", 0.75, "relevance", 0.0),
+        ("none", LEAST_IMAGES, "sensitivity", 1.0, "relevance", 0.0),
+        ("none", LEAST_IMAGES - 1, "global", 0.75, "relevance", 0.0),
+        ("linear", 100, "sensitivity", 1.0, "share", 1.0),
+        ("reconstruct", LEAST_IMAGES - 1, "global", 0.5, "share", 0.5),
     ],
 )
 def test_defaults(
-    compensation: str, images: int, noise: bool, scope: str, exponent: float, score: str, conditional: float
+    compensation: str, images: int, scope: str, exponent: float, score: str, conditional: float
 ) -> None:
-    config = Config(HALF, compensation=Compensation.of(compensation)).resolve(images, noise)
+    config = Config(HALF, compensation=Compensation.of(compensation)).resolve(images)
     assert (config.allocation.scope, config.allocation.cost_exponent) == (scope, exponent)
     assert config.importance == Synaptic("data" if images else "gaussian", score, conditional)  # type: ignore[arg-type]
-    assert config.resolve(images, noise) == config  # nothing is left to resolve
+    assert config.resolve(images) == config  # nothing is left to resolve
 
 
 def test_what_was_said_is_kept() -> None:
     asked = Config(HALF, Allocation("local", cost_exponent=0.3), FoldMean(), Synaptic(score="entropy"))
-    config = asked.resolve(100, noise=True)
+    config = asked.resolve(100)
     assert config.allocation == asked.allocation
     assert config.importance == Synaptic("data", "entropy", 0.0)
-    assert Config(HALF, importance=(mine := print)).resolve(0, noise=False).importance is mine
+    assert Config(HALF, importance=(mine := print)).resolve(0).importance is mine
 
 
 def test_a_report_stores_the_effective_settings() -> None:
-    settings = Config(HALF, compensation=Reconstruct()).resolve(64, noise=False).settings()
+    settings = Config(HALF, compensation=Reconstruct()).resolve(64).settings()
     assert settings == {
         "macs": 0.5,
         "importance": "SynapticImportance",

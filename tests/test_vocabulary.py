@@ -26,7 +26,6 @@ RETIRED = {
     r"\bmoments\s*=|\b[Mm]oments (of|are|come)\b|\bMoments\b": "activation statistics",
     r"[Rr]e-?estimat": "recalibration",
     r"\bdistil(led)? images\b|\bdistil\b|calibration=.distilled": "synthetic images",
-    r"\bhears_noise\b": "supports_noise_calibration",
     r"\bLayerTimes?\b|\blayer_times\b": "latency table",
     r"\bnet's\b|\b(the|a|dense|small|pruned) nets?\b": "model",
     r"scope=.measured|--scope measured": "sensitivity",

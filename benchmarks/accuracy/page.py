@@ -79,7 +79,6 @@ def make_page(lines: list[Line], page: Path = PAGE) -> Path:
         tolerance=TOLERANCE,
         tried=tried(lines),
         relevance_exponent=RELEVANCE_EXPONENT,
-        noise=noise(lines),
     )
 
 
@@ -191,7 +190,8 @@ def scopes(lines: list[Line]) -> str:
 
 def tried(lines: list[Line]) -> dict[str, Any] | None:
     """What was weighed, on training images, for cuts that have no image to measure output error on."""
-    chosen = [line for line in _without_images(lines) if not _is_about_noise(line)]
+    chosen = [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
+    chosen = [line for line in chosen if line.get("scope") != "sensitivity" and not line.get("recalibrate")]
     if not chosen:
         return None
     found: dict[tuple[str, float], dict[tuple[Any, ...], float]] = defaultdict(dict)
@@ -212,34 +212,8 @@ def _words(criterion: str) -> str:
     return criterion.partition(":")[0] + "".join(f", {key}={value}" for key, value in options.items())
 
 
-def noise(lines: list[Line]) -> str:
-    """What it is worth to measure output error on noise, for plain cuts and for means."""
-    found: dict[tuple[str, float], dict[tuple[str, float], float]] = defaultdict(dict)
-    without = _without_images(lines)
-    about = [line for line in without if _is_about_noise(line)]
-    plain = [line for line in without if (line["criterion"], line["compensation"]) == (OURS, "none")]
-    for line in (*plain, *about):
-        way = "sensitivity" if line.get("scope") == "sensitivity" else "global"
-        at = found[f"{line['compensation']}, {way}", line["cost_exponent"]]
-        at[line["net"], line["macs"]] = line["top1"]
-    points = sorted({point for at in found.values() for point in at}, key=lambda p: (NETS.index(p[0]), -p[1]))
-    ordered = sorted(found.items(), reverse=True)
-    rows = [[way, f"{weight:g}", *_texts(at, points)] for (way, weight), at in ordered]
-    heads = [f"{net}, {macs:.0%}" for net, macs in points]
-    return table(["compensation, scope", "cost exponent", *heads], rows) if about else ""
-
-
 def _texts(at: dict[Any, float], points: Iterable[Any]) -> list[str]:
     return [f"{at[point]:.1f}" if point in at else "" for point in points]
-
-
-def _without_images(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if line["split"] == "train" and line["calibration"] == "none"]
-
-
-def _is_about_noise(line: Line) -> bool:
-    """Whether layers competed by output error on noise, or were run beside it."""
-    return line.get("scope") == "sensitivity" or bool(line.get("recalibrate"))
 
 
 def draw(budgets: dict[float, list[Line]], title: str, path: Path) -> bool:

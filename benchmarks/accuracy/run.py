@@ -215,9 +215,9 @@ def calibration_of(criterion: str, compensation: str, options: argparse.Namespac
 def resolved(
     compensation: str, calibration: str, scope: Scope | None = None, importance: Any = None
 ) -> Config:
-    """The effective settings of `prune_`, on a net that noise can be calibrated to."""
+    """The effective settings of `prune_`."""
     asked = Config(Budget("macs", 0.5), Allocation(scope), COMPENSATIONS[compensation](), importance)
-    return asked.resolve(0 if calibration == "none" else CALIBRATION, noise=True)
+    return asked.resolve(0 if calibration == "none" else CALIBRATION)
 
 
 def scope_of(criterion: str, compensation: str, calibration: str) -> Scope:

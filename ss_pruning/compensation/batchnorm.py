@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import mean_and_variance, normal_like, with_spectrum_of_photos
-from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep
@@ -127,31 +125,6 @@ def _moved_in_parts(
                     centre.copy_(before)  # type: ignore[operator]
                 found.append(path)
     return found
-
-
-def supports_noise_calibration(model: nn.Module, inputs: Any) -> bool:
-    """Whether noise can stand for inputs: it takes a tensor alone, and norms tell what shall reach them."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    alone = len(tensors) == 1 and tensors[0].is_floating_point()
-    return alone and any(map(has_statistics, model.modules()))
-
-
-def recalibrated_to_noise(model: nn.Module, inputs: Any) -> tuple[nn.Module, Batch]:
-    """A copy of the model that takes noise for what it was trained on, and the noise.
-
-    Its norms have the statistics of what reaches them, so that each puts out what `model` leads to expect.
-    """
-    twin, noise = copied(model), noise_like(inputs, *sizes_that_run(model, inputs))
-    seen: dict[str, list[_Sample]] = defaultdict(list)
-
-    def listen(path: str, norm: Any, x: Tensor) -> None:
-        _, mean, variance = _added(seen[path], x)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-
-    norms = [path for path, module in modules_of(twin).items() if has_statistics(module)]
-    _run(twin, norms, listen, noise)
-    return twin, noise
 
 
 def _watched(net: nn.Module, paths: Sequence[str], images: Batch, on_noise: bool) -> dict[str, list[_Sample]]:

@@ -16,8 +16,8 @@ place of what is gone what the compensation will leave them:
 Several groups run in one batch, each in a copy of its own, and what comes before them once. The lower convex hull of
 output error over width gives each channel the output error that its removal adds, in the order of the scores. What no
 layer behind takes back adds up from one to the next, and output error beside whole layers says too little: without
-"reconstruct" it is measured again in a model whose other groups are cut as the first measurement would have it. Of both
-and their sum that is taken whose whole cut loses least.
+"reconstruct" it is measured again in a model whose other groups are cut as the first measurement would have it. Both,
+their sum and whatever else the caller ranks by compete: that is taken whose whole cut loses least, in one batch.
 
 The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
 ConvNets", section 3.2; they did not repair.
@@ -54,6 +54,10 @@ _ROWS = 64
 _EVEN, _NUDGE = 1e-3, 1e-15
 
 
+#: By group and subgroup, one a channel set.
+Scores = list[list[Floats]]
+
+
 @dataclass(frozen=True)
 class Effort:
     """How output error is measured.
@@ -80,14 +84,16 @@ class Shrinking:
         max_ratio: No group will lose a larger share of its channels.
         method: How the cut will be compensated.
         follow: Batch norms will follow the cut.
-        taken: Says by sensitivities how many steps each group would take, `[groups]`. If it is given, output error is
-            measured again: what is added to that of the other groups, cut so.
+        taken: Says by scores how many steps each group would take, `[groups]`. If it is given, output error is measured
+            again (not with "reconstruct"): what is added to that of the other groups, cut so.
+        rivals: Makes of sensitivities all the scores that compete, by the whole cut that `taken` says.
     """
 
     max_ratio: float = 0.9
     method: Method = "reconstruct"
     follow: bool = False
-    taken: Callable[[list[list[Floats]]], Ints] | None = None
+    taken: Callable[[Scores], Ints] | None = None
+    rivals: Callable[[list[Scores]], list[Scores]] = list
 
 
 def by_sensitivity(
@@ -97,7 +103,7 @@ def by_sensitivity(
     shrinking: Shrinking,
     progress: Callable[[int, int], None] = lambda done, total: None,
     known: Mapping[str, ActivationStatistics] | None = None,
-) -> list[list[Floats]]:
+) -> Scores:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
     Takes a pass over all images, at most one over 40 a group (over 192 where inputs are small and nothing is fitted
@@ -137,16 +143,21 @@ def by_sensitivity(
             _shrinkage(ablation, group, subgroups, shrinking.max_ratio, effort.widths)
             for group, subgroups in pairs
         ]
-        taken = shrinking.taken
-        count = len(scores) * (1 if taken is None else 2)
+        taken, again = shrinking.taken, shrinking.method != "reconstruct"
+        count = len(scores) * (1 if taken is None or not again else 2)
         alone = _measured(ablation, shrinkages, [0] * len(scores), lambda done: progress(done, count))
         if taken is None or not scores:
             return alone
-        context = taken(alone).tolist()
-        beside = _measured(ablation, shrinkages, context, lambda done: progress(len(scores) + done, count))
-        choices = [alone, beside, _sum(alone, beside)]
-        lost = ablation.sensitivity([_joined(shrinkages, taken(choice).tolist()) for choice in choices])
-    return choices[int(lost.argmin())]
+        found = [alone]
+        if again:
+            context = taken(alone).tolist()
+            beside = _measured(
+                ablation, shrinkages, context, lambda done: progress(len(scores) + done, count)
+            )
+            found += [beside, _sum(alone, beside)]
+        choices = shrinking.rivals(found)
+        cuts = [_joined(shrinkages, taken(choice).tolist()) for choice in choices]
+        return choices[_least(ablation, cuts)]
 
 
 def _effort(method: Method, images: Batch) -> Effort:
@@ -276,6 +287,13 @@ def _measured(
         s.spread([max(found[n, width] - found.get((n, 0), 0.0), 0.0) for width in s.widths])
         for n, s in enumerate(shrinkages)
     ]
+
+
+def _least(ablation: BatchedAblation, cuts: Sequence[Mapping[str, Ints]]) -> int:
+    """The number of the cut that loses least; of those that lose the same, the first."""
+    size = max(1, _ROWS // len(ablation.batch) - 1)
+    parts = [ablation.sensitivity(cuts[start : start + size]) for start in range(0, len(cuts), size)]
+    return int(np.concatenate(parts).argmin())
 
 
 def _parts(

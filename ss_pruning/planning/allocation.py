@@ -108,9 +108,7 @@ def allot(
     """
     budget, allocation = config.budget, config.allocation
     if budget.kind != "ratio" and allocation.cost_exponent:
-        worth = costs.per_channel_set(groups, budget.kind) ** allocation.cost_exponent
-        weights = np.maximum(worth, 1e-300)
-        scores = [[s / weight for s in subgroups] for weight, subgroups in zip(weights, scores, strict=True)]
+        scores = divided(scores, costs.per_channel_set(groups, budget.kind), allocation.cost_exponent)
     order = schedule(
         groups,
         scores,
@@ -119,6 +117,12 @@ def allot(
         round_to=costs.multiples(allocation.round_to, groups),
     )
     return order, choose(order, groups, costs, budget)
+
+
+def divided(scores: Sequence[Sequence[Floats]], costs: Floats, exponent: float) -> list[list[Floats]]:
+    """Scores by group and subgroup, divided by a power of `[groups]`, what a channel set of each group costs."""
+    weights = np.maximum(np.maximum(costs, 1e-300) ** exponent, 1e-300)
+    return [[s / weight for s in subgroups] for weight, subgroups in zip(weights, scores, strict=True)]
 
 
 def choose(plan: Schedule, groups: Sequence[PruningGroup], costs: Costs, budget: Budget) -> Ints:

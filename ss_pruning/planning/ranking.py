@@ -6,28 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import BATCH
-from ss_pruning.compensation.batchnorm import recalibrated_to_noise, supports_noise_calibration
-from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic, is_relevance
+from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
-from ss_pruning.importance.sensitivity import Shrinking, by_sensitivity
+from ss_pruning.importance.sensitivity import Scores, Shrinking, by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
-from ss_pruning.planning.allocation import Schedule, allot
+from ss_pruning.planning.allocation import Schedule, allot, divided
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.remembered import key_of, remembered
 from ss_pruning.planning.search import check_any
 
-#: On noise sensitivity is known less well: it counts with this exponent, and relevance with what is left of 1.
-ON_NOISE = 2 / 3
+#: Powers of costs that scores are divided by in what competes, unless one was asked for.
+EXPONENTS = (1.0, 0.75, 0.5)
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,11 @@ class Ranking:
     Attributes:
         config: The effective settings.
         scores: By group and subgroup, one a channel set.
-        on_noise: Whether scores are sensitivities that were measured on noise.
         not_measured: Why no sensitivity was measured, where it would have been by default.
     """
 
     config: Config
-    scores: list[list[Floats]]
-    on_noise: bool = False
+    scores: Scores
     not_measured: str = ""
 
 
@@ -91,27 +86,20 @@ class Ranker:
         return self._latest[1]
 
     def _rank(self, traced: TracedModel) -> Ranking:
-        noise = supports_noise_calibration(traced.model, traced.example_inputs)
         count = 0 if self.images is None else len(self.images)
-        config = self.config.resolve(count, noise)
+        config = self.config.resolve(count)
         if config.allocation.scope != "sensitivity":
             return Ranking(config, self._scores(traced, config.importance))
         if self.config.allocation.scope is not None:
-            if not count and not noise:
-                raise InputError(
-                    "allocation='sensitivity' needs calibration=, some unlabelled inputs to measure on; without any "
-                    "it is measured on noise, but this model takes more than a tensor or has no batch norms to tell "
-                    "what should reach them. allocation='global' does without"
-                )
-            return self._by_sensitivity(traced, config)
+            return Ranking(config, self._by_sensitivity(traced, config))
         try:
-            return self._by_sensitivity(traced, config)
+            return Ranking(config, self._by_sensitivity(traced, config))
         except ModelError as error:
             asked = replace(self.config, allocation=replace(self.config.allocation, scope="global"))
-            config = asked.resolve(count, noise)
+            config = asked.resolve(count)
             return Ranking(config, self._scores(traced, config.importance), not_measured=str(error))
 
-    def _scores(self, traced: TracedModel, importance: Any) -> list[list[Floats]]:
+    def _scores(self, traced: TracedModel, importance: Any) -> Scores:
         """By group and subgroup, one score a channel set."""
         groups = traced.coupling.groups
         if isinstance(importance, Synaptic):
@@ -135,36 +123,48 @@ class Ranker:
             )
         return self._importances[options]
 
-    def _by_sensitivity(self, traced: TracedModel, config: Config) -> Ranking:
-        """In the order of the scores within a layer; on noise relevance has a say, too."""
-        scores = self._scores(traced, config.importance)
+    def _by_sensitivity(self, traced: TracedModel, config: Config) -> Scores:
+        """In the order of the scores within a layer."""
+        if self.images is None:
+            raise InputError(
+                "allocation='sensitivity' needs calibration=, some unlabelled inputs to measure on, or 'synthetic', "
+                "which makes them from the batch norms; allocation='global' does without"
+            )
+        images, scores = self.images, self._scores(traced, config.importance)
 
-        def taken(scores: list[list[Floats]]) -> Ints:
+        def taken(scores: Scores) -> Ints:
             return allot(traced.coupling.groups, scores, self.costs, config)[1]
 
         method = config.compensation.method
         if method not in METHODS:  # what one of the user's own makes up for is not known
             method = "none"
 
-        def measure() -> list[list[Floats]]:
-            model, images = traced.model, self.images
-            if images is None:
-                model, images = recalibrated_to_noise(model, traced.example_inputs)
+        def measure() -> Scores:
             shrinking = Shrinking(
                 config.allocation.max_ratio,
                 method,
                 config.compensation.recalibrate,
                 None if method == "reconstruct" else taken,
+                lambda measured: self._rivals(measured, scores, traced, config),
             )
-            of_model = replace(traced, model=model)
             steps, known = self.clock.steps("measure"), self._known(config.importance)
-            return by_sensitivity(of_model, scores, images, shrinking, steps, known)
+            return by_sensitivity(traced, scores, images, shrinking, steps, known)
 
-        sensitivity = remembered(self._key(traced, config, scores), measure, scores)
-        on_noise = self.images is None
-        if on_noise and is_relevance(config.importance):
-            sensitivity = [_blended(*subgroups) for subgroups in zip(sensitivity, scores, strict=True)]
-        return Ranking(config, sensitivity, on_noise)
+        return remembered(self._key(traced, config, scores), measure, scores)
+
+    def _rivals(
+        self, measured: list[Scores], scores: Scores, traced: TracedModel, config: Config
+    ) -> list[Scores]:
+        """Sensitivities and, unless these were asked for, the scores themselves, divided by more or less of the costs.
+
+        All as if they were to be divided by the power that `config` says.
+        """
+        asked, power = self.config.allocation, config.allocation.cost_exponent or 0.0
+        rivals = measured if asked.scope is not None else [*measured, scores]
+        if asked.cost_exponent is not None or config.budget.kind == "ratio":
+            return rivals
+        costs = self.costs.per_channel_set(traced.coupling.groups, config.budget.kind)
+        return [divided(rival, costs, exponent - power) for exponent in EXPONENTS for rival in rivals]
 
     def _known(self, importance: Any) -> Mapping[str, ActivationStatistics] | None:
         """What the importance has measured with covariances, on so many images that a few make no difference."""
@@ -172,7 +172,7 @@ class Ranker:
         enough = self.images is not None and len(self.images) >= BATCH
         return made.known if enough and made is not None and made.conditional > 0 else None
 
-    def _key(self, traced: TracedModel, config: Config, scores: list[list[Floats]]) -> str | None:
+    def _key(self, traced: TracedModel, config: Config, scores: Scores) -> str | None:
         """What sensitivities are kept under; none where they depend on times, which are never the same twice."""
         given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation)
         # All but reconstruct are measured again, beside what the other groups would lose.
@@ -180,13 +180,5 @@ class Ranker:
             given = (*given, config.budget, replace(config.allocation, latency_inputs=None))
             if config.budget.kind == "latency" or config.allocation.round_to == "measured":
                 return None
-        images = traced.example_inputs if self.images is None else self.images.inputs
-        return key_of(traced, images, scores, *given)
-
-
-def _blended(sensitivity: list[Floats], relevance: list[Floats]) -> list[Floats]:
-    """Of one group, both to the powers that they count with; what is infinite stays so."""
-    return [
-        np.where(np.isinf(lost), lost, lost**ON_NOISE * score ** (1 - ON_NOISE))
-        for lost, score in zip(sensitivity, relevance, strict=True)
-    ]
+        assert self.images is not None
+        return key_of(traced, self.images.inputs, scores, *given)

@@ -126,8 +126,7 @@ def _sensitivity(report: Report) -> str:
         return f" Layers compete by these scores, as no output error was measured: {why}."
     if report.settings.get("scope") != "sensitivity":
         return ""
-    on = "noise" if report.sensitivity_on_noise else "calibration inputs"
-    return f" How much each layer gave was decided by the output error of shrinking it, measured on {on}."
+    return " How much each layer gave was decided by the output error of shrinking it, measured on calibration inputs."
 
 
 def _strengths(report: Report) -> str:

@@ -149,7 +149,6 @@ class Report:
         model_sha256: checksum in the model's file that was written with this report.
         by_decisions: nothing that the model returned on the example input could be compared (a detector that found
             nothing): what was compared, for `max_error`, too, is what the model's decisions looked at.
-        sensitivity_on_noise: layer sensitivity was measured on noise, for lack of calibration inputs.
         sensitivity_not_measured: why it was not measured where it would have been by default.
         inexact_layers: paths of the layers where compensation is wrong at zero-padded borders.
         not_compensated: paths of the layers that could not be compensated, with the reason.
@@ -183,7 +182,6 @@ class Report:
     latency_spread: tuple[float, float] | None = None
     model_sha256: str | None = None
     by_decisions: bool = False
-    sensitivity_on_noise: bool = False
     sensitivity_not_measured: str | None = None
     inexact_layers: list[str] = field(default_factory=list)
     not_compensated: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ss_pruning import SynapticImportance, prune_
+from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import Clock
 from ss_pruning.compensation.apply import cut_
-from ss_pruning.compensation.batchnorm import noise_like
 from ss_pruning.config import (
     COMPENSATIONS,
     LEAST_IMAGES,
@@ -29,15 +30,17 @@ from ss_pruning.config import (
 )
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, couple, ranks_of
+from ss_pruning.graph.groups import Coupling, couple, pruned_of, ranks_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import measure
 from ss_pruning.importance.batched_ablation import BatchedAblation
+from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.regression import precision
 from ss_pruning.importance.sensitivity import (
     QUICK,
     THOROUGH,
+    Scores,
     Shrinking,
     _held_out,
     _hull,
@@ -533,53 +536,104 @@ def without_norms() -> nn.Module:
     return nn.Sequential(*[layer for layer in chain() if not isinstance(layer, nn.BatchNorm2d)])
 
 
+def test_without_images_layers_compete_by_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", None)
+    for compensation in ("none", "mean"):
+        report = prune_(chain(), images(1), macs=0.7, compensation=compensation)
+        assert (report.settings["scope"], report.settings["cost_exponent"]) == ("global", 0.75)
+        assert "of shrinking it" not in dict(certainty(report))["strengths"]
+    with pytest.raises(InputError, match="or 'synthetic'"):
+        prune_(chain(), images(1), macs=0.7, allocation="sensitivity")
+
+
+def test_a_model_whose_images_see_each_other_is_told_why() -> None:
+    report = prune_(Crowd(), images(1), macs=0.7, calibration=images())
+    assert report.settings["scope"] == "global"
+    assert "depends on the others in its batch" in (report.sensitivity_not_measured or "")
+
+
+def ranker_of(allocation: Allocation, budget: Budget | None = None) -> Ranker:
+    traced = TracedModel.of(chain(), images(1))
+    config = Config(budget or Budget("macs", 0.7), allocation, FoldMean())
+    return Ranker(traced, config, Costs(traced), Batch.of(images()), Clock(lambda *_: None))
+
+
 @pytest.mark.parametrize(
-    ("make", "compensation", "wanted"),
+    ("allocation", "budget", "rivals"),
     [
-        (chain, "none", ("global", 0.75)),
-        (chain, "mean", ("sensitivity", 0.75)),
-        (without_norms, "mean", ("global", 0.75)),
-        (Pair, "mean", ("global", 0.75)),
-        (Crowd, "mean", ("global", 0.75)),
+        (Allocation(), None, 4 * 3),
+        (Allocation("sensitivity"), None, 3 * 3),
+        (Allocation(cost_exponent=0.3), None, 4),
+        (Allocation("sensitivity", cost_exponent=0.3), None, 3),
+        (Allocation(), Budget("ratio", 0.3), 4),
     ],
 )
-def test_without_images_it_is_measured_on_noise_for_means_where_that_can_be(
-    make: Any, compensation: Any, wanted: tuple[str, float]
+def test_what_competes(
+    allocation: Allocation, budget: Budget | None, rivals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make()
-    x: Any = (images(1), images(1)) if make is Pair else images(1)
-    report = prune_(model, x, macs=0.7, compensation=compensation)
-    assert (report.settings["scope"], report.settings["cost_exponent"]) == wanted
-    on_noise = wanted[0] == "sensitivity"
-    assert report.sensitivity_on_noise is on_noise
-    assert ("of shrinking it, measured on noise." in dict(certainty(report))["strengths"]) is on_noise
-    why = report.sensitivity_not_measured or ""
-    assert ("depends on the others in its batch" in why) is (make is Crowd)
-    assert report.macs_after <= 0.7 * report.macs_before
+    """Each rival, allotted with the power in effect, is its scores, allotted with its own power."""
+    ranker = ranker_of(allocation, budget)
+    groups, seen = ranker.traced.coupling.groups, []
+
+    def compete(traced: TracedModel, scores: Scores, on: Any, shrinking: Shrinking, *_: Any) -> Scores:
+        measured: list[Scores] = [
+            [[scale * np.arange(1.0, 1 + len(s)) for s in group] for group in scores] for scale in (1, 2, 3)
+        ]
+        seen.append((scores, measured, shrinking.rivals(measured), shrinking.taken))
+        return measured[0]
+
+    monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", compete)
+    config = ranker.ranked(ranker.traced.coupling).config
+    ((scores, measured, found, taken),) = seen
+    assert len(found) == rivals
+    own = measured if allocation.scope else [*measured, scores]
+    powers = (1.0, 0.75, 0.5) if rivals > 4 else (config.allocation.cost_exponent,)
+    for rival, (power, plain) in zip(found, itertools.product(powers, own), strict=True):
+        alone = replace(config, allocation=replace(config.allocation, cost_exponent=power))
+        assert taken(rival).tolist() == allot(groups, plain, ranker.costs, alone)[1].tolist()
 
 
-@pytest.mark.parametrize("importance", [None, SynapticImportance()], ids=["default", "share"])
-def test_on_noise_relevance_has_a_say(importance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = chain(), images(1)
-    traced = TracedModel.of(model, x)
-    config = Config(Budget("macs", 0.7), Allocation("sensitivity"), FoldMean(), importance)
-    ranker = Ranker(traced, config, Costs(traced), None, Clock(lambda *_: None))
-    seen: list[Tensor] = []
+def test_that_is_taken_whose_cut_loses_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rivals' cuts, each run by itself; more of them than run side by side."""
+    monkeypatch.setattr("ss_pruning.importance.sensitivity._ROWS", 20)
+    traced, x = TracedModel.of(chain(), images(1)), images()
+    groups = traced.coupling.groups
+    scores = [[np.arange(1.0, 1 + s.size) for s in group.subgroups] for group in groups]
+    scales = torch.rand(5, len(groups), generator=torch.Generator().manual_seed(1)).tolist()
+    rivals = [[[s * g for s in group] for g, group in zip(scale, scores, strict=True)] for scale in scales]
 
-    def sensitivity(of: TracedModel, *args: Any) -> list[list[Floats]]:
-        assert of.model is not model
-        seen.append(args[1])
-        return [[np.arange(1.0, 1 + len(subgroup)) for subgroup in group] for group in args[0]]
+    def taken(of: Scores) -> Ints:
+        """More of the group that counts for less."""
+        levels = np.array([group[0][0] for group in of])
+        most = np.array([group.steps - group.least for group in groups])
+        found: Ints = np.minimum((most / (1 + levels)).astype(np.int64), most)
+        return found
 
-    monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", sensitivity)
-    found = ranker.ranked(traced.coupling).scores
-    relevance = ranker._scores(traced, importance or SynapticImportance(score="relevance"))
-    for group, scores in zip(found, relevance, strict=True):
-        for subgroup, score in zip(group, scores, strict=True):
-            lost = np.arange(1.0, 1 + len(subgroup))
-            wanted = lost if importance else np.cbrt(lost * lost * score)
-            assert subgroup.tolist() == pytest.approx(wanted.tolist())
-    assert torch.equal(seen[0].inputs, noise_like(x).inputs)
+    found = by_sensitivity(traced, scores, x, Shrinking(0.9, "none", False, taken, lambda _: rivals))
+    lost = []
+    for rival in rivals:
+        other = by_sensitivity(
+            traced, scores, x, Shrinking(0.9, "none", False, taken, lambda _, r=rival: [r])
+        )
+        assert other is rival
+        lost.append(_whole(traced, scores, x, taken(rival)))
+    assert len(set(lost)) > 3
+    assert found is rivals[int(np.argmin(lost))]
+
+
+def _whole(traced: TracedModel, scores: Scores, x: Tensor, steps: Ints) -> float:
+    """What a cut loses on the images that are measured on, with channels set to zero where they are read."""
+    held, _ = _held_out(x, THOROUGH.images)
+    model = copy.deepcopy(traced.model)
+    for group, subgroups, count in zip(traced.coupling.groups, scores, steps.tolist(), strict=True):
+        for key, channels in pruned_of(group, ranks_of(subgroups), count).items():
+            path, side = key
+            if side == "in" and traced.connectivity.layers[path].kind == "synaptic":
+                with torch.no_grad():
+                    model.get_submodule(path).weight[:, channels] = 0
+    with torch.no_grad():
+        dense, small = traced.model(held.inputs).double(), model(held.inputs).double()
+    return float((small - dense).square().mean() / (dense - dense.mean(0)).square().mean())
 
 
 def test_a_model_whose_channels_all_stay_is_told_why() -> None:
@@ -610,13 +664,11 @@ def test_what_is_asked_for_is_what_is_done() -> None:
     }
     with pytest.raises(InputError, match=f"{LEAST_IMAGES} calibration inputs"):
         prune_(chain(), images(1), macs=0.7, **few)  # type: ignore[arg-type]
-    settings = prune_(chain(), images(1), macs=0.7, allocation="sensitivity").settings
-    assert (settings["scope"], settings["compensation"]) == ("sensitivity", "none")
-    for make, x in ((without_norms, images(1)), (Pair, (images(1), images(1)))):
-        with pytest.raises(InputError, match="needs calibration="):
-            prune_(make(), x, macs=0.7, allocation="sensitivity")
+    with pytest.raises(InputError, match="or 'synthetic'"):
+        prune_(chain(), images(1), macs=0.7, allocation="sensitivity")
     with pytest.raises(ModelError, match="depends on the others in its batch"):
-        prune_(Crowd(), images(1), macs=0.7, allocation="sensitivity")
+        prune_(Crowd(), images(1), macs=0.7, allocation="sensitivity", calibration=images())
+
 
 
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -617,8 +617,6 @@ def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_varianc
     assert "its own noise" in said["strengths"]
     assert "shrinking it" not in said["strengths"]
     measured = dict(certainty(example(settings={"scope": "sensitivity"})))
-    noisy = dict(certainty(example(settings={"scope": "sensitivity"}, sensitivity_on_noise=True)))
-    assert noisy["strengths"].endswith("measured on noise.")
     assert "shrinking it, measured on calibration inputs." in measured["strengths"]
     failed = dict(certainty(example(sensitivity_not_measured="it takes one image.")))
     assert failed["strengths"].endswith("no output error was measured: it takes one image.")
