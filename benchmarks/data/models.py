@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
+
+from benchmarks.data.small_nets import SMALL_NETS
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -180,12 +183,12 @@ def densenet(depth: int = DENSENET_DEPTH, classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-TRAINED_HERE = {"vgg16bn": vgg16bn, "densenet": densenet}
+TRAINED_HERE: dict[str, Callable[[], nn.Module]] = {"vgg16bn": vgg16bn, "densenet": densenet}
 NETS = (*CHECKPOINTS, *TRAINED_HERE)
 
 
 def load_net(name: str, data: Path, weights: Path) -> nn.Module:
-    """One of `NETS` in evaluation mode, with published weights from `data`/pretrained or our own from `weights`.
+    """One of `NETS` or `SMALL_NETS` in evaluation mode: weights from `data`/pretrained, or our own from `weights`.
 
     Raises:
         FileNotFoundError: The weights are not there; the message says how to get them.
@@ -194,9 +197,10 @@ def load_net(name: str, data: Path, weights: Path) -> nn.Module:
         return load_checkpoint(name, data / "pretrained")
     path = weights / f"{name}.safetensors"
     if not path.is_file():
+        script = f"small_nets --nets {name}" if name in SMALL_NETS else f"train_cifar {name}"
         raise FileNotFoundError(
-            f"no '{path}'; train it with: python -m benchmarks.data.train_cifar {name} --out {weights}"
+            f"no '{path}'; train it with: python -m benchmarks.data.{script} --out {weights}"
         )
-    model = TRAINED_HERE[name]()
+    model = (TRAINED_HERE | SMALL_NETS)[name]()
     model.load_state_dict(load_file(path))
     return model.eval()

@@ -670,7 +670,6 @@ def test_what_is_asked_for_is_what_is_done() -> None:
         prune_(Crowd(), images(1), macs=0.7, allocation="sensitivity", calibration=images())
 
 
-
 def test_the_order_of_the_default_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, str]] = []
 
