@@ -16,7 +16,6 @@ import typer
 
 from ss_pruning import config
 from ss_pruning.cli import help_texts as texts
-from ss_pruning.cli import options as option
 from ss_pruning.cli.console import FAILED, not_interrupted, progress_bars
 from ss_pruning.cli.grouped import grouped
 from ss_pruning.cli.request import (
@@ -25,10 +24,13 @@ from ss_pruning.cli.request import (
     Compared,
     Exporting,
     Finetuning,
+    Json,
     Method,
     Output,
     Recovering,
     Request,
+    Scored,
+    SideBySide,
     Source,
     Timed,
 )
@@ -96,45 +98,36 @@ def prune(
 
 @app.command(help=texts.SCORE_HELP, epilog=texts.SCORE_EXAMPLES)
 @grouped
-def score(
-    source: Source,
-    results: TextIO,
-    statistics: option.Statistics = "batchnorm",
-    weakest: option.Weakest = 10,
-    out: option.OutFile = None,
-    as_json: option.Json = False,
-) -> None:
+def score(source: Source, wanted: Scored, results: TextIO) -> None:
     """Summarise the strengths of a model, and write them."""
     from ss_pruning._utils.files import check_apart
     from ss_pruning.cli import jobs as _job
     from ss_pruning.report import strength_summary as scores
 
-    if out is not None:
-        scores.check_target(out)
-        check_apart(out, source.weights)
+    if wanted.out is not None:
+        scores.check_target(wanted.out)
+        check_apart(wanted.out, source.weights)
     request = Request(**vars(source))
-    _job.check_statistics(request, config.Synaptic(statistics))
+    _job.check_statistics(request, config.Synaptic(wanted.statistics))
     with progress_bars() as progress:
         job = _job.prepare(request, progress)
         with _job.input_size_named(request):
-            strengths = _job.strengths_of(job, statistics)
-    summary = scores.summarise(strengths, job.model, weakest)
-    facts = {"model": source.model, "statistics": statistics}
-    with _written_after(out, lambda path: scores.write(path, strengths, summary, facts)):
-        scores.show(summary, facts, as_json, results)
+            strengths = _job.strengths_of(job, wanted.statistics)
+    summary = scores.summarise(strengths, job.model, wanted.weakest)
+    facts = {"model": source.model, "statistics": wanted.statistics}
+    with _written_after(wanted.out, lambda path: scores.write(path, strengths, summary, facts)):
+        scores.show(summary, facts, wanted.as_json, results)
 
 
 @app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)
 @grouped
-def recover(
-    wanted: Recovering, training: config.Recovery, results: TextIO, as_json: option.Json = False
-) -> None:
+def recover(wanted: Recovering, training: config.Recovery, results: TextIO, as_json: Json = False) -> None:
     """Recover a pruned model, report, and write the result."""
     from ss_pruning._utils.files import check_apart, check_writable
     from ss_pruning.cli import delivery as _delivery
 
     check_writable(wanted.target)
-    request = wanted.request(training.seed)
+    request = _delivery.request_of(wanted, training.seed)
     check_apart(wanted.target, wanted.file, request.weights, wanted.checkpoint)
     with progress_bars() as progress:
         report, facts = _delivery.recover(wanted, request, training, progress)
@@ -173,7 +166,7 @@ def export(wanted: Exporting, results: TextIO) -> None:
 
 @app.command(help=texts.BENCH_HELP, epilog=texts.BENCH_EXAMPLES)
 @grouped
-def bench(compared: Compared, timed: Timed, results: TextIO, as_json: option.Json = False) -> None:
+def bench(compared: Compared, timed: Timed, results: TextIO, as_json: Json = False) -> None:
     """Measure dense against pruned, and exported files."""
     with progress_bars() as progress:
         import torch
@@ -205,35 +198,30 @@ def _counts(text: str) -> list[int]:
 
 @app.command(help=texts.COMPARE_HELP, epilog=texts.COMPARE_EXAMPLES)
 @grouped
-def compare(
-    a: option.FirstReport,
-    b: option.SecondReport,
-    results: TextIO,
-    html: option.HtmlFile = None,
-    as_json: option.Json = False,
-) -> None:
+def compare(wanted: SideBySide, results: TextIO) -> None:
     """Put two reports side by side."""
     from ss_pruning._utils.files import check_apart, check_writable, write_text
     from ss_pruning.io.checkpoint import open_report, report_file
     from ss_pruning.report import comparison
 
+    a, b, html = wanted.a, wanted.b, wanted.html
     if html is not None:
         check_writable(html)
         check_apart(html, *map(report_file, (a, b)))
     first, second = open_report(a), open_report(b)
     found = comparison.compare(first, second, str(a), str(b))
     with _written_after(html, lambda path: write_text(path, found.to_html(first, second))):
-        if as_json:
+        if wanted.as_json:
             typer.echo(found.to_json(), file=results, nl=False)
         else:
             _print(found.table(), *found.notes, file=results)
-    if html is not None and not as_json:
+    if html is not None and not wanted.as_json:
         _print(f"written: {html}", file=results)
 
 
 @app.command(help=texts.DOCTOR_HELP)
 @grouped
-def doctor(results: TextIO, as_json: option.Json = False) -> None:
+def doctor(results: TextIO, as_json: Json = False) -> None:
     """Say what is installed and what could be."""
     from ss_pruning.cli import doctor as checks
 

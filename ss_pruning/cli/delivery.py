@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from torch import nn
 from ss_pruning._utils.files import check_apart
 from ss_pruning.cli import jobs
 from ss_pruning.cli.console import ProgressCallback, not_interrupted
-from ss_pruning.cli.request import Exporting, Rebuilt, Recovering, Request
+from ss_pruning.cli.request import Calibrated, Exporting, Rebuilt, Recovering, Request
 from ss_pruning.config import NoCompensation, Recovery
-from ss_pruning.errors import InputError
+from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.io import export as exporting
-from ss_pruning.io.checkpoint import architecture_of, load, save
+from ss_pruning.io.checkpoint import architecture_of, load, open_report, save
 from ss_pruning.io.int8 import export_int8
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
@@ -50,9 +51,41 @@ def open_file(file: Path, wanted: Rebuilt) -> Opened:
     return Opened(known, dense, load(file, build, torch.zeros(1, *preprocess.size)), preprocess)
 
 
+def request_of(wanted: Recovering, seed: int) -> Request:
+    """The dense model and the images, as the user says, or else the file and the report beside it.
+
+    Raises:
+        InputError: Nobody says where images are, or what the architecture or the weights.
+    """
+    if wanted.calibration is None and wanted.data is None:
+        raise InputError(
+            "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "
+            "some with --calibration synthetic"
+        )
+    spec, known = wanted.model or architecture_of(wanted.file), dict[str, Any]()
+    if spec is None:
+        raise InputError(
+            f"{str(wanted.file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
+        )
+    try:
+        report = open_report(wanted.file.parent)
+        known = report.settings if report.model == spec else known
+    except (FileFormatError, InputError):
+        pass  # a file on its own
+    own = {field.name: getattr(wanted, field.name) for field in fields(Calibrated)}
+    own["input_size"] = wanted.input_size or known.get("input size")
+    request = Request(model=spec, weights=wanted.weights or known.get("weights"), seed=seed, **own)
+    if jobs.random_weights(request):
+        raise InputError(
+            "the dense model's weights are what is imitated, and no report beside the file says where they are: "
+            "give --weights"
+        )
+    return request
+
+
 def export(wanted: Exporting, progress: ProgressCallback) -> str:
     """Write a model for other runtimes; what there is to say of it."""
-    target = wanted.target()
+    target = _target(wanted)
     check_apart(target, wanted.file, wanted.weights)
     request = Request(
         model=str(wanted.file), calibration=wanted.calibration, calibration_images=wanted.calibration_images
@@ -116,3 +149,29 @@ def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: ProgressCall
         return {}
     right = accuracy(model, job.data.evaluation, lambda _, done, total: progress(name, done, total))
     return {name: percent(right, 2)}
+
+
+def _target(wanted: Exporting) -> Path:
+    """The file to write.
+
+    Raises:
+        InputError: It is not clear what to write, or an option goes with another one only.
+    """
+    if wanted.int8 and wanted.format not in (None, "onnx"):
+        raise InputError("--int8 writes onnx: leave --format out.")
+    if wanted.int8 and wanted.calibration is None:
+        raise InputError(
+            "--int8 takes the ranges of activations from images without labels: say where they are with "
+            "--calibration DIR, or make some with --calibration synthetic."
+        )
+    if not wanted.int8 and wanted.calibration is not None:
+        raise InputError("--calibration belongs to --int8: give both, or none.")
+    if wanted.weights is not None and wanted.is_pruned:
+        raise InputError(f"{str(wanted.file)!r} holds its own weights: leave --weights out.")
+    if wanted.out is not None:
+        return wanted.out
+    if not wanted.int8 and wanted.format not in ("onnx", "pt2"):
+        raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
+    if not wanted.is_pruned:
+        raise InputError("say where to write: --out FILE.")
+    return wanted.file.with_suffix(".int8.onnx" if wanted.int8 else f".{wanted.format}")

@@ -1,7 +1,7 @@
 """Commands whose options are the fields of dataclasses: the command line's own, and the library's configurations.
 
-Of a configuration the name, the choices, the default and the help of an option stand in the class and its docstring;
-what only a command line needs (a panel, a metavar) stands here.
+Name, choices, default and help of an option stand in the class and its docstring; what only a command line needs (a
+panel, a metavar) is in `ss_pruning.cli.options`.
 """
 
 from __future__ import annotations
@@ -10,32 +10,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import partial
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from ss_pruning import config
 from ss_pruning.cli.console import guarded
-from ss_pruning.errors import InputError
-from ss_pruning.integrations.finetuning.options import Sparsifying, Training
-
-CRITERION = "Criterion"
-#: Of configurations that do not decide what is cut.
-_PANELS: dict[type, str] = {
-    config.Recovery: "Training",
-    Training: "Training",
-    Sparsifying: "Sparse training and pruning",
-}
-#: By class and field: what typer is told beside help, type and default.
-_TOLD: dict[tuple[type, str], dict[str, Any]] = {
-    (config.Allocation, "max_ratio"): {"metavar": "0..1"},
-    (config.Allocation, "cost_exponent"): {"metavar": "P"},
-    (config.Allocation, "round_to"): {"metavar": "N|measured", "parser": lambda text: _multiple(text)},
-    (config.Synaptic, "conditional"): {"metavar": "0..1"},
-}
-#: What cannot be said on a command line, or is said otherwise.
-_LEFT_OUT = {(config.Allocation, "latency_inputs")}
+from ss_pruning.cli.options import LEFT_OUT, PANELS, TOLD
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,21 +50,28 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: type) -> Iterator[inspect.Parameter]:
     """One for each field of a dataclass."""
     hints = get_type_hints(group, include_extras=True)
-    told = _documented(group)
     for field in fields(group):
-        if (group, field.name) in _LEFT_OUT:
+        owner = next(c for c in group.__mro__ if field.name in inspect.get_annotations(c))
+        if (owner, field.name) in LEFT_OUT:
             continue
         hint = hints[field.name]
         if get_origin(hint) is not Annotated:
-            own = _TOLD.get((group, field.name), {})
-            hint = str | None if "parser" in own else hint
-            option = partial(
-                typer.Option, rich_help_panel=_PANELS.get(group, CRITERION), help=told[field.name]
-            )
-            hint = Annotated[hint, option(show_default=field.default is not None, **own)]
+            hint = Annotated[str | None if _is_parsed(owner, field) else hint, _info(owner, field)]
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hint
         )
+
+
+def _is_parsed(owner: type, field: Field[Any]) -> bool:
+    return "parser" in TOLD.get((owner, field.name), {})
+
+
+def _info(owner: type, field: Field[Any]) -> Any:
+    """What typer takes."""
+    told: dict[str, Any] = {"rich_help_panel": PANELS.get(owner), "show_default": field.default is not None}
+    told |= {"help": _documented(owner)[field.name], **TOLD.get((owner, field.name), {})}
+    kind, names = told.pop("kind", typer.Option), told.pop("param_decls", ())
+    return kind(*names, **told)
 
 
 def _default(field: Field[Any]) -> Any:
@@ -100,19 +87,6 @@ def _documented(group: type) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """For the terminal: no cross-references, no backticks, and no brackets that would be taken for markup."""
-    text = re.sub(r",? ?see `ss_pruning[^`]*`", "", text).replace("`", "")
-    return text.replace("[", r"\[")
-
-
-def _multiple(text: str) -> int | str:
-    """Read --round-to.
-
-    Raises:
-        InputError: It is no number, nor the word.
-    """
-    if text == "measured":
-        return text
-    if not text.isdigit():
-        raise InputError(f"--round-to is a whole number, such as 8, or measured, not {text!r}.")
-    return int(text)
+    """For the terminal: no cross-references, no backticks, no brackets that would be taken for markup; bold is bold."""
+    text = re.sub(r",? ?see `ss_pruning[^`]*`", "", text).replace("`", "").replace("[", r"\[")
+    return re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/bold]", text)

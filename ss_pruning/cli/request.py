@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+import typer
 
 from ss_pruning import config
-from ss_pruning.cli import options as option
 from ss_pruning.errors import InputError
 
 #: The importance by default, with options of its own.
@@ -16,24 +17,67 @@ SYNAPTIC = "synaptic"
 DATA, SYNTHETIC = "data", "synthetic"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Images with labels, and how they become what a model takes."""
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", rich_help_panel="Output", help="Print JSON on stdout and nothing else.", metavar=""
+    ),
+]
 
-    data: option.DataPlace = None
-    input_size: option.InputSize = None
-    mean: option.Mean = None
-    std: option.Std = None
-    device: option.Device = None
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessed:
+    """How images become a model's inputs.
+
+    Attributes:
+        input_size: Size of one input, channels first: CxHxW for images, CxL for one dimension, CxDxHxW for three.
+        mean: Mean per channel of images in 0..1.
+        std: Deviation per channel.
+    """
+
+    input_size: str | None = None
+    mean: str | None = None
+    std: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Images to measure accuracy on.
+
+    Attributes:
+        data: digits, cifar10:ROOT (torchvision's copy), or a folder with one folder per class (or with train/ and val/
+            of these).
+    """
+
+    data: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Preprocessed, Labelled):
+    """Images with labels, and where they are computed with.
+
+    Attributes:
+        device: Compute there: cpu, cuda:0.
+    """
+
+    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Images):
-    """Which of the images are evaluated on, and which are calibrated on."""
+    """Which of the images are evaluated on, and which are calibrated on.
 
-    images: option.Images = None
-    calibration: option.CalibrationOption = None
-    calibration_images: option.CalibrationImages = None
+    Attributes:
+        images: Measure accuracy on so many of the images, drawn at random.
+        calibration: What sensitivity is measured on and compensation calibrates on: data (training images of --data;
+            where there are none, some are held out), a folder with images anywhere below it, without labels, or
+            synthetic (images made from the model's batch norms; kept for the next time).
+        calibration_images: Calibrate on so many images at most, drawn at random; synthetic: make so many.
+    """
+
+    images: int | None = None
+    calibration: str | None = None
+    calibration_images: int | None = None
 
     @property
     def photos(self) -> Path | None:
@@ -43,30 +87,50 @@ class Calibrated(Images):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Images):
-    """A model and the images that belong to it."""
+    """A model and the images that belong to it.
 
-    model: option.Model
-    weights: option.Weights = None
-    weights_by_order: option.ByOrder = False
-    seed: option.Seed = 0
+    Attributes:
+        model: timm:NAME, torchvision:NAME, demo:digits, or path/to/file.py:function. **The last one executes that
+            file.** Arguments follow after commas: timm:resnet18,num_classes=10
+        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
+        weights_by_order: Match the weights by order and shape instead of by name.
+        seed: Seed of everything random.
+    """
+
+    model: str
+    weights: str | None = None
+    weights_by_order: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Source, Calibrated):
-    """What is to be pruned, and on which images that is judged and calibrated."""
+    """What is to be pruned, and on which images that is judged and calibrated.
 
-    batch: option.Batch = 1
-    ignore: option.Ignore = None
+    Attributes:
+        batch: Measure times on so many images at once.
+        ignore: Leave this module whole; may be given again.
+    """
+
+    batch: int = 1
+    ignore: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Exactly one of them is given."""
+    """Exactly one of them is given.
 
-    macs: option.Macs = None
-    params: option.Params = None
-    ratio: option.Ratio = None
-    latency: option.Latency = None
+    Attributes:
+        macs: Keep this fraction of the multiply-accumulates.
+        params: Keep this fraction of the parameters.
+        ratio: Remove this fraction of the channels.
+        latency: Keep this fraction of the time of a forward pass, as measured here.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    ratio: float | None = None
+    latency: float | None = None
 
     def given(self) -> dict[str, float]:
         """By name.
@@ -86,11 +150,20 @@ class Budgets:
 
 @dataclass(frozen=True)
 class Method:
-    """What decides which channels go, and what is done about it."""
+    """What decides which channels go, and what is done about it.
 
-    importance: option.Criterion = SYNAPTIC
-    compensation: option.CompensationOption = "none"
-    recalibrate: option.Recalibrate = None
+    Attributes:
+        importance: What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, bn-scale,
+            lamp, fpgm or random; or one that the model's file registers.
+        compensation: Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct
+            (both calibrate on images, without labels).
+        recalibrate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them
+            has moved, on the calibration images if there are any, else on noise.
+    """
+
+    importance: str = SYNAPTIC
+    compensation: Literal["none", "mean", "linear", "reconstruct"] = "none"
+    recalibrate: bool | None = None
 
     @property
     def repair(self) -> config.Compensation:
@@ -111,132 +184,115 @@ class Method:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the result goes."""
+    """Where the result goes.
 
-    out: option.OutFolder = None
-    as_json: option.Json = False
+    Attributes:
+        out: Write model.safetensors, report.json and report.html there, over older ones.
+    """
+
+    out: Path | None = None
+    as_json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rebuilt:
-    """How the model of a file is built, and images become its inputs."""
+class Architecture:
+    """How the model of a file is built.
 
-    model: option.Architecture = None
-    input_size: option.InputSize = None
-    mean: option.Mean = None
-    std: option.Std = None
+    Attributes:
+        model: What was pruned, where the file does not name it; as for ss-prune prune. **A .py file is executed.**
+    """
+
+    model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt(Preprocessed, Architecture):
+    """Likewise, and how images become its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedFile(Rebuilt):
-    """A file that `ss-prune prune` has written."""
+    """A file that `ss-prune prune` has written.
 
-    file: option.File
+    Attributes:
+        file: A model.safetensors of ss-prune prune.
+    """
+
+    file: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovering(PrunedFile, Calibrated):
-    """What is recovered, on which images, for how long, and where it goes."""
+    """What is recovered, on which images, for how long, and where it goes.
 
-    weights: option.Weights = None
-    minutes: option.Minutes = None
-    steps: option.Steps = None
-    checkpoint: option.Checkpoint = None
-    out: option.RecoveredFile = None
+    Attributes:
+        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
+        minutes: Train so long.
+        steps: Train so many steps: the same result each time.
+        checkpoint: Keep the training there; the same command goes on from it.
+        out: File to write.
+    """
+
+    weights: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+    checkpoint: Path | None = None
+    out: Path | None = None
 
     @property
     def target(self) -> Path:
         """The file to write."""
         return self.out or self.file.with_name("recovered.safetensors")
 
-    def request(self, seed: int) -> Request:
-        """The dense model and the images, as the user says, or else the file and the report beside it.
-
-        Raises:
-            InputError: Nobody says where images are, or what the architecture or the weights.
-        """
-        from ss_pruning.cli.jobs import random_weights
-        from ss_pruning.errors import FileFormatError, InputError
-        from ss_pruning.io.checkpoint import architecture_of, open_report
-
-        if self.calibration is None and self.data is None:
-            raise InputError(
-                "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "
-                "some with --calibration synthetic"
-            )
-        spec, known = self.model or architecture_of(self.file), dict[str, Any]()
-        if spec is None:
-            raise InputError(
-                f"{str(self.file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
-            )
-        try:
-            report = open_report(self.file.parent)
-            known = report.settings if report.model == spec else known
-        except (FileFormatError, InputError):
-            pass  # a file on its own
-        own = {field.name: getattr(self, field.name) for field in fields(Calibrated)}
-        own["input_size"] = self.input_size or known.get("input size")
-        request = Request(model=spec, weights=self.weights or known.get("weights"), seed=seed, **own)
-        if random_weights(request):
-            raise InputError(
-                "the dense model's weights are what is imitated, and no report beside the file says where they are: "
-                "give --weights"
-            )
-        return request
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exporting(PrunedFile):
-    """What is written for other runtimes, and how."""
+    """What is written for other runtimes, and how.
 
-    file: option.FileOrModel
-    weights: option.Weights = None
-    format: option.ExportFormat = None
-    int8: option.Int8 = False
-    calibration: option.Int8Calibration = None
-    calibration_images: option.Int8Images = None
-    out: option.ExportOut = None
+    Attributes:
+        file: A model.safetensors of ss-prune prune; or a MODEL as there, which is exported as it is.
+        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
+        format: onnx, or pt2 (torch.export).
+        int8: Compute in eight bits (onnx). Ranges come from --calibration.
+        calibration: Images for --int8: a folder with images anywhere below it, without labels, or synthetic (made from
+            the model's batch norms).
+        calibration_images: Take so many of them at most, drawn at random.
+        out: File to write.
+    """
+
+    file: Path
+    weights: str | None = None
+    format: str | None = None
+    int8: bool = False
+    calibration: str | None = None
+    calibration_images: int | None = None
+    out: Path | None = None
 
     @property
     def is_pruned(self) -> bool:
         """Whether a file was given, not the name of a model."""
         return self.file.suffix == ".safetensors" or self.file.is_file()
 
-    def target(self) -> Path:
-        """The file to write.
-
-        Raises:
-            InputError: It is not clear what to write, or an option goes with another one only.
-        """
-        if self.int8 and self.format not in (None, "onnx"):
-            raise InputError("--int8 writes onnx: leave --format out.")
-        if self.int8 and self.calibration is None:
-            raise InputError(
-                "--int8 takes the ranges of activations from images without labels: say where they are with "
-                "--calibration DIR, or make some with --calibration synthetic."
-            )
-        if not self.int8 and self.calibration is not None:
-            raise InputError("--calibration belongs to --int8: give both, or none.")
-        if self.weights is not None and self.is_pruned:
-            raise InputError(f"{str(self.file)!r} holds its own weights: leave --weights out.")
-        if self.out is not None:
-            return self.out
-        if not self.int8 and self.format not in ("onnx", "pt2"):
-            raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
-        if not self.is_pruned:
-            raise InputError("say where to write: --out FILE.")
-        return self.file.with_suffix(".int8.onnx" if self.int8 else f".{self.format}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compared(Rebuilt):
-    """The files that are measured, and the images that their outputs are compared on."""
+    """The files that are measured, and the images that their outputs are compared on.
 
-    files: option.Measured
-    weights: option.DenseWeights = None
-    data: option.DataPlace = None
-    images: option.Images = None
-    photos: option.Photos = None
+    Attributes:
+        files: A model.safetensors of ss-prune prune (dense and pruned are measured), exported files (.onnx), or both;
+            the others are compared with the first.
+        weights: The dense model's trained weights: then its outputs are compared, too.
+        data: digits, cifar10:ROOT (torchvision's copy), or a folder with one folder per class (or with train/ and val/
+            of these).
+        images: Measure accuracy on so many of the images, drawn at random.
+        photos: Compare outputs on images of this folder and all below it, without labels.
+    """
+
+    files: list[Path]
+    weights: str | None = None
+    data: str | None = None
+    images: int | None = None
+    photos: Path | None = None
 
     @property
     def exported(self) -> list[Path]:
@@ -262,22 +318,72 @@ class Compared(Rebuilt):
 
 @dataclass(frozen=True)
 class Timed:
-    """The settings in which dense and pruned are measured."""
+    """The settings in which dense and pruned are measured.
 
-    batch: option.Batches = "1"
-    dtype: option.Dtypes = "float32"
-    layout: option.Layouts = "contiguous"
-    compiled: option.Compiled = False
-    threads: option.Threads = None
-    device: option.Device = None
+    Attributes:
+        batch: Images at a time, one or several.
+        dtype: Number types: float32, bf16, float16.
+        layout: Memory layouts: contiguous, channels_last.
+        compiled: Also by torch.compile.
+        threads: Threads of the CPU.
+        device: Compute there: cpu, cuda:0.
+    """
+
+    batch: str = "1"
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    compiled: bool = False
+    threads: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """What is trained, on which images, and where it goes."""
+    """What is trained, on which images, and where it goes.
 
-    model: option.ModelOrFile
-    data: option.TrainingData
-    weights: option.StartingWeights = None
-    out: option.FinetuningFolder = Path("runs/finetune")
-    export: option.FinetuningExport = None
+    Attributes:
+        model: As for ss-prune prune, or a model.safetensors that it wrote. A bare word is a name of timm's.
+        data: Folder with train/CLASS/* and val/CLASS/*.
+        weights: Where to start: weights, or a file of ss-prune.
+        out: Folder of checkpoints and results.
+        export: Write the result for another runtime, too.
+    """
+
+    model: str
+    data: Path
+    weights: Path | None = None
+    out: Path = Path("runs/finetune")
+    export: Literal["onnx", "pt2"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What is said of the strengths, and where it goes.
+
+    Attributes:
+        statistics: Where the variance of the channels comes from: batchnorm (the paper), gaussian (the model run on its
+            own noise) or data (the images).
+        weakest: How many of the weakest synapses to list.
+        out: Write all strengths (.safetensors) or the summary (.json).
+    """
+
+    statistics: Literal["batchnorm", "gaussian", "data"] = "batchnorm"
+    weakest: int = 10
+    out: Path | None = None
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """Two reports, and where their comparison goes.
+
+    Attributes:
+        a: A report.json, or the folder that holds it.
+        b: The one to compare with it.
+        html: Write one self-contained page there.
+    """
+
+    a: Path
+    b: Path
+    html: Path | None = None
+    as_json: Json = False
