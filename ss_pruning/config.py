@@ -104,6 +104,9 @@ class Allocation:
             (with `Reconstruct` it is 1); 0.75 where relevance counts in the global scope; 0.5 for other scores. Means
             nothing to `ratio` and to the local scope.
         latency_inputs: What times are measured on, in the batch size that counts; the example inputs by default.
+        budget_time: Seconds that pruning may take, by what is expected before it starts. What does not fit is traded:
+            sensitivity is measured with less work, then on fewer calibration inputs, at last not at all, unless it was
+            asked for; the report says so.
 
     Raises:
         InputError: A value is unknown or out of range.
@@ -114,6 +117,7 @@ class Allocation:
     round_to: int | Literal["measured"] | None = None
     cost_exponent: float | None = None
     latency_inputs: Any = None
+    budget_time: float | None = None
 
     def __post_init__(self) -> None:
         if self.scope is not None:
@@ -125,6 +129,9 @@ class Allocation:
             raise InputError(
                 f"cost_exponent={exponent!r} must be a number in [0, 10]; 1 is importance per cost, 0 ignores it"
             )
+        seconds = self.budget_time
+        if seconds is not None and not (is_number(seconds) and seconds > 0):
+            raise InputError(f"budget_time={seconds!r} must be a positive number of seconds, such as 300")
         measured = isinstance(multiple, str) and multiple == "measured"
         if not (multiple is None or measured or is_count(multiple)):
             raise InputError(

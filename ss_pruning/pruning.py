@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -14,7 +15,7 @@ from torch import nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.modules import modules_of, parameters_of
-from ss_pruning._utils.progress import Clock, Progress, reporter
+from ss_pruning._utils.progress import Clock, Progress, in_words, reporter
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_calibration
 from ss_pruning.compensation.selection import Calibration, prepared_best
@@ -29,6 +30,7 @@ from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, s
 from ss_pruning.planning.ranking import Ranker, Ranking
 from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.planning.tied_heads import with_tied_heads
+from ss_pruning.planning.time_budget import work_within
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
@@ -36,6 +38,8 @@ from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.same_attention import with_prunable_attention
 from ss_pruning.surgery.verification import Verifier
+
+_log = logging.getLogger("ss_pruning")
 
 
 def prune_(
@@ -80,7 +84,8 @@ def prune_(
             model's batch norms.
         allocation: How the budget is spread over the layers; a scope alone, such as "local", or `Allocation(...)`.
         ignore: Modules or module paths whose output channels stay; one alone, or several.
-        progress: Called with (stage, done, total), "synthesize" and "measure" in steps of their own.
+        progress: Called with (stage, done, total), in milliseconds of work as it was expected to take before the
+            start; "synthesize", which is over before, in steps of its own.
 
     Returns:
         What was done, see `ss_pruning.report.records.Report`.
@@ -102,21 +107,28 @@ def prune_(
     check_finite(model)
     clock = Clock(reporter(progress))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
-        with clock("trace", 0):
+        with clock("trace"):
             dense = with_prunable_attention(model, example_inputs)
             traced = with_tied_heads(TracedModel.of(dense, example_inputs, paths_of(model, ignore)))
             costs = Costs(traced)
         images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
-        with clock("score", 1):
-            inputs = Calibration.of(model, images, _is_synthetic(calibration))
+        with clock("estimate"):
+            work = work_within(traced, config, costs, images, config.allocation.budget_time)
+            clock.expect(work.seconds)
+            _log.info("pruning takes %s", in_words(work.total))
+        config = work.config
+        with clock("score"):
+            inputs = Calibration.of(model, work.of(images), _is_synthetic(calibration))
+            del images  # which are held once more by now
             strengths = _strengths(traced)
         if latency is not None or config.allocation.round_to == "measured":
-            with clock("time layers", 1):
+            with clock("time layers"):
                 costs.times = latency_table(model, _timed_on(traced, config), traced.connectivity)
-        ranker = Ranker(traced, config, costs, inputs.fitted, clock)
+        ranker = Ranker(traced, config, costs, inputs.fitted, clock, work.effort)
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)
-        with clock("cut", 4):
+        clock.over(but="cut")
+        with clock("cut"):
             cut = prepared_best(traced, found.verified.plan, config.compensation, inputs)
         report = Report(
             model=type(model).__name__,
@@ -129,9 +141,12 @@ def prune_(
             sensitivity_not_measured=ranking.not_measured or None,
             **cut.noted(),
             seconds=clock.seconds,
+            seconds_expected=work.seconds,
+            traded_for_time=list(work.traded),
             versions={"torch": torch.__version__} | {n: _version(n) for n in ("ss-pruning", "torch-pruning")},
             **({} if timed is None else as_reported(timed.dense, timed.pruned)),
         )
+        clock.over()
         adopt_(model, cut.model if dense is model else cut.plan.cut_copy(model, cut.model))
     return report
 
@@ -157,16 +172,16 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
 def _verified_plan(ranker: Ranker) -> tuple[SearchResult, LatencyPlan | None]:
     """The plan, and how it was timed where time is the budget."""
     traced, clock, budget = ranker.traced, ranker.clock, ranker.config.budget
-    with clock("plan", 2), clock("verify", 3):
+    with clock("plan"), clock("verify"):
         verifier = Verifier(
-            traced.model, traced.example_inputs, traced.connectivity, watch=lambda: clock("verify", 3)
+            traced.model, traced.example_inputs, traced.connectivity, watch=lambda: clock("verify")
         )
     known: SearchResult | None = None
 
     def find(budget: Budget) -> SearchResult:
         nonlocal known
         ranker.config = replace(ranker.config, budget=budget)
-        with clock("plan", 2):
+        with clock("plan"):
             known = find_verified_plan(verifier, traced.coupling, ranker.allocate, known)
         return known
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn, TextIO
@@ -14,18 +15,20 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
+from ss_pruning._utils.progress import in_words, seconds_left
 from ss_pruning.report.formatting import printable
 
 ProgressCallback = Callable[[str, int, int], None]
+
+PRUNING = "pruning"
 
 FAILED = 2
 
@@ -33,6 +36,12 @@ FAILED = 2
 def note(text: str) -> None:
     """Tell the user something that is neither result nor error."""
     Console(stderr=True).print(Text(printable(text), style="yellow"))
+
+
+def banner(title: str, text: str) -> None:
+    """Tell the user something that must not be overlooked."""
+    panel = Panel(Text(printable(text)), title=title, title_align="left", border_style="yellow")
+    Console(stderr=True).print(panel)
 
 
 def fail(message: str) -> NoReturn:
@@ -104,27 +113,39 @@ def not_interrupted() -> None:
 def progress_bars() -> Iterator[ProgressCallback]:
     """Show one bar per job while the block runs; nothing at all where stderr is not a terminal.
 
-    What follows a colon names the stage that the job is at: it changes the bar's label, not the bar.
+    What follows a colon names the stage that the job is at: it changes the bar's label, not the bar. The work of
+    `PRUNING` comes in milliseconds as they were expected, see `ss_pruning._utils.progress`, that of others in pieces.
     """
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         console=console,
         disable=not console.is_terminal,
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
+    begun: dict[str, float] = {}
 
     def update(what: str, done: int, total: int) -> None:
         not_interrupted()
         job = what.partition(":")[0]
         if job not in tasks:
-            tasks[job] = bars.add_task("", total=total)
-        bars.update(tasks[job], description=printable(what), completed=done, total=total)
+            tasks[job] = bars.add_task("", total=total, left="")
+        if not done:
+            begun[job] = time.monotonic()
+        left = _left(job, time.monotonic() - begun.setdefault(job, time.monotonic()), done, total)
+        bars.update(tasks[job], description=printable(what), completed=done, total=total, left=left)
 
     with bars:
         yield update
+
+
+def _left(job: str, passed: float, done: int, total: int) -> str:
+    """What is left of a job, in words; nothing where nobody knows yet, or all is done."""
+    if job == PRUNING and total > 1:
+        return f"{in_words(seconds_left(passed, done / 1000, total / 1000))} left" if done < total else ""
+    return f"{in_words(passed * (total - done) / done)} left" if 0 < done < total else ""

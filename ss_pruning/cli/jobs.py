@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning.cli.console import ProgressCallback, note
+from ss_pruning._utils.progress import in_words
+from ss_pruning.cli.console import PRUNING, ProgressCallback, banner, note
 from ss_pruning.cli.request import DATA, SYNTHETIC, Rebuilt, Request, Source
 from ss_pruning.config import Compensation, Synaptic, SyntheticImages
 from ss_pruning.errors import InputError, ModelError
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 WRITTEN = ("model.safetensors", "report.json", "report.html")
 """What `ss-prune prune --out` writes into its folder."""
 _CALIBRATION_IMAGES = 512
+# Seconds.
+_WORTH_SAYING = 10
 
 
 class Job(NamedTuple):
@@ -69,7 +73,11 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
     torch.manual_seed(request.seed)
     model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
     if random_weights(request):
-        note("No --weights: the model has random weights, so only sizes mean anything.")
+        banner(
+            "Random weights",
+            "No --weights were given, so the model has random weights: sizes and times mean something, which channels "
+            "are kept does not, and the result is of no use. Give the trained model's weights with --weights FILE.",
+        )
     preprocess = preprocess_of(input_of(request.model, model), request)
     data = None
     if request.data is not None:
@@ -253,10 +261,7 @@ def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallbac
     size, dense = _tensor_bytes(job.model), copied(job.model)
     before, images = _measure("accuracy, dense", job, progress)
 
-    def stage(name: str, done: int, total: int) -> None:
-        # What takes longest has a bar, and an estimate, of its own.
-        progress("measuring the output error" if name == "measure" else f"pruning: {name}", done, total)
-
+    stage = partial(_stage, progress, list[int]())
     timed_on = _timed_on(job, batch)
     options["allocation"] = dataclasses.replace(options["allocation"], latency_inputs=timed_on)
     report: Report = prune_(job.model, job.example, progress=stage, **options)
@@ -273,6 +278,14 @@ def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallbac
         bytes_after=_tensor_bytes(job.model),
         **times,
     )
+
+
+def _stage(progress: ProgressCallback, told: list[int], name: str, done: int, total: int) -> None:
+    """Show how far pruning is; what it is expected to take is said once, where it is worth saying."""
+    if not told and total >= 1000 * _WORTH_SAYING:
+        told.append(total)
+        note(f"Pruning takes {in_words(total / 1000)}.")
+    progress(f"{PRUNING}: {name}", done, total)
 
 
 def _times(dense: nn.Module, pruned: nn.Module, inputs: Tensor, progress: ProgressCallback) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Name, type, default and help stand in the classes and their docstrings.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -45,6 +46,18 @@ def _argument(metavar: str) -> dict[str, Any]:
     return {"kind": typer.Argument, "metavar": metavar, "show_default": False}
 
 
+def _seconds(text: str) -> float:
+    """Read --budget-time: 90s, 5m, 1.5h, or a number of seconds.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None:
+        raise InputError(f"--budget-time is a time, such as 90s, 5m or 1.5h, not {text!r}.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def _multiple(text: str) -> int | str:
     """Read --round-to.
 
@@ -64,6 +77,7 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Allocation, "max_ratio"): {"metavar": "0..1"},
     (config.Allocation, "cost_exponent"): {"metavar": "P"},
     (config.Allocation, "round_to"): {"metavar": "N|measured", "parser": _multiple},
+    (config.Allocation, "budget_time"): {"metavar": "TIME", "parser": _seconds},
     (config.Synaptic, "conditional"): {"metavar": "0..1"},
     (Preprocessed, "input_size"): _option(
         _IMAGES, metavar="CxHxW", show_default="the model's own, else 3x224x224"

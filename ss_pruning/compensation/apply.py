@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from ss_pruning._utils.copying import copied
+from ss_pruning._utils.progress import part
 from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
 from ss_pruning.compensation.reconstruction import reconstruct_
@@ -17,7 +18,7 @@ from ss_pruning.config import COMPENSATIONS, Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import BATCH as BATCH
-from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
 from ss_pruning.surgery.plan import Plan, adopt_
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -91,7 +92,7 @@ def calibration_images(
             f"the model runs on batches of {fitting.unit}, as the example inputs are, and there are {len(batch)} "
             "calibration inputs; give more"
         )
-    return fitting
+    return channels_last(model, fitting)
 
 
 def check_calibration(calibration: Any, compensation: Compensation) -> None:
@@ -146,11 +147,13 @@ def prepared(
         return plan.cut_copy(model), plan, Outcome()
     small = plan.cut_copy(copied(model))
     try:
-        done = _COMPENSATIONS[method](small, traced, plan, images)
+        with part(0.0, 0.5 if compensation.recalibrate else 1.0):
+            done = _COMPENSATIONS[method](small, traced, plan, images)
         outcome = done if isinstance(done, Outcome) else Outcome()
         if compensation.recalibrate:
             means = method == "none" or images is not None
-            recalibrate_(small, traced, plan, images, means)
+            with part(0.5, 1.0):
+                recalibrate_(small, traced, plan, images, means)
     except SSPruningError:
         raise
     except Exception as error:

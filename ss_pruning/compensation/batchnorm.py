@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import mean_and_variance, normal_like, with_spectrum_of_photos
 from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep
@@ -112,7 +113,7 @@ def _moved_in_parts(
         Calls(dense) as all_,
     ):
         models = Lockstep(few, all_, images, behind, {}, dense_side="in")
-        for path in models.order:
+        for number, path in enumerate(models.order, 1):
             then, now = list[_Sample](), list[_Sample]()
             for meeting in models.at(path, len(images)):
                 _added(then, meeting.wanted)
@@ -124,6 +125,7 @@ def _moved_in_parts(
                 if not means:
                     centre.copy_(before)  # type: ignore[operator]
                 found.append(path)
+            step(number, len(models.order))
     return found
 
 

@@ -14,9 +14,6 @@ from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.report.records import Fidelity
 
-# So many inputs run at a time.
-_AT_ONCE = 32
-
 
 class Reference:
     """The outputs of the dense model on held-out inputs, to compare small models with.
@@ -31,7 +28,7 @@ class Reference:
     """
 
     def __init__(self, dense: nn.Module, held_out: Batch, synthetic: bool = False) -> None:
-        self.parts = held_out.split(_AT_ONCE)
+        self.parts = held_out.parts()
         self.count, self.synthetic = len(held_out), synthetic
         try:
             self.outputs = _outputs(dense, self.parts)

@@ -1,13 +1,12 @@
 """The normal equations of a layer: what it reads, against what it shall put out, summed over rows batch by batch.
 
-A row is what the layer sees at one position of one image. Products are taken in single precision for some rows at a
-time, and summed in double precision; only sums are held.
+A row is what the layer sees at one position of one image. Rows wait until there are many; their products are taken in
+single precision, and summed in double precision.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from ss_pruning.graph.layers import channel_axis, groups_of, weight_of
 _RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 # Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
 _ROUNDING = 1e-5
-# Numbers in one chunk of rows, and columns of a Gram matrix that are made at a time: half of it follows from the other.
-_CHUNK, _COLUMNS = 2**24, 256
+# Numbers in rows that are multiplied at a time: of few the sums cost more than the products. Columns of a Gram matrix
+# that are made at a time: half of it follows from the other.
+_CHUNK, _COLUMNS = 2**22, 256
 
 
 class NormalEquations:
@@ -29,10 +29,11 @@ class NormalEquations:
 
     Attributes:
         gram: `[2, groups, d + 1, d + 1]`; the first of the two is for fitting, the second of what is held out. Their
-            upper halves.
+            upper halves, of what does not wait, see `sums`.
         cross: `[2, groups, d + 1, outputs of a group]`.
         parameters: Of one output, `d + 1`.
         rows: How many were added.
+        waiting: By part, rows `[groups, rows, d]` and what they shall give, to be multiplied at once.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,6 +42,7 @@ class NormalEquations:
         self.parameters = size = weight[0].numel() + 1
         self.gram = weight.new_zeros(2, self.groups, size, size, dtype=torch.float64)
         self.cross = weight.new_zeros(2, self.groups, size, len(weight) // self.groups, dtype=torch.float64)
+        self.waiting: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
     def add(self, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool) -> None:
         """Rows of some images.
@@ -58,12 +60,27 @@ class NormalEquations:
         count = max(_CHUNK // max(numbers, 1), 1)
         with torch.autocast(x.device.type, enabled=False):
             for images, targets in zip(x.split(count), wanted.split(count), strict=True):
-                self._add(rows_at(self.module, images, positions).float(), targets.float(), int(held_out))
+                y = targets.float().flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)
+                self.waiting[held_out].append((rows_at(self.module, images, positions).float(), y))
+                if sum(rows.numel() for rows, _ in self.waiting[held_out]) >= _CHUNK:
+                    self._multiply(int(held_out))
 
-    def _add(self, rows: Tensor, wanted: Tensor, part: int) -> None:
-        """Add rows `[groups, rows, d]`."""
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Gram matrices and products with the outputs, of all that was added."""
+        for part, waiting in enumerate(self.waiting):
+            if waiting:
+                self._multiply(part)
+        return self.gram, self.cross
+
+    def _multiply(self, part: int) -> None:
+        """Add what waits to the sums."""
+        rows, y = (torch.cat(each, 1) for each in zip(*self.waiting[part], strict=True))
+        self.waiting[part].clear()
+        with torch.autocast(rows.device.type, enabled=False):
+            self._sum(rows, y, part)
+
+    def _sum(self, rows: Tensor, y: Tensor, part: int) -> None:
         gram, cross = self.gram[part], self.cross[part]
-        y = wanted.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)
         y = torch.cat([y, torch.ones_like(y[..., :1])], 2)
         transposed, d = rows.transpose(1, 2), self.parameters - 1
         for begin in range(0, d, _COLUMNS):
@@ -79,14 +96,15 @@ class NormalEquations:
         """Weight, and change of the bias, that put out what is wanted best; ridge towards those that are there."""
         weight, bias = self.module.weight, self.module.bias
         assert isinstance(weight, Tensor)
-        _mirror_(self.gram)
+        grams, crosses = self.sums()
+        _mirror_(grams)
         d = self.parameters - 1
         start = _taps_first(weight.detach().double(), self.groups)
         old = bias.detach().double() if isinstance(bias, Tensor) else start.new_zeros(len(weight))
         old = old.reshape(self.groups, 1, -1)
         start = torch.cat([start, old], 1)
-        ridge = _best_ridge(self.gram, self.cross, start)
-        gram, cross = self.gram[0].add_(self.gram[1]), self.cross.sum(0)
+        ridge = _best_ridge(grams, crosses, start)
+        gram, cross = grams[0].add_(grams[1]), crosses.sum(0)
         theta = start + change(gram, cross - gram @ start, ridge)
         new = theta[:, :d].unflatten(1, (-1, weight.shape[1])).permute(0, 3, 2, 1).reshape(weight.shape)
         return new.to(weight), (theta[:, d] - start[:, d]).flatten().to(weight)
@@ -152,12 +170,8 @@ def _with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
 
 def outputs_at(module: nn.Module, y: Tensor, positions: Tensor) -> Tensor:
     """`[images, positions, outputs]`: what a layer puts out, with an axis of images, at some positions."""
-    axis = channel_axis(module, y)
-    shape = [size for a, size in enumerate(y.shape) if a not in (0, axis)]
-    if not shape:
-        return y[:, None]
-    where: tuple[Any, ...] = (slice(None), *torch.unravel_index(positions, shape))
-    return y[where] if axis == y.dim() - 1 else y[(slice(None), *where)].transpose(1, 2)
+    last = y.movedim(channel_axis(module, y), -1)
+    return last.reshape(len(y), -1, last.shape[-1]).index_select(1, positions)
 
 
 def positions_of(module: nn.Module, y: Tensor) -> int:

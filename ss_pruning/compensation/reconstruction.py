@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import preserved
 from ss_pruning.compensation.folding import IDLE, REGISTERED, Outcome, add_bias, norms_behind
 from ss_pruning.compensation.normal_equations import NormalEquations, outputs_at, positions_of, with_images
@@ -40,6 +41,8 @@ _HELD_OUT = 5
 _ROWS_EACH, _FEWEST_ROWS, _MOST_ROWS = 256, 2**13, 2**16
 # Neighbouring positions say much the same: rows come from so many images, and from no larger share of their positions.
 _LEAST_IMAGES, _SHARE = 32, 0.25
+# Normal equations of so many bytes are given back to the system at once: the next ones will not fit in their place.
+_MUCH = 2**26
 
 
 def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
@@ -80,7 +83,9 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
             equations.module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
-            give_back()
+            if equations.gram.nbytes > _MUCH:
+                give_back()
+            step(len(outcome.layers), len(models.order))
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome
 
@@ -116,9 +121,8 @@ def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | No
     """Of one layer, from as many images as it needs."""
     equations, total = NormalEquations(module), max(len(models.batch), 1)
     each = models.sizes[path] / len(models.large.modules[path].weight)  # type: ignore[arg-type]
-    rows = min(max(_ROWS_EACH * equations.parameters, _FEWEST_ROWS), _MOST_ROWS)
-    images = min(max(math.ceil(rows / (_SHARE * each)), _LEAST_IMAGES), total)
-    share = min(rows / (images * each), 1.0)
+    rows, images = rows_wanted(equations.parameters, each, total)
+    share = rows / (images * each)
     for meeting in models.at(path, images):
         x, wanted = with_images(module, meeting.x), with_images(module, meeting.wanted)
         drawn = torch.Generator().manual_seed(int(meeting.numbers[0]) if len(meeting.numbers) else 0)
@@ -134,6 +138,19 @@ def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | No
             else:
                 equations.add(x[where], y[where], positions, held_out)
     return equations
+
+
+def rows_wanted(parameters: int, positions: float, total: int) -> tuple[float, int]:
+    """How many rows a layer is fitted on, and of how many of all the images they come.
+
+    Args:
+        parameters: Of one of its outputs.
+        positions: Of its output, for an image.
+        total: How many images there are.
+    """
+    rows = min(max(_ROWS_EACH * parameters, _FEWEST_ROWS), _MOST_ROWS)
+    images = min(max(math.ceil(rows / (_SHARE * positions)), _LEAST_IMAGES), total)
+    return min(rows, images * positions), images
 
 
 def _numbers(images: Tensor, rows: int, total: int) -> Tensor:

@@ -21,6 +21,9 @@ from ss_pruning.errors import InputError
 MOST = 1024
 #: Statistics are taken on so many samples at a time.
 BATCH = 64
+# Numbers of the inputs that run at once: what larger batches make is too large for what the C library keeps at hand,
+# and the system clears memory anew for every layer.
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Batch:
         """Parts of about so many samples, and no more than run at once."""
         size = self.most or max(size // self.unit, 1) * self.unit
         return [self[begin : begin + size] for begin in range(0, self.count, size)]
+
+    def parts(self) -> list[Batch]:
+        """All samples, as many at once as run fast."""
+        numbers = sum(x.numel() for x in self.tensors())
+        return self.split(max(_AT_ONCE * self.count // max(numbers, 1), 1))
 
     def at_most(self, size: int) -> Batch:
         """The first samples, of which no more run at once."""
@@ -170,6 +178,19 @@ def shaped(batch: Any, example: Any, where: str) -> Any:
     if isinstance(example, Tensor):
         return _as_tensor(batch, example, where)
     return example
+
+
+def channels_last(model: nn.Module, batch: Batch) -> Batch:
+    """The same, laid out channels last where the model runs on that and on a CPU, which is faster there.
+
+    Code that asks for a view of what convolutions put out may not run.
+    """
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and not x.is_cuda else x
+
+    made = batch.mapped(laid_out)
+    return made if _runs(model, made[: made.unit]) else batch
 
 
 def sizes_that_run(model: nn.Module, example: Any) -> tuple[int, int | None]:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import Floats, Ints
+from ss_pruning._utils.progress import part
 from ss_pruning._utils.running import preserved
 from ss_pruning.config import LEAST_IMAGES, Method
 from ss_pruning.errors import InputError, ModelError
@@ -87,6 +88,7 @@ class Shrinking:
         taken: Says by scores how many steps each group would take, `[groups]`. If it is given, output error is measured
             again (not with "reconstruct"): what is added to that of the other groups, cut so.
         rivals: Makes of sensitivities all the scores that compete, by the whole cut that `taken` says.
+        effort: How output error is measured; by default what suits method and images.
     """
 
     max_ratio: float = 0.9
@@ -94,6 +96,7 @@ class Shrinking:
     follow: bool = False
     taken: Callable[[Scores], Ints] | None = None
     rivals: Callable[[list[Scores]], list[Scores]] = list
+    effort: Effort | None = None
 
 
 def by_sensitivity(
@@ -129,14 +132,15 @@ def by_sensitivity(
     _check(images)
     model, connectivity, groups = traced.model, traced.connectivity, traced.coupling.groups
     consumers = dict.fromkeys(path for group in groups for path in _consumers(group, connectivity))
-    effort = _effort(shrinking.method, images)
+    effort = shrinking.effort or effort_for(shrinking.method, images)
     held, others = _held_out(images, effort.images)
     with preserved(model, training=False), torch.no_grad():
         statistics = known or {}
         if not consumers.keys() <= statistics.keys():
-            statistics = measure(
-                model, connectivity, others.split(BATCH), None, list(consumers), covariance=True
-            )
+            with part(0.0, 0.0):  # one pass, beside many
+                statistics = measure(
+                    model, connectivity, others.split(BATCH), None, list(consumers), covariance=True
+                )
         ablation = BatchedAblation(model, connectivity, held, statistics, shrinking.method, shrinking.follow)
         pairs = zip(groups, scores, strict=True)
         shrinkages = [
@@ -160,7 +164,8 @@ def by_sensitivity(
         return choices[_least(ablation, cuts)]
 
 
-def _effort(method: Method, images: Batch) -> Effort:
+def effort_for(method: Method, images: Batch) -> Effort:
+    """How output error is measured by default, when the cut is compensated so, on such images."""
     if method == "reconstruct":
         return REFITTED
     tensors = [leaf for leaf in pytree.tree_leaves(images.inputs) if isinstance(leaf, Tensor)]
@@ -279,8 +284,8 @@ def _measured(
 ) -> list[list[Floats]]:
     """By group and subgroup, what each channel set adds to the output error of the others, cut by so many steps."""
     found: dict[tuple[int, int], float] = {}
-    for part in _parts(ablation, shrinkages, progress):
-        runs = [(n, width) for n in part for width in (0, *shrinkages[n].widths) if width or any(context)]
+    for numbers in _parts(ablation, shrinkages, progress):
+        runs = [(n, width) for n in numbers for width in (0, *shrinkages[n].widths) if width or any(context)]
         cuts = [_joined(shrinkages, [*context[:n], width, *context[n + 1 :]]) for n, width in runs]
         found |= dict(zip(runs, ablation.sensitivity(cuts).tolist(), strict=True))
     return [
@@ -302,12 +307,16 @@ def _parts(
     """The numbers of groups that are measured in one batch: neighbours, of which little runs in vain."""
     begin = {n: min(map(ablation.begin, s.order)) for n, s in enumerate(shrinkages) if s.widths}
     order = sorted(begin, key=begin.__getitem__)
-    widths = max((len(s.shares) for s in shrinkages), default=1)
-    size = max(1, (_ROWS // len(ablation.batch) - 1) // widths)
+    size = at_a_time(len(ablation.batch), max((len(s.shares) for s in shrinkages), default=1))
     for start in range(0, len(order), size):
         progress(start)
         yield order[start : start + size]
     progress(len(shrinkages))
+
+
+def at_a_time(images: int, widths: int) -> int:
+    """How many groups are measured in one batch, each at so many widths."""
+    return max(1, (_ROWS // images - 1) // widths)
 
 
 def _joined(shrinkages: Sequence[_Shrinkage], steps: Sequence[int]) -> dict[str, Ints]:

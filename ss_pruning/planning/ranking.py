@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ss_pruning._utils.arrays import Ints
-from ss_pruning._utils.progress import Clock
+from ss_pruning._utils.progress import Clock, step
 from ss_pruning.compensation.apply import BATCH
 from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError
@@ -16,7 +16,7 @@ from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
-from ss_pruning.importance.sensitivity import Scores, Shrinking, by_sensitivity
+from ss_pruning.importance.sensitivity import Effort, Scores, Shrinking, by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot, divided
 from ss_pruning.planning.costs import Costs
@@ -52,6 +52,7 @@ class Ranker:
         costs: Of the model.
         images: One batch of calibration inputs, or None.
         clock: Times the stages.
+        effort: How output error is measured; by default what suits method and images.
     """
 
     traced: TracedModel
@@ -59,6 +60,7 @@ class Ranker:
     costs: Costs
     images: Batch | None
     clock: Clock
+    effort: Effort | None = None
     _importances: dict[Synaptic, Any] = field(default_factory=dict, init=False)
     _latest: tuple[Coupling, Ranking] | None = field(default=None, init=False)
 
@@ -104,7 +106,7 @@ class Ranker:
         groups = traced.coupling.groups
         if isinstance(importance, Synaptic):
             importance = self._synaptic(importance)
-        with self.clock("score", 1):
+        with self.clock("score"):
             graph = SubgroupGraph(traced.model, traced.example_inputs, traced.connectivity)
             subgroups = [subgroup for group in groups for subgroup in group.subgroups]
             scored = iter(subgroup_scores(importance, subgroups, graph))
@@ -146,9 +148,11 @@ class Ranker:
                 config.compensation.recalibrate,
                 None if method == "reconstruct" else taken,
                 lambda measured: self._rivals(measured, scores, traced, config),
+                self.effort,
             )
-            steps, known = self.clock.steps("measure"), self._known(config.importance)
-            return by_sensitivity(traced, scores, images, shrinking, steps, known)
+            with self.clock("measure"):
+                known = self._known(config.importance)
+                return by_sensitivity(traced, scores, images, shrinking, step, known)
 
         return remembered(self._key(traced, config, scores), measure, scores)
 
@@ -174,10 +178,10 @@ class Ranker:
 
     def _key(self, traced: TracedModel, config: Config, scores: Scores) -> str | None:
         """What sensitivities are kept under; none where they depend on times, which are never the same twice."""
-        given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation)
+        given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation, self.effort)
         # All but reconstruct are measured again, beside what the other groups would lose.
         if not isinstance(config.compensation, Reconstruct):
-            given = (*given, config.budget, replace(config.allocation, latency_inputs=None))
+            given = (*given, config.budget, replace(config.allocation, latency_inputs=None, budget_time=None))
             if config.budget.kind == "latency" or config.allocation.round_to == "measured":
                 return None
         assert self.images is not None

@@ -34,11 +34,14 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
     options = "" if named else _model_options(report)
     recover = f"ss-prune recover {shlex.quote(file)}{options} --calibration PHOTOS --minutes 5"
     tune = _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")
+    out = shlex.quote(str(Path(file).with_name("finetuned")))
+    tune_folder = f"ss-prune finetune {shlex.quote(file)} --data FOLDER --out {out}"
     save = [] if report.file else [("Save", f"import ss_pruning\n\nss_pruning.save(model, {file!r})")]
     return [
         *save,
         ("Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
         *([("Recover without labels", recover)] if report.file and not report.random_weights else []),
+        *([("Fine-tune on a folder", tune_folder)] if named and not report.model.startswith("yolo:") else []),
         *(
             [] if report.model.startswith("yolo:") else [("Fine-tune", tune)]
         ),  # detectors have losses of their own

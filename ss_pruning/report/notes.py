@@ -20,6 +20,7 @@ _VARIANCES = {
 def certainty(report: Report) -> list[tuple[str, str]]:
     """Return (number, how it was come by and how certain it is)."""
     timed = [("latency", _latency(report))] if report.latency_ratio is not None else []
+    traded = report.traded_for_time
     return [
         ("top-1", _accuracy(report)),
         ("multiply-accumulates", "Counted while the model ran on one input: exact for inputs of that size."),
@@ -29,6 +30,7 @@ def certainty(report: Report) -> list[tuple[str, str]]:
         ("compensation", _compensation(report)),
         *([] if report.fidelity is None else [("fidelity", _fidelity(report))]),
         ("strengths", _strengths(report)),
+        *([("time", f"Less was done to save time: {'; '.join(traded)}.")] if traded else []),
     ]
 
 

@@ -132,6 +132,8 @@ class Report:
             output.
         settings: the options in effect, by name.
         seconds: time by stage.
+        seconds_expected: the same, as it was expected before the start; of the stages that take long.
+        traded_for_time: what was given up to keep to `Allocation.budget_time`, in words.
         versions: package name to version.
         accuracy_before: fraction (0 to 1) of the images that the dense model gets right.
         accuracy_after: the same, pruned, with no training in between.
@@ -169,6 +171,8 @@ class Report:
     max_error: float
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    seconds_expected: dict[str, float] = field(default_factory=dict)
+    traded_for_time: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     accuracy_before: float | None = None
     accuracy_after: float | None = None

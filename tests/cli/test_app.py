@@ -724,16 +724,17 @@ def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
     monkeypatch.setattr(_console, "Console", lambda stderr: console)
     with _console.progress_bars() as progress:
         for done in range(3):
-            progress(f"pruning: stage[{done}]", done, 2)
-        progress("accuracy", 1, 7)
+            progress(f"pruning: stage[{done}]", 60_000 * done, 120_000)
+        progress("accuracy", 1, 8)
     return file.getvalue()
 
 
 def test_progress_is_one_bar_a_job_labelled_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, terminal=True)
     assert "pruning: stage[2]" in text
-    assert "2/2" in text
-    assert "1/7" in text
+    assert "100%" in text
+    assert "12%" in text
+    assert "left" in text
     assert "pruning: stage[0]" not in text.rpartition("accuracy")[0].rpartition("pruning: stage[2]")[2]
 
 

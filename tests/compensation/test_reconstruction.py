@@ -68,7 +68,7 @@ def test_both_parts_together_are_all_there_is(layer: nn.Conv2d, monkeypatch: pyt
     equations, positions = NormalEquations(layer), torch.arange(y[0, 0].numel())
     for begin, end, held_out in ((0, 3, False), (3, 5, True), (5, 7, False)):
         equations.add(x[begin:end], outputs_at(layer, y[begin:end], positions), positions, held_out)
-    gram, cross = equations.gram, equations.cross
+    gram, cross = equations.sums()
     assert float(gram[0, 0, -1, -1]) == 5 * len(positions)
     assert float(gram[1, 0, -1, -1]) == 2 * len(positions)
     wanted = (

@@ -29,13 +29,13 @@ def test_the_report_says_what_is_kept_on_inputs_that_were_held_out() -> None:
     model, report = pruned("reconstruct")
     held, _ = held_out(Batch.of(X))
     found = report.fidelity
-    assert found == Reference(net(), held).fidelity(model)
     assert found is not None
+    again = Reference(net(), held).fidelity(model)  # laid out otherwise, and so rounded otherwise
+    assert (found.error, found.agreement) == (pytest.approx(again.error, rel=1e-4), again.agreement)
     assert found.inputs == 12
     assert report.fidelity_uncompensated is not None
     assert found.error < report.fidelity_uncompensated.error
-    again = Report.from_dict(report.to_dict())
-    assert again.fidelity == found
+    assert Report.from_dict(report.to_dict()).fidelity == found
     assert "12 held-out inputs" in str(report)
     assert "of the cut alone" in dict(certainty(report))["fidelity"]
 

@@ -45,14 +45,21 @@ def test_a_file_of_the_command_line_is_loaded_tuned_and_exported(tmp_path: Path)
     report = ss_pruning.Report.load_json(out / "report.json")
     assert report.file == str(out / "model.safetensors")
     steps = dict(next_steps(report))
-    assert list(steps) == ["Load", "Recover without labels", "Fine-tune", "Export", "Measure"]
+    assert list(steps) == [
+        "Load",
+        "Recover without labels",
+        "Fine-tune on a folder",
+        "Fine-tune",
+        "Export",
+        "Measure",
+    ]
     for commands in steps.values():
         assert commands in done.stdout  # whole: not broken into lines
     model = ran(steps, {})
     again = ss_pruning.load(out / "finetuned.safetensors")
     assert torch.equal(model(IMAGES), again(IMAGES))
     assert not torch.equal(model(IMAGES), ss_pruning.load(report.file)(IMAGES))
-    for what in ("Recover without labels", "Export", "Measure"):
+    for what in ("Recover without labels", "Fine-tune on a folder", "Export", "Measure"):
         _check(arguments(steps[what]))
 
 

@@ -19,7 +19,7 @@ from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
 
 # Images run at once: as many as make the largest tensor so many numbers long.
-_AT_ONCE = 2**23
+_AT_ONCE = 2**22
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.importance.activation_stats.noise import on_noise
 from ss_pruning.importance.activation_stats.norms import from_norms, norm_scales
 from ss_pruning.importance.activation_stats.observed import ActivationStatistics, Products, Sums, observe
-from ss_pruning.importance.calibration import stream
+from ss_pruning.importance.calibration import Batch, stream
 
 __all__ = ["ActivationStatistics", "StatisticsSource", "from_norms", "measure", "norm_scales"]
 
@@ -56,9 +56,15 @@ def measure(
             "statistics must be an iterable of batches; wrap a single one in a list: statistics=[x]"
         )
     else:
-        batches = stream(source, example_inputs)
-        seen = observe(model, connectivity, batches, paths, Products if covariance else Sums)
+        batches = (batch.parts() for batch in stream(source, example_inputs))
+        seen = observe(model, connectivity, batches, paths, Products if covariance else Sums, _count(source))
         found = {path: s.statistics for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
     scales = norm_scales(model, connectivity) if len(found) < len(paths) else {}
     return {path: found[path] if path in found else from_norms(connectivity, path, scales) for path in paths}
+
+
+def _count(source: Iterable[Any]) -> int:
+    """How many samples the batches hold, to tell how far it is; 0 where only reading them would tell."""
+    known = isinstance(source, list) and all(isinstance(batch, Batch) for batch in source)
+    return sum(map(len, source)) if known else 0

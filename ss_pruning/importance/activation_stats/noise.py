@@ -106,7 +106,7 @@ def _seen_on_noise(
         undo.enter_context(hooked({p: modules[p] for p in layers if layers[p].kind == "norm"}, before_norm))
         for path in _unheard(connectivity):
             undo.enter_context(replaced_forward(modules[path], _shape_only(modules[path])))
-        return observe(model, connectivity, (batch.mapped(image) for batch in batches), paths)
+        return observe(model, connectivity, ([batch.mapped(image)] for batch in batches), paths)
 
 
 def _may_shrink(example_inputs: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
@@ -58,10 +60,14 @@ def _by_image(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class Sums:
-    """Running sums of one layer's input, in float64."""
+    """Running sums of one layer's input, in float64.
+
+    Attributes:
+        share: What is read next comes from this share of a batch.
+    """
 
     def __init__(self) -> None:
-        self.values, self.images = 0, 0
+        self.values, self.images, self.share = 0, 0, 1.0
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
@@ -84,6 +90,11 @@ class Sums:
             mean.to(dtype), variance.to(dtype), torch.zeros_like(mean, dtype=torch.bool)
         )
         return Seen(statistics, self.values, self.images)
+
+
+def positions_of(images: int, batch: int) -> int:
+    """From how many positions products are taken, of so many images in batches of so many."""
+    return -(-images // batch) * _PRODUCT_POSITIONS
 
 
 class Products(Sums):
@@ -115,8 +126,8 @@ class Products(Sums):
         self.second = self.second + products.double()
 
     def _drawn(self, x: Tensor) -> Tensor:
-        """`[channels, rows]`: so many positions of each image, the same in all of a batch."""
-        each = -(-_PRODUCT_POSITIONS // max(len(x), 1))
+        """`[channels, rows]`: so many positions of each image, the same in all that run at once."""
+        each = math.ceil(_PRODUCT_POSITIONS * self.share / max(len(x), 1))
         if x.shape[2] > each:
             drawn = torch.randperm(x.shape[2], generator=self.generator)[:each]
             x = x.index_select(2, drawn.to(x.device))
@@ -134,23 +145,39 @@ class Products(Sums):
 def observe(
     model: nn.Module,
     connectivity: Connectivity,
-    batches: Iterable[Batch],
+    batches: Iterable[list[Batch]],
     paths: Sequence[str],
     kind: type[Sums] = Sums,
+    samples: int = 0,
 ) -> dict[str, Seen]:
-    """Statistics of each layer's input over all positions of all batches, in one pass; only of layers that ran."""
+    """Statistics of each layer's input over all positions of all batches, in one pass; only of layers that ran.
+
+    Args:
+        model: As for `measure`.
+        connectivity: As for `measure`.
+        batches: What it runs on, each in parts that run at once.
+        paths: Of the layers.
+        kind: What is summed.
+        samples: How many there are in all, to tell how far it is; 0 if nobody knows.
+    """
     sums: dict[str, Sums] = {}
     for path in paths:  # a depthwise layer reads each channel by itself
         layer = connectivity.layers[path]
         plain = layer.kind == "depthwise" or layer.inputs > _PRODUCT_CHANNELS
         sums[path] = (Sums if plain else kind)()
     modules = modules_of(model)
-    count = 0
+    count, seen = 0, 0
     try:
         watched = hooked({path: modules[path] for path in sums}, lambda path, layer, x: sums[path](layer, x))
         with watched, preserved(model, training=False), torch.no_grad():
-            for batch in batches:
-                call(model, batch.inputs)
+            for parts in batches:
+                for part in parts:
+                    for s in sums.values():
+                        s.share = len(part) / max(sum(map(len, parts)), 1)
+                    call(model, part.inputs)
+                    seen += len(part)
+                    if samples:
+                        step(seen, samples)
                 count += 1
     except InputError:
         raise

@@ -1,0 +1,216 @@
+"""How long a run will take, said before it starts: what is to be done is counted, what that costs here is measured.
+
+Passes of the model are counted in inputs that run through all of it, the matrix algebra in multiply-accumulates, what
+statistics read in numbers. A timed pass over a few calibration inputs, a matrix product, a factorisation and a sum tell
+what these cost on this machine at this moment (`ss_pruning.profiling.rates`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_pruning._utils.hooks import hooked
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.compensation.normal_equations import positions_of, with_images
+from ss_pruning.compensation.reconstruction import rows_wanted
+from ss_pruning.config import Config, NoCompensation, Synaptic
+from ss_pruning.graph.layers import groups_of
+from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.activation_stats.observed import positions_of as product_positions
+from ss_pruning.importance.calibration import BATCH, Batch
+from ss_pruning.importance.sensitivity import Effort, at_a_time
+from ss_pruning.profiling.rates import Rates
+
+# Passes over the example inputs: noise for strengths, and a verification, in double precision.
+_NOISE_INPUTS, _VERIFIED = 8, 6
+# Allocations that compete, see `Ranker`.
+_RIVALS = 12
+# Ridges that are tried for a layer, the final one included.
+_RIDGES = 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer has to do with one input.
+
+    Attributes:
+        begin: Share of a forward pass that is over when it begins.
+        reads: Numbers that it reads.
+        positions: At which it puts out.
+        outputs: Channels.
+        inputs: Channels of a group.
+        columns: Inputs of an output, taps included.
+        groups: Of the layer.
+    """
+
+    begin: float
+    reads: int
+    positions: int
+    outputs: int
+    inputs: int
+    columns: int
+    groups: int
+
+
+def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
+    """By path, the layers with weights, in the order in which they run."""
+    found: dict[str, tuple[int, int]] = {}
+    kinds = {path: layer.kind for path, layer in traced.connectivity.layers.items()}
+    weighted = {p: traced.modules[p] for p, kind in kinds.items() if kind in ("synaptic", "depthwise")}
+    count = max(len(Batch.of(traced.example_inputs)), 1)
+
+    def note(path: str, module: nn.Module, x: Any, y: Any) -> None:
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            found[path] = x.numel() // count, positions_of(module, with_images(module, y))
+
+    with preserved(traced.model, training=False), torch.no_grad(), hooked(weighted, None, note):
+        call(traced.model, traced.example_inputs)
+    layers, over, total = {}, 0.0, max(sum(macs.values()), 1)
+    for path, (reads, positions) in found.items():
+        weight, groups = weighted[path].weight, groups_of(weighted[path])
+        assert isinstance(weight, Tensor)
+        columns = weight[0].numel()
+        inputs = max(traced.connectivity.layers[path].inputs // groups, 1)
+        layers[path] = Layer(over / total, reads, positions, len(weight), inputs, columns, groups)
+        over += macs.get(path, 0)
+    return layers
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Counts the work of a run.
+
+    Attributes:
+        traced: The model.
+        config: The effective settings.
+        layers: See `layers_of`.
+        rates: See there.
+    """
+
+    traced: TracedModel
+    config: Config
+    layers: dict[str, Layer]
+    rates: Rates
+
+    def seconds(self, fitted: int, held_out: int, effort: Effort) -> dict[str, float]:
+        """By stage, what it will take.
+
+        Args:
+            fitted: Calibration inputs; 0 for none, noise is taken then.
+            held_out: Others, on which models are compared.
+            effort: How output error is measured.
+        """
+        sensitivity = self.config.allocation.scope == "sensitivity"
+        known = self._is_known(fitted)
+        return {
+            "score": self._scored(fitted, known) + held_out * self.rates.one,
+            "measure": self._measured(effort, fitted, known) if sensitivity else 0.0,
+            "verify": _VERIFIED * self.rates.one * max(len(Batch.of(self.traced.example_inputs)), 1),
+            "cut": self._cut(fitted) + self._compared(held_out),
+        }
+
+    @property
+    def _kept(self) -> float:
+        """Share of the operations that stay, by the budget."""
+        budget = self.config.budget
+        return (1 - budget.value) ** 2 if budget.kind == "ratio" else budget.value
+
+    def _is_known(self, fitted: int) -> bool:
+        """Whether scores bring the covariances that sensitivity needs."""
+        importance = self.config.importance
+        return bool(fitted and isinstance(importance, Synaptic) and (importance.conditional or 0.0) > 0)
+
+    def _statistics(self, inputs: int, covariance: bool) -> float:
+        numbers = sum(layer.reads for layer in self.layers.values())
+        found = inputs * (self.rates.one + numbers * self.rates.number)
+        if covariance:
+            found += self.rates.product * product_positions(inputs, BATCH) * sum(self._wide(2))
+        return found
+
+    def _wide(self, power: int) -> list[float]:
+        return [
+            layer.groups * float(layer.inputs) ** power for layer in self.layers.values() if layer.inputs > 1
+        ]
+
+    def _scored(self, fitted: int, covariance: bool) -> float:
+        """Strengths are of noise; importances that are no `Synaptic` cost next to nothing."""
+        strengths = self._statistics(_NOISE_INPUTS, False)
+        if not isinstance(self.config.importance, Synaptic):
+            return strengths
+        if not fitted:
+            return 2 * strengths
+        ordered = self.rates.solve * sum(self._wide(3)) / 6 if covariance else 0.0
+        return strengths + self._statistics(fitted, covariance) + ordered
+
+    def _measured(self, effort: Effort, fitted: int, known: bool) -> float:
+        """Copies, each from where the first of those that run beside it begins; regressions, and what they leave."""
+        refitted = self.config.compensation.method == "reconstruct"
+        # A check runs three copies; without refits the dense model and what competes run whole.
+        copies = 3.0 if refitted else 4.0 + _RIVALS
+        for widths, beside in ((0, 1),) if refitted else ((0, 0), (1, 0)):
+            copies += self._copies(len(effort.widths) + widths, beside, effort)
+        algebra = 2 * self.rates.solve * sum(self._wide(3))
+        statistics = 0.0 if known else self._statistics(fitted, True)
+        return effort.images * copies * self.rates.many + algebra + statistics
+
+    def _copies(self, each: int, beside: int, effort: Effort) -> float:
+        """Whole passes: of so many copies a group, and so many beside those that run at a time."""
+        begins, size = sorted(self._begins()), at_a_time(effort.images, len(effort.widths))
+        parts = [begins[at : at + size] for at in range(0, len(begins), size)]
+        return sum((each * len(part) + beside) * (1 - part[0]) + part[0] for part in parts)
+
+    def _begins(self) -> list[float]:
+        """By group, where the first layer that reads it begins."""
+        found = []
+        for group in self.traced.coupling.groups:
+            read = [
+                m.path for s in group.subgroups for m in s.members if m.side == "in" and m.path in self.layers
+            ]
+            if read:
+                found.append(min(self.layers[path].begin for path in read))
+        return found
+
+    def _cut(self, fitted: int) -> float:
+        method, recalibrate = self.config.compensation.method, self.config.compensation.recalibrate
+        inputs = fitted or _NOISE_INPUTS
+        seconds = 0.0
+        if method == "reconstruct":
+            seconds += self._reconstructed(fitted)
+        elif method in ("mean", "linear"):
+            seconds += self._statistics(inputs, method == "linear")
+        if recalibrate:
+            seconds += (1 + self._kept) * inputs * self.rates.one
+        return seconds
+
+    def _compared(self, held_out: int) -> float:
+        """The cut alone, and what a compensation makes of it."""
+        models = 1 if self.config.compensation == NoCompensation() else 2
+        return models * self._kept * held_out * self.rates.one
+
+    def _reconstructed(self, fitted: int) -> float:
+        """Both models as far as each layer, on so many inputs as that needs; and the normal equations."""
+        share = math.sqrt(self._kept)  # of the channels of a layer
+        layers = list(self.layers.values())
+        needed = [rows_wanted(layer.columns + 1, layer.positions, fitted) for layer in layers]
+        seconds, furthest = 0.0, 0
+        ends = [*(layer.begin for layer in layers[1:]), 1.0]
+        for layer, end, (rows, inputs) in reversed(list(zip(layers, ends, needed, strict=True))):
+            furthest = max(furthest, inputs)
+            seconds += (1 + self._kept) * furthest * (end - layer.begin) * self.rates.one
+            seconds += self._solved(
+                rows, max(share * layer.columns, 1.0) + 1, share * layer.outputs, layer.groups
+            )
+        return seconds
+
+    def _solved(self, rows: float, columns: float, outputs: float, groups: int) -> float:
+        """Of one layer whose groups each have so many columns."""
+        products = rows * columns * groups * (columns / 2 + outputs / groups)
+        solving = groups * (_RIDGES * columns**3 / 6) + _RIDGES * columns**2 * outputs / 2
+        gathered = rows * (columns * groups + 3 * outputs)
+        return products * self.rates.product + solving * self.rates.solve + gathered * self.rates.number

@@ -1,0 +1,76 @@
+"""What work costs on this machine at this moment: a few seconds of measuring, to say how long a long run will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ss_pruning._utils.running import call, preserved
+from ss_pruning.importance.calibration import Batch
+
+# Inputs of the timed pass, and of the one at many inputs, where memory costs more.
+_FEW, _MANY = 8, 24
+# Sides of the matrices that are timed, and numbers that are summed.
+_SIDE, _NUMBERS = 512, 2**20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that work costs here.
+
+    Attributes:
+        one: A forward pass of the dense model, an input.
+        many: The same, of many at once.
+        product: A multiply-accumulate of a matrix product in single precision.
+        solve: One of a Cholesky factorisation in double precision.
+        number: A number, summed in double precision.
+    """
+
+    one: float
+    many: float
+    product: float
+    solve: float
+    number: float
+
+    @classmethod
+    def measured(cls, model: nn.Module, inputs: Batch) -> Rates:
+        """Time a few passes and some algebra; takes as long as some dozen inputs."""
+        few = inputs.parts()[0].at_most(_FEW)
+        many = inputs[: _MANY // inputs.unit * inputs.unit] if len(inputs) >= 2 * _FEW else few
+        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        wide = torch.ones(4 * _SIDE, _SIDE, device=place)
+        spread = torch.eye(_SIDE, device=place, dtype=torch.float64)
+        numbers = torch.ones(_NUMBERS, device=place)
+
+        def summed() -> None:
+            double = numbers.double()
+            double.sum()
+            double.square().sum()
+
+        with preserved(model, training=False), torch.no_grad():
+            passes = [_timed(partial(call, model, batch.inputs)) / len(batch) for batch in (few, many)]
+        return cls(
+            passes[0],
+            max(passes),
+            _timed(lambda: wide.T @ wide) / (4 * _SIDE**3),
+            _timed(lambda: torch.linalg.cholesky(spread)) / (_SIDE**3 / 6),
+            _timed(summed) / _NUMBERS,
+        )
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    """Seconds of the second time: the first one makes ready."""
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
