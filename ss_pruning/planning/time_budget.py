@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def work_within(
         seconds: What is left of the time.
     """
     inputs = 0 if images is None else len(images)
-    seen = Batch.of(traced.example_inputs) if images is None else images
+    seen = _whole(traced.example_inputs) if images is None else images
     effort = effort_for(config.compensation.method, seen)
     rates, layers = Rates.measured(traced.model, seen), layers_of(traced, costs.layer_macs)
 
@@ -91,6 +92,13 @@ def work_within(
     return replace(
         found, traded=(*found.traded, f"and it was still expected to take {in_words(found.total)}")
     )
+
+
+def _whole(example_inputs: Any) -> Batch:
+    """Of which nothing is known but that it runs as it is."""
+    batch = Batch.of(example_inputs)
+    count = max(len(batch), 1)
+    return batch.limited(count, count)
 
 
 def _ways(config: Config, inputs: int, effort: Effort) -> Iterator[tuple[Config, int, Effort, list[str]]]:

@@ -42,7 +42,7 @@ class Rates:
     def measured(cls, model: nn.Module, inputs: Batch) -> Rates:
         """Time a few passes and some algebra; takes as long as some dozen inputs."""
         few = inputs.parts()[0].at_most(_FEW)
-        many = inputs[: _MANY // inputs.unit * inputs.unit] if len(inputs) >= 2 * _FEW else few
+        many = inputs.at_most(_MANY) if len(inputs) >= 2 * _FEW else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
         wide = torch.ones(4 * _SIDE, _SIDE, device=place)
         spread = torch.eye(_SIDE, device=place, dtype=torch.float64)
@@ -54,7 +54,9 @@ class Rates:
             double.square().sum()
 
         with preserved(model, training=False), torch.no_grad():
-            passes = [_timed(partial(call, model, batch.inputs)) / len(batch) for batch in (few, many)]
+            passes = [
+                _timed(partial(call, model, batch.inputs)) / max(len(batch), 1) for batch in (few, many)
+            ]
         return cls(
             passes[0],
             max(passes),
