@@ -147,7 +147,8 @@ def prune_(
             **({} if timed is None else as_reported(timed.dense, timed.pruned)),
         )
         clock.over()
-        adopt_(model, cut.model if dense is model else cut.plan.cut_copy(model, cut.model))
+        ready = cut.model if dense is model else cut.plan.cut_copy(model, cut.model)
+    adopt_(model, ready)  # the last step: whatever comes before leaves the model as it was
     return report
 
 

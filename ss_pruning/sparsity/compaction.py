@@ -78,10 +78,14 @@ def compact_(model: nn.Module, example_inputs: Any) -> Compaction:
     """
     check_bare(model)
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
-        return _compacted(model, example_inputs)
+        compaction, ready = _compacted(model, example_inputs)
+    if ready is not model:
+        adopt_(model, ready)
+    return compaction
 
 
-def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
+def _compacted(model: nn.Module, example_inputs: Any) -> tuple[Compaction, nn.Module]:
+    """What was done to a copy, and the copy; the model itself where nothing was."""
     begin = time.perf_counter()
     check_finite(model)
     check_unmasked(model)
@@ -105,9 +109,7 @@ def _compacted(model: nn.Module, example_inputs: Any) -> Compaction:
         precision="float64" if first.verifier.tolerance == TOLERANCE else "the model's own",
         seconds=time.perf_counter() - begin,
     )
-    if plan.cuts:
-        adopt_(model, ready)
-    return compaction
+    return compaction, ready
 
 
 class _Round:

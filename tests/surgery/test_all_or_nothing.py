@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ss_pruning
-from ss_pruning import prune_
+from ss_pruning import prune_, pruning
 from ss_pruning._utils.copying import copied
 from ss_pruning.errors import BudgetError, NothingToPruneError, VerificationError
 from ss_pruning.graph import couple, trace
 from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
+from ss_pruning.sparsity import compaction
 from ss_pruning.sparsity.compaction import compact_
 from ss_pruning.surgery import cut as cutting
 from ss_pruning.surgery import plan as surgery
@@ -59,6 +62,25 @@ def test_an_interrupt_in_the_middle_of_a_cut_changes_nothing(
         assert torch.equal(model(X), output)
     else:
         assert next(calls) <= at  # there were fewer calls than that
+
+
+@pytest.mark.parametrize("module", [pruning, compaction])
+def test_the_swap_is_the_last_step(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while hooks are put back comes before it: no model is pruned by a call that raises."""
+
+    @contextlib.contextmanager
+    def interrupted(*_: Any) -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    model = chain()
+    with torch.no_grad():
+        model.conv1.weight[:3] = 0  # to be compacted away
+    before = snapshot(model)
+    monkeypatch.setattr(module, "quiet_hooks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_(model, X, ratio=0.4) if module is pruning else compact_(model, X)
+    assert snapshot(model) == before
 
 
 def test_a_swap_is_one_step_for_signals() -> None:
