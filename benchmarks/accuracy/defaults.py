@@ -175,7 +175,7 @@ def _orders(lines: list[Line]) -> list[tuple[str, int, int, float]]:
         ]
         if gaps:
             text = f"{better} >= {worse} - {slack:g}"
-            found.append((text, sum(gap >= 0 for gap in gaps), len(gaps), min(*gaps, 0.0)))
+            found.append((text, sum(gap >= 0 for gap in gaps), len(gaps), max(0.0, -min(gaps))))
     return found
 
 

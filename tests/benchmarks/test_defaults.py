@@ -41,7 +41,7 @@ def test_orders_are_counted_with_their_slack() -> None:
         line("none", 50.0, macs=0.5),
         line("mean", 47.0, macs=0.5),
     ]
-    assert defaults._orders(lines) == [("mean >= none - 1", 1, 2, -2.0)]
+    assert defaults._orders(lines) == [("mean >= none - 1", 1, 2, 2.0)]
 
 
 def test_fidelity_is_ranked_against_what_is_lost() -> None:
