@@ -28,11 +28,13 @@ def count(number: float, unit: str = "") -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """Write a fraction as a percentage.
+    """Write a fraction as a percentage; what is not nothing does not read as nothing.
 
-    >>> percent(0.7), percent(0.93391, 2)
-    ('70.0 %', '93.39 %')
+    >>> percent(0.7), percent(0.93391, 2), percent(0.0), percent(2e-9)
+    ('70.0 %', '93.39 %', '0.0 %', '<0.1 %')
     """
+    if 0 < 100 * fraction < 0.5 * 10**-digits:
+        return f"<{10**-digits:.{digits}f} %"
     return f"{100 * fraction:.{digits}f} %"
 
 
