@@ -71,6 +71,18 @@ def test_anything_else_is_measured_anew(counted: list[int], other: dict[str, Any
     assert len(counted) == 2
 
 
+def test_what_competes_belongs_to_what_is_measured(counted: list[int]) -> None:
+    choices = (
+        None,
+        "sensitivity",
+        Allocation(cost_exponent=1.0),
+        Allocation("sensitivity", cost_exponent=1.0),
+    )
+    for allocation in (*choices, *choices):
+        widths(compensation="linear", allocation=allocation)
+    assert len(counted) == len(choices)
+
+
 class Ending(nn.Sequential):
     """The same layers as `net()`, and something else behind the last: no module, weight or score shows it."""
 
