@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ss_pruning.integrations.torch_pruning.importance import SynapticImportance
     from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
     from ss_pruning.io.checkpoint import load, save
+    from ss_pruning.io.dense import load_dense
     from ss_pruning.io.export import export
     from ss_pruning.io.int8 import export_int8
     from ss_pruning.profiling.latency import measure_latency
@@ -63,6 +64,7 @@ __all__ = [
     "export",
     "export_int8",
     "load",
+    "load_dense",
     "measure_latency",
     "plan",
     "prune_",
@@ -89,6 +91,7 @@ _LAZY = {
     "export": "io.export",
     "export_int8": "io.int8",
     "load": "io.checkpoint",
+    "load_dense": "io.dense",
     "measure_latency": "profiling.latency",
     "plan": "pruning",
     "prune_": "pruning",

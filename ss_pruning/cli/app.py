@@ -76,9 +76,11 @@ def prune(
     with _output_folder(output.out, request.weights):
         with progress_bars() as progress:
             from ss_pruning.cli import jobs as _job
+            from ss_pruning.io.checkpoint import checksum_of_weights
 
             _job.check_statistics(request, synaptic)
             job = _job.prepare(request, progress)
+            dense = checksum_of_weights(job.model)
             with _job.input_size_named(request):
                 pictures, calibrated_on = _job.calibration_images(request, method.repair, job, progress)
                 importance = synaptic if method.importance == SYNAPTIC else method.importance
@@ -88,7 +90,7 @@ def prune(
             report.command = _command_line(context)
             report.random_weights = _job.random_weights(request)
             report.file = None if output.out is None else str(output.out / _job.WRITTEN[0])
-            content = b"" if output.out is None else _job.packed(job, report)
+            content = b"" if output.out is None else _job.packed(job, report, dense)
         with _written_after(output.out, lambda folder: _job.write(content, report, folder)):
             _show(report, output.as_json, results)
         if output.out is not None and not output.as_json:

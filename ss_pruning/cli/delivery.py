@@ -12,18 +12,19 @@ from torch import nn
 
 from ss_pruning._utils.files import check_apart
 from ss_pruning.cli import jobs
-from ss_pruning.cli.console import ProgressCallback, not_interrupted
+from ss_pruning.cli.console import ProgressCallback, not_interrupted, note
 from ss_pruning.cli.request import Calibrated, Exporting, Rebuilt, Recovering, Request
 from ss_pruning.config import NoCompensation, Recovery
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.io import export as exporting
 from ss_pruning.io.checkpoint import architecture_of, load, open_report, save
+from ss_pruning.io.dense import check_dense
 from ss_pruning.io.int8 import export_int8
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.report.formatting import percent
 from ss_pruning.sources.accuracy import accuracy
-from ss_pruning.sources.architecture_names import build_named
+from ss_pruning.sources.architecture_names import build_named, without_weights
 from ss_pruning.sources.models import build_model, input_of
 from ss_pruning.sources.preprocessing import Preprocess, random_inputs
 
@@ -55,7 +56,7 @@ def request_of(wanted: Recovering, seed: int) -> Request:
     """The dense model and the images, as the user says, or else the file and the report beside it.
 
     Raises:
-        InputError: Nobody says where images are, or what the architecture or the weights.
+        InputError: Nobody says where images are, or what the architecture.
     """
     if wanted.calibration is None and wanted.data is None:
         raise InputError(
@@ -74,13 +75,11 @@ def request_of(wanted: Recovering, seed: int) -> Request:
         pass  # a file on its own
     own = {field.name: getattr(wanted, field.name) for field in fields(Calibrated)}
     own["input_size"] = wanted.input_size or known.get("input size")
-    request = Request(model=spec, weights=wanted.weights or known.get("weights"), seed=seed, **own)
-    if jobs.random_weights(request):
-        raise InputError(
-            "the dense model's weights are what is imitated, and no report beside the file says where they are: "
-            "give --weights"
-        )
-    return request
+    model, weights = wanted.model or without_weights(spec, wanted.file), wanted.weights
+    if weights is None and (said := known.get("weights")):
+        note(f"Dense weights: {said}, as the report beside the file says.")
+        weights = said
+    return Request(model=model, weights=weights, seed=seed, **own)
 
 
 def export(wanted: Exporting, progress: ProgressCallback) -> str:
@@ -117,16 +116,16 @@ def recover(
     wanted: Recovering, request: Request, training: Recovery, progress: ProgressCallback
 ) -> tuple[RecoveryReport, dict[str, Any]]:
     """Recover and write; what was done, and what more there is to say."""
-    # Of what the file names only plain options are followed: `load` builds it first.
-    named = architecture_of(wanted.file)
-    pruned = load(wanted.file, None if request.model == named else lambda: build_model(request.model))
-    job = jobs.prepare(request, progress)
+    pruned = load(wanted.file, None if wanted.model is None else lambda: build_model(request.model))
+    dense = jobs.build(request)
+    check_dense(dense, wanted.file, known=not jobs.random_weights(request))
+    job = jobs.with_data(request, dense)
     pruned.to(job.device)
     pictures, facts = jobs.calibration_images(request, NoCompensation(), job, progress)
     facts |= _accuracy("accuracy before", pruned, job, progress)
     report = recover_(
         pruned,
-        job.model,
+        dense,
         pictures,
         example_inputs=job.example,
         steps=wanted.steps,
@@ -139,7 +138,7 @@ def recover(
     if report.stopped == "interrupted":
         raise KeyboardInterrupt
     facts |= _accuracy("accuracy after", pruned, job, progress)
-    save(pruned, wanted.target, named)
+    save(pruned, wanted.target, architecture_of(wanted.file), dense)
     return report, {**facts, "written": str(wanted.target)}
 
 

@@ -22,7 +22,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
 from ss_pruning.sources.data import open_data, open_photos
-from ss_pruning.sources.models import build_model, input_of, portable_name
+from ss_pruning.sources.models import brings_weights, build_model, input_of, portable_name
 from ss_pruning.sources.preprocessing import random_inputs
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Job(NamedTuple):
 
 
 def random_weights(request: Request) -> bool:
-    """Whether no weights are loaded: only the demo brings its own."""
-    return request.weights is None and not request.model.startswith("demo:")
+    """Whether no weights are loaded that anybody knows of."""
+    return request.weights is None and not brings_weights(request.model)
 
 
 def check_statistics(request: Request, synaptic: Synaptic) -> None:
@@ -68,16 +68,26 @@ def check_statistics(request: Request, synaptic: Synaptic) -> None:
 
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
-    check_photos(request)
-    device = device_named(request.device)
-    torch.manual_seed(request.seed)
-    model = build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
+    model = build(request)
     if random_weights(request):
         banner(
             "Random weights",
             "No --weights were given, so the model has random weights: sizes and times mean something, which channels "
             "are kept does not, and the result is of no use. Give the trained model's weights with --weights FILE.",
         )
+    return with_data(request, model)
+
+
+def build(request: Request) -> nn.Module:
+    """The model with its weights, on its device."""
+    check_photos(request)
+    device = device_named(request.device)
+    torch.manual_seed(request.seed)
+    return build_model(request.model, request.weights, by_order=request.weights_by_order).to(device)
+
+
+def with_data(request: Request, model: nn.Module) -> Job:
+    """The model with an input for it, and the data if any is asked for."""
     preprocess = preprocess_of(input_of(request.model, model), request)
     data = None
     if request.data is not None:
@@ -88,6 +98,7 @@ def prepare(request: Request, progress: ProgressCallback) -> Job:
             evaluation_size=request.images,
             seed=request.seed,
         )
+    device = device_named(request.device)
     example = random_inputs(1, preprocess.size, request.seed)
     return Job(request.model, model, example.to(device), preprocess, data, device)
 
@@ -341,11 +352,11 @@ def settings_of(request: Request, importance: str, job: Job) -> dict[str, Any]:
     }
 
 
-def packed(job: Job, report: Report) -> bytes:
-    """The pruned model's file; the report notes its checksum."""
+def packed(job: Job, report: Report, dense: str) -> bytes:
+    """The pruned model's file, which keeps the dense weights' checksum; the report notes its own."""
     from ss_pruning.io import checkpoint as files
 
-    content, report.model_sha256 = files.packed(job.model, portable_name(job.spec, job.model))
+    content, report.model_sha256 = files.packed(job.model, portable_name(job.spec, job.model), dense)
     return content
 
 

@@ -33,18 +33,24 @@ Architecture = str | Callable[[], nn.Module]
 
 
 class _Content(NamedTuple):
-    """What a file says: how to build the dense model, what was cut, and the tensors."""
+    """What a file says: how to build the dense model, what was cut, the tensors, and which the dense weights were."""
 
     architecture: str | None
     plan: str
     tensors: dict[str, Tensor]
+    dense: str | None = None
 
     def checksum(self) -> str:
         """SHA-256 of all of it."""
         return digest(sorted(self.tensors.items()), self.architecture, self.plan)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    architecture: str | None = None,
+    dense: nn.Module | None = None,
+) -> None:
     """Write a (pruned) model's tensors, its plan, and how to build the dense architecture; atomically.
 
     Args:
@@ -52,21 +58,40 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: str | Non
         path: File to write, usually `*.safetensors`.
         architecture: How `load` can build the dense model by itself, such as "timm:resnet18", "torchvision:resnet18"
             or "demo:digits"; None if `load` will be given a callable.
+        dense: The model that was pruned. Of its weights a checksum is kept, by which `load_dense` knows them again.
 
     Raises:
         InputError: The folder is missing or read-only, or the model is wrapped or holds more than tensors.
     """
     check_writable(path)
-    write_bytes(path, packed(model, architecture)[0])
+    write_bytes(path, packed(model, architecture, None if dense is None else checksum_of_weights(dense))[0])
 
 
-def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, str]:
+def checksum_of_weights(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, their names, types and shapes."""
+    return digest(sorted(_tensors_of(model).items()))
+
+
+def packed(model: nn.Module, architecture: str | None = None, dense: str | None = None) -> tuple[bytes, str]:
     """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
     check_module(model, "save")
     if not isinstance(architecture, str | None):
         raise InputError(f"architecture={architecture!r:.80} is no name, such as 'timm:resnet18'")
-    plan = plan_of(model)
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _tensors_of(model).items()}
+    content = _Content(architecture, plan_of(model).to_json(), tensors)
+    checksum = content.checksum()
+    note = {
+        "format": _FORMAT,
+        "architecture": content.architecture,
+        "plan": content.plan,
+        "sha256": checksum,
+        "dense_sha256": dense,
+    }
+    return to_bytes(tensors, metadata={_KEY: json.dumps(note)}), checksum
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -74,16 +99,7 @@ def packed(model: nn.Module, architecture: str | None = None) -> tuple[bytes, st
                 f"{name!r} is a {type(value).__name__}, and safetensors hold nothing but tensors: save the model "
                 "before it is quantised or its layers get a state of their own"
             )
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    content = _Content(architecture, plan.to_json(), tensors)
-    checksum = content.checksum()
-    note = {
-        "format": _FORMAT,
-        "architecture": content.architecture,
-        "plan": content.plan,
-        "sha256": checksum,
-    }
-    return to_bytes(tensors, metadata={_KEY: json.dumps(note)}), checksum
+    return state
 
 
 def checksum_of(path: str | os.PathLike[str]) -> str | None:
@@ -93,6 +109,15 @@ def checksum_of(path: str | os.PathLike[str]) -> str | None:
         FileFormatError: It is damaged, or not written by `save`.
     """
     return _noted(_metadata(path), {}, path)[1]
+
+
+def dense_checksum_of(path: str | os.PathLike[str]) -> str | None:
+    """The checksum of the dense weights that a file of `save` keeps; None where it keeps none.
+
+    Raises:
+        FileFormatError: It is damaged, or not written by `save`.
+    """
+    return None if _is_checkpoint(path) else _noted(_metadata(path), {}, path)[0].dense
 
 
 def load(
@@ -123,7 +148,7 @@ def load(
         model, plan, tensors = _from_history(path, architecture, example_inputs)
     else:
         content = _read(path)
-        model = _build(architecture, content.architecture, path)
+        model = built(architecture, content.architecture, path)
         plan, tensors = Plan.from_json(content.plan), content.tensors
     _apply(plan, model, path)
     _fill(model, tensors, path)
@@ -162,7 +187,7 @@ def _from_history(
     from ss_pruning.sources.models import input_of
 
     tensors, history = read_checkpoint(path)
-    model = _build(architecture, None, path)
+    model = built(architecture, None, path)
     if example_inputs is None and isinstance(architecture, str):
         example_inputs = torch.zeros(1, *input_of(architecture, model).size)
     return model, plan_of(history, model, example_inputs), tensors
@@ -206,12 +231,8 @@ def _noted(
     """The content, and the checksum that it should have (None in the first format)."""
     try:
         note = json.loads(metadata[_KEY])
-        version, architecture, plan, checksum = (
-            note["format"],
-            note["architecture"],
-            note["plan"],
-            note.get("sha256"),
-        )
+        version, architecture, plan = note["format"], note["architecture"], note["plan"]
+        checksum, dense = note.get("sha256"), note.get("dense_sha256")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"'{path}' holds no plan of ours; write files with ss_pruning.save, or load plain weights yourself"
@@ -221,13 +242,14 @@ def _noted(
     if (
         not isinstance(plan, str)
         or not isinstance(architecture, str | None)
+        or not isinstance(dense, str | None)
         or (version > 1 and not checksum)
     ):
         raise FileFormatError(f"'{path}' is damaged: its note about the plan is incomplete")
-    return _Content(architecture, plan, tensors), checksum
+    return _Content(architecture, plan, tensors, dense), checksum
 
 
-def _build(architecture: Any, named: str | None, path: str | os.PathLike[str]) -> nn.Module:
+def built(architecture: Any, named: str | None, path: str | os.PathLike[str]) -> nn.Module:
     """The dense model: as the caller says, else as the file names it, which may say much less."""
     if architecture is None and named is None:
         raise InputError(

@@ -109,6 +109,16 @@ def build_named(spec: str, path: str | os.PathLike[str]) -> nn.Module:
         return BUILDERS[kind](name, options)
 
 
+def without_weights(spec: str, path: str | os.PathLike[str]) -> str:
+    """The architecture that a file names, as a name for `build_model` that asks for no weights.
+
+    Raises:
+        FileFormatError: See `build_named`.
+    """
+    kind, name, options = _read(spec, path)
+    return ",".join([f"{kind}:{name}", *(f"{key}={value}" for key, value in options.items())])
+
+
 def _read(spec: str, path: str | os.PathLike[str]) -> tuple[str, str, dict[str, Any]]:
     """Kind, name and options, all of them checked."""
     found = _SPEC.fullmatch(spec) if spec.isascii() and len(spec) <= 1000 else None

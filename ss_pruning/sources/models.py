@@ -57,6 +57,13 @@ def build_model(spec: str, weights: str | Path | None = None, *, by_order: bool 
     return model.eval()
 
 
+def brings_weights(spec: str) -> bool:
+    """Whether a name asks for weights, or has some; of a function in a file nobody knows."""
+    kind, name, options = _parse(spec)
+    asks = bool(options.get("pretrained")) or options.get("weights") is not None
+    return asks or kind == "demo" or (kind == "yolo" and not name.endswith((".yaml", ".yml")))
+
+
 def input_of(spec: str, model: nn.Module) -> Preprocess:
     """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -91,6 +92,48 @@ def test_a_model_of_a_file_is_run_only_when_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "report.json").unlink()
     assert "give --weights" in invoke("recover", file, *options, "--model", spec, code=2)
     invoke("recover", file, *options, "--model", spec, "--weights", weights, *sizes)
+
+
+def test_the_dense_weights_are_known_by_their_checksum(tmp_path: Path) -> None:
+    """Those of a model that brings its own are taken; others are refused, whoever names them."""
+    seeded = NET.replace("    return", "    torch.manual_seed(5)\n    return")
+    (tmp_path / "net.py").write_text(f"import torch\n{seeded}")
+    spec, run = f"{tmp_path / 'net.py'}:build", tmp_path / "run"
+    invoke("prune", spec, "--input-size", "1x8x8", "--ratio", 0.3, "--out", run)
+    file = run / "model.safetensors"
+    options = ("--data", "digits", "--steps", 1, "--model", spec)
+    invoke("recover", file, *options)
+    invoke("recover", run / "recovered.safetensors", *options, "--out", run / "more.safetensors")
+    (run / "report.json").unlink()
+    invoke("recover", file, *options, "--input-size", "1x8x8")
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor) for name, tensor in build_model(spec).state_dict().items()}
+    save_file(other, tmp_path / "other.safetensors")
+    said = invoke("recover", file, *options, "--weights", tmp_path / "other.safetensors", code=2)
+    assert "not the dense weights that" in said
+
+
+def test_weights_are_fetched_only_where_the_user_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may say that its dense model is a pretrained one; that alone fetches nothing."""
+    timm = pytest.importorskip("timm", reason="an optional extra: pip install 'ss-pruning[timm]'")
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *_, **o: (asked.append(o["pretrained"]), create("test_resnet"))[1]
+    )
+    spec, file = "timm:test_resnet,pretrained=True", tmp_path / "pruned.safetensors"
+    torch.manual_seed(7)
+    dense = create("test_resnet").eval()
+    model = copy.deepcopy(dense)
+    ss_pruning.prune_(model, torch.zeros(1, 3, 32, 32), macs=0.6)
+    ss_pruning.save(model, file, spec, dense)
+    options = ("--calibration", "synthetic", "--steps", 1, "--input-size", "3x32x32")
+    assert "give --weights, or a --model" in invoke("recover", file, *options, code=2)
+    assert asked
+    assert not any(asked)
+    invoke("recover", file, *options, "--model", spec, code=2)  # it is fetched, and is another one here
+    assert asked[-1]
 
 
 def test_what_it_refuses(pruned: Path, tmp_path: Path) -> None:
