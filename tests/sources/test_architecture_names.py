@@ -27,7 +27,7 @@ from ss_pruning.cli.app import app
 from ss_pruning.errors import FileFormatError, InputError, SSPruningError
 from ss_pruning.io.checkpoint import _Content, load, save
 from ss_pruning.sources import architecture_names as named
-from ss_pruning.sources.architecture_names import OPTIONS, build_named
+from ss_pruning.sources.architecture_names import OPTIONS, build_named, without_weights
 from ss_pruning.sources.models import build_model
 from ss_pruning.surgery.plan import Plan
 
@@ -320,3 +320,15 @@ def test_tensors_of_another_kind_are_refused(place: Path, dtype: torch.dtype) ->
     save_file(tensors, "model.safetensors", metadata={"ss_pruning": json.dumps(note)})
     with pytest.raises(ss_pruning.errors.PlanError, match=f"is {dtype} in .*, torch.float32 in the arch"):
         load("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("timm:resnet18,num_classes=10,pretrained=True", "timm:resnet18,num_classes=10,pretrained=False"),
+        ("torchvision:resnet18,weights=DEFAULT", "torchvision:resnet18,weights=None,weights_backbone=None"),
+        ("demo:digits", "demo:digits"),
+    ],
+)
+def test_a_name_without_weights_asks_for_none(spec: str, name: str, tmp_path: Path) -> None:
+    assert without_weights(spec, tmp_path / "file") == name

@@ -15,7 +15,7 @@ from torch import nn
 
 from ss_pruning.errors import InputError
 from ss_pruning.sources.demo import digits_weights
-from ss_pruning.sources.models import build_model, input_of
+from ss_pruning.sources.models import brings_weights, build_model, input_of
 from ss_pruning.sources.preprocessing import IMAGENET_MEAN, Preprocess
 from ss_pruning.sources.weights import load_weights, read_weights
 
@@ -331,3 +331,21 @@ def test_files_of_another_kind_say_so(tmp_path: Path) -> None:
     (tmp_path / "weights.h5").touch()
     with pytest.raises(InputError, match=r"has no suffix of a weights file; understood are \.safetensors"):
         read_weights(tmp_path / "weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("spec", "brings"),
+    [
+        ("timm:resnet18", False),
+        ("timm:resnet18,pretrained=False", False),
+        ("timm:resnet18,pretrained=True", True),
+        ("torchvision:resnet18,weights=DEFAULT", True),
+        ("torchvision:resnet18,weights=None", False),
+        ("yolo:yolo11n.yaml", False),
+        ("yolo:best.pt", True),
+        ("demo:digits", True),
+        ("net.py:build", False),
+    ],
+)
+def test_a_name_tells_whether_it_brings_weights(spec: str, brings: bool) -> None:
+    assert brings_weights(spec) is brings
