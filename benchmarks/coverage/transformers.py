@@ -1,4 +1,4 @@
-"""How much of transformers and hybrids goes, one small variant a family: timm, torchvision, Hugging Face from config.
+"""How much of transformers and hybrids goes, a small variant a file of timm; torchvision, Hugging Face from config.
 
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers            # what is not in the results yet
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers vit_tiny_patch16_224  # these, anew
@@ -26,68 +26,116 @@ from benchmarks.pages import table, write_page
 from ss_pruning import prune_
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
+from ss_pruning.surgery.same_attention import with_prunable_attention
 
 NAME = "coverage_transformers"
 Line = dict[str, Any]
 
 
-def _timm(name: str, px: int) -> nn.Module:
+#: A model and the size of images that it takes.
+Made = tuple[nn.Module, int]
+#: Pixels of images that are tried before a model's own size.
+SMALL = 96
+
+
+def _timm(name: str) -> Made:
+    """As small as it takes images; those made without a classifier get one."""
     timm = importlib.import_module("timm")
     model: nn.Module = timm.create_model(name)
-    if model.pretrained_cfg["input_size"][1] != px:  # type: ignore[index,union-attr]
-        model = timm.create_model(name, img_size=px)
-    return model
+    own = model.pretrained_cfg["input_size"][1]  # type: ignore[index,union-attr]
+    classes = {} if model.num_classes else {"num_classes": 1000}
+    for px, size in ((SMALL, {}), (SMALL, {"img_size": SMALL}), (own, {})):
+        try:
+            model = timm.create_model(name, **size, **classes).eval()
+            with torch.no_grad():
+                model(torch.randn(1, 3, px, px))
+        except Exception:  # its parts fit other sizes alone
+            continue
+        return model, px
+    raise ValueError(f"timm's {name} does not run")
 
 
-def _torchvision(name: str, px: int) -> nn.Module:
-    made: nn.Module = importlib.import_module("torchvision").models.get_model(name)
-    return made
+def _torchvision(name: str) -> Made:
+    return importlib.import_module("torchvision").models.get_model(name), 224
 
 
-def _hugging_face(name: str, px: int) -> nn.Module:
+def _hugging_face(name: str) -> Made:
+    """From a small config: nothing is fetched."""
     transformers = importlib.import_module("transformers")
-    sizes: dict[str, Any] = {"image_size": px, "num_labels": 10}
-    if name == "Swin":
-        sizes |= {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2}
-    else:
-        sizes |= {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-        sizes |= {"intermediate_size": 192, "patch_size": 16}
-    config = getattr(transformers, f"{name}Config")(**sizes)
-    made: nn.Module = getattr(transformers, f"{name}ForImageClassification")(config)
-    return made
+    stages: dict[str, Any] = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}
+    sizes = {
+        "Swin": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2},
+        "ConvNextV2": stages,
+        "Segformer": stages | {"decoder_hidden_size": 64, "num_attention_heads": [1, 2, 4, 8]},
+    }
+    plain = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
+    own = sizes.get(name, plain | {"patch_size": 16})
+    config = getattr(transformers, f"{name}Config")(**own, image_size=64, num_labels=10)
+    return getattr(transformers, f"{name}ForImageClassification")(config), 64
 
 
-#: Pixels by timm's name; small where the family allows it.
-TIMM = {
-    "vit_tiny_patch16_224": 224,
-    "deit_tiny_distilled_patch16_224": 64,
-    "eva02_tiny_patch14_224": 224,
-    "cait_xxs24_224": 64,
-    "xcit_nano_12_p16_224": 224,
-    "swin_tiny_patch4_window7_224": 224,
-    "swinv2_tiny_window8_256": 256,
-    "maxvit_tiny_tf_224": 224,
-    "coatnet_nano_rw_224": 224,
-    "levit_128s": 224,
-    "mobilevit_xxs": 256,
-    "mobilevitv2_050": 256,
-    "edgenext_xx_small": 256,
-    "efficientformer_l1": 224,
-    "efficientvit_b0": 224,
-    "pit_ti_224": 224,
-    "pvt_v2_b0": 224,
-    "twins_svt_small": 224,
-    "convit_tiny": 224,
-    "crossvit_9_240": 240,
-    "visformer_tiny": 224,
-    "tiny_vit_5m_224": 224,
-    "gcvit_xxtiny": 224,
-    "botnet26t_256": 256,
-}
-MODELS: dict[str, tuple[Callable[[str, int], nn.Module], str, int]] = {
-    **{name: (_timm, name, px) for name, px in TIMM.items()},
-    **{f"torchvision {name}": (_torchvision, name, 224) for name in ("vit_b_16", "swin_t", "maxvit_t")},
-    **{f"transformers {name}": (_hugging_face, name, 64) for name in ("ViT", "Swin", "Dinov2")},
+#: Of each file of timm's models with attention by heads a small variant, of some with several kinds more.
+TIMM = (
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "beit_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "vit_relpos_small_patch16_224",
+    "vit_tiny_r_s16_p8_224",
+    "flexivit_small",
+    "cait_xxs24_224",
+    "xcit_nano_12_p16_224",
+    "convit_tiny",
+    "crossvit_9_240",
+    "pit_ti_224",
+    "tnt_s_legacy_patch16_224",
+    "volo_d1_224",
+    "nest_tiny",
+    "levit_128s",
+    "visformer_tiny",
+    "twins_svt_small",
+    "twins_pcpvt_small",
+    "pvt_v2_b0",
+    "mvitv2_tiny",
+    "hiera_tiny_224",
+    "hieradet_small",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "swinv2_cr_tiny_ns_224",
+    "davit_tiny",
+    "gcvit_xxtiny",
+    "nextvit_small",
+    "maxvit_tiny_tf_224",
+    "coatnet_nano_rw_224",
+    "coat_lite_tiny",
+    "caformer_s18",
+    "vitamin_small_224",
+    "tiny_vit_5m_224",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "swiftformer_xs",
+    "shvit_s1",
+    "fastvit_sa12",
+    "mobilenetv4_hybrid_medium",
+    "botnet26t_256",
+    "halonet26t",
+    "lambda_resnet26t",
+    "eca_botnext26ts_256",
+    "samvit_base_patch16",
+)
+MODELS: dict[str, Callable[[], Made]] = {
+    **{name: partial(_timm, name) for name in TIMM},
+    **{f"torchvision {n}": partial(_torchvision, n) for n in ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")},
+    **{
+        f"transformers {name}": partial(_hugging_face, name)
+        for name in ("ViT", "Swin", "Dinov2", "Segformer", "ConvNextV2")
+    },
 }
 
 
@@ -105,13 +153,14 @@ def _trains(model: nn.Module, x: Tensor) -> bool:
     return all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-def measure(make: Callable[[], nn.Module], px: int) -> Line:
+def measure(make: Callable[[], Made]) -> Line:
     """One model: CPU seconds of tracing and of all, what goes, and what stays for which reason."""
     torch.manual_seed(0)
-    model, x = make().eval(), torch.randn(1, 3, px, px)
+    model, px = make()
+    x = torch.randn(1, 3, px, px)
     before = sum(p.numel() for p in model.parameters())
     start = time.process_time()
-    traced = TracedModel.of(model, x)
+    traced = TracedModel.of(with_prunable_attention(model.eval(), x), x)
     trace_seconds, start = time.process_time() - start, time.process_time()
     report = prune_(model, x, ratio=0.5, allocation="local")
     seconds = time.process_time() - start
@@ -129,12 +178,12 @@ def measure(make: Callable[[], nn.Module], px: int) -> Line:
     }
 
 
-def line_of(make: Callable[[], nn.Module], px: int) -> Line:
+def line_of(make: Callable[[], Made]) -> Line:
     """As `measure`, or the error."""
     try:
-        return measure(make, px)
+        return measure(make)
     except Exception as error:
-        return {"px": px, "error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def make_page(lines: dict[str, Line]) -> None:
@@ -179,8 +228,7 @@ def main() -> None:
     lines: dict[str, Line] = json.loads(path.read_text("utf-8"))["models"] if path.exists() else {}
     todo = [] if options.page else options.names or [name for name in MODELS if name not in lines]
     for name in todo:
-        make, model, px = MODELS[name]
-        lines[name] = line_of(partial(make, model, px), px)
+        lines[name] = line_of(MODELS[name])
         print(name, lines[name], flush=True)
         ordered = {known: lines[known] for known in MODELS if known in lines}
         write(NAME, {"versions": versions(), "models": ordered})
