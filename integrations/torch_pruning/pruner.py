@@ -34,6 +34,7 @@ from ss_pruning.integrations.torch_pruning.dependency_graph import (
     producers,
     rows_of,
 )
+from ss_pruning.integrations.torch_pruning.heads import HeadOptions
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
 from ss_pruning.planning.search import SearchResult, check_any, find_verified_plan
@@ -47,8 +48,6 @@ __all__ = [
     "GroupNormPruner",
     "GrowingRegPruner",
 ]
-
-_HEADS = ("prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict")
 
 
 class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -77,8 +76,10 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         output_transform: Not needed.
         ch_sparsity: The older name of `pruning_ratio`.
         ch_sparsity_dict: The older name of `pruning_ratio_dict`.
-        **found_by_the_graph: Torch-Pruning's options for what the graph finds by itself (groups, loose parameters),
-            or excludes (attention heads); accepted, without effect.
+        **found_by_the_graph: Torch-Pruning's options for what the graph finds by itself. Those for heads say how many
+            go: none with `prune_num_heads=False`, else `head_pruning_ratio` (or `head_pruning_ratio_dict`) of them, or
+            by default as many as of other channels; numbers in `num_heads` follow. Those for groups, loose parameters
+            and the dimensions within heads have no effect.
 
     Raises:
         InputError: An option is out of range or not supported.
@@ -117,6 +118,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.iterative_steps, self.current_step = iterative_steps, 0
         self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
+        self.heads = HeadOptions.of(
+            found_by_the_graph, lambda ratio: iterative_pruning_ratio_scheduler(ratio, iterative_steps)
+        )
         self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
         self._build(example_inputs, forward_fn, list(ignored_layers or ()))
 
@@ -126,7 +130,6 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.ignored_params = [item for item in ignored if isinstance(item, nn.Parameter)]
         self.in_channel_groups: dict[Any, int] = {}
         self.out_channel_groups: dict[Any, int] = {}
-        self.num_heads: dict[Any, int] = {}
         self.DG = ChannelGraph().build_dependency(
             self.model,
             example_inputs,
@@ -155,7 +158,13 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     @property
     def excluded(self) -> list[Excluded]:
         """Layers of which channels stay whatever the ratio, with the reason."""
-        return [*self.DG.era.coupling.excluded, *self._failed.values()]
+        kept = self.heads.excluded(self.DG.era.groups)
+        return [*self.DG.era.coupling.excluded, *self._failed.values(), *kept]
+
+    @property
+    def num_heads(self) -> dict[nn.Module, int]:
+        """The numbers of heads that were given, as they are now."""
+        return self.heads.followed()
 
     def step(
         self,
@@ -219,7 +228,9 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         fixed = [
             number
             for number, (label, group) in enumerate(era.groups.items())
-            if label in self._failed or not self.DG.is_root(group, self.root_module_types)
+            if label in self._failed
+            or self.heads.stay(group)
+            or not self.DG.is_root(group, self.root_module_types)
         ]
         scoped = _Scoped(self, era)
         result = find_verified_plan(era.verifier, era.coupling.without(fixed, ()), scoped.allocate)
@@ -235,9 +246,14 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self, label: str, group: PruningGroup, modules: Mapping[str, nn.Module]
     ) -> tuple[Hashable, float]:
         """With what a group is ranked, and the share that is to be gone there after this step."""
+        scope: Hashable
+        heads = self.heads.ratio_of(group, [modules[p] for p in producers(group)])
+        if heads is not None:
+            scope = "heads" if self.global_pruning else label
+            return scope, min(heads[self.current_step], self.max_pruning_ratio)
         own = next((modules[p] for p in producers(group) if modules[p] in self.pruning_ratio_dict), None)
         ratios = self.per_step_pruning_ratio if own is None else self.pruning_ratio_dict[own]
-        scope: Hashable = label
+        scope = label
         if own is not None and self.global_pruning:
             scope = self._own_scope[own]
         elif own is None and self.isomorphic:
@@ -294,12 +310,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
     if options.get("customized_pruners"):
         raise InputError(
             "customized_pruners is not supported here: all layers are cut as the channel graph says"
-        )
-    if named := [name for name in _HEADS if options.get(name)]:
-        warnings.warn(
-            f"{', '.join(named)} have no effect: heads of attention are found by running the model and go like other "
-            "channels, as pruning_ratio and pruning_ratio_dict say",
-            stacklevel=4,
         )
 
 

@@ -187,8 +187,6 @@ def test_options() -> None:
     ]:
         with pytest.raises(error, match=message):
             pruner_of(net.make(), net.example, **options)
-    with pytest.warns(UserWarning, match="heads"):
-        pruner_of(net.make(), net.example, prune_num_heads=True)
     model = net.make()
     pruner_of(model, net.example, ch_sparsity=0.25).step()
     assert model.conv1.out_channels == 6
