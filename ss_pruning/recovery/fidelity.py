@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call
 from ss_pruning.importance.calibration import Batch
-from ss_pruning.recovery.imitation import ImitationLoss
+from ss_pruning.recovery.imitation import ImitationLoss, scale
 from ss_pruning.recovery.report import Fidelity
 
 _Outputs = Mapping[str, Tensor]
@@ -79,10 +79,9 @@ def _sums(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _relative(sums: Tensor) -> float:
-    """Squared error relative to the squared distance from the mean."""
-    error, count, total, squares = map(float, sums)
-    spread = squares - total * total / count
-    return error / (spread if spread > 1e-12 * squares else count)
+    """The relative error that `relative_error` is of all at once."""
+    error, mean, square = sums[0] / sums[1], sums[2] / sums[1], sums[3] / sums[1]
+    return float(error / scale(mean, (square - mean.square()).clamp_min(0)))
 
 
 def _agreeing(ours: _Outputs, theirs: _Outputs) -> Tensor | None:

@@ -16,6 +16,10 @@ from ss_pruning._utils.running import call, quiet_hooks
 from ss_pruning.errors import InputError
 from ss_pruning.recovery.places import Place, find_places
 
+#: The least variance, as a share of the mean square, that errors are measured by. What hardly varies, such as a
+#: detector's scores where it finds nothing, would otherwise be nearly all of the loss.
+FLOOR = 0.01
+
 #: Adds up a number over all processes.
 Total = Callable[[Tensor], Tensor]
 
@@ -24,7 +28,8 @@ class ImitationLoss:
     """Relative squared error of a pruned model's feature maps against the dense model's, for training.
 
     At the end of each stage, `sum (x - y)^2 / sum (y - mean y)^2`, where `x` is what the pruned model has and `y` the
-    same channels in the dense one; the mean over the stages. Comparing the last map ahead of the pooling is due to
+    same channels in the dense one; the mean over the stages. The denominator is a hundredth of `sum y^2` at least, so
+    that maps that hardly vary do not outweigh the others. Comparing the last map ahead of the pooling is due to
     Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022, arXiv 2201.02620). No
     labels are needed; with labels, add it to the loss of the task.
 
@@ -109,7 +114,7 @@ class ImitationLoss:
 
 
 def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda total: total) -> Tensor:
-    """`sum (found - wanted)^2 / sum (wanted - mean)^2`, in float32 at least; not scaled where `wanted` is constant.
+    """Mean squared error by the `scale` of what is wanted, in float32 at least.
 
     Args:
         found: What the pruned model has.
@@ -121,8 +126,19 @@ def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda tot
         found, wanted = found.to(precision), wanted.to(precision)
         count = everywhere(wanted.new_tensor(wanted.numel()))
         mean = everywhere(wanted.sum()) / count
-        spread = everywhere((wanted - mean).square().sum()) / count
-        return (found - wanted).square().mean() / torch.where(spread > 0, spread, torch.ones_like(spread))
+        variance = everywhere((wanted - mean).square().sum()) / count
+        return (found - wanted).square().mean() / scale(mean, variance)
+
+
+def scale(mean: Tensor, variance: Tensor) -> Tensor:
+    """What squared errors are divided by: the variance, but `FLOOR` of the mean square at least; 1 where all is 0.
+
+    Args:
+        mean: Of what is wanted, a number.
+        variance: Likewise.
+    """
+    least = torch.maximum(variance, FLOOR * (variance + mean.square()))
+    return torch.where(least > 0, least, torch.ones_like(least))
 
 
 def _noting(

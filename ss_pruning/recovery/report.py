@@ -13,8 +13,8 @@ class Fidelity:
     """How close a pruned model is to the dense one on held-out images.
 
     Attributes:
-        error: Relative squared error of the output, `sum (x - y)^2 / sum (y - mean y)^2`; of the feature maps where
-            outputs have no common shape.
+        error: Relative squared error of the output, as in `ImitationLoss`; of the feature maps where outputs have no
+            common shape.
         agreement: Share of the images in which both models name the same class; None where the output is no
             `[images, classes]`.
     """

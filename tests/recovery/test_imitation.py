@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ss_pruning import ImitationLoss, prune_
 from ss_pruning.errors import InputError
+from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.fidelity import HeldOut
+from ss_pruning.recovery.imitation import relative_error
 from ss_pruning.sources.demo import digits_resnet
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE
 from tests.support.snapshot import snapshot
@@ -87,3 +90,65 @@ def test_called_without_a_pass_it_says_so(pair: tuple[nn.Module, nn.Module]) -> 
         imitation(X)
         with pytest.raises(InputError, match="run the pruned model within the block"):
             imitation(X)
+
+
+def by_loop(x: Tensor, y: Tensor) -> float:
+    """The relative error from its definition."""
+    numbers = y.double().flatten().tolist()
+    mean = sum(numbers) / len(numbers)
+    above = sum((a - b) ** 2 for a, b in zip(x.double().flatten().tolist(), numbers, strict=True))
+    below = sum((b - mean) ** 2 for b in numbers)
+    return above / max(below, sum(b**2 for b in numbers) / 100)
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0, -8.0, -12.0, 300.0])
+def test_the_relative_error_is_that_of_the_definition(mean: float) -> None:
+    """From maps that vary to scores that hardly do, beside their mean."""
+    drawn = torch.Generator().manual_seed(0)
+    y = torch.randn(5, 3, 2, 2, generator=drawn) + mean
+    x = y + 0.3 * torch.randn(5, 3, 2, 2, generator=drawn)
+    assert float(relative_error(x, y)) == pytest.approx(by_loop(x, y), rel=1e-4)
+    assert float(relative_error(7 * x, 7 * y)) == pytest.approx(by_loop(x, y), rel=1e-4)
+
+
+def test_constant_maps_are_measured_by_their_size_and_zeros_by_nothing() -> None:
+    """The limit of maps that vary less and less; zeros have no size."""
+    y = torch.full((4, 2, 3, 3), -10.0)
+    assert float(relative_error(y + 1.0, y)) == pytest.approx(1.0)
+    less = y + 1e-4 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    assert float(relative_error(less + 1.0, less)) == pytest.approx(1.0, rel=1e-3)
+    assert float(relative_error(y, torch.zeros_like(y))) == pytest.approx(100.0)
+
+
+class Quiet(nn.Module):
+    """A detector's two outputs: boxes, and scores that say nothing is there, nearly the same everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+        nn.init.constant_(self.scores.bias, -12.0)
+        nn.init.normal_(self.scores.weight, std=1e-5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.body(x)
+        return {"boxes": self.boxes(found), "scores": self.scores(found)}
+
+
+def test_scores_that_hardly_vary_do_not_decide_the_fidelity() -> None:
+    """A ten-thousandth of their size is no error to speak of; of the boxes' error half is left in the mean."""
+    torch.manual_seed(0)
+    dense = Quiet().eval()
+    model = copy.deepcopy(dense)
+    prune_(model, torch.zeros(1, 3, 10, 10), ratio=0.25, ignore=["boxes", "scores"])
+    with torch.no_grad():
+        model.scores.bias += 1e-3
+    x = torch.randn(12, 3, 10, 10)
+    with ImitationLoss(model, dense, x[:1]) as imitation:
+        fidelity = HeldOut(imitation, Batch.of(x), 5).measure()
+    with torch.no_grad():
+        ours, theirs = model(x), dense(x)
+    assert fidelity.error == pytest.approx(
+        sum(by_loop(ours[name], theirs[name]) for name in theirs) / 2, rel=1e-4
+    )
+    assert fidelity.error == pytest.approx(by_loop(ours["boxes"], theirs["boxes"]) / 2, rel=1e-3)

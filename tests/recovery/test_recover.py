@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ss_pruning import Recovery, SyntheticImages, compact_, prune_, recover_
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.importance.calibration import Batch
-from ss_pruning.recovery.imitation import relative_error
 from ss_pruning.recovery.views import another_view
 from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
 from tests.support.snapshot import snapshot
@@ -345,14 +344,3 @@ def test_bad_input_is_refused_before_any_work(nets: tuple[nn.Module, nn.Module],
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Recovery(**wrong)
-
-
-def test_relative_error_is_that_of_the_definition() -> None:
-    x, y = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2) + 2
-    mean = sum(float(v) for v in y.flatten()) / y.numel()
-    above = sum((float(a) - float(b)) ** 2 for a, b in zip(x.flatten(), y.flatten(), strict=True))
-    below = sum((float(b) - mean) ** 2 for b in y.flatten())
-    assert float(relative_error(x, y)) == pytest.approx(above / below, rel=1e-5)
-    assert float(relative_error(x, torch.ones_like(x))) == pytest.approx(
-        float((x - 1).square().mean()), rel=1e-5
-    )
