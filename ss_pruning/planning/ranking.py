@@ -10,7 +10,7 @@ from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock, step
 from ss_pruning.compensation.apply import BATCH
 from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
@@ -21,7 +21,7 @@ from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot, divided
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.remembered import key_of, remembered
-from ss_pruning.planning.search import check_any
+from ss_pruning.planning.search import check_any, named_excluded
 
 #: Powers of costs that scores are divided by in what competes, unless one was asked for.
 EXPONENTS = (1.0, 0.75, 0.5)
@@ -74,7 +74,10 @@ class Ranker:
         check_any(coupling)
         ranking = self.ranked(coupling)
         config = replace(ranking.config, budget=self.config.budget)
-        return allot(coupling.groups, ranking.scores, self.costs, config)
+        try:
+            return allot(coupling.groups, ranking.scores, self.costs, config)
+        except NothingToPruneError as error:
+            raise NothingToPruneError(f"{error}. {named_excluded(coupling)}") from error
 
     def ranked(self, coupling: Coupling) -> Ranking:
         """Rank the channels of these groups.

@@ -93,10 +93,13 @@ def check_any(coupling: Coupling) -> None:
         NothingToPruneError: Says why.
     """
     if not coupling.groups:
-        why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
-        raise NothingToPruneError(
-            f"the model has no channel that may go. Excluded: {why or 'nothing, as no layer that is known ran'}"
-        )
+        raise NothingToPruneError(f"the model has no channel that may go. {named_excluded(coupling)}")
+
+
+def named_excluded(coupling: Coupling) -> str:
+    """What is excluded and why, for messages."""
+    why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
+    return f"Excluded: {why or 'nothing, as no layer that is known ran'}"
 
 
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:

@@ -137,6 +137,22 @@ def test_where_nothing_is_known_the_message_says_so() -> None:
     assert not str(raised.value).rstrip().endswith(":")
 
 
+def test_where_little_is_left_to_go_the_rest_is_named() -> None:
+    """A running sum along the channels leaves its last one, which nothing else hears: too few to lose one."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x).cumsum(1))
+            return y
+
+    with pytest.raises(NothingToPruneError, match=r"no layer is wide enough.*Excluded: .*a \(feeds several"):
+        prune_(Summed().eval(), X, ratio=0.3)
+
+
 @pytest.mark.parametrize("of", ["mask", "bn"])
 def test_masks_may_hold_infinities_and_statistics_may_not(of: str) -> None:
     """A causal mask that is added to scores is a buffer of minus infinities."""
