@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock, step
 from ss_pruning.compensation.apply import BATCH
@@ -105,10 +107,17 @@ class Ranker:
             return Ranking(config, self._scores(traced, config.importance), not_measured=str(error))
 
     def _scores(self, traced: TracedModel, importance: Any) -> Scores:
-        """By group and subgroup, one score a channel set."""
+        """By group and subgroup, one score a channel set; those that were measured on inputs are kept for next time."""
+        if not isinstance(importance, Synaptic):
+            return self._scored(traced, importance)
+        key = None
+        if importance.statistics == "data" and self.images is not None:
+            key = key_of(traced, self.images.inputs, (), importance)
+        shapes = [[np.empty(s.size) for s in group.subgroups] for group in traced.coupling.groups]
+        return remembered(key, lambda: self._scored(traced, self._synaptic(importance)), shapes)
+
+    def _scored(self, traced: TracedModel, importance: Any) -> Scores:
         groups = traced.coupling.groups
-        if isinstance(importance, Synaptic):
-            importance = self._synaptic(importance)
         with self.clock("score"):
             graph = SubgroupGraph(traced.model, traced.example_inputs, traced.connectivity)
             subgroups = [subgroup for group in groups for subgroup in group.subgroups]

@@ -59,7 +59,7 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
     ]
     named = ((str(name), tensor) for name, tensor in tensors if isinstance(tensor, Tensor))
     whole = digest(named, _code(), torch.__version__, repr((settings, groups, traced.model)))
-    return f"sensitivity-{whole[:24]}"
+    return f"measured-{whole[:24]}"
 
 
 def remembered(

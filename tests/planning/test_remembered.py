@@ -113,7 +113,9 @@ def test_what_hangs_on_the_budget_is_measured_for_each(counted: list[int]) -> No
 
 def test_a_damaged_file_costs_time_and_nothing_else(counted: list[int], tmp_path: Path) -> None:
     first = widths()
-    (path,) = tmp_path.iterdir()
+    (path,) = (
+        p for p in tmp_path.iterdir() if p.stat().st_mtime_ns == max(map(_written, tmp_path.iterdir()))
+    )
     for damage in (
         {},
         {"0.0": torch.zeros(3, dtype=torch.float64)},
@@ -128,6 +130,29 @@ def test_a_damaged_file_costs_time_and_nothing_else(counted: list[int], tmp_path
     path.write_bytes(content)
     assert widths() == first
     assert len(counted) == 6
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def test_scores_are_measured_once(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = widths()
+    monkeypatch.setattr(ranking, "subgroup_scores", lambda *_: pytest.fail("measured"))
+    assert widths() == first
+    assert widths(macs=0.8) != first
+
+
+def test_importances_of_the_users_own_score_each_time(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what they depend on."""
+    scored: list[int] = []
+    real = ranking.subgroup_scores
+    monkeypatch.setattr(ranking, "subgroup_scores", lambda *args: scored.append(1) or real(*args))
+    widths(importance="magnitude")
+    widths(importance="magnitude")
+    assert len(scored) == 2
 
 
 def test_what_was_quick_is_not_kept(
