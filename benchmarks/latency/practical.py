@@ -8,10 +8,10 @@
 Each run is a process of its own with one thread: `prune_` to half of the multiply-accumulates, one way to compensate,
 IMAGES images of noise with the spectrum of photos, at the net's own size (CIFAR-10's training images for the net that
 is made for them). Weights are random where none come with the benchmarks; cost hardly depends on them. Time is that of
-the processor; what was expected before the start, and after a tenth of the time, is compared with the clock on the wall,
-since that is what people wait for, also where other processes run. Memory is the peak of resident memory above what the
-process held before, the model and the images included in what it held. Each run has a cache of its own, and finds it
-empty; with `--killed` one is ended by SIGKILL when the cut begins, and the same runs once more on what it left.
+the processor; what was expected before the start, and after a tenth of the time, is compared with the clock on the
+wall, which is what people look at. Memory is the peak of resident memory above what the process held before, the model
+and the images included in what it held. Each run has a cache of its own, and finds it empty; with `--killed` one is
+ended by SIGKILL when the cut begins, and the same runs once more on what it left.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def interruptions(runs: dict[str, Any], kills: dict[str, Any]) -> list[str]:
     return [
         "## Killed, and run again",
         "",
-        "By SIGKILL when the cut began. What was measured is kept by content, so that the same command measures nothing "
-        "again; what is left is the cut itself.",
+        "By SIGKILL when the cut began. What was measured is kept by content, so that the same command measures "
+        "nothing again; what is left is the cut itself.",
         "",
         "| net | compensation | whole, CPU s | again, CPU s | share |",
         "|---|---|---:|---:|---:|",

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.latency.practical import NETS, STAGES, page
+import pytest
+
+from benchmarks.latency import practical
+from benchmarks.latency.practical import NETS, STAGES, Waiting, page
+from ss_pruning._utils.progress import seconds_left
 
 
 def run(cpu: float) -> dict[str, Any]:
@@ -26,3 +30,29 @@ def test_the_page_shows_each_run_and_names_what_is_missing() -> None:
     assert "resnet50 mean" in text.split("Not run yet: ")[1]
     assert text.count("yolov8n none") == 1
     assert set(NETS) >= {"resnet50", "cifar_resnet56"}
+
+
+def test_the_page_says_how_right_it_was_and_what_a_killed_run_costs() -> None:
+    new = run(30) | {
+        "expected_seconds": {"score": 10.0, "cut": 110.0}, "wall_seconds": 150.0, "told_after_a_tenth": 0.9,
+    }  # fmt: skip
+    runs = {"resnet50": {"linear": new, "none": run(5)}}
+    text = page({"runs": runs, "killed": {"resnet50": {"linear": {"cpu_seconds": 9.0}}}, "versions": {}})
+    assert "| resnet50 | linear | about 2 minutes | 120 | 150 | 1.25 | 0.90 |" in text
+    assert "| resnet50 | linear | 30 | 9 | 0.30 |" in text
+    assert "Killed" not in page({"runs": runs, "versions": {}})
+
+
+def test_what_was_said_after_a_tenth_is_compared_with_what_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(practical.time, "perf_counter", lambda: now[0])
+    waiting = Waiting(100.0)
+    waiting.note(0.0, 0.001)  # nothing is expected yet
+    now[0] = 101.0
+    waiting.note(0.0, 40.0)
+    now[0] = 103.0
+    waiting.note(4.0, 40.0)  # twice as fast as expected
+    now[0] = 121.0
+    told = seconds_left(2.0, 4.0, 40.0)
+    assert waiting.after(0.1) == pytest.approx(told / 18)
+    assert 18 < told < 36
