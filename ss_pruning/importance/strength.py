@@ -162,9 +162,8 @@ def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = 
 
 def at_synapses(module: nn.Module, channels: Tensor, outputs: int) -> Tensor:
     """What belongs to input channels, `[in_channels]`, at each synapse that starts there: `[outputs, in // groups]`."""
-    groups = groups_of(module)
-    by_group = channels.reshape(groups, 1, -1).expand(-1, outputs // groups, -1)
-    return by_group.reshape(outputs, -1)
+    by_group: Tensor = channels.unflatten(0, (groups_of(module), -1))
+    return by_group.repeat_interleave(outputs // len(by_group), 0)
 
 
 def share(power: Tensor) -> Tensor:
@@ -188,7 +187,5 @@ def by_input_channel(module: nn.Module, scores: Tensor) -> Tensor:
     Returns:
         `[in_channels, out_channels // groups]`.
     """
-    groups = groups_of(module)
-    return (
-        scores.reshape(groups, len(scores) // groups, -1).transpose(1, 2).reshape(-1, len(scores) // groups)
-    )
+    by_group: Tensor = scores.unflatten(0, (groups_of(module), -1))
+    return by_group.transpose(1, 2).flatten(0, 1)

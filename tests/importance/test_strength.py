@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning import synaptic_strength
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.tracing import trace
-from ss_pruning.importance.strength import inner_paths
+from ss_pruning.importance.strength import at_synapses, by_input_channel, inner_paths
 from tests.support import oracle
 from tests.support.snapshot import Bomb, snapshot
 from tests.support.zoo import BY_NAME, ZOO, Net
@@ -368,3 +368,19 @@ def test_a_head_with_one_output_is_no_inner_layer() -> None:
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
     )
     assert inner_paths(trace(net.eval(), torch.zeros(1, 3, 8, 8))) == ["2"]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_synapses_are_found_from_their_inputs_and_back(groups: int) -> None:
+    """By plain loops: output `k` reads the inputs of its group, in order."""
+    layer, outputs, inputs = nn.Conv2d(6, 12, 1, groups=groups), 12, 6
+    scores, channels = torch.rand(outputs, inputs // groups), torch.rand(inputs)
+    found, placed = by_input_channel(layer, scores), at_synapses(layer, channels, outputs)
+    assert found.shape == (inputs, outputs // groups)
+    assert placed.shape == scores.shape
+    for k in range(outputs):
+        group, row = divmod(k, outputs // groups)
+        for position in range(inputs // groups):
+            c = group * (inputs // groups) + position
+            assert found[c, row] == scores[k, position]
+            assert placed[k, position] == channels[c]
