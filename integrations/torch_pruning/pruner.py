@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -18,12 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, check_calibration, cut_
 from ss_pruning.config import Compensation, NoCompensation
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Subgroup
+from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.scoring import subgroup_scores
@@ -32,12 +29,11 @@ from ss_pruning.integrations.torch_pruning.dependency_graph import (
     ChannelGraph,
     ChannelGroup,
     producers,
-    rows_of,
 )
 from ss_pruning.integrations.torch_pruning.heads import HeadOptions
+from ss_pruning.integrations.torch_pruning.scopes import Scopes, parts_of
 from ss_pruning.integrations.torch_pruning.session import Era
-from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.search import SearchResult, check_any, find_verified_plan
+from ss_pruning.planning.search import find_verified_plan
 from ss_pruning.surgery.plan import Plan
 
 __all__ = [
@@ -232,7 +228,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             or self.heads.stay(group)
             or not self.DG.is_root(group, self.root_module_types)
         ]
-        scoped = _Scoped(self, era)
+        scoped = Scopes(self, era)
         result = find_verified_plan(era.verifier, era.coupling.without(fixed, ()), scoped.allocate)
         failing = {left.paths[0]: left for left in result.failed}
         alive = set(map(id, result.coupling.groups))
@@ -311,76 +307,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise InputError(
             "customized_pruners is not supported here: all layers are cut as the channel graph says"
         )
-
-
-@dataclass
-class _Scoped:
-    """Shrinks every scope to its ratio.
-
-    Attributes:
-        pruner: Says what the scopes and their ratios are.
-        era: The model.
-        taken: By scope, how many channels go.
-    """
-
-    pruner: GraphPruner
-    era: Era
-    taken: Counter[Hashable] = field(default_factory=Counter, init=False)
-
-    @cached_property
-    def scores(self) -> dict[int, list[Floats]]:
-        """By identity of a group, one score a channel set of each subgroup."""
-        groups = self.era.coupling.groups
-        subgroups = [subgroup for group in groups for subgroup in group.subgroups]
-        with torch.no_grad():
-            scored = iter(subgroup_scores(self.pruner.importance, subgroups, self.pruner.DG))
-        return {id(group): [next(scored).numpy() for _ in group.subgroups] for group in groups}
-
-    def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
-        """The largest number of moves in each scope that removes no more than its ratio."""
-        check_any(coupling)
-        groups, scores = coupling.groups, self.scores
-        labels = {id(group): label for label, group in self.era.groups.items()}
-        scopes: dict[tuple[Hashable, float], list[int]] = defaultdict(list)
-        for i, group in enumerate(groups):
-            scopes[self.pruner.scope_of(labels[id(group)], group, self.era.modules)].append(i)
-        steps = np.zeros(len(groups), dtype=np.int64)
-        ranked: list[list[Ints]] = [[] for _ in groups]
-        self.taken = Counter()
-        for (scope, ratio), members in scopes.items():
-            inside = [groups[i] for i in members]
-            order = schedule(
-                inside,
-                [scores[id(groups[i])] for i in members],
-                scope="global" if len(inside) > 1 else "local",
-                max_ratio=[self.pruner.allowed(group, self.era) for group in inside],
-                round_to=self.pruner.round_to,
-            )
-            moves = self._affordable(order, inside, scope, ratio)
-            steps[members] = order.taken(moves)
-            self.taken[scope] = int(order.channel_sets[:moves].sum())
-            for i, ranks in zip(members, order.ranked, strict=True):
-                ranked[i] = ranks
-        none = np.zeros(0, dtype=np.int64)
-        return Schedule(none, none, none, ranked), steps
-
-    def _affordable(
-        self, order: Schedule, groups: Sequence[PruningGroup], scope: Hashable, ratio: float
-    ) -> int:
-        """How many moves of a scope its ratio pays for; rounded as Torch-Pruning does, a part of a channel goes."""
-        now = sum(subgroup.size for group in groups for subgroup in group.subgroups)
-        stay = int((now + self.pruner.removed[scope]) * (1 - ratio) + 1e-9)
-        return int(np.searchsorted(order.channel_sets.cumsum(), now - stay, side="right"))
-
-
-def parts_of(result: SearchResult) -> list[list[Subgroup]]:
-    """Group by group, the channel sets that go."""
-    parts = []
-    for group, ranks, steps in zip(result.coupling.groups, result.order.ranked, result.steps, strict=True):
-        if steps:
-            pairs = zip(group.subgroups, ranks, strict=True)
-            parts.append([rows_of(c, np.sort(rank[: steps * (c.size // group.steps)])) for c, rank in pairs])
-    return parts
 
 
 class GroupNormPruner(tp.pruner.GroupNormPruner, GraphPruner):  # type: ignore[misc]

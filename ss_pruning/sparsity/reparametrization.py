@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import normal_like
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.running import call, preserved
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers, weight_of, width
 from ss_pruning.graph.refusals import check_bare
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
 from ss_pruning.importance.strength import at_synapses, inner_paths
+from ss_pruning.surgery.agreement import compare
 
 # Relative difference of outputs in float64 that counts as rounding.
 _EQUAL = 1e-9
@@ -225,28 +225,19 @@ def _check_movable(model: nn.Module, example_inputs: Any, norms: dict[str, Reade
     twin = copied(model).double()
     inputs = normal_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     with torch.no_grad(), preserved(twin, training=False):
-        expected = _leaves(call(twin, inputs))
+        expected = call(twin, inputs)
         for norm, consumers in norms.items():
             before = {path: twin.get_parameter(f"{path}.weight").clone() for path in (norm, *consumers)}
             shift = twin.get_parameter(f"{norm}.bias").clone()
             _move_scale_(twin, norm, consumers)
-            if not _equal(expected, _leaves(call(twin, inputs))):
+            try:
+                compare(expected, call(twin, inputs), _EQUAL)
+            except VerificationError as error:
                 raise ModelError(
                     f"moving the scale of '{norm}' into the kernels that read it changes the output: the activation "
                     "between them is not positively homogeneous (as ReLU is, and SiLU, GELU or ReLU6 are not). Leave "
                     f"it in place with keep=['{norm}']"
-                )
+                ) from error
             twin.get_parameter(f"{norm}.bias").copy_(shift)
             for path, weight in before.items():
                 twin.get_parameter(f"{path}.weight").copy_(weight)
-
-
-def _leaves(output: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def _equal(expected: list[Tensor], found: list[Tensor]) -> bool:
-    return all(
-        float((e - f).abs().max()) <= _EQUAL * max(1e-3, float(e.abs().max()))
-        for e, f in zip(expected, found, strict=True)
-    )
