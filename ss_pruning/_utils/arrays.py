@@ -18,6 +18,11 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
+def tensors_among(tree: Any) -> list[Tensor]:
+    """The tensors in containers of any nesting, in the order in which they lie; other objects are not looked into."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def normal_like(inputs: Any, generator: torch.Generator, dtype: torch.dtype | None = None) -> Any:
     """Standard normal numbers in place of each tensor of floating point numbers in `inputs`.
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.hooks import BACKWARD, FORWARD, hook_tables, without_leftovers
 from ss_pruning._utils.memento import Memento
 from ss_pruning._utils.modules import modules_of
@@ -165,7 +165,7 @@ def _listened(
     **kwargs: Any,
 ) -> Any:
     """Run a hook, and note whether it did something."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_among((args, kwargs))
 
     def state() -> list[Any]:
         own = [v for table in (vars(module), module._parameters, module._buffers) for v in table.values()]

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.arrays import mean_and_variance, normal_like, with_spectrum_of_photos
+from ss_pruning._utils.arrays import mean_and_variance, normal_like, tensors_among, with_spectrum_of_photos
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
@@ -195,7 +194,7 @@ def noise_like(inputs: Any, unit: int = 1, most: int | None = None) -> Batch:
 
 def _positions(inputs: Any) -> int:
     """Of one channel of one image."""
-    shapes = (leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+    shapes = (tensor.shape for tensor in tensors_among(inputs))
     return max(next((shape[2:].numel() for shape in shapes if len(shape) > 1), 1), 1)
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils import cache as _cache
-from ss_pruning._utils.arrays import mean_and_variance, with_spectrum_of_photos
+from ss_pruning._utils.arrays import mean_and_variance, tensors_among, with_spectrum_of_photos
 from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
@@ -139,7 +139,7 @@ def default_images(example: Tensor) -> int:
 
 def _example(inputs: Any) -> Tensor:
     """The one tensor of images in the example inputs."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_among(inputs)
     if len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() >= 3:
         return tensors[0]
     kind = f"a tensor of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.modules import modules_of, parameters_of, tensors_of
 from ss_pruning.errors import InputError, ModelError
 
@@ -27,7 +27,7 @@ def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
         InputError: They hold no tensor, or one without values.
     """
     inputs = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_among(inputs)
     if not tensors:
         raise InputError(
             f"{name}={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"

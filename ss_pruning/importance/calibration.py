@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError
 
@@ -312,7 +313,7 @@ def _wanted(example: Any) -> str:
         return f"dicts with the keys {[key for key, value in example.items() if _tensors(value)]}"
     if isinstance(example, tuple) and _tensors(example) > 1:
         return f"tuples of {_tensors(example)} tensors, as the example inputs are"
-    first = next((x for x in pytree.tree_leaves(example) if isinstance(x, Tensor)), None)
+    first = next(iter(tensors_among(example)), None)
     shape = "" if first is None else f" with {first.dim()} axes, like the example's {list(first.shape)}"
     return f"lists of image tensors{shape}" if isinstance(example, list) else f"tensors{shape}"
 

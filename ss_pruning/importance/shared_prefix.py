@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.hooks import hooked
 
 # Copies that saw the same may differ by this share, which is that of rounding and more.
@@ -87,7 +88,7 @@ class Prefix:
             call.end = next(clock)
             call.by_image &= all(self._grown(f"{path}()", call.calls - 1, output))
             if call.pure:
-                now = [x._version for x in pytree.tree_leaves(given[0]) if isinstance(x, Tensor)]
+                now = [x._version for x in tensors_among(given[0])]
                 call.pure = now == versions[path]
 
         with hooked(self.modules, before, after, whole=True):

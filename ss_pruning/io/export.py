@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable, replacing
 from ss_pruning._utils.running import call, preserved, quiet_hooks
@@ -74,7 +75,7 @@ def export(
     check_writable(path)
     if chosen == "onnx":
         require("onnxruntime", "onnxscript")
-        if any(tensor.dtype is torch.bfloat16 for tensor in _tensors(example_inputs)):
+        if any(tensor.dtype is torch.bfloat16 for tensor in tensors_among(example_inputs)):
             raise InputError("onnxruntime takes no bfloat16 inputs: export model.float(), with float inputs")
     small, large = (_with_batch(example_inputs, batch) for batch in _BATCHES)
     with quiet_hooks(model, example_inputs), preserved(model, training=False), quiet():
@@ -143,7 +144,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Runner:
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getbuffer())
     read = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    return lambda inputs: _tensors(call(read, inputs))
+    return lambda inputs: tensors_among(call(read, inputs))
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
@@ -157,7 +158,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"the model cannot be written as ONNX ({type(error).__name__}: {first})") from error
-    return lambda inputs: _tensors(call(model, inputs))
+    return lambda inputs: tensors_among(call(model, inputs))
 
 
 _WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Runner]] = {
@@ -166,14 +167,10 @@ _WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Runner]] =
 }
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _difference(run: Runner, model: nn.Module, inputs: Any) -> float:
     """Largest difference between the outputs, relative to the largest of each; infinite if they do not even match."""
     with torch.no_grad():
-        right, found = _tensors(call(model, inputs)), run(inputs)
+        right, found = tensors_among(call(model, inputs)), run(inputs)
     if [t.shape for t in right] != [t.shape for t in found]:
         return float("inf")
     errors = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.running import call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
@@ -223,7 +224,7 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
         alive = _Alive()
         with alive:
             call(model, example_inputs)
-    inputs = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    inputs = tensors_among(example_inputs)
     given: int = sum(tensor.untyped_storage().nbytes() for tensor in inputs)
     return alive.most + sum(own.values()) + given
 

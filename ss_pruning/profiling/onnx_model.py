@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning.errors import FileFormatError, InputError
 
 
@@ -66,7 +66,7 @@ class OnnxModel(nn.Module):
         Raises:
             InputError: Their number or a size is another than the file takes.
         """
-        values = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        values = tensors_among((args, kwargs))
         if len(values) != len(self._inputs):
             raise InputError(f"{self.path.name} takes {len(self._inputs)} tensors, not {len(values)}")
         columns = [self._split(x, name) for x, name in zip(values, self._inputs, strict=True)]

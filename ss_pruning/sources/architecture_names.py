@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning.errors import FileFormatError
 from ss_pruning.sources.models import BUILDERS
 
@@ -172,9 +172,9 @@ class _Allowance(TorchDispatchMode):
         size = args[0] if args and isinstance(args[0], list | tuple) else ()
         if size and all(isinstance(side, int) for side in size):
             self._take(4 * math.prod(size))
-        elif not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        elif not tensors_among((args, kwargs)):
             made = func(*args, **(kwargs or {}))
-            self._take(sum(t.nbytes for t in pytree.tree_leaves(made) if isinstance(t, Tensor)))
+            self._take(sum(t.nbytes for t in tensors_among(made)))
             return made
         return func(*args, **(kwargs or {}))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ss_pruning._utils.arrays import tensors_among
 from ss_pruning.compensation.passes.calls import Call, Calls
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -121,10 +122,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = {id(x): _version(x) for x in _tensors((args, kwargs))}
+        before = {id(x): _version(x) for x in tensors_among((args, kwargs))}
         read = self._ids((args, kwargs))
         result = func(*args, **kwargs)
-        written = frozenset(id(x) for x in _tensors((args, kwargs)) if _version(x) != before[id(x)])
+        written = frozenset(id(x) for x in tensors_among((args, kwargs)) if _version(x) != before[id(x)])
         made = self._ids(result) | written
         if made:
             self._note(read, made, written)
@@ -142,13 +143,9 @@ class _Watch(TorchFunctionMode):
         return event.time
 
     def _ids(self, value: Any) -> frozenset[int]:
-        tensors = _tensors(value)
+        tensors = tensors_among(value)
         self.flow.alive += tensors
         return frozenset(map(id, tensors))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _version(x: Tensor) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.arrays import normal_like
+from ss_pruning._utils.arrays import normal_like, tensors_among
 from ss_pruning._utils.hooks import given, hooked, replaced, replaced_forward
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import ModelError
@@ -111,7 +110,7 @@ def _seen_on_noise(
 
 def _may_shrink(example_inputs: Any) -> bool:
     """True of a single tensor of large images."""
-    tensors = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_among(example_inputs)
     return len(tensors) == 1 and tensors[0].dim() == 4 and min(tensors[0].shape[2:]) >= 2 * _LEAST_SIDE
 
 
