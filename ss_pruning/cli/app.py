@@ -308,7 +308,7 @@ def _show(report: Report, as_json: bool, results: TextIO) -> None:
     console = Console(file=results)
     console.print(report.table())
     if report.traded_for_time:
-        console.print(f"To save time {', '.join(report.traded_for_time)}.", markup=False)
+        console.print(f"To save time: {'; '.join(report.traded_for_time)}.", markup=False)
     for sentence in _about_time(report):
         console.print(sentence, markup=False)
     for entry in report.excluded[:_MOST_LINES]:

@@ -90,7 +90,7 @@ def work_within(
     if seconds is None or found.total <= seconds:
         return found
     return replace(
-        found, traded=(*found.traded, f"and it was still expected to take {in_words(found.total)}")
+        found, traded=(*found.traded, f"no more could be given up, and {in_words(found.total)} were expected")
     )
 
 
@@ -107,7 +107,8 @@ def _ways(config: Config, inputs: int, effort: Effort) -> Iterator[tuple[Config,
     measured, fewer = list[str](), list[str]()
     for way in _less_than(effort) if sensitivity else ():
         effort = way
-        measured = [f"sensitivity was measured on {way.images} inputs at {len(way.widths)} widths"]
+        widths = "two widths" if len(way.widths) == 2 else "one width"
+        measured = [f"sensitivity was measured on {way.images} inputs at {widths}"]
         yield config, inputs, effort, measured
     count = inputs
     while count // 2 >= _LEAST_INPUTS:

@@ -30,7 +30,7 @@ def certainty(report: Report) -> list[tuple[str, str]]:
         ("compensation", _compensation(report)),
         *([] if report.fidelity is None else [("fidelity", _fidelity(report))]),
         ("strengths", _strengths(report)),
-        *([("time", f"Less was done to save time: {'; '.join(traded)}.")] if traded else []),
+        *([("time", f"To save time: {'; '.join(traded)}.")] if traded else []),
     ]
 
 

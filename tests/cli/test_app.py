@@ -30,8 +30,10 @@ from ss_pruning import synaptic_strength
 from ss_pruning.cli import console as _console
 from ss_pruning.cli import jobs as _job
 from ss_pruning.cli.app import app
+from ss_pruning.cli.options import _seconds
 from ss_pruning.compensation import apply as cutting
 from ss_pruning.config import Reconstruct, Synaptic
+from ss_pruning.errors import InputError
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
 
@@ -1006,3 +1008,33 @@ def test_a_latency_target_is_recorded(net: str, tmp_path: Path, monkeypatch: pyt
     assert 0 < report.latency_ratio <= 0.6 * 1.05 + 1e-9
     assert (report.settings["latency"], report.settings["batch"]) == (0.6, 5)
     assert "latency" in result.stdout
+
+
+# ---------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_times_are_read_with_their_units(text: str, seconds: float) -> None:
+    assert _seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["5 m", "m", "-5m", "1e3", "5d"])
+def test_other_times_are_refused_with_examples(text: str) -> None:
+    with pytest.raises(InputError, match="5m"):
+        _seconds(text)
+
+
+def test_what_was_traded_for_time_is_said(net: str) -> None:
+    result = run("prune", net, *SIZE, "--macs", 0.7, "--budget-time", "0.000001s")
+    assert result.exit_code == 0, result.output
+    assert "To save time: no more could be given up" in " ".join(result.stdout.split())
+
+
+def test_how_long_it_takes_is_said_once_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_job, "note", said.append)
+    told = list[int]()
+    for done, total in ((0, 1), (0, 240_000), (120_000, 240_000)):
+        _job._stage(lambda *_: None, told, "score", done, total)
+    _job._stage(lambda *_: None, [], "score", 0, 5000)
+    assert said == ["Pruning takes about 4 minutes."]
