@@ -103,9 +103,9 @@ class NormalEquations:
         old = bias.detach().double() if isinstance(bias, Tensor) else start.new_zeros(len(weight))
         old = old.reshape(self.groups, 1, -1)
         start = torch.cat([start, old], 1)
-        ridge = _best_ridge(grams, crosses, start)
-        gram, cross = grams[0].add_(grams[1]), crosses.sum(0)
-        theta = start + change(gram, cross - gram @ start, ridge)
+        fitted, judged = (cross - gram @ start for gram, cross in zip(grams, crosses, strict=True))
+        ridge = _best_ridge(grams, fitted, judged)
+        theta = start + change(grams[0].add_(grams[1]), fitted + judged, ridge)
         new = theta[:, :d].unflatten(1, (-1, weight.shape[1])).permute(0, 3, 2, 1).reshape(weight.shape)
         return new.to(weight), (theta[:, d] - start[:, d]).flatten().to(weight)
 
@@ -125,11 +125,16 @@ def _mirror_(gram: Tensor) -> None:
         gram[..., begin + _COLUMNS :, chosen] = gram[..., chosen, begin + _COLUMNS :].mT
 
 
-def _best_ridge(gram: Tensor, cross: Tensor, start: Tensor) -> float:
-    """By the error on what is held out: from the largest on, as long as the next one is better."""
+def _best_ridge(gram: Tensor, fitted: Tensor, judged: Tensor) -> float:
+    """By the error on what is held out: from the largest on, as long as the next one is better.
+
+    Args:
+        gram: `[2, groups, d + 1, d + 1]`, of what is fitted and of what is held out.
+        fitted: `[groups, d + 1, outputs]`, what the old weights leave, as products with the rows that are fitted.
+        judged: The same with those that are held out.
+    """
     if not bool(gram[1, :, -1, -1].any()):
         return _RIDGES[0]
-    fitted, judged = (c - g @ start for g, c in zip(gram, cross, strict=True))
 
     def held_out(ridge: float) -> float:
         delta = change(gram[0], fitted, ridge)
