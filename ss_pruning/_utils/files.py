@@ -143,6 +143,8 @@ def make_writable_folder(path: str | os.PathLike[str]) -> Path:
 
 def _target(path: str | os.PathLike[str]) -> Path:
     """Where `path` leads, through links; refused where that is there and no regular file: renaming would replace it."""
+    if not isinstance(path, (str, os.PathLike)):  # a number would be an open file
+        raise InputError(f"a {type(path).__name__} is no path to write to; give a str or a pathlib.Path")
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -178,6 +178,10 @@ def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
             return file.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise InputError(f"cannot read '{path}' ({error.strerror})") from error
+    except TypeError as error:
+        raise InputError(
+            f"a {type(path).__name__} is no path to read; give a str or a pathlib.Path"
+        ) from error
 
 
 def _from_history(

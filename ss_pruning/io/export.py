@@ -71,8 +71,8 @@ def export(
         VerificationError: The file puts out something else than the model; it was not kept.
     """
     check_module(model, "export")
-    chosen = _format(path, format)
     check_writable(path)
+    chosen = _format(path, format)
     if chosen == "onnx":
         require("onnxruntime", "onnxscript")
         if any(tensor.dtype is torch.bfloat16 for tensor in tensors_among(example_inputs)):

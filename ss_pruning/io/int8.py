@@ -195,7 +195,10 @@ def _decoding(graph: Any) -> list[str]:
         else:
             names.append(node.name)
     if len(names) == len(graph.node):
-        raise ModelError("the model has no layer with weights, so that there is nothing to quantise")
+        raise ModelError(
+            "the model has no layer with weights in float32, so that there is nothing to quantise; of one in half "
+            "precision give model.float()"
+        )
     return names
 
 

@@ -96,7 +96,7 @@ def measure_latency(
         One timing a model, all with the same number of rounds.
 
     Raises:
-        InputError: No models are given.
+        InputError: No models are given, or one that stands in no list.
         ModelError: A model does not run on the inputs.
 
     Example:
@@ -105,8 +105,11 @@ def measure_latency(
         >>> a.over(b) < 1
         True
     """
-    if not models:
-        raise InputError("give at least one model to measure")
+    alone = isinstance(models, nn.Module)  # layers of a Sequential would be timed one by one
+    if alone or not models or not all(isinstance(model, nn.Module) for model in models):
+        raise InputError(
+            "give the models to measure as a list, one at least: measure_latency([model], inputs)"
+        )
 
     def runner(model: nn.Module) -> Callable[[], object]:
         return lambda: call(model, example_inputs)

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_make_writable_folder_makes_parents_and_leaves_nothing_in_it(tmp_path: P
     folder = make_writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir()
     assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("path", [5, None, (1, 2)])
+def test_what_is_no_path_is_named(path: Any) -> None:
+    """A number would be taken for an open file."""
+    for write in (check_writable, partial(write_text, text="")):
+        with pytest.raises(InputError, match=f"a {type(path).__name__} is no path to write to"):
+            write(path)
 
 
 def test_check_writable_keeps_what_is_there(tmp_path: Path) -> None:

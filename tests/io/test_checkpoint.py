@@ -466,6 +466,8 @@ def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
     for read in (load, architecture_of):
         with pytest.raises(InputError, match=r"there is no file|cannot read"):
             read(path)
+        with pytest.raises(InputError, match=r"a NoneType is no path to read"):
+            read(None)  # type: ignore[arg-type]
 
 
 def test_a_model_in_the_place_of_its_maker_is_named(

@@ -141,8 +141,15 @@ def test_measuring_leaves_no_trace_also_on_errors() -> None:
     with pytest.raises(ModelError, match="does not run on the inputs"):
         measure_latency([model], torch.zeros(1, 4, 8, 8))
     assert snapshot(model) == before
-    with pytest.raises(InputError, match="at least one model"):
+    with pytest.raises(InputError, match="as a list, one at least"):
         measure_latency([], X)
+
+
+@pytest.mark.parametrize("models", [nn.Sequential(nn.Linear(3, 2)), [5], [nn.Linear]])
+def test_what_is_no_list_of_models_is_not_measured(models: Any) -> None:
+    """Of a Sequential that stands alone, layers would be timed one by one."""
+    with pytest.raises(InputError, match="as a list, one at least"):
+        measure_latency(models, torch.zeros(1, 3))
 
 
 def test_more_work_takes_longer() -> None:
