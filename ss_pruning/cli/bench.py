@@ -173,10 +173,7 @@ def compare(
     size: Sequence[int],
     setting: Setting,
     device: torch.device,
-    *,
-    precision: float = 0.005,
     seconds: float = 60.0,
-    memory: bool = True,
 ) -> Comparison:
     """Time models in turns in one setting.
 
@@ -185,9 +182,7 @@ def compare(
         size: Of one image.
         setting: How to run them.
         device: Where.
-        precision: See `measure_latency`.
         seconds: See `measure_latency`.
-        memory: Whether to find the peak memory, too.
 
     Raises:
         InputError: The layout is one of images, and the inputs are none; or exported files are to run otherwise than
@@ -203,11 +198,11 @@ def compare(
     ready = {name: _prepared(model, setting, device) for name, model in models.items()}
     try:
         peaks = {
-            name: peak_memory(model, x) if memory and not isinstance(model, OnnxModel) else None
+            name: None if isinstance(model, OnnxModel) else peak_memory(model, x)
             for name, model in ready.items()
         }
         runs = [torch.compile(model) if setting.compiled else model for model in ready.values()]
-        timings = measure_latency(runs, x, precision=precision, seconds=seconds)  # type: ignore[arg-type]
+        timings = measure_latency(runs, x, seconds=seconds)  # type: ignore[arg-type]
     except (RuntimeError, NotImplementedError) as error:
         said = str(error).strip().split("\n")[0]
         raise ModelError(f"the model does not run with {setting} on {device.type}: {said}") from error

@@ -11,7 +11,6 @@ layer needs a weight of its own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils import cache as _cache
-from ss_pruning._utils.arrays import mean_and_variance, tensors_among, with_spectrum_of_photos
+from ss_pruning._utils.arrays import digest, mean_and_variance, tensors_among, with_spectrum_of_photos
 from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
@@ -151,12 +150,8 @@ def _example(inputs: Any) -> Tensor:
 
 def _key(model: nn.Module, *settings: object) -> str:
     """What the result depends on: the recipe, structure and state of the model, and the settings."""
-    digest = hashlib.sha256(repr((_RECIPE, settings, model)).encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]
+    state = ((name, tensor) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor))
+    return digest(state, repr((_RECIPE, settings, model)))[:24]
 
 
 #: Maps images to the model's output and to how far each batch norm is from its memory.

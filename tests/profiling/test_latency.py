@@ -426,7 +426,7 @@ def test_bench_agrees_with_itself_and_says_where_it_cannot_tell(
     pruned = tuple(seconds * share for seconds, share in zip(dense, shares * 2, strict=True))
     monkeypatch.setattr(benching, "measure_latency", lambda *_, **__: [Timing(dense), Timing(pruned)])
     (setting,) = benching.settings([4])
-    found = benching.compare({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU, memory=False)
+    found = benching.compare({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU)
     seconds = {name: speed.seconds for name, speed in found.speeds.items()}
     assert seconds["pruned"] / seconds["dense"] == pytest.approx(found.ratios["pruned"])
     assert (found.speeds["dense"].low, found.speeds["dense"].high) == Timing(dense).spread
