@@ -30,6 +30,7 @@ from benchmarks.data.models import load_net
 from benchmarks.data.small_nets import CONFIRMING
 from benchmarks.pages import table, write_page
 from ss_pruning import prune_
+from ss_pruning.graph.layers import has_statistics
 
 #: Compensation and calibration.
 WAYS = (
@@ -90,6 +91,8 @@ def main() -> int:
             model = load_net(net, options.data, options.weights)
             models[net] = model, top1(model, tested)
         model, dense = models[net]
+        if way.endswith("synthetic") and not any(map(has_statistics, model.modules())):
+            continue  # there is nothing to make images from
         found = run(model, tested, draw(train, IMAGES, seed), macs, way, importance)
         line = {"net": net, "seed": seed, "macs": macs, "importance": importance, "way": way, **found}
         line |= {"dense": dense, "images": options.images, "versions": versions()}
