@@ -134,8 +134,11 @@ class _Watch(TorchFunctionMode):
         return found
 
     def affine(self, norm: str) -> bool:
-        """True if the norm does no more than scale and shift (some have an activation inside)."""
-        low, middle, high = _at_points(self.model.get_submodule(norm), self.dimensions[norm])
+        """True if the norm does no more than scale and shift: some have an activation inside, or measure each input."""
+        module = self.model.get_submodule(norm)
+        if not isinstance(getattr(module, "running_mean", None), Tensor):
+            return False
+        low, middle, high = _at_points(module, self.dimensions[norm])
         return torch.allclose(high - middle, middle - low, rtol=1e-3, atol=1e-5)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from ss_pruning import prune_
 from ss_pruning.compensation.folding import norms_behind
@@ -49,6 +53,15 @@ class Block(nn.Module):
         return F.relu(y)
 
 
+def with_norm(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A residual net whose norms are all of one kind."""
+    model = Net("plain", "plain")
+    model.norm = norm(6)
+    for block in model.blocks.children():
+        block.bn1, block.bn2 = norm(8), norm(6)
+    return randomise(model, 0).eval()
+
+
 class Net(nn.Module):
     def __init__(self, *styles: str) -> None:
         super().__init__()
@@ -65,6 +78,27 @@ def sums_of(model: nn.Module, x: Tensor) -> dict[str, Sum]:
 
 
 IMAGE = torch.zeros(1, 3, 8, 8)
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "batch without statistics": partial(nn.BatchNorm2d, track_running_stats=False),
+    "frozen": FrozenBatchNorm2d,
+    "group": partial(nn.GroupNorm, 2),
+    "one group": partial(nn.GroupNorm, 1),
+    "instance": partial(nn.InstanceNorm2d, affine=True),
+    "instance with statistics": partial(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("compensation", ["mean", "linear", "reconstruct"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_every_kind_stand_before_a_sum(norm: str, compensation: Any) -> None:
+    """Those that measure each input do not only scale and shift: the layer before them aims at no sum."""
+    model = with_norm(NORMS[norm])
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert bool(sums_of(model, IMAGE)) is (norm in ("batch", "frozen", "instance with statistics"))
+    report = prune_(model, images[:1], macs=0.7, compensation=compensation, calibration=images)
+    assert report.macs_after <= 0.7 * report.macs_before
+    assert bool(model(images).isfinite().all())
 
 
 @pytest.mark.parametrize("style", ["plain", "in place", "reversed", "bare"])
