@@ -231,7 +231,7 @@ class Run:
         if self.imitation is None:
             return loss
         with self.accelerator.autocast():
-            distance = self.imitation(images)
+            distance = self.imitation()
         return (1 - self.options.distill) * loss + self.options.distill * distance
 
     def share_buffers(self) -> None:

@@ -13,20 +13,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-try:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "this needs Lightning 2: pip install 'ss-pruning[lightning]'", name="pytorch_lightning"
-    ) from error
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.modules import device_of
 from ss_pruning.errors import InputError
 from ss_pruning.importance.strength import synaptic_strength
+from ss_pruning.integrations.lightning.modules import (
+    Callback,
+    DDPStrategy,
+    LightningModule,
+    Trainer,
+    check_whole,
+    moved_to,
+    network_of,
+)
 from ss_pruning.io.distributed import broadcast_plan, check_agreement
 from ss_pruning.pruning import plan
 from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
@@ -92,12 +91,7 @@ class StrengthPruning(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse sharded models, and see to it that a checkpoint finds the shapes that it was saved with."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise InputError(
-                f"a model under {type(strategy).__name__} cannot be pruned while it trains: prune it before "
-                "(ss_pruning.prune_), or train with strategy='ddp'"
-            )
+        check_whole(trainer, "cannot be pruned while it trains: prune it before (ss_pruning.prune_)")
         self._network(pl_module)
         loads = pl_module.on_load_checkpoint
 
@@ -140,14 +134,7 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         }
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            network: nn.Module = pl_module.get_submodule(self.network)
-            return network
-        except AttributeError as error:
-            raise InputError(
-                f"network='{self.network}' is no module of {type(pl_module).__name__}; name the attribute that holds "
-                "the network"
-            ) from error
+        return network_of(pl_module, self.network)
 
     def _reshape(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Cut and mask a module as the one was that the checkpoint is of."""
@@ -158,16 +145,12 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         self.pruned, self.plan = saved["pruned"], Plan.from_json(saved["plan"])
         mask_(self.plan.apply_(network), saved["masks"])
 
-    def _inputs(self, network: nn.Module) -> Any:
-        device = device_of(network)
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.example_inputs)
-
     def _new_penalty(self, network: nn.Module) -> StrengthPenalty:
-        return StrengthPenalty(network, self._inputs(network), form=self.form)
+        return StrengthPenalty(network, moved_to(network, self.example_inputs), form=self.form)
 
     def _prune(self, network: nn.Module) -> None:
         """Mask the weakest synapses, cut channels; what is zero stays zero."""
-        inputs = self._inputs(network)
+        inputs = moved_to(network, self.example_inputs)
         masked = bool(masks_of(network)) or self.sparsity is not None
         merge_masks_(network)
         if self.sparsity is not None:

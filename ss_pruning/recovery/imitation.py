@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import device_of
-from ss_pruning._utils.running import call, quiet_hooks
+from ss_pruning._utils.running import as_arguments, quiet_hooks
 from ss_pruning.errors import InputError
 from ss_pruning.recovery.places import Place, find_places
 
@@ -58,7 +58,7 @@ class ImitationLoss:
         >>> report = ss_pruning.prune_(net, images[:1], ratio=0.25)
         >>> with ss_pruning.ImitationLoss(net, dense, images[:1]) as imitation:
         ...     scores = net(images)
-        ...     loss = torch.nn.functional.cross_entropy(scores, torch.arange(16) % 4) + imitation(images)
+        ...     loss = torch.nn.functional.cross_entropy(scores, torch.arange(16) % 4) + imitation()
         >>> loss.backward()
     """
 
@@ -75,10 +75,15 @@ class ImitationLoss:
         self.model, self.everywhere = model, everywhere
         self.ours: dict[str, Tensor] = {}
         self.theirs: dict[str, Tensor] = {}
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.undo = contextlib.ExitStack()
 
     def __enter__(self) -> ImitationLoss:
+        def note(_: str, __: nn.Module, arguments: Any) -> None:
+            self.arguments[:] = [arguments]
+
         with contextlib.ExitStack() as undo:
+            undo.enter_context(hooked({"": self.model}, before=note, whole=True))
             for model, noted in ((self.model, self.ours), (self.dense, self.theirs)):
                 undo.enter_context(_noting(model, self.places, noted))
             self.undo = undo.pop_all()
@@ -88,8 +93,11 @@ class ImitationLoss:
         self.undo.close()
         self.forget()
 
-    def __call__(self, inputs: Any) -> Tensor:
-        """The loss, a number; call it once after each pass of the pruned model, with the inputs of that pass.
+    def __call__(self, inputs: Any = None) -> Tensor:
+        """The loss, a number; call it once after each pass of the pruned model.
+
+        Args:
+            inputs: What that pass was given; by default what the model was called with.
 
         Raises:
             InputError: The pruned model has not run since the last call, or outside of the block.
@@ -99,7 +107,8 @@ class ImitationLoss:
                 "the imitation loss knows no feature maps: run the pruned model within the block, then call the loss"
             )
         with torch.no_grad():
-            call(self.dense, inputs)
+            args, kwargs = self.arguments[0] if inputs is None else as_arguments(inputs)
+            self.dense(*args, **kwargs)
         errors = [
             relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]), self.everywhere)
             for place in self.places
@@ -109,8 +118,8 @@ class ImitationLoss:
 
     def forget(self) -> None:
         """Let go of the feature maps of passes that no loss is wanted of."""
-        self.ours.clear()
-        self.theirs.clear()
+        for noted in (self.ours, self.theirs, self.arguments):
+            noted.clear()
 
 
 def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda total: total) -> Tensor:

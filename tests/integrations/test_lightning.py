@@ -174,7 +174,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ss_pruning.integrations.lightning.callback import StrengthPruning
+from ss_pruning.integrations.lightning.imitation import Imitation
 from tests.integrations.test_lightning import EXAMPLE, Classifier, trainer
+from tests.integrations.test_lightning_imitation import teacher
 
 
 class Frozen(Classifier):
@@ -196,7 +198,8 @@ images = DataLoader(dataset, batch_size=16 // devices, sampler=part)
 def fit(epochs, ckpt_path=None):
     module, callback = Frozen(), StrengthPruning(EXAMPLE, weight=1e-2, epoch=1, macs=0.7, sparsity=0.3)
     strategy = {"strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
-    run = trainer(out, callback, max_epochs=epochs, devices=devices, **strategy)
+    both = callback, Imitation(teacher(), EXAMPLE, weight=0.5)
+    run = trainer(out, *both, max_epochs=epochs, devices=devices, **strategy)
     run.fit(module, images, ckpt_path=ckpt_path)
     return run, module, callback
 
@@ -224,7 +227,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_processes_prune_alike_and_do_what_one_does(tmp_path: Path) -> None:
-    """Penalty, masks, cut and a checkpoint from after the cut, under DistributedDataParallel on CPU."""
+    """Penalty, imitation, masks, cut and a checkpoint from after it, under DistributedDataParallel on CPU."""
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

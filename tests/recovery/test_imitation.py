@@ -81,6 +81,32 @@ def test_it_is_zero_for_the_dense_model_itself(pair: tuple[nn.Module, nn.Module]
         assert imitation(X).item() == 0.0
 
 
+class Scaled(nn.Module):
+    """Called by position and by name."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, by: float = 1.0) -> Tensor:
+        return self.net(by * x)
+
+
+def test_it_knows_what_the_last_pass_was_given(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, dense = Scaled(pair[0]), Scaled(pair[1])
+    with ImitationLoss(pair[0], pair[1], X[:1]) as imitation:
+        model(X)
+        model(X, by=2.0)
+        loss = imitation()
+        pair[0](2.0 * X)
+        assert torch.equal(loss, imitation(2.0 * X))
+    with ImitationLoss(copy.deepcopy(dense), dense, X[:1]) as imitation:
+        imitation.model(X, by=3.0)
+        assert imitation().item() == 0.0
+        imitation.model(X, by=3.0)
+        assert imitation(X).item() > 0.0
+
+
 def test_called_without_a_pass_it_says_so(pair: tuple[nn.Module, nn.Module]) -> None:
     imitation = ImitationLoss(*pair, X[:1])
     with pytest.raises(InputError, match="run the pruned model within the block"):
