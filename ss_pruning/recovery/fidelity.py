@@ -57,7 +57,7 @@ class HeldOut:
         errors = []
         for part in self.parts:
             call(self.imitation.model, part.inputs)
-            errors.append(len(part) * float(self.imitation(part.inputs)))
+            errors.append(len(part) * float(self.imitation()))
         error = sum(errors) / sum(map(len, self.parts))
         return Fidelity(error if math.isfinite(error) else math.inf)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import device_of
-from ss_pruning._utils.running import as_arguments, quiet_hooks
+from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.errors import InputError
 from ss_pruning.recovery.places import Place, find_places
 
@@ -93,11 +93,8 @@ class ImitationLoss:
         self.undo.close()
         self.forget()
 
-    def __call__(self, inputs: Any = None) -> Tensor:
-        """The loss, a number; call it once after each pass of the pruned model.
-
-        Args:
-            inputs: What that pass was given; by default what the model was called with.
+    def __call__(self) -> Tensor:
+        """The loss, a number, of the last pass of the pruned model; the dense one runs on what that was given.
 
         Raises:
             InputError: The pruned model has not run since the last call, or outside of the block.
@@ -107,7 +104,7 @@ class ImitationLoss:
                 "the imitation loss knows no feature maps: run the pruned model within the block, then call the loss"
             )
         with torch.no_grad():
-            args, kwargs = self.arguments[0] if inputs is None else as_arguments(inputs)
+            args, kwargs = self.arguments[0]
             self.dense(*args, **kwargs)
         errors = [
             relative_error(self.ours[place.path], place.of_dense(self.theirs[place.path]), self.everywhere)

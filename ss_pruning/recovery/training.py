@@ -124,7 +124,7 @@ class Training:
             torch.autocast(_device(state), torch.bfloat16, enabled=bool(settings.dtype)),
         ):
             call(self.imitation.model, batch.inputs)
-            loss = self.imitation(batch.inputs)
+            loss = self.imitation()
         if not loss.requires_grad:
             raise InputError(
                 "no parameter that may be trained reaches the feature maps: set requires_grad on those to recover"
