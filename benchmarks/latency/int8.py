@@ -166,8 +166,8 @@ def yolo(run: Path, folder: Path) -> dict[str, Any]:
     dense, data = YOLO(folder / "dense.pt"), run / "data" / "data.yaml"
     side = int(dense.overrides["imgsz"])
     images = calibration_images(data, side, count=CALIBRATED_ON)
-    allocation = Allocation(round_to=ROUND_TO)
-    pruned, report = prune_yolo(dense, macs=MACS, calibration=images, allocation=allocation)
+    options = {"allocation": Allocation(round_to=ROUND_TO), "compensation": "reconstruct"}
+    pruned, report = prune_yolo(dense, macs=MACS, calibration=images, **options)
     pruned.save(folder / "pruned.pt")
     files = {
         name: Path(net.export(format="onnx", imgsz=side, simplify=False))

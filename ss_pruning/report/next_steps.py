@@ -46,6 +46,7 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
             [] if report.model.startswith("yolo:") else [("Fine-tune", tune)]
         ),  # detectors have losses of their own
         ("Export", f"ss-prune export {shlex.quote(file)}{options} --format onnx"),
+        ("In eight bits", f"ss-prune export {shlex.quote(file)}{options} --int8 --calibration PHOTOS"),
         ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
     ]
 

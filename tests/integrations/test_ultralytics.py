@@ -26,6 +26,7 @@ from ss_pruning.errors import BudgetError, FileFormatError, InputError
 from ss_pruning.integrations.ultralytics import PrunedYOLO, calibration_images, prune_yolo, recover_yolo_
 from ss_pruning.integrations.ultralytics.networks import build, name_of, stock_file, thawed
 from ss_pruning.integrations.ultralytics.trainers import NOTE
+from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
 from ss_pruning.surgery.plan import plan_of
@@ -254,6 +255,24 @@ def test_files_of_ultralytics_are_thawed_but_for_what_decodes() -> None:
         frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
         assert frozen == [f"model.{len(network.model) - 1}.dfl.conv.weight"]
     assert not any(weight.requires_grad for weight in network.parameters())
+
+
+@pytest.mark.slow
+def test_in_int8_scores_are_not_lost_beside_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale for both would have steps of a quarter."""
+    pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+    monkeypatch.chdir(tmp_path)
+    small, _ = prune_yolo(made(), macs=0.7, allocation="local")
+    small.save(tmp_path / "small.pt")
+    file = Path(YOLO(tmp_path / "small.pt").export(format="onnx", imgsz=SIDE, simplify=False))
+    pictures = torch.rand(20, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    written = ss_pruning.export_int8(file, tmp_path / "small.int8.onnx", pictures)
+    assert written.bytes < 0.5 * file.stat().st_size
+    right, found = OnnxModel(file)(pictures), OnnxModel(written.path)(pictures)
+    logits = torch.stack([scores[:, 4:].flatten().logit(1e-9) for scores in (right, found)])
+    assert torch.corrcoef(logits)[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([boxes[:, :4].flatten() for boxes in (right, found)]))[0, 1] > 0.9
+    assert YOLO(written.path, task="detect").predict(np.zeros((SIDE, SIDE, 3), np.uint8), imgsz=SIDE)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_a_file_of_the_command_line_is_loaded_tuned_and_exported(tmp_path: Path)
         "Fine-tune on a folder",
         "Fine-tune",
         "Export",
+        "In eight bits",
         "Measure",
     ]
     for commands in steps.values():
@@ -59,7 +60,7 @@ def test_a_file_of_the_command_line_is_loaded_tuned_and_exported(tmp_path: Path)
     again = ss_pruning.load(out / "finetuned.safetensors")
     assert torch.equal(model(IMAGES), again(IMAGES))
     assert not torch.equal(model(IMAGES), ss_pruning.load(report.file)(IMAGES))
-    for what in ("Recover without labels", "Fine-tune on a folder", "Export", "Measure"):
+    for what in ("Recover without labels", "Fine-tune on a folder", "Export", "In eight bits", "Measure"):
         _check(arguments(steps[what]))
 
 
