@@ -1,14 +1,14 @@
 """Pruned, in INT8, and both: file size, time and what the outputs are worth, of ONNX files in onnxruntime.
 
     python -m benchmarks.latency.int8 --nets all                       # adds to results/int8.json
-    python -m benchmarks.latency.int8 --nets yolov8n --yolo runs/yolo  # the folder of examples/yolo/prune.py
+    python -m benchmarks.latency.int8 --nets none --yolo runs/yolo     # the folder of examples/yolo/prune.py
     python -m benchmarks.latency.int8_page                             # docs/int8.md
 
-One thread, one image at a time, the four files in turns. Pruned is `prune_` to half of the multiply-accumulates, widths
-multiples of ROUND_TO, without training; nets that come with trained weights are reconstructed on the calibration
-images, of the others (random weights, batch norms set on noise) only sizes and times mean something. INT8 is
-`export_int8`. Trained are CIFAR-10's ResNet-56, EfficientNet-Lite0 (see `benchmarks.accuracy.lite0` for the packages)
-and the YOLOv8n that the example trains.
+One thread, one image at a time, the files in turns; time is that of the processor, whatever else the machine does.
+Pruned is `prune_` to half of the multiply-accumulates, widths multiples of ROUND_TO (8 in the narrow net for CIFAR-10),
+without training; nets that come with trained weights are reconstructed on the calibration images, of the others (random
+weights, batch norms set on noise) only sizes and times mean something. INT8 is `export_int8`. Trained are CIFAR-10's
+ResNet-56, EfficientNet-Lite0 (packages: see `benchmarks.accuracy.lite0`) and the YOLOv8n that the example trains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +33,13 @@ from benchmarks.latency.practical import NETS, pictures
 from ss_pruning import Allocation, export, export_int8, prune_
 from ss_pruning.compensation.fidelity import Reference
 from ss_pruning.importance.calibration import gather
-from ss_pruning.profiling.latency import Timing, machine, measure_latency
+from ss_pruning.profiling.latency import Timing, machine
 from ss_pruning.profiling.onnx_model import OnnxModel
 
 MACS, ROUND_TO, SIDE = 0.5, 16, 224
 CALIBRATED_ON, MEASURED_ON = 256, 1000
+WARM_UP, ROUNDS = 10, 100
+WIDTHS = (48, 50, 52, 56, 58, 60, 62, 64)
 VARIANTS = ("dense", "pruned", "INT8", "pruned, INT8")
 Files = dict[str, Path]
 
@@ -50,6 +53,7 @@ class Case(NamedTuple):
         others: To compare outputs on; none of those.
         labels: Theirs, where the net is trained.
         ignore: What is not pruned.
+        round_to: Widths are multiples of it.
     """
 
     model: nn.Module
@@ -57,6 +61,7 @@ class Case(NamedTuple):
     others: Tensor
     labels: Tensor | None = None
     ignore: tuple[str, ...] = ()
+    round_to: int = ROUND_TO
 
 
 def random_case(name: str) -> Case:
@@ -82,7 +87,7 @@ def cifar_case() -> Case:
     others, labels = cifar.draw(cifar.load(DATA, "test"), MEASURED_ON, 0)
     calibration, _ = cifar.draw(cifar.load(DATA, "train"), CALIBRATED_ON, 0)
     model = load_checkpoint("resnet56", DATA / "pretrained").eval()
-    return Case(model, cifar.as_input(calibration), cifar.as_input(others), labels)
+    return Case(model, cifar.as_input(calibration), cifar.as_input(others), labels, round_to=8)
 
 
 def lite0_case() -> Case:
@@ -108,7 +113,7 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
         dense,
         case.calibration[:1],
         macs=MACS,
-        allocation=Allocation(round_to=ROUND_TO),
+        allocation=Allocation(round_to=case.round_to),
         compensation=compensation,  # type: ignore[arg-type]
         calibration=None if case.labels is None else case.calibration,
         ignore=case.ignore,
@@ -126,7 +131,13 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
         if case.labels is not None:
             found = torch.cat([model(part) for part in case.others.split(100)])
             line["worth"] = float((found.argmax(1) == case.labels).float().mean())
-    return {**result, "measure": "top-1", "side": case.others.shape[-1], "images": len(case.others)}
+    return {
+        **result,
+        "measure": "top-1",
+        "side": case.others.shape[-1],
+        "images": len(case.others),
+        "round_to": case.round_to,
+    }
 
 
 def quantised(files: Files, images: Tensor) -> None:
@@ -139,12 +150,23 @@ def quantised(files: Files, images: Tensor) -> None:
 
 def timed(files: Files, image: Tensor) -> dict[str, Any]:
     """Sizes, times in turns, and the last one's time as a share of each."""
-    timings = measure_latency([OnnxModel(files[name]) for name in VARIANTS], image, rounds=(15, 60))
+    timings = in_turns([OnnxModel(files[name]) for name in VARIANTS], image)
     both, dense = timings[-1], timings[0]
     lines = {}
     for name, timing in zip(VARIANTS, timings, strict=True):
         lines[name] = {"bytes": files[name].stat().st_size, **_shares(timing, dense, both)}
     return {"variants": lines, "rounds": len(dense.seconds)}
+
+
+def in_turns(models: Sequence[OnnxModel], image: Tensor) -> list[Timing]:
+    """Seconds of this thread, forwards and backwards; what runs beside it on the machine does not count."""
+    times: list[list[float]] = [[] for _ in models]
+    for done in range(WARM_UP + ROUNDS):
+        for i in range(len(models))[:: 1 if done % 2 else -1]:
+            began = time.thread_time()
+            models[i](image)
+            times[i].append(time.thread_time() - began)
+    return [Timing(tuple(found[WARM_UP:])) for found in times]
 
 
 def _shares(timing: Timing, dense: Timing, both: Timing) -> dict[str, Any]:
@@ -185,25 +207,47 @@ def yolo(run: Path, folder: Path) -> dict[str, Any]:
         **result,
         "macs": report.macs_after / report.macs_before,
         "trained": True,
+        "round_to": ROUND_TO,
         "measure": "mAP50-95",
         "side": side,
         "images": len(list((run / "data" / "images" / "val").iterdir())),
     }
 
 
+def by_width(folder: Path) -> dict[str, Any]:
+    """Time of three convolutions in INT8, width by width, as a share of the last width's."""
+    models = []
+    for width in WIDTHS:
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        layers = [
+            layer for conv in (nn.Conv2d(3, width, 3, padding=1), *convs) for layer in (conv, nn.ReLU())
+        ]
+        path = folder / f"{width}.onnx"
+        models.append(OnnxModel(export_int8(nn.Sequential(*layers).eval(), path, pictures(56)[:20]).path))
+    timings = in_turns(models, pictures(56)[:1])
+    last = timings[-1]
+    found = {
+        width: {"of_last": t.over(last), "spread": t.spread_over(last)}
+        for width, t in zip(WIDTHS, timings, strict=True)
+    }
+    return {"widths": found, "rounds": len(last.seconds)}
+
+
 def chosen(nets: list[str], run: Path | None) -> Iterator[tuple[str, Callable[[Path], dict[str, Any]]]]:
     """What was asked for, by name."""
-    for name in CASES if "all" in nets else nets:
+    for name in [*CASES, "widths"] if "all" in nets else nets:
         if name in CASES:
             make = CASES[name]
             yield name, lambda folder, make=make: measured(make(), folder)  # type: ignore[misc]
+        if name == "widths":
+            yield name, by_width
     if run is not None:
         yield "yolov8n", lambda folder: yolo(run, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--nets", nargs="+", choices=[*CASES, "yolov8n", "all"], default=["all"])
+    parser.add_argument("--nets", nargs="+", choices=[*CASES, "widths", "all", "none"], default=["all"])
     parser.add_argument("--yolo", type=Path, help="folder of examples/yolo/prune.py")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args()
@@ -213,9 +257,12 @@ def main() -> None:
         known = json.loads(file.read_text()) if file.is_file() else {"nets": {}}
         with tempfile.TemporaryDirectory() as folder:
             found = work(Path(folder))
-        nets = {**known["nets"], name: {**found, "machine": machine(torch.device("cpu"))}}
-        write("int8", {"nets": nets, "macs": MACS, "round_to": ROUND_TO}, options.results)
-        print(name, json.dumps(found["variants"]), flush=True)
+        if name == "widths":
+            known["widths"] = found
+        else:
+            known["nets"][name] = {**found, "machine": machine(torch.device("cpu"))}
+        write("int8", {**known, "macs": MACS}, options.results)
+        print(name, json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def make_page(found: dict[str, Any], page: Path = PAGE) -> Path:
         page,
         "int8",
         macs=found["macs"],
-        round_to=found["round_to"],
         nets=[{"name": name, "table": net_table(net), **net} for name, net in nets.items()],
         gains=[gain(name, net) for name, net in nets.items()],
+        widths=widths_table(found["widths"]) if "widths" in found else "",
         versions=made_on(
             [{"versions": found["versions"], "machine": net["machine"]} for net in nets.values()]
         ),
@@ -53,6 +53,21 @@ def _row(name: str, net: dict[str, Any]) -> list[str]:
         row += [f"{100 * line['worth']:.1f}"]
         row += [f"{100 * line['agreement']:.1f}" if "agreement" in line else ""]
     return row
+
+
+def widths_table(found: dict[str, Any]) -> str:
+    """Time by width, as a share of the last one's, beside the share of multiply-accumulates."""
+    last = int(list(found["widths"])[-1])
+    rows = [
+        [
+            width,
+            f"{(int(width) / last) ** 2:.2f}",
+            f"{line['of_last']:.2f}",
+            "{:.2f} to {:.2f}".format(*line["spread"]),
+        ]
+        for width, line in found["widths"].items()
+    ]
+    return table(["width", f"multiply-accumulates, of {last}", f"time, of {last}", "middle half"], rows, "r")
 
 
 def gain(name: str, net: dict[str, Any]) -> str:

@@ -27,15 +27,26 @@ def net(**changes: Any) -> dict[str, Any]:
     }
     for name, change in changes.items():
         variants[name].update(change)
-    facts = {"trained": True, "measure": "top-1", "side": 32, "images": 10, "rounds": 15, "macs": 0.5}
+    facts = {
+        "trained": True,
+        "measure": "top-1",
+        "side": 32,
+        "images": 10,
+        "rounds": 15,
+        "macs": 0.5,
+        "round_to": 8,
+    }
     return {"variants": variants, "machine": {"device": "cpu", "name": "a processor"}, **facts}
 
 
 def test_the_page_has_all_figures(tmp_path: Path) -> None:
-    found = {"nets": {"small": net()}, "macs": 0.5, "round_to": 16, "versions": {"torch": "2"}}
+    widths = {"48": {"of_last": 0.6, "spread": (0.5, 0.7)}, "64": {"of_last": 1.0, "spread": (1.0, 1.0)}}
+    found = {"nets": {"small": net()}, "macs": 0.5, "versions": {"torch": "2"}}
+    found["widths"] = {"widths": widths, "rounds": 30}
     text = int8_page.make_page(found, tmp_path / "int8.md").read_text()
     assert "- small: smaller and faster than either alone" in text
     assert "| pruned, INT8 | 0.50 MB | 0.12 | 2.5 ms | 0.25 | 0.24 to 0.26 | 89.0 | 94.0 |" in text
+    assert "| 48 | 0.56 | 0.60 | 0.50 to 0.70 |" in text
     assert "| dense | 4.00 MB | 1.00 | 10.0 ms |  |  | 91.0 | 100.0 |" in text
 
 
