@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,7 +262,7 @@ def main() -> None:
             known["widths"] = found
         else:
             known["nets"][name] = {**found, "machine": machine(torch.device("cpu"))}
-        write("int8", {**known, "macs": MACS}, options.results)
+        write("int8", {**known, "macs": MACS, "onnxruntime": version("onnxruntime")}, options.results)
         print(name, json.dumps(found), flush=True)
 
 

@@ -26,6 +26,7 @@ def make_page(found: dict[str, Any], page: Path = PAGE) -> Path:
         page,
         "int8",
         macs=found["macs"],
+        onnxruntime=found["onnxruntime"],
         nets=[{"name": name, "table": net_table(net), **net} for name, net in nets.items()],
         gains=[gain(name, net) for name, net in nets.items()],
         widths=widths_table(found["widths"]) if "widths" in found else "",

@@ -41,7 +41,7 @@ def net(**changes: Any) -> dict[str, Any]:
 
 def test_the_page_has_all_figures(tmp_path: Path) -> None:
     widths = {"48": {"of_last": 0.6, "spread": (0.5, 0.7)}, "64": {"of_last": 1.0, "spread": (1.0, 1.0)}}
-    found = {"nets": {"small": net()}, "macs": 0.5, "versions": {"torch": "2"}}
+    found = {"nets": {"small": net()}, "macs": 0.5, "versions": {"torch": "2"}, "onnxruntime": "1"}
     found["widths"] = {"widths": widths, "rounds": 30}
     text = int8_page.make_page(found, tmp_path / "int8.md").read_text()
     assert "- small: smaller and faster than either alone" in text
