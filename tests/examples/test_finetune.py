@@ -18,10 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,6 +38,7 @@ from accelerate.state import AcceleratorState
 from examples import finetune_timm
 from ss_pruning.integrations.finetuning import run as finetuning
 from tests.support.killing import forks
+from tests.support.labelled_images import write_labelled_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--size", "32", "--batch", "16", "--workers", "0", "--cpu", "--rate", "0.005")
@@ -49,17 +48,7 @@ PRUNED = ("--epochs", "3", "--prune-epoch", "1", "--macs", "0.6", "--sparsity", 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of noise, a little brighter in the colour of its class."""
-    root, chance = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 17), ("val", 11)):
-        for label in range(3):
-            folder = root / part / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = chance.integers(0, 200, (24, 24, 3), dtype=np.uint8)
-                pixels[..., label] += 6
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
+    return write_labelled_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)
