@@ -42,7 +42,8 @@ class SizeAttributes:
         parts: Parts,
         fixed: Collection[Number],
     ) -> None:
-        self.arrivals, self.fixed, self.heads = arrivals, fixed, parts.heads
+        self.arrivals, self.fixed = arrivals, fixed
+        self.heads = _with_holders(parts.heads, arrivals)
         self.found: list[Attribute] = []
         self.current = ""
         self.done: set[str] = set()
@@ -78,7 +79,7 @@ class SizeAttributes:
         self._follow(path, module, [_changes(pairs) for pairs in known])
 
     def _follow_in_tables(self, path: str, module: nn.Module) -> None:
-        """Modules that only hold a table by head, and are asked for it, never run themselves."""
+        """Modules that hold a table by head, or what makes one, and are asked for it, never run themselves."""
         for inner, sizes in self.heads.items():
             if inner.startswith(f"{path}." if path else "") and inner not in (
                 path,
@@ -107,6 +108,17 @@ class SizeAttributes:
                 attribute = Attribute(path, name, position, value, after)
                 self.found.append(attribute)
                 set_number(module, attribute)
+
+
+def _with_holders(
+    heads: Mapping[str, list[tuple[int, int]]], arrivals: Mapping[str, Any]
+) -> dict[str, list[tuple[int, int]]]:
+    """Sizes of heads by module; those that never run but hold one that does are asked for what it makes."""
+    found = {path: list(sizes) for path, sizes in heads.items()}
+    for path, sizes in heads.items():
+        while (path := path.rpartition(".")[0]) and path not in arrivals:
+            found.setdefault(path, []).extend(sizes)
+    return found
 
 
 def never_named(model: nn.Module) -> frozenset[Number]:

@@ -61,6 +61,32 @@ class Biased(Fused):
         return super().truth(head) | {("table", "tensor"): [head], ("temperature", "tensor"): [head]}
 
 
+class MadeBias(nn.Module):
+    """Makes a bias for each head with a layer of its own; it is asked for it, and never called."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.layers = heads, nn.Sequential(nn.Linear(2, heads))
+        self.register_buffer("places", torch.randn(36, 2))
+
+    def made(self) -> Tensor:
+        return self.layers(self.places).view(6, 6, self.num_heads).permute(2, 0, 1)
+
+
+class Positioned(Fused):
+    """With a bias that a network makes for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = MadeBias(self.num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(F.scaled_dot_product_attention(*self.split(x), self.bias.made()))
+
+    def truth(self, head: int) -> Head:
+        return super().truth(head) | {("bias.layers.0", "out"): [head]}
+
+
 class Grouped(nn.Module):
     """Three heads of queries share one of keys and values: they go together."""
 
@@ -173,7 +199,7 @@ class Block(nn.Module):
 
 
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read)
+    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read, Positioned)
 }
 #: Of an image with six patches.
 EXAMPLE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
