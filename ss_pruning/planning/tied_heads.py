@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from ss_pruning.graph.connectivity import pattern
 from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import schedule, select, to_plan
+from ss_pruning.planning.group_bisection import GroupBisection
+from ss_pruning.surgery.fewest_numbers import Verified
+from ss_pruning.surgery.size_attributes import Number
 from ss_pruning.surgery.verification import Verifier
 
 #: By number of a group of heads, those of the groups of the stream that they read.
@@ -58,10 +61,17 @@ def _pairs(coupling: Coupling) -> Pairs:
 
 @dataclass(frozen=True)
 class _Trials:
-    """Tries on shapes whether groups can lose a step."""
+    """Tries on shapes whether groups can lose a step.
+
+    Attributes:
+        verifier: Where it is tried.
+        coupling: What may be cut.
+        fixed: Stored numbers that were found to equal a width by chance.
+    """
 
     verifier: Verifier
     coupling: Coupling
+    fixed: set[Number] = field(default_factory=set)
 
     def tied(self, pairs: Pairs) -> Coupling:
         """The coupling in which heads that cannot go alone are tied to their stream, as far as both can go then."""
@@ -86,8 +96,9 @@ class _Trials:
         label = components(len(groups), np.array(ties, dtype=np.int64).reshape(-1, 2))
         merged = [_merged([groups[i] for i in np.flatnonzero(label == n)]) for n in np.unique(label)]
         coupling = replace(self.coupling, groups=tuple(merged))
-        changed = [number for number, group in enumerate(merged) if group not in groups]
-        return coupling if self._run(coupling, changed) else None
+        known = set(map(id, groups))
+        changed = [number for number, group in enumerate(merged) if id(group) not in known]
+        return coupling if not changed or self._run(coupling, changed) else None
 
     def _run(self, coupling: Coupling, numbers: Collection[int]) -> bool:
         """Whether the model runs when groups, by number, have lost a step; those of one step lose none."""
@@ -96,7 +107,13 @@ class _Trials:
         steps = np.array([number in numbers and group.steps > 1 for number, group in enumerate(groups)])
         selection = select(schedule(groups, flat), groups, steps.astype(np.int64), coupling)
         plan = to_plan(selection, coupling, self.verifier.connectivity)
-        return self.verifier.runs(plan, selection, groups)
+
+        def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+            return self.verifier.verify_shapes(plan, selection, groups, fixed)
+
+        together = GroupBisection([_merged([groups[number] for number in numbers])], attempt, self.fixed)
+        together.search([0])  # a number that happens to equal a width is told from one that follows
+        return not together.failed
 
 
 def _merged(groups: Sequence[PruningGroup]) -> PruningGroup:

@@ -49,7 +49,7 @@ from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.masked_model import masked
-from ss_pruning.surgery.plan import Plan, set_number
+from ss_pruning.surgery.plan import Attribute, Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, run, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
@@ -190,25 +190,34 @@ class Verifier:
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, groups, fixed, locate=locate, reorder=False)
 
-    def runs(self, plan: Plan, selection: Selection, groups: Sequence[PruningGroup]) -> bool:
-        """Whether a cut model runs, as far as shapes tell; see `verify`."""
-        if not self.arrivals:
-            self.run()
-        try:
-            self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), self.numbers.idle)
-        except VerificationError:
-            return False
-        return True
-
-    def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> None:
-        """Run a cut model without data.
+    def verify_shapes(
+        self,
+        plan: Plan,
+        selection: Selection,
+        groups: Sequence[PruningGroup],
+        fixed: Collection[Number] = (),
+    ) -> Verified:
+        """See that a cut model runs, without data; see `verify`. Where the model does not, nothing is seen.
 
         Raises:
             VerificationError: It does not run.
         """
+        if not self.arrivals:
+            self.run()
+        fixed = frozenset(fixed) | self.numbers.idle
+        followed = self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), fixed)
+        return Verified(replace(plan, attributes=tuple(followed)), 0.0)
+
+    def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> list[Attribute]:
+        """Run a cut model without data, and return the numbers that followed.
+
+        Raises:
+            VerificationError: It does not run.
+        """
+        sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         if self.ghost is not None:
-            sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
             _run_cut(self.precise(_cut(self.ghost, plan)), _to_meta(self.inputs), sizes_that_follow)
+        return sizes_that_follow.found
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""

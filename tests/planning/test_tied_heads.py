@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ss_pruning import prune_
 from ss_pruning.graph.traced import TracedModel
@@ -54,6 +54,27 @@ def test_both_lose_the_same_share(ratio: float, heads: int) -> None:
     assert report.max_error < 1e-10
     assert (model.attn.num_heads, model.embed.out_channels) == (heads, 3 * heads)
     assert model.attn.qkv.in_features == model.attn.proj.in_features == 3 * heads  # type: ignore[union-attr]
+
+
+class Sized(Block):
+    """Takes images of one size, whose number is that of the channels of its stream."""
+
+    def __init__(self) -> None:
+        super().__init__(Proportional())
+        self.side = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.side
+        return super().forward(x)
+
+
+def test_a_number_that_equals_a_width_by_chance() -> None:
+    torch.manual_seed(0)
+    model, images = Sized().eval(), torch.randn(2, 3, 2, 12)
+    groups = with_tied_heads(TracedModel.of(model, images)).coupling.groups
+    assert [len(group.subgroups) for group in groups if group.name == "embed"] == [2]
+    report = prune_(model, images, ratio=0.5, allocation="local")
+    assert (model.side, model.embed.out_channels, report.max_error < 1e-10) == (12, 6, True)
 
 
 def test_the_model_is_left_as_it_was() -> None:
