@@ -91,7 +91,12 @@ class SizeAttributes:
                 self._follow(inner, held, [_changes(sizes)])
 
     def _block(self, path: str, module: nn.Module) -> str:
-        """The module itself; if it holds no layer (a padded shortcut), the block it stands in."""
+        """The module itself; if it holds no layer (a padded shortcut), the block it stands in.
+
+        Where heads go, that of attention whose layers are not cut is not another's.
+        """
+        if self.heads and any(kind_of(inner) for inner in module.modules()):
+            return path
         while path and path not in self.inside and not type(module).__module__.startswith("torch.nn."):
             path = path.rpartition(".")[0]
         return path

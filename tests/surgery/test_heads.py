@@ -55,6 +55,14 @@ def test_numbers_follow_heads() -> None:
     assert (attention.num_heads, attention.attn_dim, attention.head_dim) == (2, 10, 5)
 
 
+def test_attention_that_is_not_cut_keeps_its_numbers() -> None:
+    torch.manual_seed(0)
+    model = Block(nn.Sequential(Fused(), Fused())).eval()
+    report = prune_(model, EXAMPLE, ratio=0.5, allocation="local", ignore=(*OTHERS, "attn.1"))
+    assert [module.attn_dim for module in model.attn] == [10, 20]  # type: ignore[union-attr]
+    assert not any("width" in left.reason for left in report.excluded)
+
+
 @pytest.mark.parametrize("attention", [Fixed, Gated])
 def test_heads_that_cannot_go_stay_and_are_named(attention: type[Fused]) -> None:
     model = Block(attention()).eval()
