@@ -26,18 +26,23 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def checked_call(model: nn.Module, example_inputs: Any) -> Any:
+def checked_call(model: nn.Module, inputs: Any, what: str = "example inputs") -> Any:
     """Likewise, of inputs that nothing has run on yet.
+
+    Args:
+        model: What runs.
+        inputs: What `forward` takes.
+        what: Which inputs they are, for messages.
 
     Raises:
         ModelError: The model does not run on them.
     """
     try:
-        return call(model, example_inputs)
+        return call(model, inputs)
     except Exception as error:
         raise ModelError(
-            f"the model does not run on the example inputs ({type(error).__name__}: {error}); check their shape, dtype "
-            "and device: call model(*example_inputs) yourself first"
+            f"the model does not run on the {what} ({type(error).__name__}: {error}); check their shape, dtype and "
+            "device: call the model on them yourself first"
         ) from error
 
 

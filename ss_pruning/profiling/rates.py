@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.importance.calibration import Batch
 
 # Inputs of the timed pass, and of the one at many inputs, where memory costs more.
@@ -55,7 +55,8 @@ class Rates:
 
         with preserved(model, training=False), torch.no_grad():
             passes = [
-                _timed(partial(call, model, batch.inputs)) / max(len(batch), 1) for batch in (few, many)
+                _timed(partial(checked_call, model, batch.inputs, "calibration inputs")) / max(len(batch), 1)
+                for batch in (few, many)
             ]
         return cls(
             passes[0],
