@@ -92,7 +92,7 @@ def cifar_case() -> Case:
 
 
 def lite0_case() -> Case:
-    model, material = dense_net(), Material(0, SIDE, CALIBRATED_ON, 200, DATA)
+    model, material = dense_net(), Material(0, SIDE, CALIBRATED_ON // 2, 200, DATA)
     _, photos, labels = material.imagenet
     return Case(model, material.mixed[0], photos, labels, tuple(stream_layers(model)))
 

@@ -134,7 +134,7 @@ class Measured:
         machine: Where.
         file_bytes: By name of the model.
         comparisons: One for each setting.
-        outputs: None where there are not two models with weights.
+        outputs: None where there are neither labels nor two models with weights.
     """
 
     machine: dict[str, str]
@@ -251,7 +251,7 @@ def measure(
         found.append(compare(models, preprocess.size, setting, place))
     # A dense model without weights costs the same time; its outputs mean nothing.
     alive = {name: model for name, model in models.items() if name != "dense" or wanted.weights}
-    outputs = worth(alive, wanted, preprocess) if len(alive) > 1 else None
+    outputs = worth(alive, wanted, preprocess) if len(alive) > 1 or wanted.data else None
     return Measured(machine(place), sizes, found, outputs)
 
 

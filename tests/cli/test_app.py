@@ -899,6 +899,9 @@ def test_bench_compares_files_with_the_model_that_has_weights(pruned_digits: Pat
     assert found["outputs"]["fidelity"]["model.onnx"]["error"] < 1e-8
     assert list(found["comparisons"][0]["speeds"]) == ["dense", "pruned", "model.onnx"]
     assert found["comparisons"][0]["speeds"]["model.onnx"]["peak_bytes"] is None
+    found = json.loads(run("bench", file, "--data", "digits", "--images", 50, "--json").stdout)
+    assert found["outputs"]["accuracy"]["pruned"] > 0.9
+    assert found["outputs"]["fidelity"] == {}
     message = refused("bench", file, exported, "--dtype", "bf16")
     assert "exported files run as they are, on the CPU, not with batch 1, bf16" in message
     assert "one at a time is measured, not 2" in refused("bench", file, file)
