@@ -154,11 +154,12 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         raise InputError(
             "the model was not pruned: it is the same as dense, so that there is nothing to recover"
         )
-    _check_trainable(model, dense)
+    _check_trainable(model, fresh)
 
 
-def _check_trainable(model: nn.Module, dense: nn.Module) -> None:
-    ours, theirs = parameters_of(model), parameters_of(dense)
+def _check_trainable(model: nn.Module, fresh: nn.Module) -> None:
+    """Refuse number types that training fails in; `fresh` is the dense model, cut like `model`."""
+    ours, theirs = parameters_of(model), parameters_of(fresh)
     odd = next((name for name, p in ours.items() if p.dtype != theirs[name].dtype), None)
     if odd is not None:
         raise InputError(

@@ -19,9 +19,22 @@ from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.views import another_view
 from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
+from tests.support.attention import Block
 from tests.support.snapshot import snapshot
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+class Whole(nn.Module):
+    """Torch's own attention of a stream to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +170,19 @@ def test_a_checkpoint_of_something_else_is_refused(
         dense.fc.bias.add_(1.0)
     with pytest.raises(InputError, match="belongs to a recovery of another model"):
         recover_(copy.deepcopy(nets[1]), dense, images[:20], steps=1, checkpoint=file)
+
+
+def test_attention_that_lost_heads_is_recovered() -> None:
+    """Its layers have names of their own then, which the dense model does not have."""
+    torch.manual_seed(0)
+    dense = Block(Whole()).eval()
+    model, x = copy.deepcopy(dense), torch.randn(40, 3, 4, 6)
+    prune_(model, x[:2], ratio=0.4, allocation="local")
+    assert "attn.attention.q_proj.weight" in model.state_dict()
+    before = snapshot(dense)
+    report = recover_(model, dense, x, steps=4)
+    assert report.after.error <= report.before.error
+    assert snapshot(dense) == before
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit", "a tensor less", "a note", "depth"])
