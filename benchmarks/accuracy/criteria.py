@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.data.cifar import Images, as_input
 from ss_pruning import SynapticImportance
-from ss_pruning.compensation.apply import BATCH
+from ss_pruning.importance.calibration import BATCH
 
 OURS = "SynapticImportance"
 #: So many images without labels to calibrate on.

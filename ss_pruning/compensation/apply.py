@@ -17,7 +17,6 @@ from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
 from ss_pruning.config import COMPENSATIONS, Compensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.importance.calibration import BATCH as BATCH
 from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
 from ss_pruning.surgery.plan import Plan, adopt_
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock, step
-from ss_pruning.compensation.apply import BATCH
 from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.groups import Coupling
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
-from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
 from ss_pruning.importance.sensitivity import Effort, Scores, Shrinking, by_sensitivity
 from ss_pruning.importance.synaptic import SynapticImportance
