@@ -112,6 +112,8 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             outcome.skipped[path] = "it is frozen, while other layers are not"
         elif hasattr(module, "parametrizations") or not is_linear_in_weight(module):
             outcome.skipped[path] = "its output is not linear in its weight"
+        elif module._parameters.keys() - {"weight", "bias"}:
+            outcome.skipped[path] = "it has parameters beside weight and bias"
         else:
             paths.append(path)
     return paths

@@ -139,7 +139,8 @@ def is_linear_in_weight(module: nn.Module) -> bool:
         nothing, once, twice = (ask(module, {"weight": share * w}, x) for share in (0, 1, 2))
     except Exception:  # takes more than one tensor: nothing is known of it
         return False
-    return bool((twice - 2 * once + nothing).abs().max() <= 1e-4 * (twice - nothing).abs().max())
+    most = (twice - nothing).abs().max()  # nothing where a gain of its own is nothing: it cannot be told
+    return bool(0 < most) and bool((twice - 2 * once + nothing).abs().max() <= 1e-4 * most)
 
 
 def mixes_channels(module: nn.Module) -> bool:

@@ -259,6 +259,17 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Gained(nn.Conv2d):
+    """Has a gain an output, which begins with nothing where a branch shall."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = nn.Parameter(torch.full((outputs, 1, 1, 1), gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, self.padding)
+
+
 class Scaled(nn.Linear):
     """Still linear in its weight."""
 
@@ -271,6 +282,8 @@ class Scaled(nn.Linear):
     [
         (nn.Conv2d(3, 4, 3), True),
         (Standardised(3, 4, 3), False),
+        (Gained(3, 4, 2.0), True),
+        (Gained(3, 4, 0.0), False),
         (Scaled(3, 4), True),
         (Scaled(3, 4, bias=False), True),
         (type("Odd", (nn.Bilinear,), {"__module__": "elsewhere"})(3, 3, 2), False),
@@ -288,9 +301,11 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
             self.conv2 = Standardised(8, 8, 3, padding=1)
             self.up, self.bn3 = nn.ConvTranspose2d(8, 8, 2), nn.BatchNorm2d(8)
             self.twice = nn.Conv2d(8, 8, 1)
+            self.gained, self.branch = Gained(8, 8, 2.0), Gained(8, 8, 0.0)
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+            x = F.relu(self.gained(x)) + self.branch(x)
             x = self.twice(F.relu(self.twice(F.relu(self.bn3(self.up(x))))))
             return self.fc(x.mean((2, 3)))
 
@@ -299,6 +314,8 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
     _, outcome = cut_(TracedModel.of(model, X), plan, Reconstruct(), X)
     assert outcome.skipped == {
         "conv2": "its output is not linear in its weight",
+        "gained": "it has parameters beside weight and bias",
+        "branch": "its output is not linear in its weight",
         "up": "transposed convolutions are not solved",
         "twice": "it runs several times",
     }
