@@ -140,7 +140,7 @@ def is_linear_in_weight(module: nn.Module) -> bool:
     except Exception:  # takes more than one tensor: nothing is known of it
         return False
     most = (twice - nothing).abs().max()  # nothing where a gain of its own is nothing: it cannot be told
-    return bool(0 < most) and bool((twice - 2 * once + nothing).abs().max() <= 1e-4 * most)
+    return bool(most > 0) and bool((twice - 2 * once + nothing).abs().max() <= 1e-4 * most)
 
 
 def mixes_channels(module: nn.Module) -> bool:
