@@ -244,7 +244,9 @@ def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) ->
     roots = [m for m in members if m.side == "out" and connectivity.layers[m.path].kind == "synaptic"]
     if not roots:  # a lone norm or depthwise layer on an unseen source: never cut
         return []
-    root = min(roots, key=lambda m: slots.start[m.path, m.side])
+    # Of a head, what puts out most of it: not the layer that makes one entry of a table for it.
+    head = any(m.side != "out" and m.index.shape[1] > 1 for m in members)
+    root = min(roots, key=lambda m: (-head * m.index.shape[1], slots.start[m.path, m.side]))
     members = [root, *(m for m in members if m is not root)]
     order = np.argsort(root.index[:, 0], kind="stable")
     members = [Member(m.path, m.side, m.index[order]) for m in members]

@@ -52,7 +52,8 @@ def _pairs(coupling: Coupling) -> Pairs:
     for number, group in enumerate(coupling.groups):
         members = [m for subgroup in group.subgroups if subgroup.of_heads for m in subgroup.members]
         widths = {coupling.widths[m.path, "in"] for m in members if m.side == "in"}
-        roots = {m.path for m in members if m.side == "out" and coupling.widths[m.path, "in"] in widths}
+        wide = [m.path for m in members if m.side == "out" and m.index.shape[1] > 1]
+        roots = {path for path in wide if coupling.widths[path, "in"] in widths}
         streams = {other for path in roots for other in reading[path]} - {number}
         if streams:
             found[number] = streams

@@ -52,7 +52,7 @@ def test_gates_are_no_heads() -> None:
     assert [[s.of_heads for s in group.subgroups] for group in groups] == [[False], [False]]
 
 
-@pytest.mark.parametrize(("name", "width"), [("fused", 5), ("grouped", 6), ("ofmaps", 4)])
+@pytest.mark.parametrize(("name", "width"), [("fused", 5), ("grouped", 6), ("ofmaps", 4), ("positioned", 5)])
 def test_the_width_of_a_head(name: str, width: int) -> None:
     model = block(name)
     groups = couple(trace(model, EXAMPLE), model).groups

@@ -81,7 +81,8 @@ class Positioned(Fused):
         self.bias = MadeBias(self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.join(F.scaled_dot_product_attention(*self.split(x), self.bias.made()))
+        bias = self.bias.made()  # before there are queries
+        return self.join(F.scaled_dot_product_attention(*self.split(x), bias))
 
     def truth(self, head: int) -> Head:
         return super().truth(head) | {("bias.layers.0", "out"): [head]}
