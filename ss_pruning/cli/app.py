@@ -80,7 +80,7 @@ def prune(
 
             _job.check_statistics(request, synaptic)
             job = _job.prepare(request, progress)
-            dense = checksum_of_weights(job.model)
+            dense = None if output.out is None else checksum_of_weights(job.model)
             with _job.input_size_named(request):
                 pictures, calibrated_on = _job.calibration_images(request, method.repair, job, progress)
                 importance = synaptic if method.importance == SYNAPTIC else method.importance

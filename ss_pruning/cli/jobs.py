@@ -352,7 +352,7 @@ def settings_of(request: Request, importance: str, job: Job) -> dict[str, Any]:
     }
 
 
-def packed(job: Job, report: Report, dense: str) -> bytes:
+def packed(job: Job, report: Report, dense: str | None) -> bytes:
     """The pruned model's file, which keeps the dense weights' checksum; the report notes its own."""
     from ss_pruning.io import checkpoint as files
 

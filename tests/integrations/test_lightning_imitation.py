@@ -119,6 +119,19 @@ def test_it_goes_on_when_the_network_is_pruned(images: DataLoader[Any], tmp_path
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_under_mixed_precision(images: DataLoader[Any], tmp_path: Path) -> None:
+    """Nearly what single precision gives; relative errors are computed in that in any case."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        module, seen = pruned(), Seen()
+        both = Imitation(teacher(), EXAMPLE), seen
+        trainer(tmp_path, *both, max_epochs=1, precision=precision).fit(module, images)
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        found += seen.distances
+    assert found[1] != found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 class Seen(pl.Callback):
     def __init__(self) -> None:
         self.distances: list[float] = []
