@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_weights(nets: tuple[nn.Module, nn.Module],
     def recovered(seed: int) -> list[Tensor]:
         model = copy.deepcopy(nets[1])
         torch.rand(1)  # whatever was drawn before
-        report = recover_(model, nets[0], images[:50], steps=6, settings=Recovery(seed=seed))
+        report = recover_(model, nets[0], images, steps=12, settings=Recovery(seed=seed))
         assert report.best_step
         return weights(model)
 
