@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning import errors
@@ -75,6 +76,8 @@ __all__ = [
     "save",
     "synaptic_strength",
 ]
+if find_spec("nni") is None:  # `from ss_pruning import *` would ask for it
+    __all__.remove("SynapticStrengthPruner")
 
 # Loaded on first use, so that `import ss_pruning` stays light.
 _LAZY = {

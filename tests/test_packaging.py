@@ -85,6 +85,11 @@ def test_integrations_load_by_their_full_name() -> None:
     assert loaded_by("import ss_pruning.integrations", ("ss_pruning.integrations",))
 
 
+def test_everything_is_imported_without_nni() -> None:
+    code = "import sys; sys.modules['nni'] = None\nfrom ss_pruning import *\nprint(prune_, GraphPruner)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
 def test_masks_are_compacted_without_nni() -> None:
     """Its masks are plain tensors; only its pruners and its speedup need it."""
     assert loaded_by("import ss_pruning.integrations.nni.masks", ("nni", "timm", "torch_pruning")) == []

@@ -23,7 +23,7 @@ from ss_pruning._utils.files import check_writable, write_bytes
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.report.records import Report
-from ss_pruning.surgery.plan import Plan, plan_of
+from ss_pruning.surgery.plan import Plan, cut_like, plan_of
 
 _KEY = "ss_pruning"
 _FORMAT = 2
@@ -61,9 +61,13 @@ def save(
         dense: The model that was pruned. Of its weights a checksum is kept, by which `load_dense` knows them again.
 
     Raises:
-        InputError: The folder is missing or read-only, or the model is wrapped or holds more than tensors.
+        InputError: The folder is missing or read-only, the model is wrapped or holds more than tensors, or `dense` is
+            not the model that was pruned.
     """
     check_writable(path)
+    if dense is not None:
+        check_module(dense, "save")
+        cut_like(model, dense)
     write_bytes(path, packed(model, architecture, None if dense is None else checksum_of_weights(dense))[0])
 
 

@@ -15,7 +15,7 @@ from ss_pruning._utils.progress import Progress, reporter
 from ss_pruning._utils.running import quiet_hooks, same_random_numbers
 from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
 from ss_pruning.config import Recovery, SyntheticImages, is_count, is_number
-from ss_pruning.errors import InputError, PlanError
+from ss_pruning.errors import InputError
 from ss_pruning.graph.layers import check_finite
 from ss_pruning.graph.refusals import check_bare, usable_inputs
 from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
@@ -25,7 +25,7 @@ from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.training import Length, State, Training
 from ss_pruning.recovery.views import another_view
-from ss_pruning.surgery.plan import plan_of
+from ss_pruning.surgery.plan import cut_like, plan_of
 
 #: Trained for so many steps by default.
 STEPS = 1000
@@ -131,26 +131,10 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
     for net in (model, dense):
         check_bare(net)
         check_finite(net)
-    plan = plan_of(model)
-    try:
-        fresh = plan.cut_copy(dense)
-    except PlanError as error:
-        raise InputError(f"dense is not the model that was pruned: {error}") from error
-    ours, theirs = (
-        {name: tuple(tensor.shape) for name, tensor in tensors_of(net).items()} for net in (model, fresh)
-    )
-    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if odd and not plan.cuts:
-        raise InputError(
-            f"the model carries no plan, and '{odd[0]}' has another shape than in dense: give what prune_ or compact_ "
-            "has made, or read it with ss_pruning.load"
-        )
-    if odd:
-        raise InputError(
-            f"dense is not the model that was pruned: cut like it, its '{odd[0]}' would have shape "
-            f"{theirs.get(odd[0], 'none')}, not {ours.get(odd[0], 'none')}"
-        )
-    if not plan.cuts and all(torch.equal(a, b) for a, b in zip(*map(_values, (model, dense)), strict=True)):
+    fresh = cut_like(model, dense)
+    if not plan_of(model).cuts and all(
+        torch.equal(a, b) for a, b in zip(*map(_values, (model, dense)), strict=True)
+    ):
         raise InputError(
             "the model was not pruned: it is the same as dense, so that there is nothing to recover"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.memento import like
 from ss_pruning._utils.modules import modules_of, tensors_of
-from ss_pruning.errors import PlanError
+from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.graph.groups import Key, Side
 from ss_pruning.graph.layer_types import layer_type_of
@@ -174,6 +174,33 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that a model carries, empty if none; text where its pickle is to open without this package."""
     noted = getattr(model, PLAN_ATTRIBUTE, None)
     return Plan.from_json(noted) if isinstance(noted, str) else noted or Plan()
+
+
+def cut_like(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """A copy of the dense model that is cut like `model`, with the same shapes.
+
+    Raises:
+        InputError: It is not the model that was pruned.
+        ModelError: It cannot be copied.
+    """
+    plan = plan_of(model)
+    try:
+        fresh = plan.cut_copy(dense)
+    except PlanError as error:
+        raise InputError(f"dense is not the model that was pruned: {error}") from error
+    ours, theirs = ({n: tuple(t.shape) for n, t in tensors_of(net).items()} for net in (model, fresh))
+    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if odd and not plan.cuts:
+        raise InputError(
+            f"the model carries no plan, and '{odd[0]}' has another shape than in dense: give what prune_ or compact_ "
+            "has made, or read it with ss_pruning.load"
+        )
+    if odd:
+        raise InputError(
+            f"dense is not the model that was pruned: cut like it, its '{odd[0]}' would have shape "
+            f"{theirs.get(odd[0], 'none')}, not {ours.get(odd[0], 'none')}"
+        )
+    return fresh
 
 
 # Attributes in which layers keep their sizes.

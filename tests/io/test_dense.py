@@ -45,6 +45,17 @@ def test_it_is_rebuilt_by_whoever_has_the_weights(file: Path, tmp_path: Path) ->
     assert same(ss_pruning.load_dense(file, lambda: net(1), weights), net())
 
 
+def test_a_model_that_was_not_pruned_to_this_one_is_not_noted(tmp_path: Path) -> None:
+    model = net()
+    ss_pruning.prune_(model, torch.zeros(1, 1, 8, 8), ratio=0.25)
+    for dense in (model, nn.Sequential(nn.Conv2d(1, 8, 3)), nn.Conv2d, 5):
+        with pytest.raises(
+            InputError, match=r"dense is not the model that was pruned|give a torch.nn.Module"
+        ):
+            ss_pruning.save(model, tmp_path / "pruned.safetensors", dense=dense)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_weights_are_refused(file: Path, tmp_path: Path) -> None:
     """Another seed, one number of one buffer, another number type: none of them was pruned."""
     moved, half = net(), net().half()

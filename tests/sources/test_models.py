@@ -317,6 +317,14 @@ def test_truncated_files_are_refused(net: nn.Module, tmp_path: Path, name: str, 
         read_weights(path)
 
 
+@pytest.mark.parametrize("content", [b"junk", b"\x80\x02]q", b"0" * 40, b"cos\nsystem\n", b"(lp0\nI1\na."])
+def test_files_that_are_no_pickle_are_refused(tmp_path: Path, content: bytes) -> None:
+    """Reading them may raise anything, such as a `struct.error`."""
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        read_weights(tmp_path / "weights.pth")
+
+
 def test_files_of_another_kind_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights file at"):
         read_weights(tmp_path / "weights.pth")
