@@ -885,7 +885,8 @@ def test_dense_and_pruned_in_float_and_int8_in_one_table(pruned_digits: Path) ->
     assert list(found["comparisons"][0]["ratios"]) == names
     outputs = found["outputs"]
     assert outputs["accuracy"]["dense.int8.onnx"] > 0.9
-    assert outputs["fidelity"]["dense.int8.onnx"]["error"] < outputs["fidelity"]["model.onnx"]["error"]
+    assert list(outputs["fidelity"]) == names[1:]
+    assert 0 < max(found["error"] for found in outputs["fidelity"].values()) < 0.01
     assert (outputs["reference"], outputs["on"]) == ("dense.onnx", "images of digits")
 
 
