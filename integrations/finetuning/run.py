@@ -104,7 +104,8 @@ class Run:
                 self.plan.apply_(model)
                 check_agreement(model)
             digest = fingerprint(self.model).hex()[:16]
-            print(f"process {self.accelerator.process_index} was cut to {digest}", flush=True)
+            # In one piece with the end of the line: torchrun has processes write unbuffered, to one pipe.
+            print(f"process {self.accelerator.process_index} was cut to {digest}\n", end="", flush=True)
         if options.sparsity or options.keep_zeros:
             masks = zero_masks(self.model)
             for model in models:
