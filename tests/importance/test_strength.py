@@ -384,3 +384,15 @@ def test_synapses_are_found_from_their_inputs_and_back(groups: int) -> None:
             c = group * (inputs // groups) + position
             assert found[c, row] == scores[k, position]
             assert placed[k, position] == channels[c]
+
+
+def test_a_model_that_can_never_train_is_refused_though_its_connectivity_is_known() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+
+    x = torch.zeros(1, 3, 4, 4)
+    known = trace(net(), x)
+    with torch.inference_mode():
+        frozen = net()
+    with pytest.raises(InputError, match=r"torch\.inference_mode"):
+        synaptic_strength(frozen, x, connectivity=known)
