@@ -208,11 +208,13 @@ def make_page(lines: dict[str, Line]) -> None:
         DOCS / f"{NAME}.md",
         NAME,
         models=len(lines),
+        listed=len(MODELS),
         shrink=sum(line["heads left"] < line["heads"] for line in good.values()),
         much=sum(line["removed"] >= 0.65 for line in good.values()),
         right=sum(line["difference"] <= 1e-10 and line["trains"] for line in good.values()),
         slow=[name for name, line in good.items() if line["s"] > 60],
         errors={name: line["error"] for name, line in lines.items() if "error" in line},
+        earlier=[name for name, line in good.items() if line.get("earlier")],
         table=table(head, rows, "l" + "r" * 7 + "l"),
     )
 
