@@ -50,7 +50,7 @@ class Work:
         """The calibration inputs that are used: spread over all of them."""
         if images is None or self.inputs == len(images):
             return images
-        units = torch.linspace(0, len(images) // images.unit - 1, self.inputs // images.unit).long()
+        units = torch.linspace(0, len(images) // images.unit - 1, max(self.inputs // images.unit, 1)).long()
         return images[(units[:, None] * images.unit + torch.arange(images.unit)).flatten()]
 
     @property

@@ -40,7 +40,11 @@ class Rates:
 
     @classmethod
     def measured(cls, model: nn.Module, inputs: Batch) -> Rates:
-        """Time a few passes and some algebra; takes as long as some dozen inputs."""
+        """Time a few passes and some algebra; takes as long as some dozen inputs.
+
+        Raises:
+            ModelError: The model does not run on them.
+        """
         few = inputs.parts()[0].at_most(_FEW)
         many = inputs.at_most(_MANY) if len(inputs) >= 2 * _FEW else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -54,22 +58,20 @@ class Rates:
             double.square().sum()
 
         with preserved(model, training=False), torch.no_grad():
-            passes = [
-                _timed(partial(checked_call, model, batch.inputs, "calibration inputs")) / max(len(batch), 1)
-                for batch in (few, many)
-            ]
-        return cls(
-            passes[0],
-            max(passes),
-            _timed(lambda: wide.T @ wide) / (4 * _SIDE**3),
-            _timed(lambda: torch.linalg.cholesky(spread)) / (_SIDE**3 / 6),
-            _timed(summed) / _NUMBERS,
-        )
+            # The first time makes ready.
+            _, one, other = (
+                _timed(partial(checked_call, model, b.inputs, "calibration inputs")) / max(len(b), 1)
+                for b in (few, few, many)
+            )
+        algebra: tuple[Callable[[], Any], ...] = (
+            lambda: wide.T @ wide, lambda: torch.linalg.cholesky(spread), summed
+        )  # fmt: skip
+        product, solve, number = (min(_timed(work) for _ in range(2)) for work in algebra)
+        return cls(one, max(one, other), product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS)
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of the second time: the first one makes ready."""
-    run()
+    """Seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import Allocation, Report, prune_
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.planning import time_budget
 from ss_pruning.profiling.rates import Rates
 from ss_pruning.report.notes import certainty
@@ -123,3 +123,15 @@ def test_rates_are_those_of_this_machine() -> None:
     fast = Rates.measured(nn.Conv2d(3, 4, 3), Batch.of(torch.randn(32, 3, 64, 64)))
     assert slow.one > 3 * fast.one
     assert all(0 < rate < 1e-3 for rate in (fast.product, fast.solve, fast.number))
+
+
+def test_inputs_that_the_model_does_not_run_on_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    with pytest.raises(ModelError, match="does not run on the calibration inputs"):
+        prune_(
+            model,
+            torch.zeros(1, 3, 8, 8),
+            ratio=0.5,
+            compensation="linear",
+            calibration=torch.randn(24, 3, 9, 9),
+        )
