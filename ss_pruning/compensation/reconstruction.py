@@ -41,8 +41,6 @@ _HELD_OUT = 5
 _ROWS_EACH, _FEWEST_ROWS, _MOST_ROWS = 256, 2**13, 2**16
 # Neighbouring positions say much the same: rows come from so many images, and from no larger share of their positions.
 _LEAST_IMAGES, _SHARE = 32, 0.25
-# Normal equations of so many bytes are given back to the system at once: the next ones will not fit in their place.
-_MUCH = 2**26
 
 
 def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
@@ -83,8 +81,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
             equations.module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
-            if equations.gram.nbytes > _MUCH:
-                give_back()
+            give_back()
             step(len(outcome.layers), len(models.order))
     outcome.skipped |= dict.fromkeys((path for path in paths if path not in outcome.layers), IDLE)
     return outcome

@@ -18,6 +18,8 @@ from ss_pruning.errors import InputError
 VARIABLE = "SS_PRUNING_MEMORY"
 # By default at most so many bytes, and no more than such a share of what is free.
 _MOST, _SHARE = 3 * 2**29, 0.25
+# Free bytes that the C library may keep: what is taken from it again need not be cleared by the system.
+_KEPT = 2**29
 
 
 def memory_bound(model: nn.Module) -> int:
@@ -44,7 +46,30 @@ def _free(device: torch.device) -> int:
     return 1024 * int(found[1]) if found else int(_MOST / _SHARE)
 
 
+class _Heap(ctypes.Structure):
+    """What `mallinfo2` of glibc tells."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
 def give_back() -> None:
-    """Give memory that is free back to the system, which the C library keeps in case it is needed again."""
+    """Give memory that is free back to the system, if it is much: the C library keeps it in case it is needed again."""
     with contextlib.suppress(OSError, AttributeError):  # only glibc can
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        library = ctypes.CDLL("libc.so.6")
+        library.mallinfo2.restype = _Heap
+        if library.mallinfo2().fordblks > _KEPT:
+            library.malloc_trim(0)
