@@ -139,6 +139,7 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
     )
     peaks("")
     return {
+        "commit": commit(),
         "images": len(images),
         "side": images.shape[-1],
         "macs": report.macs_after / report.macs_before,
@@ -150,6 +151,13 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
         "wall_by_stage": report.seconds,
         "told_after_a_tenth": waiting.after(0.1),
     }
+
+
+def commit() -> str:
+    """Of the code that is measured; empty where git does not tell."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return done.stdout.strip()
 
 
 def in_child(net: str, way: str, cache: str, die_at: str = "") -> dict[str, Any]:
@@ -185,11 +193,12 @@ def killed(net: str, way: str) -> dict[str, Any]:
 
 def row(net: str, way: str, run: dict[str, Any]) -> str:
     if "failed" in run:
-        return f"| {net} | {way} | {run['failed']} |" + " |" * (len(STAGES) + 2)
+        return f"| {net} | {way} | {run['failed']} |" + " |" * (len(STAGES) + 3)
     seconds = " | ".join(f"{run['seconds'].get(stage, 0):.1f}" for stage in STAGES)
     peak = max(run["peaks"].values()) / MIB
     pixels = f"{run['images']} of {run['side']}"
-    return f"| {net} | {way} | {pixels} | {seconds} | {run['cpu_seconds']:.0f} | {peak:,.0f} |"
+    code = run.get("commit") or "earlier"
+    return f"| {net} | {way} | {pixels} | {seconds} | {run['cpu_seconds']:.0f} | {peak:,.0f} | {code} |"
 
 
 def expectations(runs: dict[str, Any]) -> list[str]:
@@ -251,7 +260,7 @@ def interruptions(runs: dict[str, Any], kills: dict[str, Any]) -> list[str]:
 
 def page(result: dict[str, Any]) -> str:
     """docs/practical.md."""
-    head, rule = " | ".join(STAGES), "---:|" * (len(STAGES) + 2)
+    head, rule = " | ".join(STAGES), "---:|" * (len(STAGES) + 3)
     runs = result["runs"]
     missing = [f"{net} {way}" for net in NETS for way in WAYS if way not in runs.get(net, {})]
     lines = [
@@ -260,13 +269,13 @@ def page(result: dict[str, Any]) -> str:
         "Written by `python -m benchmarks.latency.practical --page` from `benchmarks/results/practical.json`; how it "
         "is measured stands at the top of `benchmarks/latency/practical.py`.",
         "",
-        f"| net | compensation | images of pixels | {head} | CPU s | peak, MiB |",
+        f"| net | compensation | images of pixels | {head} | CPU s | peak, MiB | commit |",
         f"|---|---|---:|{rule}",
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
         f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
         "resident memory above what the process held before. Plain cuts see no images. *Cut* is the cut with its "
-        "compensation.",
+        "compensation. *Commit* is that of the code.",
         "",
         *expectations(runs),
         *interruptions(runs, result.get("killed", {})),

@@ -25,7 +25,7 @@ def test_the_page_shows_each_run_and_names_what_is_missing() -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert rows[0][1:3] == ["none", "240 of 224"]
     assert rows[0][3 + STAGES.index("measure")] == "99.5"
-    assert rows[0][-2:] == ["11", "1,500 |"]
+    assert rows[0][-3:] == ["11", "1,500", "earlier |"]
     assert "exit code -9" in rows[1][2]
     assert "resnet50 mean" in text.split("Not run yet: ")[1]
     assert text.count("yolov8n none") == 1

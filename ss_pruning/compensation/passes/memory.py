@@ -47,23 +47,9 @@ def _free(device: torch.device) -> int:
 
 
 class _Heap(ctypes.Structure):
-    """What `mallinfo2` of glibc tells."""
+    """What `mallinfo2` of glibc tells: ten numbers, the ninth of them the bytes that are free."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    )
+    _fields_ = (("before", 8 * ctypes.c_size_t), ("free", ctypes.c_size_t), ("top", ctypes.c_size_t))
 
 
 def give_back() -> None:
@@ -71,5 +57,5 @@ def give_back() -> None:
     with contextlib.suppress(OSError, AttributeError):  # only glibc can
         library = ctypes.CDLL("libc.so.6")
         library.mallinfo2.restype = _Heap
-        if library.mallinfo2().fordblks > _KEPT:
+        if library.mallinfo2().free > _KEPT:
             library.malloc_trim(0)
