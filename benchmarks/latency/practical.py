@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
     )
     peaks("")
     return {
-        "commit": commit(),
+        "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
         "images": len(images),
         "side": images.shape[-1],
         "macs": report.macs_after / report.macs_before,
@@ -151,13 +152,6 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
         "wall_by_stage": report.seconds,
         "told_after_a_tenth": waiting.after(0.1),
     }
-
-
-def commit() -> str:
-    """Of the code that is measured; empty where git does not tell."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    return done.stdout.strip()
 
 
 def in_child(net: str, way: str, cache: str, die_at: str = "") -> dict[str, Any]:
@@ -197,8 +191,8 @@ def row(net: str, way: str, run: dict[str, Any]) -> str:
     seconds = " | ".join(f"{run['seconds'].get(stage, 0):.1f}" for stage in STAGES)
     peak = max(run["peaks"].values()) / MIB
     pixels = f"{run['images']} of {run['side']}"
-    code = run.get("commit") or "earlier"
-    return f"| {net} | {way} | {pixels} | {seconds} | {run['cpu_seconds']:.0f} | {peak:,.0f} | {code} |"
+    made = run.get("made", "earlier")
+    return f"| {net} | {way} | {pixels} | {seconds} | {run['cpu_seconds']:.0f} | {peak:,.0f} | {made} |"
 
 
 def expectations(runs: dict[str, Any]) -> list[str]:
@@ -269,13 +263,13 @@ def page(result: dict[str, Any]) -> str:
         "Written by `python -m benchmarks.latency.practical --page` from `benchmarks/results/practical.json`; how it "
         "is measured stands at the top of `benchmarks/latency/practical.py`.",
         "",
-        f"| net | compensation | images of pixels | {head} | CPU s | peak, MiB | commit |",
+        f"| net | compensation | images of pixels | {head} | CPU s | peak, MiB | made |",
         f"|---|---|---:|{rule}",
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
         f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
         "resident memory above what the process held before. Plain cuts see no images. *Cut* is the cut with its "
-        "compensation. *Commit* is that of the code.",
+        "compensation. What was made earlier is of the code as it was then.",
         "",
         *expectations(runs),
         *interruptions(runs, result.get("killed", {})),
