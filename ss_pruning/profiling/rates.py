@@ -14,8 +14,9 @@ from torch import nn
 from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.importance.calibration import Batch
 
-# Inputs of the timed pass, and of the one at many inputs, where memory costs more.
-_FEW, _MANY = 8, 24
+# Inputs of the timed pass, more of small ones: as many as have so many numbers. And how many times more are many, which
+# cost more memory.
+_FEW, _NUMBERS_OF_FEW, _TIMES = 8, 2**16, 3
 # Sides of the matrices that are timed, and numbers that are summed.
 _SIDE, _NUMBERS = 512, 2**20
 
@@ -45,8 +46,9 @@ class Rates:
         Raises:
             ModelError: The model does not run on them.
         """
-        few = inputs.parts()[0].at_most(_FEW)
-        many = inputs.at_most(_MANY) if len(inputs) >= 2 * _FEW else few
+        each = sum(x.numel() for x in inputs.tensors()) // max(len(inputs), 1)
+        few = inputs.parts()[0].at_most(max(_FEW, _NUMBERS_OF_FEW // max(each, 1)))
+        many = inputs.at_most(_TIMES * len(few)) if len(few) else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
         wide = torch.ones(4 * _SIDE, _SIDE, device=place)
         spread = torch.eye(_SIDE, device=place, dtype=torch.float64)
@@ -67,7 +69,7 @@ class Rates:
             lambda: wide.T @ wide, lambda: torch.linalg.cholesky(spread), summed
         )  # fmt: skip
         product, solve, number = (min(_timed(work) for _ in range(2)) for work in algebra)
-        return cls(one, max(one, other), product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS)
+        return cls(one, other, product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS)
 
 
 def _timed(run: Callable[[], Any]) -> float:
