@@ -118,7 +118,7 @@ def recover(
     """Recover and write; what was done, and what more there is to say."""
     pruned = load(wanted.file, None if wanted.model is None else lambda: build_model(request.model))
     dense = jobs.build(request)
-    check_dense(dense, wanted.file, known=not jobs.random_weights(request))
+    check_dense(dense, wanted.file, known=jobs.known_weights(request))
     job = jobs.with_data(request, dense)
     pruned.to(job.device)
     pictures, facts = jobs.calibration_images(request, NoCompensation(), job, progress)

@@ -22,7 +22,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
 from ss_pruning.sources.data import open_data, open_photos
-from ss_pruning.sources.models import brings_weights, build_model, input_of, portable_name
+from ss_pruning.sources.models import brings_weights, build_model, input_of, is_function, portable_name
 from ss_pruning.sources.preprocessing import random_inputs
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ class Job(NamedTuple):
     device: torch.device
 
 
+def known_weights(request: Request) -> bool:
+    """Whether weights are loaded that somebody trained."""
+    return request.weights is not None or brings_weights(request.model)
+
+
 def random_weights(request: Request) -> bool:
-    """Whether no weights are loaded that anybody knows of."""
-    return request.weights is None and not brings_weights(request.model)
+    """Whether no weights are loaded that anybody knows of; what a function in a file does is its own affair."""
+    return not known_weights(request) and not is_function(request.model)
 
 
 def check_statistics(request: Request, synaptic: Synaptic) -> None:
@@ -69,6 +74,12 @@ def check_statistics(request: Request, synaptic: Synaptic) -> None:
 def prepare(request: Request, progress: ProgressCallback) -> Job:
     """Build the model, load the weights and open the data."""
     model = build(request)
+    if is_function(request.model) and not known_weights(request):
+        banner(
+            "Weights of the function",
+            "No --weights were given, so the model has the weights that its function gave it. If those are random, the "
+            "result is of no use: give the trained model's weights with --weights FILE.",
+        )
     if random_weights(request):
         banner(
             "Random weights",

@@ -64,6 +64,11 @@ def brings_weights(spec: str) -> bool:
     return asks or kind == "demo" or (kind == "yolo" and not name.endswith((".yaml", ".yml")))
 
 
+def is_function(spec: str) -> bool:
+    """Whether a name is that of a function in a file, which may give its model any weights."""
+    return _parse(spec)[0] == "file"
+
+
 def input_of(spec: str, model: nn.Module) -> Preprocess:
     """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's.
 

@@ -161,7 +161,14 @@ def test_json_is_the_only_thing_on_stdout(net: str) -> None:
     report = Report.from_dict(json.loads(result.stdout))
     assert report.params_after <= 0.6 * report.params_before
     assert "hello from the factory" in result.stderr
-    assert "random weights" in result.stderr
+    assert not report.random_weights
+    assert "Weights of the function" in result.stderr
+
+
+def test_random_weights_are_said_to_be_random() -> None:
+    result = run("prune", "torchvision:resnet18", "--macs", 0.9, "--input-size", "3x32x32", "--json")
+    assert Report.from_dict(json.loads(result.stdout)).random_weights
+    assert "Random weights" in result.stderr
 
 
 def test_digits_lose_little_at_half_the_work() -> None:
