@@ -39,6 +39,13 @@ WAYS = (
 BUDGETS = (0.7, 0.5)
 IMAGES, EXAMPLE, DEFAULT = 512, (1, 3, 32, 32), "default"
 RIVALS = ("magnitude", "bn-scale", "lamp", "fpgm")
+KINDS = {
+    "closure44": "a ResNet whose shortcuts are padded inside a closure",
+    "shuffle29": "a ShuffleNet",
+    "gated20": "a ResNet with gates",
+    "bottleneck68": "a ResNet of bottlenecks, 68 layers deep",
+    "groupnorm20": "a ResNet with group norms",
+}
 PATH = RESULTS / "defaults.jsonl"
 Line = dict[str, Any]
 
@@ -117,6 +124,7 @@ def write(lines: list[Line], page: Path = DOCS / "defaults.md") -> Path:
         "defaults",
         images=max(line["images"] for line in confirmed),
         calibration=IMAGES,
+        kinds=", ".join(kind for net, kind in KINDS.items() if any(line["net"] == net for line in confirmed)),
         versions=made_on(confirmed),
         sections=[
             (macs, _table([line for line in confirmed if line["macs"] == macs]))
