@@ -49,7 +49,6 @@ def write_page(runs: list[dict[str, Any]], page: Path = PAGE) -> Path:
             TABLE.format(**run),
             *(_line(station, run["stations"][0]) for station in run["stations"]),
             "",
-            *([run["note"], ""] if "note" in run else []),
         ]
     worst = max(run["max_error"] for run in runs)
     lines += [NOTES.strip().format(**options, max_error=worst, command=_command(options))]
