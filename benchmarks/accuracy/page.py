@@ -146,7 +146,7 @@ def _sections(lines: list[Line], page: Path) -> Iterator[dict[str, Any]]:
 def _training(net: str) -> dict[str, Any] | None:
     """Recipe and log of weights that were trained here."""
     path = RESULTS / f"train_{net}.json"
-    return {"net": net, "log": path.name, **json.loads(path.read_text())} if path.is_file() else None
+    return {**json.loads(path.read_text()), "net": net, "log": path.name} if path.is_file() else None
 
 
 def _off_budget(lines: list[Line]) -> list[str]:
