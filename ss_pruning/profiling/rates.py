@@ -1,11 +1,11 @@
-"""What work costs on this machine at this moment: a few seconds of measuring, to say how long a long run will take."""
+"""What work costs on this machine: a moment of measuring, to say how long a long run will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,26 +50,32 @@ class Rates:
         few = inputs.parts()[0].at_most(max(_FEW, _NUMBERS_OF_FEW // max(each, 1)))
         many = inputs.at_most(_TIMES * len(few)) if len(few) else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
-        wide = torch.ones(4 * _SIDE, _SIDE, device=place)
-        spread = torch.eye(_SIDE, device=place, dtype=torch.float64)
-        numbers = torch.ones(_NUMBERS, device=place)
-
-        def summed() -> None:
-            double = numbers.double()
-            double.sum()
-            double.square().sum()
-
         with preserved(model, training=False), torch.no_grad():
             # The first time makes ready.
             _, one, other = (
                 _timed(partial(checked_call, model, b.inputs, "calibration inputs")) / max(len(b), 1)
                 for b in (few, few, many)
             )
-        algebra: tuple[Callable[[], Any], ...] = (
-            lambda: wide.T @ wide, lambda: torch.linalg.cholesky(spread), summed
-        )  # fmt: skip
-        product, solve, number = (min(_timed(work) for _ in range(2)) for work in algebra)
-        return cls(one, other, product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS)
+        return cls(one, other, *_algebra(place, torch.get_num_threads()))
+
+
+@cache
+def _algebra(place: torch.device, threads: int) -> tuple[float, float, float]:
+    """Seconds of a product, of a factorisation and of a sum, an operation; of so many threads, once in a process."""
+    wide = torch.ones(4 * _SIDE, _SIDE, device=place)
+    spread = torch.eye(_SIDE, device=place, dtype=torch.float64)
+    numbers = torch.ones(_NUMBERS, device=place)
+
+    def summed() -> None:
+        double = numbers.double()
+        double.sum()
+        double.square().sum()
+
+    works: tuple[Callable[[], Any], ...] = (
+        lambda: wide.T @ wide, lambda: torch.linalg.cholesky(spread), summed
+    )  # fmt: skip
+    product, solve, number = (min(_timed(work) for _ in range(2)) for work in works)
+    return product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS
 
 
 def _timed(run: Callable[[], Any]) -> float:
