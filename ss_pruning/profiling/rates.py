@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ss_pruning._utils.running import checked_call, preserved
+from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
 
-# Inputs of the timed pass, more of small ones: as many as have so many numbers. And how many times more are many, which
-# cost more memory.
-_FEW, _NUMBERS_OF_FEW, _TIMES = 8, 2**16, 3
+# Inputs of the timed pass, more of small ones: as many as have so many numbers, up to a most. And how many times more
+# are many, which cost more memory.
+_FEW, _MOST_OF_FEW, _NUMBERS_OF_FEW, _TIMES = 8, 32, 2**16, 3
 # Sides of the matrices that are timed, and numbers that are summed.
 _SIDE, _NUMBERS = 512, 2**20
 
@@ -47,15 +48,21 @@ class Rates:
             ModelError: The model does not run on them.
         """
         each = sum(x.numel() for x in inputs.tensors()) // max(len(inputs), 1)
-        few = inputs.parts()[0].at_most(max(_FEW, _NUMBERS_OF_FEW // max(each, 1)))
+        wanted = min(max(_FEW, _NUMBERS_OF_FEW // max(each, 1)), _MOST_OF_FEW)
+        few = inputs.parts()[0].at_most(wanted)
         many = inputs.at_most(_TIMES * len(few)) if len(few) else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+        def seconds(batch: Batch) -> float:
+            run = partial(checked_call, model, batch.inputs, "calibration inputs")
+            return _timed(run) / max(len(batch), 1)
+
         with preserved(model, training=False), torch.no_grad():
-            # The first time makes ready.
-            _, one, other = (
-                _timed(partial(checked_call, model, b.inputs, "calibration inputs")) / max(len(b), 1)
-                for b in (few, few, many)
-            )
+            _, one = seconds(few), seconds(few)  # the first time makes ready
+            try:
+                other = seconds(many) if len(many) > len(few) else one
+            except ModelError:  # so many do not run, or not at once: it is no matter for an estimate
+                other = one
         return cls(one, other, *_algebra(place, torch.get_num_threads()))
 
 

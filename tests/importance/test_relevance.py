@@ -151,7 +151,7 @@ def test_it_is_what_layers_compete_by_where_nothing_is_solved() -> None:
         "plain": 0.75,
         "mean": 0.75,
         "mean, global": 0.75,
-        "magnitude, mean": 1.0,
+        "magnitude, mean": 0.5,
         "solved": 1.0,
         "solved, global": 0.5,
         "magnitude": 0.5,
