@@ -130,6 +130,7 @@ def write(lines: list[Line], page: Path = DOCS / "defaults.md") -> Path:
             (macs, _table([line for line in confirmed if line["macs"] == macs]))
             for macs in sorted({line["macs"] for line in confirmed}, reverse=True)
         ],
+        others=", ".join(sorted({line["importance"] for line in confirmed} - {DEFAULT})),
         orders=_orders(confirmed),
         predicted=_predicted(confirmed),
         runs=len(confirmed),
@@ -145,7 +146,7 @@ def _means(lines: Iterable[Line]) -> Mapping[tuple[str, str, str], float]:
 
 
 def _table(lines: list[Line]) -> str:
-    """A net a row; in a cell ours, and the best of the others."""
+    """A net a column; in a cell ours, and the best of the others."""
     means, dense = _means(lines), {line["net"]: line["dense"] for line in lines}
     ways = [way for way in WAYS if any(key[1] == way for key in means)]
 
@@ -160,8 +161,8 @@ def _table(lines: list[Line]) -> str:
         text = f"**{ours:.1f}**" if ours >= others[best] else f"{ours:.1f}"
         return f"{text} / {others[best]:.1f} ({best})"
 
-    rows = [[net, f"{dense[net]:.1f}", *(cell(net, way) for way in ways)] for net in dense]
-    return table(["net", "dense", *ways], rows)
+    rows = [[way, *(cell(net, way) for net in dense)] for way in ways]
+    return table(["", *dense], [["dense", *(f"{top:.1f}" for top in dense.values())], *rows])
 
 
 def _orders(lines: list[Line]) -> list[tuple[str, int, int, float]]:

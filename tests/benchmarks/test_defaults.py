@@ -29,7 +29,7 @@ def test_the_page_sets_ours_beside_the_best_of_the_others(tmp_path: Path) -> Non
         line("none", 99.0, net="resnet20"),
     ]
     text = defaults.write(lines, tmp_path / "page.md").read_text()
-    assert "| 90.0 | 50.0 / 60.0 (lamp) | **82.0** / 70.0 (lamp) |" in text
+    assert "| dense | 90.0 |\n| none | 50.0 / 60.0 (lamp) |\n| mean | **82.0** / 70.0 (lamp) |" in text
     assert "resnet20" not in text.partition("## 70 %")[2]
     assert "Does fidelity tell" not in text
 
