@@ -64,7 +64,7 @@ def prune_(
     report. On any error the model is as it was. Build optimisers after pruning: the parameters are new.
 
     Args:
-        model: Any CNN.
+        model: A convolutional network, a transformer, a hybrid, a detector; not compiled, wrapped or scripted.
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
         macs: Share of the multiply-accumulates to keep; met from below, to within one step.
         params: Share of the parameters to keep; likewise.

@@ -25,12 +25,13 @@ from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats.observed import positions_of as product_positions
 from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.sensitivity import Effort, at_a_time
+from ss_pruning.planning.ranking import EXPONENTS
 from ss_pruning.profiling.rates import Rates
 
 # Passes over the example inputs: noise for strengths, and a verification, in double precision.
 _NOISE_INPUTS, _VERIFIED = 8, 6
-# Allocations that compete, see `Ranker`.
-_RIVALS = 12
+# Allocations that compete, see `Ranker`: three sensitivities and the scores, by each power.
+_RIVALS = 4 * len(EXPONENTS)
 # Ridges that are tried for a layer, the final one included.
 _RIDGES = 4
 
