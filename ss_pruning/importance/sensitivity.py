@@ -17,7 +17,7 @@ Several groups run in one batch, each in a copy of its own, and what comes befor
 output error over width gives each channel the output error that its removal adds, in the order of the scores. What no
 layer behind takes back adds up from one to the next, and output error beside whole layers says too little: without
 "reconstruct" it is measured again in a model whose other groups are cut as the first measurement would have it. Both,
-their sum and whatever else the caller ranks by compete: that is taken whose whole cut loses least, in one batch.
+their sum and whatever else the caller ranks by compete: that is taken whose whole cut loses least.
 
 The idea of measuring every layer's sensitivity by itself is from Li et al. (2017), "Pruning filters for efficient
 ConvNets", section 3.2; they did not repair.
