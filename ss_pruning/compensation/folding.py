@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning.compensation.normal_equations import is_weighted_sum
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layer_types import layer_type_of
 from ss_pruning.graph.layers import groups_of, is_depthwise
@@ -39,6 +40,7 @@ from ss_pruning.surgery.plan import Plan
 
 #: Why a layer was skipped that only runs in training, such as an auxiliary head.
 REGISTERED = "only layers of torch's types are compensated, not registered ones"
+NO_WEIGHTED_SUM = "its output is not its weight times what it reads, plus a bias"
 IDLE = "it does not run on the calibration inputs"
 
 
@@ -120,11 +122,19 @@ def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
 
 
 def _consumers(traced: TracedModel, plan: Plan, outcome: Outcome) -> dict[str, Cut]:
-    """The layers that mix channels and lost inputs; registered ones are noted as skipped."""
-    cuts = {cut.path: cut for cut in plan.cuts if cut.side == "in"}
-    own = [path for path in cuts if layer_type_of(traced.modules[path]) is not None]
-    outcome.skipped |= dict.fromkeys(own, REGISTERED)
-    return {p: cut for p, cut in cuts.items() if p not in own and not is_depthwise(traced.modules[p])}
+    """The layers that mix channels and lost inputs; those that cannot be compensated are noted as skipped."""
+    found = {}
+    for cut in plan.cuts:
+        module = traced.modules.get(cut.path)
+        if module is None or cut.side != "in" or is_depthwise(module):
+            continue
+        if layer_type_of(module) is not None:
+            outcome.skipped[cut.path] = REGISTERED
+        elif not is_weighted_sum(module):
+            outcome.skipped[cut.path] = NO_WEIGHTED_SUM
+        else:
+            found[cut.path] = cut
+    return found
 
 
 def _kept_outputs(plan: Plan, path: str) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning.graph.layers import channel_axis, groups_of, weight_of
+from ss_pruning.graph.layers import ask, channel_axis, groups_of, weight_of
 
 # Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
 # where there is nothing to hold out.
@@ -171,6 +171,43 @@ def _with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
     made = gram.clone()
     made.diagonal(dim1=-2, dim2=-1).add_(added)
     return made
+
+
+def is_weighted_sum(module: nn.Module) -> bool:
+    """Whether a layer puts out its weight times what it reads, plus its bias; one that it is given if it has none.
+
+    Layers of torch's own types do, unless a weight or bias is computed anew. The others are asked, with numbers drawn
+    at random: a subclass may scale, standardise or leave the bias out. Not those with transposed kernels.
+    """
+    if not module._parameters.keys() >= {"weight", "bias"}:
+        return False
+    if type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module):
+        return True
+    try:
+        return _puts_out_rows(module)
+    except Exception:  # takes something else than one tensor
+        return False
+
+
+def _puts_out_rows(module: nn.Module) -> bool:
+    """In single precision, whatever the layer's is."""
+    like, drawn = weight_of(module), torch.Generator().manual_seed(0)
+
+    def made(*size: int) -> Tensor:
+        return torch.randn(size, generator=drawn).to(like.device)
+
+    weight, bias = made(*like.shape), made(len(like))
+    if isinstance(module, _ConvNd):
+        x = made(1, module.in_channels, *(8 * k for k in module.kernel_size))
+    else:
+        x = made(1, like.shape[1])
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        y = ask(module, {"weight": weight, "bias": bias}, x)
+        positions = torch.arange(positions_of(module, y), device=like.device)
+        ones, rows = (rows_at(module, each, positions) for each in (torch.ones_like(x), x))
+        found = (rows @ _taps_first(weight, groups_of(module))).transpose(0, 1).flatten(1) + bias
+    unscaled = bool((ones.eq(0) | ones.eq(1)).all())  # a tap sees what is there, or padding
+    return unscaled and torch.allclose(outputs_at(module, y, positions)[0], found, rtol=1e-3, atol=1e-3)
 
 
 def outputs_at(module: nn.Module, y: Tensor, positions: Tensor) -> Tensor:

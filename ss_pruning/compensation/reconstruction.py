@@ -22,15 +22,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import preserved
-from ss_pruning.compensation.folding import IDLE, REGISTERED, Outcome, add_bias, norms_behind
-from ss_pruning.compensation.normal_equations import NormalEquations, outputs_at, positions_of, with_images
+from ss_pruning.compensation.folding import IDLE, NO_WEIGHTED_SUM, REGISTERED, Outcome, add_bias, norms_behind
+from ss_pruning.compensation.normal_equations import (
+    NormalEquations,
+    is_weighted_sum,
+    outputs_at,
+    positions_of,
+    with_images,
+)
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep, Meeting
 from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layer_types import layer_type_of
-from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.surgery.plan import Plan
@@ -107,10 +112,10 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             outcome.skipped[path] = "transposed convolutions are not solved"
         elif trained and not any(weight.requires_grad for weight in module.parameters()):
             outcome.skipped[path] = "it is frozen, while other layers are not"
-        elif hasattr(module, "parametrizations") or not is_linear_in_weight(module):
-            outcome.skipped[path] = "its output is not linear in its weight"
         elif module._parameters.keys() - {"weight", "bias"}:
             outcome.skipped[path] = "it has parameters beside weight and bias"
+        elif not is_weighted_sum(module):
+            outcome.skipped[path] = NO_WEIGHTED_SUM
         else:
             paths.append(path)
     return paths

@@ -15,7 +15,7 @@ from torch.nn.utils import prune as masks
 from ss_pruning import FoldLinear, Plan, Reconstruct, prune_
 from ss_pruning.compensation import apply
 from ss_pruning.compensation.apply import cut_
-from ss_pruning.compensation.folding import IDLE
+from ss_pruning.compensation.folding import IDLE, NO_WEIGHTED_SUM
 from ss_pruning.config import Method
 from ss_pruning.errors import InputError, ModelError, PlanError, VerificationError
 from ss_pruning.graph import TracedModel, couple, trace
@@ -290,7 +290,7 @@ class Scaled(nn.Linear):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_only_layers_linear_in_their_weight_are_solved(layer: nn.Module, linear: bool) -> None:
+def test_layers_linear_in_their_weight_are_known(layer: nn.Module, linear: bool) -> None:
     assert is_linear_in_weight(layer) is linear
 
 
@@ -313,9 +313,9 @@ def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
     plan, _ = without(model, 3)
     _, outcome = cut_(TracedModel.of(model, X), plan, Reconstruct(), X)
     assert outcome.skipped == {
-        "conv2": "its output is not linear in its weight",
+        "conv2": NO_WEIGHTED_SUM,
         "gained": "it has parameters beside weight and bias",
-        "branch": "its output is not linear in its weight",
+        "branch": "it has parameters beside weight and bias",
         "up": "transposed convolutions are not solved",
         "twice": "it runs several times",
     }
