@@ -36,12 +36,16 @@ class VerificationError(SSPruningError):
     """The cut model would differ from the masked one, or not run; the model was not touched.
 
     Attributes:
-        followed: Stored numbers that had been let follow the cut: (module path, attribute, position).
+        followed: Stored numbers that had been let follow the cut: (module path, attribute, position, and
+            whether it followed heads of attention).
         at: Path of the module that did not run, if that is what failed.
     """
 
     def __init__(
-        self, message: str, followed: Iterable[tuple[str, str, int | None]] = (), at: str | None = None
+        self,
+        message: str,
+        followed: Iterable[tuple[str, str, int | None, bool]] = (),
+        at: str | None = None,
     ) -> None:
         super().__init__(message)
         self.followed = frozenset(followed)

@@ -7,6 +7,7 @@ layers and widths is not tried any more, and one of other widths is tried apart 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -18,7 +19,7 @@ from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.size_attributes import Number, alike
 
-# How often a group is tried with numbers fixed.
+# How often a group is tried with numbers fixed; one of heads twice as often.
 _PATIENCE = 10
 
 #: What groups have in common that are alike: the layers they touch; and, to be the same, the sizes of their subgroups.
@@ -135,40 +136,51 @@ class GroupBisection:
 
         Else the reason is returned: of all trials' errors the first of those nearest to the layers that are cut.
 
-        First those of the module where it failed and of what encloses it; if there are none, those of one name after
-        the other. Each trial may get further and bring up others. What is fixed in one block is fixed in its likes.
+        Few numbers are fixed before many. Each trial may get further and bring up others. What is fixed in one block is
+        fixed in its likes.
         """
-        before = self.verified.followed() if self.verified else frozenset()
+        before = self.verified.followed if self.verified else frozenset()
         rightly = {alike(number) for number in before}
-        left, nearest, reason = _PATIENCE, self._nearness(part, error), str(error)
-
-        def suspects(latest: VerificationError) -> list[set[Number]]:
-            new = latest.followed - before
-            near = {n for n in new if _inside(latest.at or "", n[0])}
-            return (
-                [near] if near else [{n for n in new if n[1] == name} for name in sorted({n[1] for n in new})]
-            )
-
-        def tried(fixed: set[Number], latest: VerificationError) -> Verified | None:
-            nonlocal left, nearest, reason
-            for numbers in suspects(latest):
-                if not left:
-                    return None
-                left -= 1
+        left = _PATIENCE * (1 + any(Number(*number).by_heads for number in error.followed))
+        nearest, reason = self._nearness(part, error), str(error)
+        queue, seen = deque([(frozenset[Number](), error)]), set[frozenset[Number]]()
+        while queue:
+            fixed, latest = queue.popleft()
+            for numbers in _suspects(latest, before):
                 more = fixed | numbers | {alike(number) for number in numbers} - rightly
+                if more in seen:
+                    continue
+                if not left:
+                    return reason
+                left -= 1
+                seen.add(more)
                 try:
                     verified = self.attempt({*self.sound, *part}, self.fixed | more, locate=True)
                 except VerificationError as again:
                     if (near := self._nearness(part, again)) > nearest:
                         nearest, reason = near, str(again)
-                    if found := tried(more, again):
-                        return found
+                    queue.append((more, again))
                     continue
                 self.fixed |= more
                 return verified
-            return None
+        return reason
 
-        return tried(set(), error) or reason
+
+def _suspects(error: VerificationError, before: Collection[Number]) -> list[set[Number]]:
+    """Sets of numbers that may not have to follow.
+
+    First those of the module where it failed and of what encloses it; if there are none, or some are of heads (how many
+    there are equals many a size), those of one name after the other.
+    """
+    new = {Number(*number) for number in error.followed}.difference(before)
+    near = {number for number in new if _inside(error.at or "", number.path)}
+    by_name = [
+        {number for number in near or new if number.name == name}
+        for name in sorted({number.name for number in near or new})
+    ]
+    if not near:
+        return by_name
+    return [near, *by_name] if any(number.by_heads for number in near) else [near]
 
 
 def _shared(path: str, other: str) -> int:

@@ -17,17 +17,15 @@ class Verified:
     Attributes:
         plan: The plan, with the stored numbers that have to follow.
         max_error: Largest difference between cut and masked outputs, relative to the largest output.
+        followed: The numbers as what they follow.
         by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was: so is
             `max_error`.
     """
 
     plan: Plan
     max_error: float
+    followed: frozenset[Number] = frozenset()
     by_decisions: bool = False
-
-    def followed(self) -> frozenset[Number]:
-        """The stored numbers that follow the cut."""
-        return frozenset((a.path, a.name, a.position) for a in self.plan.attributes)
 
 
 #: Verifies a plan with some numbers as they were.
@@ -62,14 +60,14 @@ class FewestNumbers:
         try:
             verified = attempt(fixed | self.idle)
         except VerificationError as error:
-            doubtful = {alike(number) for number in error.followed} - self.needed
+            doubtful = {alike(Number(*number)) for number in error.followed} - self.needed
             if (without := self._without(attempt, fixed, doubtful) if doubtful else None) is not None:
                 return without
             if not last:
                 raise
             verified = attempt(fixed)
-            self.idle -= {alike(number) for number in verified.followed()}
-        unsure = {alike(number) for number in verified.followed()} - self.needed
+            self.idle -= {alike(number) for number in verified.followed}
+        unsure = {alike(number) for number in verified.followed} - self.needed
         alone = [{number} for number in sorted(unsure, key=str)] if len(unsure) > 1 else []
         for numbers in (unsure, *alone):
             if numbers - self.idle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -16,14 +16,26 @@ from ss_pruning.graph.groups import Key, PruningGroup, Selection, Subgroup
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
 
-#: A stored number: module path (or the pattern of alike ones), attribute name, place in a list or tuple.
-Number = tuple[str, str, int | None]
+
+class Number(NamedTuple):
+    """A stored number, and what makes it follow: one that equals a width by chance may still be one of heads.
+
+    Attributes:
+        path: Module path, or the pattern of alike ones.
+        name: Attribute name.
+        position: Place in a list or tuple.
+        by_heads: Whether it follows how many heads there are, and not other widths.
+    """
+
+    path: str
+    name: str
+    position: int | None = None
+    by_heads: bool = False
 
 
 def alike(number: Number) -> Number:
     """The same number in all alike blocks."""
-    path, name, place = number
-    return pattern(path), name, place
+    return number._replace(path=pattern(number.path))
 
 
 class SizeAttributes:
@@ -42,9 +54,9 @@ class SizeAttributes:
         parts: Parts,
         fixed: Collection[Number],
     ) -> None:
-        self.arrivals, self.fixed = arrivals, fixed
+        self.arrivals, self.fixed = arrivals, frozenset(fixed)
         self.heads = _with_holders(parts.heads, arrivals)
-        self.found: list[Attribute] = []
+        self.found: dict[Number, Attribute] = {}
         self.current = ""
         self.done: set[str] = set()
         self.inside: dict[str, list[tuple[int, int]]] = {}
@@ -101,18 +113,16 @@ class SizeAttributes:
             path = path.rpartition(".")[0]
         return path
 
-    def numbers(self) -> list[Number]:
-        """What has followed so far."""
-        return [(a.path, a.name, a.position) for a in self.found]
-
     def _follow(self, path: str, module: nn.Module, changes: Sequence[Mapping[int, int]]) -> None:
+        """`changes`, from old to new: first those of heads, then of other widths."""
         for name, position, value in _stored_numbers(module):
-            after = next((known[value] for known in changes if value in known), None)
-            stays = any((place, name, position) in self.fixed for place in (path, pattern(path)))
-            if after is not None and after != value and not stays:
-                attribute = Attribute(path, name, position, value, after)
-                self.found.append(attribute)
-                set_number(module, attribute)
+            for place, known in enumerate(changes):
+                number = Number(path, name, position, by_heads=place == 0)
+                if value in known and self.fixed.isdisjoint((number, alike(number))):
+                    if known[value] != value:
+                        self.found[number] = Attribute(path, name, position, value, known[value])
+                        set_number(module, self.found[number])
+                    break
 
 
 def _with_holders(
@@ -139,10 +149,13 @@ def never_named(model: nn.Module) -> frozenset[Number]:
         found = {name for method in methods.get(todo.pop(), ()) for name in _names_in(method)}
         todo += found - named
         named |= found
-    numbers = (
-        (path, name, at) for path, module in modules.items() for name, at, _ in _stored_numbers(module)
+    return frozenset(
+        alike(Number(path, name, at, by_heads))
+        for path, module in modules.items()
+        for name, at, _ in _stored_numbers(module)
+        if name not in named
+        for by_heads in (False, True)
     )
-    return frozenset(alike(number) for number in numbers if number[1] not in named)
 
 
 def _names_in(function: Any) -> Iterator[str]:
@@ -166,7 +179,7 @@ def head_numbers(model: nn.Module, plan: Plan) -> list[Attribute]:
     """Numbers from which timm's `reset_classifier` makes a new classifier, where what the old head reads was cut."""
     classifier = getattr(model, "get_classifier", None)
     heads = classifier() if callable(classifier) else None
-    found: dict[Number, Attribute] = {}
+    found: dict[tuple[str, str], Attribute] = {}
     if heads is None:
         return []
     names = {module: path for path, module in modules_of(model).items()}
@@ -178,7 +191,7 @@ def head_numbers(model: nn.Module, plan: Plan) -> list[Attribute]:
             own = vars(model.get_submodule(path))
             for name in _HEAD_WIDTHS:
                 if type(own.get(name)) is int and own[name] == cut.width:
-                    found[path, name, None] = Attribute(path, name, None, cut.width, len(cut.kept))
+                    found[path, name] = Attribute(path, name, None, cut.width, len(cut.kept))
     return list(found.values())
 
 

@@ -49,7 +49,7 @@ from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.masked_model import masked
-from ss_pruning.surgery.plan import Attribute, Plan, set_number
+from ss_pruning.surgery.plan import Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, run, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
@@ -150,7 +150,7 @@ class Verifier:
             raise
         finally:
             self.masked_run = None
-        followed = verified.followed()
+        followed = {(a.path, a.name, a.position) for a in verified.plan.attributes}
         more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
         plan = verified.plan
         return replace(verified, plan=replace(plan, attributes=(*plan.attributes, *more)))
@@ -181,11 +181,11 @@ class Verifier:
             match = compare(expected, found, self.tolerance, self.telling)
             by_decisions = certified(match, holding)
             worst = holding.error if by_decisions else match.error
-            return Verified(Plan(plan.cuts, tuple(sizes_that_follow.found)), worst, by_decisions)
+            return _verified(plan, sizes_that_follow, worst, by_decisions)
         except VerificationError as error:
             if not reorder or not any(group.shuffled for group in groups):
                 at = self._first_difference(selection, twin) if locate else ""
-                raise VerificationError(str(error), sizes_that_follow.numbers(), at) from error
+                raise VerificationError(str(error), sizes_that_follow.found, at) from error
         _let_follow(small, sizes_that_follow)
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, groups, fixed, locate=locate, reorder=False)
@@ -205,11 +205,12 @@ class Verifier:
         if not self.arrivals:
             self.run()
         fixed = frozenset(fixed) | self.numbers.idle
-        followed = self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), fixed)
-        return Verified(replace(plan, attributes=tuple(followed)), 0.0)
+        return _verified(
+            plan, self._run_on_shapes(plan, part_sizes(groups, selection, self.connectivity), fixed)
+        )
 
-    def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> list[Attribute]:
-        """Run a cut model without data, and return the numbers that followed.
+    def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> SizeAttributes:
+        """Run a cut model without data, and return what followed.
 
         Raises:
             VerificationError: It does not run.
@@ -217,7 +218,7 @@ class Verifier:
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         if self.ghost is not None:
             _run_cut(self.precise(_cut(self.ghost, plan)), _to_meta(self.inputs), sizes_that_follow)
-        return sizes_that_follow.found
+        return sizes_that_follow
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""
@@ -335,6 +336,13 @@ class Verifier:
         return sums
 
 
+def _verified(
+    plan: Plan, sizes_that_follow: SizeAttributes, error: float = 0.0, by_decisions: bool = False
+) -> Verified:
+    found = sizes_that_follow.found
+    return Verified(Plan(plan.cuts, tuple(found.values())), error, frozenset(found), by_decisions)
+
+
 def _to_meta(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
 
@@ -370,7 +378,7 @@ def _run_cut(
                     continue
                 raise VerificationError(
                     f"the cut model does not run, at '{sizes_that_follow.current}' ({type(error).__name__}: {error})",
-                    sizes_that_follow.numbers(),
+                    sizes_that_follow.found,
                     sizes_that_follow.current,
                 ) from error
             if len(sizes_that_follow.found) == known:
@@ -379,7 +387,7 @@ def _run_cut(
 
 def _let_follow(model: nn.Module, sizes_that_follow: SizeAttributes) -> None:
     modules = modules_of(model)
-    for attribute in sizes_that_follow.found:
+    for attribute in sizes_that_follow.found.values():
         set_number(modules[attribute.path], attribute)
 
 

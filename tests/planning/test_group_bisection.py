@@ -14,7 +14,7 @@ from ss_pruning.errors import VerificationError
 from ss_pruning.graph.groups import Member, PruningGroup, Subgroup
 from ss_pruning.planning.group_bisection import GroupBisection
 from ss_pruning.surgery.fewest_numbers import Verified
-from ss_pruning.surgery.plan import Attribute, Plan
+from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number
 
 
@@ -89,18 +89,18 @@ class Coincidence(Verifier):
         self.trials += 1
         paths = [self.groups[i].name.rpartition(".")[0] for i in sorted(part)]
         loose = [
-            p for p in paths if not {(p, "heads", None), (p.replace(p[-1], "#"), "heads", None)} & set(fixed)
+            p for p in paths if not {Number(p, "heads"), Number(p.replace(p[-1], "#"), "heads")} & set(fixed)
         ]
         if loose:
-            raise VerificationError("does not run", [(loose[0], "heads", None)], f"{loose[0]}.qkv")
-        return Verified(Plan(attributes=(Attribute("other", "n", None, 8, 4),)), 0.0)
+            raise VerificationError("does not run", [Number(loose[0], "heads")], f"{loose[0]}.qkv")
+        return Verified(Plan(), 0.0, frozenset({Number("other", "n")}))
 
 
 def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
     verifier = Coincidence([group(f"blocks.{i}.proj") for i in range(8)], ())
     part = searched(verifier)
     assert not part.failed
-    assert ("blocks.#", "heads", None) in part.fixed
+    assert Number("blocks.#", "heads") in part.fixed
     assert verifier.trials < 8
 
 
@@ -109,8 +109,8 @@ class Stacked(Verifier):
 
     def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         self.trials += 1
-        followed = [n for n in (("net.0", "width", None), ("net.3", "index", None)) if n not in fixed]
-        if followed != [("net.0", "width", None)]:
+        followed = [n for n in (Number("net.0", "width"), Number("net.3", "index")) if n not in fixed]
+        if followed != [Number("net.0", "width")]:
             raise VerificationError("takes nothing", followed, "head")
         return Verified(Plan(), 0.0)
 
@@ -119,13 +119,13 @@ def test_numbers_are_fixed_by_name_where_the_failure_does_not_point_at_one() -> 
     verifier = Stacked([group("net.0.conv")], ())
     part = searched(verifier)
     assert not part.failed
-    assert ("net.3", "index", None) in part.fixed
-    assert ("net.0", "width", None) not in part.fixed
+    assert Number("net.3", "index") in part.fixed
+    assert Number("net.0", "width") not in part.fixed
 
 
 def test_the_reason_is_what_is_wrong_nearest_to_the_cut() -> None:
     """A width that only happens to be stored elsewhere fails there first; that is not why the group stays."""
-    chance = ("other", "limit", None)
+    chance = Number("other", "limit")
 
     def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
         if not part:

@@ -155,6 +155,18 @@ class Read(Fused):
         return super().truth(head) | {(f"{part}_bias", "tensor"): own for part in "qkv"}
 
 
+class Blocked(Fused):
+    """Its places lie in as many rows as it has heads, by chance, and it knows so twice."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=3)
+        self.rows = self.block = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 2 * self.rows == 2 * self.block
+        return super().forward(x)
+
+
 class Proportional(Read):
     """Takes what all heads put out for as wide as its input: heads go with as large a share of that, or not at all."""
 
@@ -200,7 +212,8 @@ class Block(nn.Module):
 
 
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__.lower(): kind for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read, Positioned)
+    kind.__name__.lower(): kind
+    for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read, Positioned, Blocked)
 }
 #: Of an image with six patches.
 EXAMPLE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -63,6 +63,13 @@ def test_attention_that_is_not_cut_keeps_its_numbers() -> None:
     assert not any("width" in left.reason for left in report.excluded)
 
 
+def test_a_number_that_equals_the_stream_in_one_block_follows_heads_in_another() -> None:
+    torch.manual_seed(0)
+    model = Block(nn.Sequential(Fused(heads=1, width=12), Fused(heads=3, width=4))).eval()
+    prune_(model, EXAMPLE, ratio=0.5, allocation="local")
+    assert (model.embed.out_channels, model.attn[1].num_heads, model.attn[1].attn_dim) == (6, 2, 8)  # type: ignore[index,union-attr]
+
+
 @pytest.mark.parametrize("attention", [Fixed, Gated])
 def test_heads_that_cannot_go_stay_and_are_named(attention: type[Fused]) -> None:
     model = Block(attention()).eval()
