@@ -17,8 +17,9 @@ from ss_pruning.graph.layers import ask, channel_axis, groups_of, weight_of
 # Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
 # where there is nothing to hold out.
 _RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
-# Added to the diagonal, relative to it, where rounding has made the normal equations indefinite.
-_ROUNDING = 1e-5
+# Added to the diagonal, relative to it, where rounding has made the normal equations indefinite; ten times as much if
+# that does not do.
+_ROUNDING = (1e-5, 1e-4, 1e-3, 1e-2)
 # Numbers in rows that are multiplied at a time: of few the sums cost more than the products. Columns of a Gram matrix
 # that are made at a time: half of it follows from the other.
 _CHUNK, _COLUMNS = 2**22, 256
@@ -151,6 +152,8 @@ def _best_ridge(gram: Tensor, fitted: Tensor, judged: Tensor) -> float:
 def change(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """`argmin |P t - r|^2 + ridge mean(diag) |t|^2` with `residual = P' r`; the last row, the bias, is free.
 
+    What is not finite leads to NaN.
+
     Args:
         gram: `P' P`, `[groups, d + 1, d + 1]`.
         residual: `[groups, d + 1, outputs]`.
@@ -161,10 +164,13 @@ def change(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
     scale = diagonal[:, :-1].mean(1, keepdim=True).clamp_min(1e-12)
     penalty = torch.cat([ridge * scale.expand(-1, d - 1), 1e-9 * scale], 1)
     factor, failed = torch.linalg.cholesky_ex(_with_diagonal(gram, penalty))
-    if bool(failed.any()):
+    for share in _ROUNDING:
+        if not bool(failed.any()):
+            return torch.cholesky_solve(residual, factor)
         # Inputs that hardly vary say the same as the bias, to within the rounding of sums in single precision.
-        factor = torch.linalg.cholesky(_with_diagonal(gram, penalty + _ROUNDING * diagonal))
-    return torch.cholesky_solve(residual, factor)
+        factor, failed = torch.linalg.cholesky_ex(_with_diagonal(gram, penalty + share * diagonal))
+    found = torch.cholesky_solve(residual, factor)
+    return torch.full_like(found, torch.nan) if bool(failed.any()) else found
 
 
 def _with_diagonal(gram: Tensor, added: Tensor) -> Tensor:

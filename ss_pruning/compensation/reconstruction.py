@@ -34,8 +34,10 @@ from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep, Meeting
 from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
+from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layer_types import layer_type_of
+from ss_pruning.graph.refusals import infinite_numbers
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.surgery.plan import Plan
@@ -61,7 +63,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
         images: One batch of inputs; more is better, a few hundred are enough.
 
     Raises:
-        ModelError: A layer does not run in the dense model as it does in the pruned one.
+        ModelError: A layer does not run in the dense model as it does in the pruned one, or is not finite.
     """
     batch, dense, connectivity = Batch.of(images), traced.model, traced.connectivity
     outcome, norms = Outcome(), norms_behind(connectivity)
@@ -83,6 +85,8 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
             if not equations.rows:
                 continue
             weight, bias = equations.solve()
+            if not bool(weight.isfinite().all() & bias.isfinite().all()):
+                raise ModelError(f"'{path}' reads or puts out {infinite_numbers(weight.dtype)}")
             equations.module.weight.data.copy_(weight)  # type: ignore[operator]
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)

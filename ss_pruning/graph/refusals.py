@@ -94,6 +94,16 @@ def check_whole(model: nn.Module, verb: str) -> None:
             )
 
 
+def infinite_numbers(dtype: torch.dtype) -> str:
+    """What a message says of a layer that meets some, and what to do."""
+    if dtype == torch.float16:
+        return (
+            "NaN or Inf, as float16 ends at 65504: prune the model in single precision (model.float()), and turn it "
+            "back afterwards"
+        )
+    return "NaN or Inf; check the inputs, and the weights of the layers before it"
+
+
 def _place(path: str) -> str:
     return "model" + f".{path}" * bool(path)
 

@@ -86,6 +86,13 @@ def find_verified_plan(
         return SearchResult(verified, coupling, order, steps, failed, frozenset(fixed))
 
 
+_NO_LAYER = (
+    "nothing, as no layer that is known ran; of a model whose layers are calls of functions, such as an exported "
+    "program or a quantised model, prune the one that it was made from, and for layer types of your own see "
+    "ss_pruning.register_layer"
+)
+
+
 def check_any(coupling: Coupling) -> None:
     """Refuse a model in which nothing may be cut.
 
@@ -99,7 +106,7 @@ def check_any(coupling: Coupling) -> None:
 def named_excluded(coupling: Coupling) -> str:
     """What is excluded and why, for messages."""
     why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
-    return f"Excluded: {why or 'nothing, as no layer that is known ran'}"
+    return f"Excluded: {why or _NO_LAYER}"
 
 
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:

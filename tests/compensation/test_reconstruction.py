@@ -128,6 +128,28 @@ def test_with_nothing_to_judge_by_weights_stay_as_near_as_can_be() -> None:
     assert moved(0) < 0.9 * moved(1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.3, 1e-6, 3e3])
+def test_inputs_that_never_vary_still_give_what_is_wanted(value: float) -> None:
+    """All columns say the same as the bias, to within rounding."""
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(144, 4), torch.full((20000, 144), value), torch.randn(4)
+    equations, here = NormalEquations(layer), torch.zeros(1, dtype=torch.long)
+    for part in (False, True):
+        equations.add(x, y.expand(20000, 1, 4), here, part)
+    weight, bias = equations.solve()
+    found = x[0] @ weight.T + layer.bias + bias
+    torch.testing.assert_close(found, y, rtol=1e-2, atol=1e-2)
+
+
+def test_a_layer_that_reads_infinite_numbers_is_named() -> None:
+    model, x = net(nn.Identity()).half(), images(24).half()
+    model[2].weight.data.fill_(3e4)
+    traced, small = TracedModel.of(model, x[:1]), plan_of_half().apply_(copy.deepcopy(model))
+    with pytest.raises(ModelError, match=r"'4' reads or puts out .*float16.*model.float()"):
+        reconstruct_(small, traced, plan_of_half(), x)
+
+
 #: What watches the modules below; a pass is taken back in whatever hangs on a model, and so would notes that do.
 WATCHER: list[Callable[[Tensor], None]] = []
 

@@ -339,6 +339,18 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         synaptic_strength(model, net.example)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float16, "'2' reads .*float16.*model.float()"), (torch.float32, "'2' reads")]
+)
+def test_activations_that_overflow_are_named_with_the_layer(dtype: torch.dtype, said: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x = torch.rand(8, 3, 4, 4).to(dtype)
+    with torch.no_grad():
+        model.to(dtype)[0].weight.fill_(3e4 if dtype == torch.float16 else 3e38)
+    with pytest.raises(ModelError, match=said):
+        synaptic_strength(model, x, statistics=[x])
+
+
 def test_unknown_statistics_are_refused_by_name() -> None:
     net = BY_NAME["plain"]
     with pytest.raises(InputError, match=r"batchnorm.*gaussian"):

@@ -17,7 +17,7 @@ from ss_pruning.compensation import apply
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.compensation.folding import IDLE, NO_WEIGHTED_SUM
 from ss_pruning.config import Method
-from ss_pruning.errors import InputError, ModelError, PlanError, VerificationError
+from ss_pruning.errors import InputError, ModelError, NothingToPruneError, PlanError, VerificationError
 from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.planning.allocation import to_plan
@@ -328,3 +328,9 @@ def test_auxiliary_heads_are_cut_and_not_compensated(compensation: Method) -> No
     report = prune_(model, X[:1], ratio=0.4, compensation=compensation, calibration=X)
     assert report.not_compensated == {"aux": IDLE}
     assert model.aux.in_features == model.fc.in_features < 8
+
+
+def test_an_exported_program_names_what_to_prune_in_its_place() -> None:
+    program = torch.export.export(chain(), (X,)).module()
+    with pytest.raises(NothingToPruneError, match=r"exported program .* prune the one that it was made from"):
+        prune_(program, X, macs=0.5)

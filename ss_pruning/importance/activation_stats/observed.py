@@ -16,6 +16,7 @@ from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import channel_axis
+from ss_pruning.graph.refusals import infinite_numbers
 from ss_pruning.importance.calibration import Batch
 
 # Positions of a batch from which the products of channels are taken, and the widest layer for which they are.
@@ -159,6 +160,10 @@ def observe(
         paths: Of the layers.
         kind: What is summed.
         samples: How many there are in all, to tell how far it is; 0 if nobody knows.
+
+    Raises:
+        InputError: There is no batch.
+        ModelError: The model does not run on a batch, or a layer reads NaN or Inf.
     """
     sums: dict[str, Sums] = {}
     for path in paths:  # a depthwise layer reads each channel by itself
@@ -193,4 +198,6 @@ def observe(
         weight = modules[path].weight
         if s.values and isinstance(weight, Tensor):
             found[path] = s.seen(weight.dtype)
+            if not bool(found[path].statistics.variance.isfinite().all()):
+                raise ModelError(f"'{path}' reads {infinite_numbers(weight.dtype)}")
     return found
