@@ -316,8 +316,8 @@ class Synaptic:
     Attributes:
         statistics: Where variances come from: "batchnorm", "gaussian" or "data"; by default the calibration inputs
             ("data") if there are any, else the model run on its own noise ("gaussian").
-        score: What of the strengths counts; by default "relevance" where layers compete and nothing is solved anew,
-            else "share".
+        score: What of the strengths counts: "share", "strength", "entropy" or "relevance"; by default "relevance" where
+            layers compete and nothing is solved anew, else "share".
         conditional: How far a channel counts less for what stronger ones tell already, in [0, 1]; by default 1 where
             weights are solved anew in the sensitivity scope, 0.5 (by half is meant the root of `1 - R^2`) where they
             are and layers compete by scores, else 0.

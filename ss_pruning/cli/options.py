@@ -35,6 +35,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.integrations.finetuning.options import Sparsifying, Training
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
+_COMPENSATION = "Compensation"
 _SETTING, _TRAINING = "Setting", "Training"
 
 
@@ -78,6 +79,9 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Allocation, "cost_exponent"): {"metavar": "P"},
     (config.Allocation, "round_to"): {"metavar": "N|measured", "parser": _multiple},
     (config.Allocation, "budget_time"): {"metavar": "TIME", "parser": _seconds},
+    (config.Allocation, "scope"): {"metavar": "NAME"},
+    (config.Synaptic, "statistics"): {"metavar": "NAME"},
+    (config.Synaptic, "score"): {"metavar": "NAME"},
     (config.Synaptic, "conditional"): {"metavar": "0..1"},
     (Preprocessed, "input_size"): _option(
         _IMAGES, metavar="CxHxW", show_default="the model's own, else 3x224x224"
@@ -87,16 +91,14 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (Labelled, "data"): _option(_IMAGES, metavar="PLACE", show_default=False),
     (Images, "device"): _option(_OUTPUT, show_default="a GPU if any"),
     (Calibrated, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
-    (Calibrated, "calibration"): _option(
-        _CRITERION, metavar="data|synthetic|DIR", show_default="data, if there is any"
-    ),
+    (Calibrated, "calibration"): _option(_IMAGES, metavar="IMAGES", show_default="data, if there is any"),
     (Calibrated, "calibration_images"): _option(
-        _CRITERION, metavar="N", show_default="512; synthetic: up to 256", min=1
+        _IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
     ),
     (Source, "model"): _argument("MODEL"),
     (Source, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
     (Source, "weights_by_order"): _option(_MODEL, "--weights-by-order", metavar=""),
-    (Source, "seed"): _option(_OUTPUT, metavar="N", min=-(2**63), max=2**63 - 1),
+    (Source, "seed"): _option(_OUTPUT, metavar="N", min=0, max=2**32 - 1),
     (Request, "batch"): _option(_IMAGES, metavar="N", min=1),
     (Request, "ignore"): _option(_CRITERION, metavar="PATH", show_default=False),
     (Budgets, "macs"): _FRACTION,
@@ -104,9 +106,9 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (Budgets, "ratio"): _FRACTION,
     (Budgets, "latency"): _FRACTION,
     (Method, "importance"): _option(_CRITERION),
-    (Method, "compensation"): _option(_CRITERION, metavar=None),
+    (Method, "compensation"): _option(_COMPENSATION),
     (Method, "recalibrate"): _option(
-        _CRITERION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
+        _COMPENSATION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
     ),
     (Output, "out"): _option(_OUTPUT, metavar="DIR", show_default=False),
     (Architecture, "model"): _option(_MODEL, "--model", metavar="MODEL", show_default="what the file names"),

@@ -90,8 +90,8 @@ class Source(Images):
     """A model and the images that belong to it.
 
     Attributes:
-        model: timm:NAME, torchvision:NAME, demo:digits, or path/to/file.py:function. **The last one executes that
-            file.** Arguments follow after commas: timm:resnet18,num_classes=10
+        model: timm:NAME, torchvision:NAME, yolo:FILE, demo:digits, or path/to/file.py:function. **The last one executes
+            that file.** Arguments follow after commas: timm:resnet18,num_classes=10
         weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
         weights_by_order: Match the weights by order and shape instead of by name.
         seed: Seed of everything random.
@@ -109,7 +109,7 @@ class Request(Source, Calibrated):
 
     Attributes:
         batch: Measure times on so many images at once.
-        ignore: Leave this module whole; may be given again.
+        ignore: Keep all channels of this module; may be given again.
     """
 
     batch: int = 1
@@ -155,8 +155,8 @@ class Method:
     Attributes:
         importance: What decides which channels go: synaptic, or Torch-Pruning's magnitude, magnitude-l1, bn-scale,
             lamp, fpgm or random; or one that the model's file registers.
-        compensation: Move what removed channels carried onto what stays: mean (needs no images), linear or reconstruct
-            (both calibrate on images, without labels).
+        compensation: Move what removed channels carried onto what stays: none, mean (needs no images), linear or
+            reconstruct (both calibrate on images, without labels).
         recalibrate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them
             has moved, on the calibration images if there are any, else on noise.
     """

@@ -95,8 +95,9 @@ def _closest(tried: list[LatencyPlan], target: float) -> LatencyPlan:
     if not fast:
         fastest = min(found.ratio for found in tried)
         raise BudgetError(
-            f"latency={target} is out of reach; the smallest that was measured is latency={fastest:.3f} (raise "
-            "max_ratio, ignore less, or measure on a larger batch: on small ones little of the time is in the layers)"
+            f"latency={target} is out of reach: of {len(tried)} plans the fastest took {fastest:.3f} of the dense "
+            f"model's time, so latency={fastest + 0.005:.2f} can be had. A small model spends much of its time between "
+            "layers, where nothing can be cut: to go lower measure on more inputs at once, or raise max_ratio"
         )
     best = min(fast, key=lambda found: abs(found.ratio - target))
     return replace(best, trials=len(tried))

@@ -25,6 +25,11 @@ model.eval()
 ss_pruning.save(model, {file!r}{architecture})"""
 
 
+_YOLO = """from ss_pruning.integrations.ultralytics import PrunedYOLO
+
+yolo = PrunedYOLO({file!r})  # trains on, validates, predicts and exports"""
+
+
 def next_steps(report: Report) -> list[tuple[str, str]]:
     """Return (what for, commands): load, recover, fine-tune and export the file that was written, or save one first."""
     named = report.file is not None and report.model.startswith(_NAMED)
@@ -32,7 +37,7 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
     tuned = str(Path(file).with_name("finetuned.safetensors"))
     build, hint = ("", "") if named else (", build_model", "  # build_model() makes the dense model")
     options = "" if named else _model_options(report)
-    recover = f"ss-prune recover {shlex.quote(file)}{options} --calibration PHOTOS --minutes 5"
+    recover = f"ss-prune recover {shlex.quote(file)}{options} {_images(report)} --minutes 5"
     tune = _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")
     out = shlex.quote(str(Path(file).with_name("finetuned")))
     tune_folder = f"ss-prune finetune {shlex.quote(file)} --data FOLDER --out {out}"
@@ -40,6 +45,11 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
     return [
         *save,
         ("Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
+        *(
+            [("Open as a YOLO", _YOLO.format(file=file))]
+            if named and report.model.startswith("yolo:")
+            else []
+        ),
         *([("Recover without labels", recover)] if report.file and not report.random_weights else []),
         *([("Fine-tune on a folder", tune_folder)] if named and not report.model.startswith("yolo:") else []),
         *(
@@ -49,6 +59,14 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
         ("In eight bits", f"ss-prune export {shlex.quote(file)}{options} --int8 --calibration PHOTOS"),
         ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
     ]
+
+
+def _images(report: Report) -> str:
+    """The option that names the images it was pruned with, if a command line gave some."""
+    photos, data = report.settings.get("calibration", "data"), report.settings.get("data")
+    if photos == "data" and data:
+        return f"--data {shlex.quote(str(data))}"
+    return f"--calibration {'PHOTOS' if photos == 'data' else shlex.quote(str(photos))}"
 
 
 def _model_options(report: Report) -> str:

@@ -76,6 +76,27 @@ def test_from_python_it_is_saved_first(tmp_path: Path, monkeypatch: pytest.Monke
     _check(arguments(steps["Export"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({}, ["--calibration", "PHOTOS"]),
+        ({"calibration": "my photos", "data": "digits"}, ["--calibration", "my photos"]),
+        ({"calibration": "synthetic"}, ["--calibration", "synthetic"]),
+        ({"data": "digits"}, ["--data", "digits"]),
+    ],
+)
+def test_recovery_takes_the_images_that_were_pruned_with(settings: dict[str, str], option: list[str]) -> None:
+    report = ss_pruning.Report("timm:a", 2, 1, 2, 1, [], [], 0.0, settings=settings, file="m.safetensors")
+    command = dict(next_steps(report))["Recover without labels"]
+    assert arguments(command)[2:4] == option
+    _check(arguments(command))
+
+
+def test_a_yolo_is_opened_as_one() -> None:
+    report = ss_pruning.Report("yolo:yolo11n.yaml", 2, 1, 2, 1, [], [], 0.0, file="m.safetensors")
+    assert "PrunedYOLO('m.safetensors')" in dict(next_steps(report))["Open as a YOLO"]
+
+
 def test_what_the_file_does_not_name_is_told() -> None:
     report = ss_pruning.Report(
         "my net.py:build", 2, 1, 2, 1, [], [], 0.0, settings={"input size": "1x8x8"}, file="m.safetensors"
