@@ -14,7 +14,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Excluded
 from ss_pruning.graph.layers import weight_of
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.report.formatting import count, jsonable, percent, rich_table
+from ss_pruning.report.formatting import aligned, count, jsonable, percent, rich_table
 from ss_pruning.report.records import LayerReport
 from ss_pruning.sparsity.dead_channels import living_kernels
 
@@ -48,7 +48,18 @@ class Size:
     sparse_bytes: int
 
 
-@dataclass(frozen=True)
+_COUNTED = {
+    "parameters": "params",
+    "synapses": "synapses",
+    "living synapses": "living_synapses",
+    "multiply-accumulates": "macs",
+    "  over living synapses": "living_macs",
+    "bytes": "bytes",
+    "  stored sparse": "sparse_bytes",
+}
+
+
+@dataclass(frozen=True, repr=False)
 class Compaction:
     """What a compaction did.
 
@@ -78,21 +89,28 @@ class Compaction:
         """Output channels of convolutions and linear layers that are gone."""
         return sum(layer.outputs_before - layer.outputs_after for layer in self.layers)
 
+    def __repr__(self) -> str:
+        """One line: the model, and what is left of it."""
+        kept = ", ".join(f"{name.strip()} {kept}" for name, _, _, kept in self.headline())
+        return f"Compaction({self.model!r}: {kept})"
+
+    def __str__(self) -> str:
+        """The sizes before and after as a table of plain text."""
+        rows = [("", "masked", "compacted", "kept"), *self.headline()]
+        return "\n".join([f"{self.model}, compacted", *aligned(rows)])
+
     def table(self) -> Table:
         """The sizes before and after as a `rich` table."""
+        columns = ("", "masked", "compacted", "kept")
+        return rich_table(f"{self.model}, compacted", columns, self.headline())
+
+    def headline(self) -> list[tuple[str, str, str, str]]:
+        """The rows (name, masked, compacted, kept) of the table."""
         rows = []
-        for name, attribute in (
-            ("parameters", "params"),
-            ("synapses", "synapses"),
-            ("living synapses", "living_synapses"),
-            ("multiply-accumulates", "macs"),
-            ("  over living synapses", "living_macs"),
-            ("bytes", "bytes"),
-            ("  stored sparse", "sparse_bytes"),
-        ):
+        for name, attribute in _COUNTED.items():
             old, new = getattr(self.before, attribute), getattr(self.after, attribute)
             rows.append((name, count(old), count(new), percent(new / old) if old else "-"))
-        return rich_table(f"{self.model}, compacted", ("", "masked", "compacted", "kept"), rows)
+        return rows
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -363,6 +363,9 @@ def test_the_report_is_json_and_a_table() -> None:
     assert values["after"]["params"] == report.after.params
     assert {left["reason"] for left in values["excluded"]} == {left.reason for left in report.excluded}
     assert report.table().row_count == 7
+    assert len(str(report).splitlines()) == 9
+    assert f"{report.after.params / report.before.params:.1%}".replace("%", " %") in str(report)
+    assert len(repr(report)) < 300
 
 
 # ----------------------------------------------------------------------------------------------------------
