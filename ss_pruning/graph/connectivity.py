@@ -38,11 +38,11 @@ class Heads:
     """Source channels that feed the channels of one head of a consumer and no other, as queries and keys do.
 
     Attributes:
-        width: Channels of a head; the consumer's are heads of this width, one after the other.
+        channels: `[heads, width]`, the consumer's channels by head.
         pairs: `[n, 2]`, source channel and number of the head.
     """
 
-    width: int
+    channels: Tensor
     pairs: Tensor
 
 

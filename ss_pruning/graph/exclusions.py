@@ -76,8 +76,7 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
             if edge.heads is not None:
                 heads = edge.heads.pairs.numpy()
                 broadcast = np.setdiff1d(broadcast, heads[:, 0])
-                channels = heads[:, 1:] * edge.heads.width + np.arange(edge.heads.width)
-                fed[channels + into] |= edge.source not in connectivity.loose
+                fed[edge.heads.channels.numpy()[heads[:, 1]] + into] |= edge.source not in connectivity.loose
             frozen.append((broadcast + source, mixed))
     for path in connectivity.layers:
         reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])

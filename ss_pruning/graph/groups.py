@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -123,16 +123,25 @@ class PruningGroup:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What may be cut, and what may not."""
+    """What may be cut, and what may not.
+
+    Attributes:
+        groups: What may be cut.
+        excluded: What may not.
+        widths: Of each layer side.
+        lone: Convolutions whose groups go as a whole, as those of a head do: what is left of them reads as many
+            channels as before.
+    """
 
     groups: tuple[PruningGroup, ...]
     excluded: tuple[Excluded, ...]
     widths: Mapping[Key, int]
+    lone: frozenset[str] = frozenset()
 
     def without(self, numbers: Collection[int], reasons: Iterable[Excluded]) -> Coupling:
         """The same with some groups, by number, among what must stay."""
         groups = tuple(group for number, group in enumerate(self.groups) if number not in numbers)
-        return Coupling(groups, (*self.excluded, *reasons), self.widths)
+        return replace(self, groups=groups, excluded=(*self.excluded, *reasons))
 
 
 def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:
@@ -145,10 +154,14 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     """
     slots = Slots(connectivity)
     modules = modules_of(model)
-    channel_set = components(slots.total, _ties(connectivity, slots, modules))
+    ties = _ties(connectivity, slots, modules)
+    channel_set = components(slots.total, ties)
+    lone = _lone_groups(slots, modules, channel_set)
+    if lone:
+        channel_set = components(slots.total, np.concatenate([ties, *lone.values()]))
     frozen = frozen_slots(connectivity, slots, modules, ignore or {})
     reasons = channel_set_reasons(slots, channel_set, frozen)
-    subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons)
+    subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons, lone)
     groups = _groups(subgroups, modules, connectivity)
     even = [_even(group, slots.widths, modules) for group in groups]
     whole = excluded_by_reason(connectivity, slots, channel_set, reasons) + left_uncalled(
@@ -159,9 +172,8 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
         paths = dict.fromkeys(subgroup.root.path for group in uneven for subgroup in group.subgroups)
         channels = sum(subgroup.size for group in uneven for subgroup in group.subgroups)
         whole += (Excluded(tuple(paths), channels, UNEVEN_REASON),)
-    return Coupling(
-        tuple(group for group, fits in zip(groups, even, strict=True) if fits), whole, slots.widths
-    )
+    sound = tuple(group for group, fits in zip(groups, even, strict=True) if fits)
+    return Coupling(sound, whole, slots.widths, frozenset(lone))
 
 
 def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
@@ -176,7 +188,7 @@ def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Mod
             source = slots.start[slots.out_key[edge.source]]
             ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
             if edge.heads is not None:
-                ties += _head_ties(edge.heads, source, into, slots.widths[slots.in_key(path)])
+                ties += _head_ties(edge.heads, source, into)
     for path, layer in connectivity.layers.items():
         if layer.kind == "depthwise":
             out = slots.numbers((path, "out"))
@@ -185,12 +197,28 @@ def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Mod
     return np.concatenate(ties)
 
 
-def _head_ties(heads: Heads, source: int, into: int, width: int) -> tuple[Ints, Ints]:
+def _head_ties(heads: Heads, source: int, into: int) -> tuple[Ints, Ints]:
     """A head is one channel set: its channels at the consumer, and all that feeds them at once."""
-    channels, pairs = np.arange(width), heads.pairs.numpy()
-    first = channels - channels % heads.width
-    within = np.stack([channels + into, first + into], 1)
-    return within, np.stack([pairs[:, 0] + source, pairs[:, 1] * heads.width + into], 1)
+    channels, pairs = heads.channels.numpy() + into, heads.pairs.numpy()
+    within = np.stack([channels.ravel(), channels[:, 0].repeat(channels.shape[1])], 1)
+    return within, np.stack([pairs[:, 0] + source, channels[pairs[:, 1], 0]], 1)
+
+
+def _lone_groups(slots: Slots, modules: Mapping[str, nn.Module], channel_set: Ints) -> dict[str, Ints]:
+    """Convolutions whose groups go as a whole or not at all, as those of a head do, and what hangs together in them.
+
+    Outputs of a group that hang together take along what it reads: `[n, 2]`, slots that must be cut together.
+    """
+    found: dict[str, Ints] = {}
+    for path, side in slots.keys:
+        groups = blocks_of(modules.get(path), side) if side == "out" else 1
+        if groups > 1:
+            outputs, inputs = (slots.numbers((path, s)).reshape(groups, -1) for s in (side, "in"))
+            together = channel_set[outputs] == channel_set[outputs[:, :1]]
+            if outputs.shape[1] > 1 and together.all():
+                first = outputs[:, 0].repeat(inputs.shape[1])
+                found[path] = np.stack([inputs.ravel(), first], 1)
+    return found
 
 
 def _subgroups(
@@ -199,6 +227,7 @@ def _subgroups(
     modules: Mapping[str, nn.Module],
     channel_set: Ints,
     reasons: Ints,
+    lone: Collection[str],
 ) -> list[Subgroup]:
     """Free channel sets, grouped by pattern and by runs of neighbours."""
     free = reasons[channel_set] == 0
@@ -210,7 +239,7 @@ def _subgroups(
     block = np.zeros_like(channel)
     for s, key in enumerate(slots.keys):
         blocks = blocks_of(modules.get(key[0]), key[1])
-        if blocks > 1:
+        if blocks > 1 and key[0] not in lone:
             here = side == s
             block[here] = channel[here] // (slots.widths[key] // blocks)
     starts = np.flatnonzero(np.diff(number, prepend=-1))

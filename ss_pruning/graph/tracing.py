@@ -35,6 +35,7 @@ from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
 from ss_pruning.graph.probe.channel_labels import Labels
+from ss_pruning.graph.probe.double_precision import KeptDouble
 from ss_pruning.graph.probe.pooling_indices import TiedIndices
 from ss_pruning.graph.probe.pulls import Arrival, Leaf
 from ss_pruning.graph.probe.vjp_probe import SEED, pull, pull_output
@@ -217,7 +218,8 @@ class _Recorder:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """Not by `to`, which keeps what is double while labels pass."""
+    return torch.empty_like(tensor, dtype=dtype).copy_(tensor) if tensor.is_floating_point() else tensor
 
 
 def _probe(
@@ -274,6 +276,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         torch.enable_grad(),
         preserved(model, training, replaced=True),
         TiedIndices(),
+        KeptDouble() if recorder.double else contextlib.nullcontext(),
         hooked(layers, recorder.before, recorder.after, whole=True),
         hooked(slopes, after=_sloped),
     ):

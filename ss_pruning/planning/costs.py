@@ -51,7 +51,7 @@ class Costs:
         self.mac_terms: list[tuple[float, int, int]] = []
         self.param_terms: list[tuple[float, int, int]] = []
         self.estimated = False  # whether operations of a layer were shared among several tensors
-        self.excluded = coupling.excluded
+        self.excluded, self.lone = coupling.excluded, coupling.lone
         self._collect(traced.modules, parameters, traced.connectivity)
 
     def _collect(
@@ -65,7 +65,8 @@ class Costs:
             if layer.kind == "positional":
                 continue
             out = self.number[(path, "through") if layer.kind in ("norm", "response") else (path, "out")]
-            into = self.number[path, "in"] if layer.kind == "synaptic" else full
+            mixes = layer.kind == "synaptic" and path not in self.lone
+            into = self.number[path, "in"] if mixes else full
             if (own := layer_type_of(modules[path])) is not None:
                 self._collect_registered(path, modules[path], own)
                 continue
@@ -73,7 +74,7 @@ class Costs:
             for name, parameter in modules[path]._parameters.items():
                 if parameter is None:
                     continue
-                both = layer.kind == "synaptic" and name == "weight"
+                both = mixes and name == "weight"
                 self.param_terms.append((parameter.numel(), into if both else full, out))
         for name in connectivity.loose:
             if name in parameters:

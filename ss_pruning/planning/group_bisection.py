@@ -19,8 +19,8 @@ from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.size_attributes import Number, alike
 
-# How often a group is tried with numbers fixed; one of heads twice as often.
-_PATIENCE = 10
+# How often a group is tried with numbers fixed.
+_PATIENCE = 20
 
 #: What groups have in common that are alike: the layers they touch; and, to be the same, the sizes of their subgroups.
 Kind = tuple[tuple[str, str], ...]
@@ -141,8 +141,7 @@ class GroupBisection:
         """
         before = self.verified.followed if self.verified else frozenset()
         rightly = {alike(number) for number in before}
-        left = _PATIENCE * (1 + any(Number(*number).by_heads for number in error.followed))
-        nearest, reason = self._nearness(part, error), str(error)
+        left, nearest, reason = _PATIENCE, self._nearness(part, error), str(error)
         queue, seen = deque([(frozenset[Number](), error)]), set[frozenset[Number]]()
         while queue:
             fixed, latest = queue.popleft()
@@ -169,8 +168,7 @@ class GroupBisection:
 def _suspects(error: VerificationError, before: Collection[Number]) -> list[set[Number]]:
     """Sets of numbers that may not have to follow.
 
-    First those of the module where it failed and of what encloses it; if there are none, or some are of heads (how many
-    there are equals many a size), those of one name after the other.
+    First those of the module where it failed and of what encloses it, then those of one name after the other.
     """
     new = {Number(*number) for number in error.followed}.difference(before)
     near = {number for number in new if _inside(error.at or "", number.path)}
@@ -178,9 +176,7 @@ def _suspects(error: VerificationError, before: Collection[Number]) -> list[set[
         {number for number in near or new if number.name == name}
         for name in sorted({number.name for number in near or new})
     ]
-    if not near:
-        return by_name
-    return [near, *by_name] if any(number.by_heads for number in near) else [near]
+    return [near, *by_name] if near and len(by_name) > 1 else by_name
 
 
 def _shared(path: str, other: str) -> int:

@@ -87,7 +87,7 @@ class SizeAttributes:
             if old != new
         ]
         block = self._block(path, module)
-        known = (self.heads.get(path, []), arrived, self.inside.get(block, []), self.split.get(block, []))
+        known = (self._heads_in(path, module), arrived, self.inside.get(block, []), self.split.get(block, []))
         self._follow(path, module, [_changes(pairs) for pairs in known])
 
     def _follow_in_tables(self, path: str, module: nn.Module) -> None:
@@ -101,6 +101,14 @@ class SizeAttributes:
                 self.done.add(inner)
                 held = module.get_submodule(inner.removeprefix(f"{path}." if path else ""))
                 self._follow(inner, held, [_changes(sizes)])
+
+    def _heads_in(self, path: str, module: nn.Module) -> list[tuple[int, int]]:
+        """Sizes of heads whose layers the module holds, itself or in containers of torch, which have no numbers."""
+        found = list(self.heads.get(path, []))
+        for name, child in module._modules.items() if self.heads else ():
+            if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+                found += self._heads_in(f"{path}.{name}" if path else name, child)
+        return found
 
     def _block(self, path: str, module: nn.Module) -> str:
         """The module itself; if it holds no layer (a padded shortcut), the block it stands in.

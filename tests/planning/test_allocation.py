@@ -18,6 +18,8 @@ from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.graph.groups import Coupling, Member, PruningGroup, Subgroup
 from ss_pruning.planning.allocation import Schedule, choose, schedule, select
 from ss_pruning.planning.costs import Costs
+from ss_pruning.surgery.plan import PLAN_ATTRIBUTE
+from tests.support.attention import EXAMPLE, block
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME, randomise
 
@@ -249,3 +251,16 @@ def test_a_budget_lies_strictly_between_none_and_all(value: float) -> None:
     with pytest.raises(InputError, match="give exactly one"):
         Budget.of(macs=0.5, params=0.5, ratio=None)
     assert Budget.of(macs=None, params=None, ratio=0.5) == Budget("ratio", 0.5)
+
+
+def test_groups_of_a_convolution_that_go_whole_cost_in_proportion() -> None:
+    """Counted, not derived: what is left of each group reads as much as before."""
+    model = block("aggregated")
+    traced = TracedModel.of(model, EXAMPLE)
+    costs = Costs(traced)
+    prune_(model, EXAMPLE, ratio=0.5, allocation="local", ignore=("embed", "fc1", "fc2"))
+    removed = np.zeros(len(costs.keys))
+    for cut in getattr(model, PLAN_ATTRIBUTE).cuts:
+        removed[costs.number[cut.path, cut.side]] = len(cut.removed)
+    assert removed.any()
+    assert costs.after("params", removed) == sum(p.numel() for p in model.parameters())

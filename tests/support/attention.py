@@ -136,6 +136,32 @@ class OfMaps(nn.Module):
         return {("qkv", "out"): runs(head, self.width, 3, 3), ("norm", "through"): own, ("out", "in"): own}
 
 
+class Aggregated(nn.Module):
+    """Linear attention in single precision, on what a convolution with groups for each head has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.qkv, self.mix = nn.Conv2d(12, 36, 1), nn.Conv2d(36, 36, 1, groups=9)
+        self.out = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(self.qkv(x.mT.unsqueeze(-1)))
+        q, k, v = y.reshape(len(y), -1, 3 * self.width, y.shape[2]).float().chunk(3, 2)
+        q, k = q.relu(), k.relu()
+        mixed = (v @ k.mT @ q) / (k.sum(-1, keepdim=True) * q).sum(2, keepdim=True).clamp_min(1e-3)
+        return self.out(mixed.to(x.dtype).reshape(len(y), -1, *y.shape[2:])).flatten(2).mT
+
+    def truth(self, head: int) -> Head:
+        own = runs(head, 3 * self.width)
+        return {
+            ("qkv", "out"): own,
+            ("mix", "in"): own,
+            ("mix", "out"): own,
+            ("out", "in"): runs(head, self.width),
+        }
+
+
 class Read(Fused):
     """Reads the weight of a layer that it never calls, with biases of its own; no softmax notices that of the keys."""
 
@@ -165,6 +191,47 @@ class Blocked(Fused):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[1] == 2 * self.rows == 2 * self.block
         return super().forward(x)
+
+
+class Interleaved(Fused):
+    """Heads are moved behind their channels: at the projection they lie interleaved."""
+
+    def join(self, y: Tensor) -> Tensor:
+        return self.proj(y.permute(0, 2, 3, 1).reshape(len(y), -1, self.attn_dim))
+
+    def truth(self, head: int) -> Head:
+        h, w = self.num_heads, self.head_dim
+        return super().truth(head) | {("proj", "in"): [head + h * i for i in range(w)]}
+
+
+class MultiQuery(Fused):
+    """All heads of queries read the same keys and values, which stay."""
+
+    def __init__(self, dim: int = 12, heads: int = 4, width: int = 5) -> None:
+        super().__init__(dim, heads, width)
+        self.qkv = nn.Linear(dim, (heads + 2) * width)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = self.qkv(x).split((self.attn_dim, self.head_dim, self.head_dim), -1)
+        return q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1)
+
+    def truth(self, head: int) -> Head:
+        own = runs(head, self.head_dim)
+        return {("qkv", "out"): own, ("proj", "in"): own}
+
+
+class LayerEach(nn.Module):
+    """A layer of its own for each head, so that none could lose one; their values are channels like others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(12, 15) for _ in range(3))
+        self.width = 5
+        self.proj = nn.Linear(15, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (layer(x).split((5, 5, self.width), -1) for layer in self.heads)
+        return self.proj(torch.cat([F.scaled_dot_product_attention(*part) for part in parts], -1))
 
 
 class Proportional(Read):
@@ -213,7 +280,19 @@ class Block(nn.Module):
 
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
     kind.__name__.lower(): kind
-    for kind in (Fused, Biased, Grouped, Crossed, OfMaps, Read, Positioned, Blocked)
+    for kind in (
+        Fused,
+        Biased,
+        Grouped,
+        Crossed,
+        OfMaps,
+        Read,
+        Positioned,
+        Blocked,
+        Interleaved,
+        MultiQuery,
+        Aggregated,
+    )
 }
 #: Of an image with six patches.
 EXAMPLE = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))

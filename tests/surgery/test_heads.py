@@ -12,10 +12,10 @@ from torch import nn
 from ss_pruning import prune_
 from ss_pruning.config import Allocation
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
-from tests.support.attention import ATTENTION, EXAMPLE, Block, Fixed, Fused, Gated, block
+from tests.support.attention import ATTENTION, EXAMPLE, Block, Fixed, Fused, Gated, LayerEach, block
 
 OTHERS = ("embed", "fc1", "fc2")
-PROJECTIONS = {"grouped": "o", "ofmaps": "out"}
+PROJECTIONS = {"grouped": "o", "ofmaps": "out", "aggregated": "out"}
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -40,7 +40,8 @@ def test_with_all_else_and_a_step_of_training(name: str) -> None:
     before = sum(p.numel() for p in model.parameters())
     report = prune_(model, EXAMPLE, ratio=0.5, allocation="local")
     assert report.max_error < 1e-10
-    assert [left.paths for left in report.excluded] == [("head",)]
+    stay = [("attn.qkv",)] if name == "multiquery" else []  # keys and values of all heads
+    assert [left.paths for left in report.excluded] == [*stay, ("head",)]
     assert sum(p.numel() for p in model.parameters()) < 0.4 * before
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.train()(EXAMPLE).square().sum().backward()
@@ -68,6 +69,14 @@ def test_a_number_that_equals_the_stream_in_one_block_follows_heads_in_another()
     model = Block(nn.Sequential(Fused(heads=1, width=12), Fused(heads=3, width=4))).eval()
     prune_(model, EXAMPLE, ratio=0.5, allocation="local")
     assert (model.embed.out_channels, model.attn[1].num_heads, model.attn[1].attn_dim) == (6, 2, 8)  # type: ignore[index,union-attr]
+
+
+def test_a_layer_for_each_head_loses_values() -> None:
+    torch.manual_seed(0)
+    model = Block(LayerEach()).eval()
+    report = prune_(model, EXAMPLE, ratio=0.5, allocation="local")
+    assert report.max_error < 1e-10
+    assert (model.attn.width, model.attn.proj.in_features) == (3, 9)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("attention", [Fixed, Gated])

@@ -1,22 +1,26 @@
-"""Heads: runs of an arrival's channels, each of which hears source channels of its own that mix within it.
+"""Heads: parts of an arrival's channels, each of which hears source channels of its own that mix within it.
 
 In attention the channels of queries and keys feed several channels at once, but only those of their head. No table of
 attention classes tells where heads are: the sources that the first channel hears, and none far from it does, reach as
-far as the first head; if labels shared by the channels of runs of that width come back unmixed, the runs are heads.
-Tables with an entry for each head (relative position biases, temperatures) are found by the same labels.
+far as the first head; if labels shared by the channels of a head come back unmixed, there are heads. They lie one
+after the other or, where they were moved behind their channels, interleaved. Tables with an entry for each head
+(relative position biases, temperatures) are found by the same labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ss_pruning.graph.connectivity import Heads
-from ss_pruning.graph.probe.channel_labels import Labels
-from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, heard, pull_batch
+from ss_pruning.graph.probe.channel_labels import Labels, Sharing, label_of
+from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, Span, heard, pull_batch
+
+#: What the channels of a span hear of those that feed several.
+Hear = Callable[[Span], Tensor]
 
 
 def with_heads(
@@ -31,19 +35,20 @@ def with_heads(
         labels: To pull with.
     """
     mixing = [inflow for inflow in inflows if _mixes(inflow)]
-    width = _head_width(arrival, mixing, labels) if mixing else None
-    if width is None:
+    sharing = _sharing(arrival, mixing, labels) if mixing else None
+    if sharing is None:
         return list(inflows)
-    count = arrival.tensor.shape[arrival.axis] // width
+    channels = torch.from_numpy(label_of(sharing, arrival.tensor.shape[arrival.axis]))
+    channels = channels.argsort(stable=True).reshape(sharing[1], -1)
     known = {id(inflow.source) for inflow in inflows}
     tables = [leaf for leaf in leaves if leaf.axis < 0 and id(leaf) not in known]
     sources = [*(inflow.source for inflow in mixing), *tables]
-    found = {id(f.source): f for f in pull_batch([(arrival, sources)], labels, sharing=("runs", count))[0]}
-    told = [_told(inflow, found.get(id(inflow.source)), width) for inflow in inflows]
-    if all(inflow.heads is None for inflow in told):
-        return list(inflows)
+    found = {id(f.source): f for f in pull_batch([(arrival, sources)], labels, sharing=sharing)[0]}
+    told = [_told(inflow, found.get(id(inflow.source)), channels) for inflow in inflows]
+    if not any(inflow.heads is not None and len(inflow.heads.pairs[:, 1].unique()) > 1 for inflow in told):
+        return list(inflows)  # a layer for each head, so that none could lose one
     by_head = [found[id(table)] for table in tables if id(table) in found]
-    return told + [_as_table(inflow, width) for inflow in by_head if not len(inflow.broadcast)]
+    return told + [_as_table(inflow, channels) for inflow in by_head if not len(inflow.broadcast)]
 
 
 def _mixes(inflow: Inflow) -> bool:
@@ -51,38 +56,75 @@ def _mixes(inflow: Inflow) -> bool:
     return isinstance(leaf, Leaf) and leaf.axis >= 0 and not inflow.resolved and len(inflow.broadcast) > 1
 
 
-def _head_width(arrival: Arrival, mixing: Sequence[Inflow], labels: Labels) -> int | None:
-    """Channels of a head, by the reach of those that the first channel hears; None where that is all or one."""
+def _sharing(arrival: Arrival, mixing: Sequence[Inflow], labels: Labels) -> Sharing:
+    """How the channels lie in heads, by what the first one hears; None where there is one head, or one a channel."""
     n = arrival.tensor.shape[arrival.axis]
-    widths = [width for width in range(2, n // 2 + 1) if n % width == 0]
     leaves = [inflow.source for inflow in mixing if isinstance(inflow.source, Leaf)]
 
-    def hear(first: int, end: int) -> Tensor:
-        by_leaf = heard(arrival, leaves, labels, (first, end))
+    def hear(span: Span) -> Tensor:
+        by_leaf = heard(arrival, leaves, labels, span)
         return torch.cat([hears[f.broadcast] for f, hears in zip(mixing, by_leaf, strict=True)])
 
-    if not widths:
+    parts = [count for count in range(2, n // 2 + 1) if n % count == 0]
+    if not parts:
         return None
-    own = hear(0, 1) & ~hear(widths[-1], n)
+    first = hear((0, 1))
+    # The narrowest heads that nothing of the first one is heard behind; or the most between whose first channels
+    # nothing of it is heard.
+    width = _least(parts, first, lambda width: hear((width, n)))
+    if width is not None:
+        return "runs", n // width
+    between = _least(parts[::-1], first, lambda count: hear((1, count)))
+    return None if between is None else ("strides", between)
+
+
+def _least(sizes: Sequence[int], first: Tensor, others: Callable[[int], Tensor]) -> int | None:
+    """The first of the sizes at which others hear nothing of what is the first channel's own; None if it has none.
+
+    Its own is what they do not hear at the last size. Up to some size they hear of it, from there on they do not.
+    """
+    own = first & ~others(sizes[-1])
     if not own.any():
         return None
-    low, high = 0, len(widths) - 1
+    low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if (own & hear(widths[middle], n)).any() else (low, middle)
-    return widths[high]
+        low, high = (middle + 1, high) if (own & others(sizes[middle])).any() else (low, middle)
+    return sizes[high]
 
 
-def _told(inflow: Inflow, by_head: Inflow | None, width: int) -> Inflow:
+def _told(inflow: Inflow, by_head: Inflow | None, channels: Tensor) -> Inflow:
     """An inflow with what labels shared within heads say of its mixed channels."""
     if by_head is None:
         return inflow
     pairs = by_head.pairs[torch.isin(by_head.pairs[:, 0], inflow.broadcast)]
-    channels, times = pairs[:, 0].unique(return_counts=True)
-    pairs = pairs[torch.isin(pairs[:, 0], channels[times == 1])]
-    return replace(inflow, heads=Heads(width, pairs)) if len(pairs) else inflow
+    sources, times = pairs[:, 0].unique(return_counts=True)
+    pairs = pairs[torch.isin(pairs[:, 0], sources[times == 1])]
+    return replace(inflow, heads=Heads(channels, pairs)) if len(pairs) else inflow
 
 
-def _as_table(inflow: Inflow, width: int) -> Inflow:
+def _as_table(inflow: Inflow, channels: Tensor) -> Inflow:
     entries = inflow.pairs[:, 0]
-    return replace(inflow, pairs=inflow.pairs[:0], broadcast=entries, heads=Heads(width, inflow.pairs))
+    return replace(inflow, pairs=inflow.pairs[:0], broadcast=entries, heads=Heads(channels, inflow.pairs))
+
+
+def apart_from_heads(inflows: Sequence[Inflow]) -> list[Inflow]:
+    """The same, with channels that several heads share, as values of multi-query attention, among those that mix.
+
+    A head goes without them: what it was handed goes with its queries.
+    """
+    channels = next((inflow.heads.channels for inflow in inflows if inflow.heads is not None), None)
+    if channels is None:
+        return list(inflows)
+    head_of = channels.flatten().argsort() // channels.shape[1]
+    return [_apart(inflow, head_of) for inflow in inflows]
+
+
+def _apart(inflow: Inflow, head_of: Tensor) -> Inflow:
+    fed = torch.stack([inflow.pairs[:, 0], head_of[inflow.pairs[:, 1]]], 1).unique(dim=0)
+    sources, heads = fed[:, 0].unique(return_counts=True)
+    shared = sources[heads > 1]
+    if not len(shared):
+        return inflow
+    pairs = inflow.pairs[~torch.isin(inflow.pairs[:, 0], shared)]
+    return replace(inflow, pairs=pairs, broadcast=torch.cat([inflow.broadcast, shared]).unique())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
 from ss_pruning.graph.probe.channel_labels import Labels, label_of, rows_along
-from ss_pruning.graph.probe.heads import with_heads
+from ss_pruning.graph.probe.heads import apart_from_heads, with_heads
 from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, Span, all_channels, heard, pull_batch
 
 #: Of all randomness in the probe.
@@ -81,7 +81,8 @@ def pull(
     near = _pull_near(arrivals, horizons, labels)
     for arrival, horizon, direct in zip(arrivals, horizons, near, strict=True):
         inflows = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
-        known[id(arrival)] = inflows = [_resolved(arrival, inflow, labels, inflows) for inflow in inflows]
+        inflows = [_resolved(arrival, inflow, labels, inflows) for inflow in inflows]
+        known[id(arrival)] = inflows = apart_from_heads(inflows)
         for inflow in inflows:
             leaf = inflow.source
             assert isinstance(leaf, Leaf)
