@@ -13,14 +13,14 @@ from ss_pruning.config import (
     FoldMean,
     NoCompensation,
     Reconstruct,
-    Recovery,
     Synaptic,
     SyntheticImages,
 )
+from ss_pruning.recovery.settings import Recovery
 
 if TYPE_CHECKING:
     from ss_pruning.compensation.apply import register_compensation
-    from ss_pruning.graph.layer_types import register_layer
+    from ss_pruning.graph.layers import register_layer
     from ss_pruning.importance.scoring import register_importance
     from ss_pruning.importance.strength import Strengths, synaptic_strength
     from ss_pruning.integrations.nni.pruner import SynapticStrengthPruner
@@ -101,7 +101,7 @@ _LAZY = {
     "recover_": "recovery.recover",
     "register_compensation": "compensation.apply",
     "register_importance": "importance.scoring",
-    "register_layer": "graph.layer_types",
+    "register_layer": "graph.layers",
     "save": "io.checkpoint",
     "synaptic_strength": "importance.strength",
 }

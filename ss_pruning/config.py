@@ -16,6 +16,8 @@ Method = Literal["none", "mean", "linear", "reconstruct"]
 Scope = Literal["global", "local", "sensitivity"]
 Score = Literal["share", "strength", "entropy", "relevance"]
 
+#: The word for calibration images that are made from the model.
+SYNTHETIC = "synthetic"
 #: Sensitivities that are measured on fewer images than this say too little.
 LEAST_IMAGES = 8
 #: By scope, the power of costs that scores are divided by.
@@ -34,7 +36,7 @@ def is_count(value: Any) -> bool:
     return is_number(value) and isinstance(value, Integral) and 1 <= int(value) < 2**31
 
 
-def _as_pythons_own(config: Any) -> None:
+def as_pythons_own(config: Any) -> None:
     """Numbers of other libraries become Python's: reports and checkpoints hold them as JSON."""
     for field in fields(config):
         value = getattr(config, field.name)
@@ -43,7 +45,12 @@ def _as_pythons_own(config: Any) -> None:
             object.__setattr__(config, field.name, made)  # frozen
 
 
-def _check_seed(seed: Any) -> None:
+def check_seed(seed: Any) -> None:
+    """Refuse what random numbers cannot be drawn from.
+
+    Raises:
+        InputError: It is no such number.
+    """
     if not (is_number(seed) and isinstance(seed, Integral) and 0 <= int(seed) < 2**32):
         raise InputError(f"seed={seed!r} must be a whole number in [0, 2**32)")
 
@@ -137,7 +144,7 @@ class Allocation:
             raise InputError(
                 f"round_to={multiple!r} must be a positive whole number, such as 8, or 'measured'"
             )
-        _as_pythons_own(self)
+        as_pythons_own(self)
 
     @classmethod
     def of(cls, choice: Allocation | str | None) -> Allocation:
@@ -185,6 +192,22 @@ class Compensation:
             return choice
         _check_one_of("compensation", choice, tuple(COMPENSATIONS))
         return COMPENSATIONS[choice]()
+
+    def check(self, calibration: Any) -> None:
+        """Refuse, before any work, calibration inputs that it cannot do with.
+
+        Raises:
+            InputError: An unknown word, or it lacks calibration inputs.
+        """
+        if isinstance(calibration, str) and calibration != SYNTHETIC:
+            raise InputError(
+                f"calibration={calibration!r} is unknown; give inputs, or {SYNTHETIC!r} to make some"
+            )
+        if self.solves and calibration is None:
+            raise InputError(
+                f"compensation={self.method!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a "
+                f"data loader. Without any, calibration={SYNTHETIC!r} makes some, and compensation='mean' does without"
+            )
 
 
 @dataclass(frozen=True)
@@ -250,63 +273,8 @@ class SyntheticImages:
             raise InputError(
                 f"images={self.images!r} and steps={self.steps!r} must be positive whole numbers"
             )
-        _check_seed(self.seed)
-        _as_pythons_own(self)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How `recover_` trains a pruned model to imitate the dense one.
-
-    Attributes:
-        rate: Of Adam, at the start; it falls to nothing as half a cosine.
-        batch: Images a step.
-        weight_decay: Share of each weight that is taken off it, times the rate, in each step.
-        shift: Images are shifted by up to this share of their sides, either way, what leaves them being mirrored; 0
-            leaves them in place. Means nothing to inputs that are no images of one or three channels.
-        flip: Mirror every other image; likewise.
-        held_out: Share of the images that is not trained on, and tells how well the model does. They are shifted and
-            mirrored, too, as compensation may have fitted the images themselves.
-        until: Training ends early once the error on them is no larger than this.
-        seed: Of what is drawn: which images are held out, batches, shifts.
-        dtype: "bfloat16" computes in mixed precision; None in that of the model.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    rate: float = 1e-3
-    batch: int = 64
-    weight_decay: float = 1e-4
-    shift: float = 0.125
-    flip: bool = True
-    held_out: float = 0.2
-    until: float = 1e-6
-    seed: int = 0
-    dtype: Literal["bfloat16"] | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "rate": (0, 1e3),
-            "weight_decay": (0, 1),
-            "shift": (0, 0.5),
-            "held_out": (0, 0.9),
-            "until": (0, 1),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high:
-                raise InputError(f"{name}={value!r} must be a number in [{low}, {high}]")
-        if not self.rate or not self.held_out:
-            raise InputError("rate and held_out must be larger than 0")
-        if not is_count(self.batch):
-            raise InputError(f"batch={self.batch!r} must be a positive whole number")
-        if not isinstance(self.flip, bool):
-            raise InputError(f"flip={self.flip!r} is neither True nor False")
-        _check_seed(self.seed)
-        if self.dtype not in (None, "bfloat16"):
-            raise InputError(f"dtype={self.dtype!r} is unknown; use 'bfloat16' or None (float16 overflows)")
-        _as_pythons_own(self)
+        check_seed(self.seed)
+        as_pythons_own(self)
 
 
 @dataclass(frozen=True)
@@ -337,7 +305,7 @@ class Synaptic:
             _check_one_of("score", self.score, get_args(Score))
         if self.conditional is not None and not (is_number(self.conditional) and 0 <= self.conditional <= 1):
             raise InputError(f"conditional={self.conditional!r} must be a number in [0, 1]")
-        _as_pythons_own(self)
+        as_pythons_own(self)
 
     def resolve(self, scope: Scope, compensation: Compensation, images: int) -> Synaptic:
         """With nothing left open; `images` is the number of calibration inputs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,22 +14,20 @@ from torch import nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.modules import modules_of, parameters_of
-from ss_pruning._utils.progress import Clock, Progress, in_words, reporter
+from ss_pruning._utils.progress import Clock, Progress, reporter
 from ss_pruning._utils.running import quiet_hooks
-from ss_pruning.compensation.apply import calibration_images, check_calibration
-from ss_pruning.compensation.selection import Calibration, prepared_best
-from ss_pruning.config import Allocation, Budget, Compensation, Config, Scope, SyntheticImages
-from ss_pruning.graph.layers import check_finite
-from ss_pruning.graph.refusals import check_bare, check_weights, usable_inputs
+from ss_pruning.compensation.apply import Calibration, calibration_images, prepared_best
+from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Config, Scope, SyntheticImages
+from ss_pruning.graph.refusals import check_bare, check_finite, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
 from ss_pruning.importance.scoring import importance_named
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
+from ss_pruning.planning.duration import work_within
 from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, stopwatch
-from ss_pruning.planning.ranking import Ranker, Ranking
+from ss_pruning.planning.ranking import Ranker
 from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.planning.tied_heads import with_tied_heads
-from ss_pruning.planning.time_budget import work_within
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
@@ -38,8 +35,6 @@ from ss_pruning.report.records import QUANTILES, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.same_attention import with_prunable_attention
 from ss_pruning.surgery.verification import Verifier
-
-_log = logging.getLogger("ss_pruning")
 
 
 def prune_(
@@ -99,12 +94,13 @@ def prune_(
     example_inputs = usable_inputs(example_inputs)
     check_bare(model)
     check_weights(model)
+    check_finite(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
     if isinstance(importance, str):
         importance = importance_named(importance)
     config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), importance)
-    check_calibration(calibration, config.compensation)
-    check_finite(model)
+    config.compensation.check(calibration)
+    synthetic = isinstance(calibration, (str, SyntheticImages))
     clock = Clock(reporter(progress))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace"):
@@ -115,10 +111,9 @@ def prune_(
         with clock("estimate"):
             work = work_within(traced, config, costs, images, config.allocation.budget_time)
             clock.expect(work.seconds)
-            _log.info("pruning takes %s", in_words(work.total))
         config = work.config
         with clock("score"):
-            inputs = Calibration.of(model, work.of(images), _is_synthetic(calibration))
+            inputs = Calibration.of(model, work.of(images), synthetic)
             del images  # which are held once more by now
             strengths = _strengths(traced)
         if latency is not None or config.allocation.round_to == "measured":
@@ -137,9 +132,13 @@ def prune_(
             excluded=list(found.coupling.excluded),
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
-            settings=_settings(ranking, calibration),
+            settings=ranking.config.settings() | ({"calibration": SYNTHETIC} if synthetic else {}),
             sensitivity_not_measured=ranking.not_measured or None,
-            **cut.noted(),
+            inexact_layers=cut.outcome.inexact,
+            not_compensated=cut.outcome.skipped,
+            fidelity=cut.fidelity,
+            fidelity_uncompensated=cut.uncompensated,
+            compensation_dropped=cut.dropped,
             seconds=clock.seconds,
             seconds_expected=work.seconds,
             traded_for_time=list(work.traded),
@@ -216,16 +215,6 @@ def _sizes(ready: nn.Module, plan: Plan, costs: Costs, traced: TracedModel) -> d
         "params_before": costs.params,
         "params_after": sum(p.numel() for p in parameters_of(ready).values()),
     }
-
-
-def _settings(ranking: Ranking, calibration: Any) -> dict[str, Any]:
-    """The options in effect."""
-    made = {"calibration": "synthetic"} if _is_synthetic(calibration) else {}
-    return {**ranking.config.settings(), **made}
-
-
-def _is_synthetic(calibration: Any) -> bool:
-    return isinstance(calibration, (str, SyntheticImages))
 
 
 def _layer_reports(

@@ -22,11 +22,11 @@ from ss_pruning.config import (
     FoldMean,
     NoCompensation,
     Reconstruct,
-    Recovery,
     Synaptic,
     SyntheticImages,
 )
 from ss_pruning.errors import InputError
+from ss_pruning.recovery.settings import Recovery
 
 HALF = Budget("macs", 0.5)
 

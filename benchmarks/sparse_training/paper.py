@@ -35,7 +35,7 @@ from benchmarks.data.cifar import Images, as_input, draw, load_dataset, top1
 from benchmarks.data.training import Recipe, train
 from ss_pruning import compact_, errors, synaptic_strength
 from ss_pruning._utils.files import write_text
-from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.importance.strength import kernel_powers
 from ss_pruning.profiling.latency import measure_latency
 from ss_pruning.sparsity.masks import mask_, merge_masks_, synapse_masks
 from ss_pruning.sparsity.penalty import Form, StrengthPenalty, warm_up

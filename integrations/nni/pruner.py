@@ -31,10 +31,17 @@ from torch import Tensor, nn
 from ss_pruning._utils.modules import device_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers
+from ss_pruning.graph.refusals import check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
-from ss_pruning.importance.strength import by_input_channel, share, synaptic_paths, synaptic_power
+from ss_pruning.importance.strength import (
+    by_input_channel,
+    by_kernel,
+    kernel_powers,
+    share,
+    synaptic_paths,
+    synaptic_power,
+)
 from ss_pruning.integrations.nni.masks import bake, compact, speedup, symbolic_graph
 from ss_pruning.integrations.nni.ranking import generate_masks
 from ss_pruning.sparsity.penalty import strength_penalty

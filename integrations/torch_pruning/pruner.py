@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ss_pruning._utils.running import quiet_hooks
-from ss_pruning.compensation.apply import calibration_images, check_calibration, cut_
+from ss_pruning.compensation.apply import calibration_images, cut_
 from ss_pruning.config import Compensation, NoCompensation
 from ss_pruning.errors import InputError
 from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
@@ -180,7 +180,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             InputError: An unknown compensation, or one that lacks calibration inputs, or is asked of groups.
         """
         repair = Compensation.of(compensation)
-        check_calibration(calibration, repair)
+        repair.check(calibration)
         plain = repair == NoCompensation()
         if interactive and not plain:
             raise InputError("groups that are handed out are cut one by one: compensate in a step that cuts")

@@ -17,7 +17,8 @@ from ss_pruning.importance.scoring import subgroup_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import rows_of
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
-from ss_pruning.planning.search import SearchResult, check_any
+from ss_pruning.planning.ranking import check_any
+from ss_pruning.planning.search import SearchResult
 
 if TYPE_CHECKING:
     from ss_pruning.integrations.torch_pruning.pruner import GraphPruner

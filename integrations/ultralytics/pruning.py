@@ -13,7 +13,7 @@ from torch import Tensor
 from ultralytics import YOLO
 
 from ss_pruning._utils.copying import copied
-from ss_pruning.compensation.synthetic_data import SYNTHETIC
+from ss_pruning.config import SYNTHETIC
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.model import PrunedYOLO
 from ss_pruning.integrations.ultralytics.networks import opened, side_of, thawed

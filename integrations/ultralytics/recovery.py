@@ -7,14 +7,14 @@ from typing import Any
 
 from ultralytics import YOLO
 
-from ss_pruning.compensation.synthetic_data import SYNTHETIC
-from ss_pruning.config import Recovery
+from ss_pruning.config import SYNTHETIC
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.ultralytics.images import calibration_images
 from ss_pruning.integrations.ultralytics.networks import opened, side_of, thawed
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
+from ss_pruning.recovery.settings import Recovery
 
 # Unlabelled images to draw from files.
 _IMAGES = 256

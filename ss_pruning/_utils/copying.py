@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ss_pruning._utils.memento import like
+from ss_pruning._utils.memento import is_surrounding, like
 from ss_pruning._utils.modules import modules_of, tensors_of
-from ss_pruning._utils.objects import children, is_surrounding
+from ss_pruning._utils.objects import children
 from ss_pruning.errors import ModelError
 
 # What a class may define to be copied in a way of its own.

@@ -26,17 +26,11 @@ _KINDS = {
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Hand out a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+    """Hand out a temporary path, an empty file, that becomes `path` when the block ends well, and vanishes otherwise.
 
     The temporary file lies in the target's own folder, so that the final rename cannot cross file systems
     and a reader sees the old file or the new one, never a part. A link is written through, not replaced. What
     killed runs of this machine left in that folder is swept.
-
-    Args:
-        path: the file to write.
-
-    Yields:
-        The path to write to; an empty file is already there.
 
     Raises:
         InputError: the folder is missing or read-only, the disk is full, or there is something at `path` that is no

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import parameter as lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ss_pruning._utils.objects import ATOMS, children, is_surrounding, slots
+from ss_pruning._utils.objects import ATOMS, children, slots
 
 # Of larger containers the entries are taken back, but not looked into: vocabularies, lists of files.
 _MANY = 4096
@@ -40,7 +40,14 @@ _WRITTEN = WeakTensorKeyDictionary()
 #: By weight that code multiplies with, not calling the layer that holds it: a name, the same for all its copies.
 READ_BY_CODE = WeakTensorKeyDictionary()
 
-Undo = Callable[[], None]
+# Objects of these libraries hold the surroundings of a model (optimisers, loaders, trainers), not what it computes.
+_SURROUNDINGS = {
+    *("asyncio", "concurrent", "io", "logging", "multiprocessing", "threading", "weakref", "_thread"),
+    *("accelerate", "lightning", "nni", "numpy", "pytorch_lightning", "tensorboard", "torch", "torchvision"),
+    "wandb",
+}
+
+Undo = Callable[[], object]
 
 
 class Memento:
@@ -162,6 +169,13 @@ class Memento:
             self._note_mapping(vars(tensor), todo)
 
 
+def is_surrounding(thing: Any) -> bool:
+    """Whether it belongs to what is around a model: an optimiser, a loader, a trainer, a lock."""
+    return type(thing).__module__.partition(".")[0] in _SURROUNDINGS and not isinstance(
+        thing, (nn.Module, torch.distributions.Distribution)
+    )
+
+
 def _is_ours(thing: Any) -> bool:
     """Hooks of this package, and what they note down."""
     function = thing.func if isinstance(thing, partial) else thing
@@ -198,7 +212,7 @@ def _drawing(thing: Any) -> Undo | None:
     """What brings back the state of what draws random numbers; None for other values."""
     if isinstance(thing, torch.Generator):
         drawn = thing.get_state()
-        return lambda: _ignored(thing.set_state(drawn))
+        return lambda: thing.set_state(drawn)
     if isinstance(thing, random.Random):
         state = thing.getstate()
         return lambda: thing.setstate(state)
@@ -238,10 +252,6 @@ def _refill(thing: Any, kind: Any, values: Iterable[Any]) -> None:
     """By the built-in methods: those of a subclass may refuse, or do more."""
     kind.clear(thing)
     (kind.update if kind is set else kind.extend)(thing, values)
-
-
-def _ignored(_: object) -> None:
-    """For what returns something where nothing is wanted."""
 
 
 def _same(now: Iterable[Any], before: list[Any]) -> bool:

@@ -38,11 +38,6 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return _tensors_in(modules_of(model), "_parameters")
 
 
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """What `dict(model.named_buffers())` gives."""
-    return _tensors_in(modules_of(model), "_buffers")
-
-
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers."""
     modules = modules_of(model)

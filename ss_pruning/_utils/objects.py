@@ -12,57 +12,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: Values that hold nothing else.
 ATOMS = (
-    *(
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        range,
-        slice,
-        type(None),
-        type(...),
-        enum.Enum,
-        np.generic,
-        np.ndarray,
-    ),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, Tensor),
+    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...), enum.Enum),
+    *(np.generic, np.ndarray, Tensor, torch.Generator),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 #: Containers of values by place.
 SEQUENCES = (list, tuple, deque)
 SETS = (set, frozenset)
 _BUILT_IN = frozenset((dict, OrderedDict, *SEQUENCES, *SETS))
-# Objects of these libraries hold the surroundings of a model (optimisers, loaders, trainers), not what it computes.
-_SURROUNDINGS = frozenset(
-    (
-        *(
-            "accelerate",
-            "asyncio",
-            "concurrent",
-            "io",
-            "lightning",
-            "logging",
-            "multiprocessing",
-            "nni",
-            "numpy",
-        ),
-        *(
-            "pytorch_lightning",
-            "tensorboard",
-            "threading",
-            "torch",
-            "torchvision",
-            "wandb",
-            "weakref",
-            "_thread",
-        ),
-    )
-)
 
 
 def children(thing: Any) -> Iterator[tuple[str, Any]] | None:
@@ -131,12 +92,8 @@ def slots(kind: Hashable) -> tuple[str, ...]:
         own = vars(base).get("__slots__", ())
         own = (own,) if isinstance(own, str) else own
         private = f"_{base.__name__.lstrip('_')}"
-        found += [private + name if _is_private(name) else name for name in own]
+        found += [private + n if n.startswith("__") and not n.endswith("__") else n for n in own]
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")
 
 
 def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -148,10 +105,3 @@ def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     yield from vars(function).items()
     yield from ((f"default {i}", value) for i, value in enumerate(function.__defaults__ or ()))
     yield from (function.__kwdefaults__ or {}).items()
-
-
-def is_surrounding(thing: Any) -> bool:
-    """Whether it belongs to what is around a model: an optimiser, a loader, a trainer, a lock."""
-    return type(thing).__module__.partition(".")[0] in _SURROUNDINGS and not isinstance(
-        thing, (nn.Module, torch.distributions.Distribution)
-    )

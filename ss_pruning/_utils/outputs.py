@@ -44,7 +44,9 @@ def values_in(output: Any) -> dict[str, Value]:
             found[name] = thing
         elif not isinstance(thing, ATOMS) and id(thing) not in seen:
             seen[id(thing)] = thing
-            inside = None if isinstance(thing, nn.Module) or _has_no_order(thing) else children(thing)
+            # Nobody could tell apart in two models what stands in a set under one rank.
+            mingled = isinstance(thing, SETS) and len(set(map(rank, thing))) < len(thing)
+            inside = None if isinstance(thing, nn.Module) or mingled else children(thing)
             if inside is None:
                 raise ModelError(_closed(name, thing))
             todo += reversed([(name + place, value) for place, value in inside])
@@ -54,14 +56,6 @@ def values_in(output: Any) -> dict[str, Value]:
 def tensors_in(output: Any) -> dict[str, Tensor]:
     """The tensors alone, see `values_in`."""
     return {name: value for name, value in values_in(output).items() if isinstance(value, Tensor)}
-
-
-def _has_no_order(thing: Any) -> bool:
-    """Whether it is a set of things that nobody could tell apart in two models."""
-    if not isinstance(thing, SETS):
-        return False
-    keys = list(map(rank, thing))
-    return len(set(keys)) < len(keys)
 
 
 def _dense(name: str, tensor: Tensor) -> dict[str, Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -14,6 +15,8 @@ Progress = Callable[[str, int, int], None]
 #: Called with how much of the stage that runs is done, and how much there is of it.
 Step = Callable[[float, float], None]
 _listener: ContextVar[Step] = ContextVar("listener", default=lambda done, total: None)
+_log = logging.getLogger("ss_pruning")
+
 # What was expected counts as much as having seen this share of the work.
 _TRUST = 0.2
 
@@ -69,6 +72,7 @@ class Clock:
     def expect(self, seconds: Mapping[str, float]) -> None:
         """From now on tell how far all of this is."""
         self.expected = dict(seconds)
+        _log.info("pruning takes %s", in_words(sum(seconds.values())))
         self._tell(self._running[-1])
 
     def _step(self, done: float, total: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,6 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 def checked_call(model: nn.Module, inputs: Any, what: str = "example inputs") -> Any:
     """Likewise, of inputs that nothing has run on yet.
-
-    Args:
-        model: What runs.
-        inputs: What `forward` takes.
-        what: Which inputs they are, for messages.
 
     Raises:
         ModelError: The model does not run on them.
@@ -81,6 +77,14 @@ def preserved(
         except BaseException:  # an interrupt has come in between: all of it is done again
             before.restore()
             raise
+
+
+def output_of(model: nn.Module, example_inputs: Any, *within: AbstractContextManager[Any]) -> Any:
+    """What a model returns in eval mode, without gradients, while contexts are entered; nothing of the pass stays."""
+    with preserved(model, training=False), torch.no_grad(), contextlib.ExitStack() as entered:
+        for context in within:
+            entered.enter_context(context)
+        return call(model, example_inputs)
 
 
 @contextlib.contextmanager

@@ -16,25 +16,11 @@ import typer
 
 from ss_pruning import config
 from ss_pruning.cli import help_texts as texts
+from ss_pruning.cli import request as ask
 from ss_pruning.cli.console import FAILED, not_interrupted, progress_bars
 from ss_pruning.cli.grouped import grouped
-from ss_pruning.cli.request import (
-    SYNAPTIC,
-    Budgets,
-    Compared,
-    Exporting,
-    Finetuning,
-    Json,
-    Method,
-    Output,
-    Recovering,
-    Request,
-    Scored,
-    SideBySide,
-    Source,
-    Timed,
-)
 from ss_pruning.integrations.finetuning.options import Options, Sparsifying, Training
+from ss_pruning.recovery.settings import Recovery
 
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
@@ -56,12 +42,12 @@ _MOST_LINES = 8
 @grouped
 def prune(
     context: typer.Context,
-    budgets: Budgets,
-    request: Request,
-    method: Method,
+    budgets: ask.Budgets,
+    request: ask.Request,
+    method: ask.Method,
     synaptic: config.Synaptic,
     allocation: config.Allocation,
-    output: Output,
+    output: ask.Output,
     results: TextIO,
 ) -> None:
     """Prune a model to a budget, report, and write the result."""
@@ -83,7 +69,7 @@ def prune(
             dense = None if output.out is None else checksum_of_weights(job.model)
             with _job.input_size_named(request):
                 pictures, calibrated_on = _job.calibration_images(request, method.repair, job, progress)
-                importance = synaptic if method.importance == SYNAPTIC else method.importance
+                importance = synaptic if method.importance == ask.SYNAPTIC else method.importance
                 options |= {"importance": importance, "calibration": pictures}
                 report = _job.run(job, options, request.batch, progress)
             report.settings.update(_job.settings_of(request, method.importance, job), **calibrated_on)
@@ -100,7 +86,7 @@ def prune(
 
 @app.command(help=texts.SCORE_HELP, epilog=texts.SCORE_EXAMPLES)
 @grouped
-def score(source: Source, wanted: Scored, results: TextIO) -> None:
+def score(source: ask.Source, wanted: ask.Scored, results: TextIO) -> None:
     """Summarise the strengths of a model, and write them."""
     from ss_pruning._utils.files import check_apart
     from ss_pruning.cli import jobs as _job
@@ -109,7 +95,7 @@ def score(source: Source, wanted: Scored, results: TextIO) -> None:
     if wanted.out is not None:
         scores.check_target(wanted.out)
         check_apart(wanted.out, source.weights)
-    request = Request(**vars(source))
+    request = ask.Request(**vars(source))
     _job.check_statistics(request, config.Synaptic(wanted.statistics))
     with progress_bars() as progress:
         job = _job.prepare(request, progress)
@@ -123,7 +109,7 @@ def score(source: Source, wanted: Scored, results: TextIO) -> None:
 
 @app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)
 @grouped
-def recover(wanted: Recovering, training: config.Recovery, results: TextIO, as_json: Json = False) -> None:
+def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json: ask.Json = False) -> None:
     """Recover a pruned model, report, and write the result."""
     from ss_pruning._utils.files import check_apart, check_writable
     from ss_pruning.cli import delivery as _delivery
@@ -143,7 +129,7 @@ def recover(wanted: Recovering, training: config.Recovery, results: TextIO, as_j
 
 @app.command(help=texts.FINETUNE_HELP, epilog=texts.FINETUNE_EXAMPLES)
 @grouped
-def finetune(wanted: Finetuning, training: Training, sparsifying: Sparsifying) -> None:
+def finetune(wanted: ask.Finetuning, training: Training, sparsifying: Sparsifying) -> None:
     """Train or fine-tune a model, prune it on the way, write the result."""
     from ss_pruning.errors import InputError
 
@@ -157,7 +143,7 @@ def finetune(wanted: Finetuning, training: Training, sparsifying: Sparsifying) -
 
 @app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)
 @grouped
-def export(wanted: Exporting, results: TextIO) -> None:
+def export(wanted: ask.Exporting, results: TextIO) -> None:
     """Write a pruned model for another runtime, and say how far the file is from the model."""
     with progress_bars() as progress:
         from ss_pruning.cli import delivery as _delivery
@@ -168,7 +154,7 @@ def export(wanted: Exporting, results: TextIO) -> None:
 
 @app.command(help=texts.BENCH_HELP, epilog=texts.BENCH_EXAMPLES)
 @grouped
-def bench(compared: Compared, timed: Timed, results: TextIO, as_json: Json = False) -> None:
+def bench(compared: ask.Compared, timed: ask.Timed, results: TextIO, as_json: ask.Json = False) -> None:
     """Measure dense against pruned, and exported files."""
     with progress_bars() as progress:
         import torch
@@ -200,7 +186,7 @@ def _counts(text: str) -> list[int]:
 
 @app.command(help=texts.COMPARE_HELP, epilog=texts.COMPARE_EXAMPLES)
 @grouped
-def compare(wanted: SideBySide, results: TextIO) -> None:
+def compare(wanted: ask.SideBySide, results: TextIO) -> None:
     """Put two reports side by side."""
     from ss_pruning._utils.files import check_apart, check_writable, write_text
     from ss_pruning.io.checkpoint import open_report, report_file
@@ -223,7 +209,7 @@ def compare(wanted: SideBySide, results: TextIO) -> None:
 
 @app.command(help=texts.DOCTOR_HELP)
 @grouped
-def doctor(results: TextIO, as_json: Json = False) -> None:
+def doctor(results: TextIO, as_json: ask.Json = False) -> None:
     """Say what is installed and what could be."""
     from ss_pruning.cli import doctor as checks
 

@@ -177,13 +177,6 @@ def compare(
 ) -> Comparison:
     """Time models in turns in one setting.
 
-    Args:
-        models: By name; copies of them are run, of exported files themselves.
-        size: Of one image.
-        setting: How to run them.
-        device: Where.
-        seconds: See `measure_latency`.
-
     Raises:
         InputError: The layout is one of images, and the inputs are none; or exported files are to run otherwise than
             as they are.
@@ -278,11 +271,7 @@ def _named(files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _preprocess(wanted: Compared, model: OnnxModel) -> Preprocess:
-    """Of files alone: what the user says, and the size that is in the file.
-
-    Raises:
-        InputError: Images are to be compared on, and nobody says how they become inputs; or the size is free.
-    """
+    """Of files alone: what the user says, and the size that is in the file."""
     if wanted.model:
         return jobs.preprocess_of(input_of(wanted.model, build_model(wanted.model)), wanted)
     if (wanted.data or wanted.photos) and not (wanted.mean and wanted.std):

@@ -14,7 +14,7 @@ from ss_pruning._utils.files import check_apart
 from ss_pruning.cli import jobs
 from ss_pruning.cli.console import ProgressCallback, not_interrupted, note
 from ss_pruning.cli.request import Calibrated, Exporting, Rebuilt, Recovering, Request
-from ss_pruning.config import NoCompensation, Recovery
+from ss_pruning.config import NoCompensation
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.io import export as exporting
 from ss_pruning.io.checkpoint import architecture_of, load, open_report, save
@@ -22,6 +22,7 @@ from ss_pruning.io.dense import check_dense
 from ss_pruning.io.int8 import export_int8
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
+from ss_pruning.recovery.settings import Recovery
 from ss_pruning.report.formatting import percent
 from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.architecture_names import build_named, without_weights
@@ -40,16 +41,22 @@ class Opened(NamedTuple):
 
 def open_file(file: Path, wanted: Rebuilt) -> Opened:
     """Rebuild the pruned model, and the dense one with random weights (which cost the same time)."""
-    known = wanted.model or architecture_of(file)
-    if known is None:
-        raise InputError(
-            f"{str(file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
-        )
+    known = _named(file, wanted)
     # What the user says is built as it is; of what the file says, only what is safe.
     build = partial(build_model, wanted.model) if wanted.model else partial(build_named, known, file)
     dense = build()
     preprocess = jobs.preprocess_of(input_of(known, dense), wanted)
     return Opened(known, dense, load(file, build, torch.zeros(1, *preprocess.size)), preprocess)
+
+
+def _named(file: Path, wanted: Rebuilt) -> str:
+    """What was pruned, as the user says, or else the file."""
+    spec = wanted.model or architecture_of(file)
+    if spec is None:
+        raise InputError(
+            f"{str(file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
+        )
+    return spec
 
 
 def request_of(wanted: Recovering, seed: int) -> Request:
@@ -63,11 +70,7 @@ def request_of(wanted: Recovering, seed: int) -> Request:
             "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "
             "some with --calibration synthetic"
         )
-    spec, known = wanted.model or architecture_of(wanted.file), dict[str, Any]()
-    if spec is None:
-        raise InputError(
-            f"{str(wanted.file)!r} does not name its architecture: say what was pruned, as in --model net.py:build."
-        )
+    spec, known = _named(wanted.file, wanted), dict[str, Any]()
     try:
         report = open_report(wanted.file.parent)
         known = report.settings if report.model == spec else known
@@ -151,11 +154,7 @@ def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: ProgressCall
 
 
 def _target(wanted: Exporting) -> Path:
-    """The file to write.
-
-    Raises:
-        InputError: It is not clear what to write, or an option goes with another one only.
-    """
+    """The file to write."""
     if wanted.int8 and wanted.format not in (None, "onnx"):
         raise InputError("--int8 writes onnx: leave --format out.")
     if wanted.int8 and wanted.calibration is None:

@@ -56,14 +56,10 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
             continue
         hint = hints[field.name]
         if get_origin(hint) is not Annotated:
-            hint = Annotated[str | None if _is_parsed(owner, field) else hint, _info(owner, field)]
-        yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=hint
-        )
-
-
-def _is_parsed(owner: type, field: Field[Any]) -> bool:
-    return "parser" in TOLD.get((owner, field.name), {})
+            is_parsed = "parser" in TOLD.get((owner, field.name), {})
+            hint = Annotated[str | None if is_parsed else hint, _info(owner, field)]
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def _info(owner: type, field: Field[Any]) -> Any:
@@ -72,10 +68,6 @@ def _info(owner: type, field: Field[Any]) -> Any:
     told |= {"help": _documented(owner)[field.name], **TOLD.get((owner, field.name), {})}
     kind, names = told.pop("kind", typer.Option), told.pop("param_decls", ())
     return kind(*names, **told)
-
-
-def _default(field: Field[Any]) -> Any:
-    return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
 def _documented(group: type) -> dict[str, str]:

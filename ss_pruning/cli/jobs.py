@@ -16,8 +16,8 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
 from ss_pruning._utils.progress import in_words
 from ss_pruning.cli.console import PRUNING, ProgressCallback, banner, note
-from ss_pruning.cli.request import DATA, SYNTHETIC, Rebuilt, Request, Source
-from ss_pruning.config import Compensation, Synaptic, SyntheticImages
+from ss_pruning.cli.request import DATA, Rebuilt, Request, Source
+from ss_pruning.config import SYNTHETIC, Compensation, Synaptic, SyntheticImages
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
@@ -270,14 +270,7 @@ def _timed_on(job: Job, batch: int) -> Tensor:
 
 
 def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallback) -> Report:
-    """Measure, prune in place, measure again.
-
-    Args:
-        job: What to prune.
-        options: Of `prune_`.
-        batch: Times are measured on so many images at once.
-        progress: Told of the stages.
-    """
+    """Measure, prune in place, measure again."""
     from ss_pruning import prune_
 
     size, dense = _tensor_bytes(job.model), copied(job.model)

@@ -11,28 +11,10 @@ from typing import Any
 import typer
 
 from ss_pruning import config
-from ss_pruning.cli.request import (
-    Architecture,
-    Budgets,
-    Calibrated,
-    Compared,
-    Exporting,
-    Finetuning,
-    Images,
-    Labelled,
-    Method,
-    Output,
-    Preprocessed,
-    PrunedFile,
-    Recovering,
-    Request,
-    Scored,
-    SideBySide,
-    Source,
-    Timed,
-)
+from ss_pruning.cli import request as ask
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.finetuning.options import Sparsifying, Training
+from ss_pruning.recovery.settings import Recovery
 
 _MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
 _COMPENSATION = "Compensation"
@@ -48,11 +30,7 @@ def _argument(metavar: str) -> dict[str, Any]:
 
 
 def _seconds(text: str) -> float:
-    """Read --budget-time: 90s, 5m, 1.5h, or a number of seconds.
-
-    Raises:
-        InputError: It is none of these.
-    """
+    """Read --budget-time: 90s, 5m, 1.5h, or a number of seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if found is None:
         raise InputError(f"--budget-time is a time, such as 90s, 5m or 1.5h, not {text!r}.")
@@ -60,11 +38,7 @@ def _seconds(text: str) -> float:
 
 
 def _multiple(text: str) -> int | str:
-    """Read --round-to.
-
-    Raises:
-        InputError: It is no number, nor the word.
-    """
+    """Read --round-to."""
     if text == "measured":
         return text
     if not text.isdigit():
@@ -83,78 +57,79 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Synaptic, "statistics"): {"metavar": "NAME"},
     (config.Synaptic, "score"): {"metavar": "NAME"},
     (config.Synaptic, "conditional"): {"metavar": "0..1"},
-    (Preprocessed, "input_size"): _option(
+    (ask.Preprocessed, "input_size"): _option(
         _IMAGES, metavar="CxHxW", show_default="the model's own, else 3x224x224"
     ),
-    (Preprocessed, "mean"): _option(_IMAGES, metavar="M,M,M", show_default="the model's own"),
-    (Preprocessed, "std"): _option(_IMAGES, metavar="S,S,S", show_default="the model's own"),
-    (Labelled, "data"): _option(_IMAGES, metavar="PLACE", show_default=False),
-    (Images, "device"): _option(_OUTPUT, show_default="a GPU if any"),
-    (Calibrated, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
-    (Calibrated, "calibration"): _option(_IMAGES, metavar="IMAGES", show_default="data, if there is any"),
-    (Calibrated, "calibration_images"): _option(
+    (ask.Preprocessed, "mean"): _option(_IMAGES, metavar="M,M,M", show_default="the model's own"),
+    (ask.Preprocessed, "std"): _option(_IMAGES, metavar="S,S,S", show_default="the model's own"),
+    (ask.Labelled, "data"): _option(_IMAGES, metavar="PLACE", show_default=False),
+    (ask.Images, "device"): _option(_OUTPUT, show_default="a GPU if any"),
+    (ask.Calibrated, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
+    (ask.Calibrated, "calibration"): _option(_IMAGES, metavar="IMAGES", show_default="data, if there is any"),
+    (ask.Calibrated, "calibration_images"): _option(
         _IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
     ),
-    (Source, "model"): _argument("MODEL"),
-    (Source, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (Source, "weights_by_order"): _option(_MODEL, "--weights-by-order", metavar=""),
-    (Source, "seed"): _option(_OUTPUT, metavar="N", min=0, max=2**32 - 1),
-    (Request, "batch"): _option(_IMAGES, metavar="N", min=1),
-    (Request, "ignore"): _option(_CRITERION, metavar="PATH", show_default=False),
-    (Budgets, "macs"): _FRACTION,
-    (Budgets, "params"): _FRACTION,
-    (Budgets, "ratio"): _FRACTION,
-    (Budgets, "latency"): _FRACTION,
-    (Method, "importance"): _option(_CRITERION),
-    (Method, "compensation"): _option(_COMPENSATION),
-    (Method, "recalibrate"): _option(
+    (ask.Source, "model"): _argument("MODEL"),
+    (ask.Weighted, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
+    (ask.Source, "weights_by_order"): _option(_MODEL, "--weights-by-order", metavar=""),
+    (ask.Source, "seed"): _option(_OUTPUT, metavar="N", min=0, max=2**32 - 1),
+    (ask.Request, "batch"): _option(_IMAGES, metavar="N", min=1),
+    (ask.Request, "ignore"): _option(_CRITERION, metavar="PATH", show_default=False),
+    (ask.Budgets, "macs"): _FRACTION,
+    (ask.Budgets, "params"): _FRACTION,
+    (ask.Budgets, "ratio"): _FRACTION,
+    (ask.Budgets, "latency"): _FRACTION,
+    (ask.Method, "importance"): _option(_CRITERION),
+    (ask.Method, "compensation"): _option(_COMPENSATION),
+    (ask.Method, "recalibrate"): _option(
         _COMPENSATION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
     ),
-    (Output, "out"): _option(_OUTPUT, metavar="DIR", show_default=False),
-    (Architecture, "model"): _option(_MODEL, "--model", metavar="MODEL", show_default="what the file names"),
-    (PrunedFile, "file"): _argument("FILE"),
-    (Recovering, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (Recovering, "minutes"): _option(_TRAINING, metavar="M", show_default="5, unless --steps is given"),
-    (Recovering, "steps"): _option(_TRAINING, metavar="N", show_default=False),
-    (Recovering, "checkpoint"): _option(_TRAINING, metavar="FILE", show_default=False),
-    (Recovering, "out"): _option(_OUTPUT, metavar="FILE", show_default="recovered.safetensors beside FILE"),
-    (Exporting, "file"): _argument("FILE"),
-    (Exporting, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (Exporting, "format"): _option(_OUTPUT, metavar="onnx|pt2", show_default="by the name of --out"),
-    (Exporting, "int8"): _option(_OUTPUT, "--int8", metavar=""),
-    (Exporting, "calibration"): _option(_IMAGES, metavar="synthetic|DIR", show_default=False),
-    (Exporting, "calibration_images"): _option(
+    (ask.Output, "out"): _option(_OUTPUT, metavar="DIR", show_default=False),
+    (ask.Architecture, "model"): _option(
+        _MODEL, "--model", metavar="MODEL", show_default="what the file names"
+    ),
+    (ask.PrunedFile, "file"): _argument("FILE"),
+    (ask.Recovering, "minutes"): _option(_TRAINING, metavar="M", show_default="5, unless --steps is given"),
+    (ask.Recovering, "steps"): _option(_TRAINING, metavar="N", show_default=False),
+    (ask.Recovering, "checkpoint"): _option(_TRAINING, metavar="FILE", show_default=False),
+    (ask.Recovering, "out"): _option(
+        _OUTPUT, metavar="FILE", show_default="recovered.safetensors beside FILE"
+    ),
+    (ask.Exporting, "file"): _argument("FILE"),
+    (ask.Exporting, "format"): _option(_OUTPUT, metavar="onnx|pt2", show_default="by the name of --out"),
+    (ask.Exporting, "int8"): _option(_OUTPUT, "--int8", metavar=""),
+    (ask.Exporting, "calibration"): _option(_IMAGES, metavar="synthetic|DIR", show_default=False),
+    (ask.Exporting, "calibration_images"): _option(
         _IMAGES, "--calibration-images", metavar="N", show_default="512; synthetic: up to 256", min=1
     ),
-    (Exporting, "out"): _option(_OUTPUT, metavar="FILE", show_default="beside the model"),
-    (Compared, "files"): _argument("FILE..."),
-    (Compared, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (Compared, "data"): _option(_IMAGES, metavar="PLACE", show_default=False),
-    (Compared, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
-    (Compared, "photos"): _option(_IMAGES, metavar="DIR", show_default="those of --data, else noise"),
-    (Timed, "batch"): _option(_IMAGES, metavar="N,N,N"),
-    (Timed, "dtype"): _option(_SETTING, metavar="NAME,NAME"),
-    (Timed, "layout"): _option(_SETTING, metavar="NAME,NAME"),
-    (Timed, "compiled"): _option(_SETTING, "--compiled", metavar=""),
-    (Timed, "threads"): _option(_OUTPUT, metavar="N", show_default="torch's own", min=1),
-    (Timed, "device"): _option(_OUTPUT, show_default="a GPU if any"),
-    (Finetuning, "model"): _argument("MODEL"),
-    (Finetuning, "data"): _option(_IMAGES, metavar="DIR", show_default=False),
-    (Finetuning, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (Finetuning, "out"): _option(_OUTPUT, metavar="DIR"),
-    (Finetuning, "export"): _option(_OUTPUT, metavar=None, show_default=False),
-    (Scored, "statistics"): _option(_CRITERION, metavar=None),
-    (Scored, "weakest"): _option(_OUTPUT, metavar="N", min=0),
-    (Scored, "out"): _option(_OUTPUT, metavar="FILE", show_default=False),
-    (SideBySide, "a"): _argument("A"),
-    (SideBySide, "b"): _argument("B"),
-    (SideBySide, "html"): _option(_OUTPUT, metavar="FILE", show_default=False),
+    (ask.Exporting, "out"): _option(_OUTPUT, metavar="FILE", show_default="beside the model"),
+    (ask.Compared, "files"): _argument("FILE..."),
+    (ask.Compared, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
+    (ask.Compared, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
+    (ask.Compared, "photos"): _option(_IMAGES, metavar="DIR", show_default="those of --data, else noise"),
+    (ask.Timed, "batch"): _option(_IMAGES, metavar="N,N,N"),
+    (ask.Timed, "dtype"): _option(_SETTING, metavar="NAME,NAME"),
+    (ask.Timed, "layout"): _option(_SETTING, metavar="NAME,NAME"),
+    (ask.Timed, "compiled"): _option(_SETTING, "--compiled", metavar=""),
+    (ask.Timed, "threads"): _option(_OUTPUT, metavar="N", show_default="torch's own", min=1),
+    (ask.Timed, "device"): _option(_OUTPUT, show_default="a GPU if any"),
+    (ask.Finetuning, "model"): _argument("MODEL"),
+    (ask.Finetuning, "data"): _option(_IMAGES, metavar="DIR", show_default=False),
+    (ask.Finetuning, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
+    (ask.Finetuning, "out"): _option(_OUTPUT, metavar="DIR"),
+    (ask.Finetuning, "export"): _option(_OUTPUT, metavar=None, show_default=False),
+    (ask.Scored, "statistics"): _option(_CRITERION, metavar=None),
+    (ask.Scored, "weakest"): _option(_OUTPUT, metavar="N", min=0),
+    (ask.Scored, "out"): _option(_OUTPUT, metavar="FILE", show_default=False),
+    (ask.SideBySide, "a"): _argument("A"),
+    (ask.SideBySide, "b"): _argument("B"),
+    (ask.SideBySide, "html"): _option(_OUTPUT, metavar="FILE", show_default=False),
 }
 #: Of configurations, where no field is told otherwise.
 PANELS: dict[type, str] = {
     config.Allocation: _CRITERION,
     config.Synaptic: _CRITERION,
-    config.Recovery: _TRAINING,
+    Recovery: _TRAINING,
     Training: _TRAINING,
     Sparsifying: "Sparse training and pruning",
 }

@@ -13,8 +13,8 @@ from ss_pruning.errors import InputError
 
 #: The importance by default, with options of its own.
 SYNAPTIC = "synaptic"
-#: What calibration images may be, besides those of a folder: of the data, or made from the model.
-DATA, SYNTHETIC = "data", "synthetic"
+#: What calibration images may be, besides made ones and those of a folder.
+DATA = "data"
 
 
 Json = Annotated[
@@ -53,6 +53,17 @@ class Labelled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """What fills a model.
+
+    Attributes:
+        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
+    """
+
+    weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Images(Preprocessed, Labelled):
     """Images with labels, and where they are computed with.
 
@@ -82,11 +93,11 @@ class Calibrated(Images):
     @property
     def photos(self) -> Path | None:
         """The folder of calibration images, if that is what was given."""
-        return None if self.calibration in (None, DATA, SYNTHETIC) else Path(str(self.calibration))
+        return None if self.calibration in (None, DATA, config.SYNTHETIC) else Path(str(self.calibration))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Images):
+class Source(Images, Weighted):
     """A model and the images that belong to it.
 
     Attributes:
@@ -98,7 +109,6 @@ class Source(Images):
     """
 
     model: str
-    weights: str | None = None
     weights_by_order: bool = False
     seed: int = 0
 
@@ -222,18 +232,16 @@ class PrunedFile(Rebuilt):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovering(PrunedFile, Calibrated):
+class Recovering(PrunedFile, Calibrated, Weighted):
     """What is recovered, on which images, for how long, and where it goes.
 
     Attributes:
-        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
         minutes: Train so long.
         steps: Train so many steps: the same result each time.
         checkpoint: Keep the training there; the same command goes on from it.
         out: File to write.
     """
 
-    weights: str | None = None
     minutes: float | None = None
     steps: int | None = None
     checkpoint: Path | None = None
@@ -246,12 +254,11 @@ class Recovering(PrunedFile, Calibrated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exporting(PrunedFile):
+class Exporting(PrunedFile, Weighted):
     """What is written for other runtimes, and how.
 
     Attributes:
         file: A model.safetensors of ss-prune prune; or a MODEL as there, which is exported as it is.
-        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
         format: onnx, or pt2 (torch.export).
         int8: Compute in eight bits (onnx). Ranges come from --calibration.
         calibration: Images for --int8: a folder with images anywhere below it, without labels, or synthetic (made from
@@ -261,7 +268,6 @@ class Exporting(PrunedFile):
     """
 
     file: Path
-    weights: str | None = None
     format: str | None = None
     int8: bool = False
     calibration: str | None = None
@@ -275,22 +281,19 @@ class Exporting(PrunedFile):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared(Rebuilt):
+class Compared(Rebuilt, Labelled):
     """The files that are measured, and the images that their outputs are compared on.
 
     Attributes:
         files: A model.safetensors of ss-prune prune (dense and pruned are measured), exported files (.onnx), or both;
             the others are compared with the first.
         weights: The dense model's trained weights: then its outputs are compared, too.
-        data: digits, cifar10:ROOT (torchvision's copy), or a folder with one folder per class (or with train/ and val/
-            of these).
         images: Measure accuracy on so many of the images, drawn at random.
         photos: Compare outputs on images of this folder and all below it, without labels.
     """
 
     files: list[Path]
     weights: str | None = None
-    data: str | None = None
     images: int | None = None
     photos: Path | None = None
 

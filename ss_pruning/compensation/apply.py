@@ -1,4 +1,4 @@
-"""Cutting a model to a plan, and moving what the removed channels carried onto what stays."""
+"""Cutting a model to a plan, and moving what the removed channels carried onto what stays, where that helps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from torch import nn
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.progress import part
 from ss_pruning.compensation.batchnorm import recalibrate_
+from ss_pruning.compensation.fidelity import Reference, held_out
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
 from ss_pruning.compensation.reconstruction import reconstruct_
-from ss_pruning.compensation.synthetic_data import SYNTHETIC, synthetic_images
-from ss_pruning.config import COMPENSATIONS, Compensation, SyntheticImages
+from ss_pruning.compensation.synthetic_data import synthetic_images
+from ss_pruning.config import COMPENSATIONS, Compensation, NoCompensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
+from ss_pruning.report.records import Fidelity
 from ss_pruning.surgery.plan import Plan, adopt_
+
+#: With fewer inputs nothing is held out: they say too little, and are wanted for fitting.
+LEAST_HELD_OUT = 20
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -68,11 +73,7 @@ def calibration_images(
 ) -> Batch | None:
     """The calibration inputs as one batch; None without.
 
-    Args:
-        calibration: A tensor, an iterable of batches, "synthetic" or `SyntheticImages`, or None.
-        model: What to synthesize from.
-        example_inputs: What `forward` takes.
-        progress: Called with (steps done, steps in all) of the synthesis.
+    `calibration` is a tensor, an iterable of batches, "synthetic" or `SyntheticImages`, or None.
 
     Raises:
         InputError: They are not what the model takes, see `ss_pruning.importance.calibration`, or fewer than it runs
@@ -94,23 +95,6 @@ def calibration_images(
     return channels_last(model, fitting)
 
 
-def check_calibration(calibration: Any, compensation: Compensation) -> None:
-    """Refuse what cannot be done, before any work.
-
-    Raises:
-        InputError: An unknown word, or a compensation lacks calibration inputs.
-    """
-    if isinstance(calibration, str) and calibration != SYNTHETIC:
-        raise InputError(
-            f"calibration={calibration!r} is unknown; give inputs, or {SYNTHETIC!r} to make some"
-        )
-    if compensation.solves and calibration is None:
-        raise InputError(
-            f"compensation={compensation.method!r} needs calibration=, a few hundred unlabelled inputs: a tensor or a "
-            f"data loader. Without any, calibration={SYNTHETIC!r} makes some, and compensation='mean' does without"
-        )
-
-
 def cut_(
     traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> tuple[Plan, Outcome]:
@@ -128,12 +112,6 @@ def prepared(
     traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> tuple[nn.Module, Plan, Outcome]:
     """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
-
-    Args:
-        traced: The dense model; not changed.
-        plan: What to cut.
-        compensation: How to compensate.
-        images: One batch of calibration inputs, or None; see `calibration_images`.
 
     Returns:
         The copy, the plan with the biases that layers got, and what the compensation did.
@@ -162,6 +140,73 @@ def prepared(
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
     return plan.cut_copy(model, small), plan, outcome
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The inputs that are fitted on, and what is held out of every fit.
+
+    Attributes:
+        fitted: For statistics, sensitivities and weights; None without calibration inputs.
+        reference: The dense model's outputs on the others; None where there are too few, or nothing can be compared.
+    """
+
+    fitted: Batch | None
+    reference: Reference | None
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Batch | None, synthetic: bool) -> Calibration:
+        """Hold a fifth out."""
+        if images is None or len(images) // images.unit < LEAST_HELD_OUT:
+            return cls(images, None)
+        held, others = held_out(images)
+        try:
+            return cls(others, Reference(model, held, synthetic))
+        except ModelError:  # nothing to compare: outputs of other shapes for each input, say
+            return cls(images, None)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cut model, ready to be swapped in.
+
+    Attributes:
+        model: The copy.
+        plan: The plan, with the biases that layers got.
+        outcome: What the compensation did.
+        fidelity: On the held-out inputs; None without any.
+        uncompensated: The same of the cut alone.
+        dropped: The compensation was left out: the cut alone is nearer to the dense model.
+    """
+
+    model: nn.Module
+    plan: Plan
+    outcome: Outcome
+    fidelity: Fidelity | None = None
+    uncompensated: Fidelity | None = None
+    dropped: bool = False
+
+
+def prepared_best(
+    traced: TracedModel, plan: Plan, compensation: Compensation, calibration: Calibration
+) -> Prepared:
+    """Cut a copy; compensate it, unless that leads away from the dense model.
+
+    Raises:
+        ModelError: The compensation failed.
+    """
+    made = prepared(traced, plan, compensation, calibration.fitted)
+    reference = calibration.reference
+    if reference is None:
+        return Prepared(*made)
+    alone = prepared(traced, plan, NoCompensation(), None)
+    plain = reference.fidelity(alone[0])
+    if compensation == NoCompensation():
+        return Prepared(*made, plain, plain)
+    found = reference.fidelity(made[0])
+    if found.error <= plain.error:
+        return Prepared(*made, found, plain)
+    return Prepared(*alone, plain, plain, dropped=True)
 
 
 @compensates("none")

@@ -42,7 +42,7 @@ _AT_ONCE = 2**23
 def recalibrate_(
     small: nn.Module, traced: TracedModel, plan: Plan, images: Any, means: bool = True
 ) -> list[str]:
-    """Move the running statistics of the batch norms behind the first cut, in place and in one pass.
+    """Move the running statistics of the batch norms behind the first cut, in one pass; returns their paths.
 
     Each norm is set before it runs, so those behind it see what it will put out from now on. Over the calls of
     a norm that runs several times, statistics are those of all that it saw. With `m`, `v` and `M`, `V` what
@@ -51,16 +51,9 @@ def recalibrate_(
     v)`; on noise `m` and `v` stand for `M` and `V`, and `M' = M + (m' - m) sqrt(V / v)`. To all variances the
     norm's `eps` is added.
 
-    Args:
-        small: The dense model with `plan` applied; in evaluation mode for the pass, whatever its mode is.
-        traced: The dense model; not changed.
-        plan: What was cut.
-        images: Inputs; None for noise, in the shape of the example inputs. Where a norm runs several times those are
-            taken that fit into memory side by side, but 16 at least.
-        means: Move the means, too; on noise they are known less well than those of `fold_means_`.
-
-    Returns:
-        Paths of the norms that were set.
+    Without images both models run on noise, in the shape of the example inputs. Where a norm runs several times, those
+    images are taken that fit into memory side by side, but 16 at least. `means` are moved, too; on noise they are known
+    less well than those of `fold_means_`.
     """
     dense, connectivity, inputs = traced.model, traced.connectivity, traced.example_inputs
     norms, first = _norms(dense, connectivity), _first_cut(plan, connectivity)
@@ -172,13 +165,7 @@ def _brought(norm: Any, x: Tensor, sample: _Sample) -> Tensor:
 
 
 def noise_like(inputs: Any, unit: int = 1, most: int | None = None) -> Batch:
-    """Noise for each tensor of floating point numbers, as many images as it needs and the model runs on.
-
-    Args:
-        inputs: What `forward` takes.
-        unit: Only multiples of so many images run.
-        most: No more run at once.
-    """
+    """Noise for each tensor of floating point numbers, as many images as it needs and the model runs on."""
     generator = torch.Generator().manual_seed(0)
     example = Batch.of(inputs)
 

@@ -18,11 +18,6 @@ from ss_pruning.report.records import Fidelity
 class Reference:
     """The outputs of the dense model on held-out inputs, to compare small models with.
 
-    Args:
-        dense: Not changed.
-        held_out: Inputs.
-        synthetic: They were made from the model's batch norms.
-
     Raises:
         ModelError: The outputs hold no numbers that go by inputs, or do not vary.
     """

@@ -29,8 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.compensation.normal_equations import is_weighted_sum
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layer_types import layer_type_of
-from ss_pruning.graph.layers import groups_of, is_depthwise
+from ss_pruning.graph.layers import groups_of, is_depthwise, layer_type_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
 from ss_pruning.importance.calibration import BATCH, Batch
@@ -92,12 +91,6 @@ def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
     Means and covariances are the dense model's, `[C, C]` for each consumer that lost inputs. A removed channel is
     predicted from those of its group, since a grouped convolution has no weight for the others. Layers too wide for a
     covariance get the mean alone (see `ss_pruning.importance.activation_stats.measure`).
-
-    Args:
-        pruned: The dense model with `plan` applied; changed in place.
-        traced: The dense model; not changed.
-        plan: What was cut.
-        images: Calibration inputs.
     """
     outcome = Outcome()
     consumers = _consumers(traced, plan, outcome)

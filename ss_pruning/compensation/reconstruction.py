@@ -36,7 +36,7 @@ from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layer_types import layer_type_of
+from ss_pruning.graph.layers import layer_type_of
 from ss_pruning.graph.refusals import infinite_numbers
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
@@ -55,12 +55,6 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
 
     What is held between layers is bounded, see `ss_pruning.compensation.passes.memory`; the result does not depend on
     the bound.
-
-    Args:
-        pruned: The dense model with `plan` applied; changed in place.
-        traced: The dense model; not changed.
-        plan: What was cut.
-        images: One batch of inputs; more is better, a few hundred are enough.
 
     Raises:
         ModelError: A layer does not run in the dense model as it does in the pruned one, or is not finite.
@@ -149,13 +143,7 @@ def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | No
 
 
 def rows_wanted(parameters: int, positions: float, total: int) -> tuple[float, int]:
-    """How many rows a layer is fitted on, and of how many of all the images they come.
-
-    Args:
-        parameters: Of one of its outputs.
-        positions: Of its output, for an image.
-        total: How many images there are.
-    """
+    """How many rows a layer is fitted on, and of how many of `total` images, of so many `positions`, they come."""
     rows = min(max(_ROWS_EACH * parameters, _FEWEST_ROWS), _MOST_ROWS)
     images = min(max(math.ceil(rows / (_SHARE * positions)), _LEAST_IMAGES), total)
     return min(rows, images * positions), images

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import output_of
 from ss_pruning.graph.layers import ask
 
 _ADDS = frozenset(
@@ -53,17 +53,9 @@ class Sum:
 
 
 def find_sums(model: nn.Module, example_inputs: Any, norms: Mapping[str, str]) -> dict[str, Sum]:
-    """Layers that end in a sum whose other side is there before they run; by path.
-
-    Args:
-        model: The dense model; not changed.
-        example_inputs: What `forward` takes.
-        norms: By layer, the norm that alone reads its output, see `ss_pruning.compensation.folding.norms_behind`.
-    """
+    """Layers that end in a sum whose other side is there before they run; by path."""
     watch = _Watch(model, norms)
-    heard = hooked(modules_of(model), watch.taking, watch.giving)
-    with torch.no_grad(), preserved(model, training=False), heard, watch:
-        call(model, example_inputs)
+    output_of(model, example_inputs, hooked(modules_of(model), watch.taking, watch.giving), watch)
     return {path: found for path, found in watch.sums() if found.norm is None or watch.affine(found.norm)}
 
 

@@ -33,8 +33,6 @@ from ss_pruning.importance.calibration import sizes_that_run
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1
-#: The word for calibration images made here.
-SYNTHETIC = "synthetic"
 #: Called with (steps done, steps in all).
 StepProgress = Callable[[int, int], None]
 
@@ -103,12 +101,6 @@ def synthetic_images(
 
     It knows a model by its structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder
     only costs time.
-
-    Args:
-        model: As for `synthesize`.
-        example_inputs: As for `synthesize`.
-        settings: As for `synthesize`.
-        progress: As for `synthesize`.
     """
     example = _example(example_inputs)
     shape = _shape(example, settings)

@@ -52,9 +52,9 @@ def frozen_slots(
             frozen.append((channels.numpy() + slots.start[slots.out_key[origin]], OUTPUT_REASON))
     for path, reason in ignore.items():
         if path in slots.out_key:
-            frozen.append((slots.numbers(slots.out_key[path]), reason))
+            frozen.append((slots.numbers[slots.out_key[path]], reason))
     for path, reason in _untouchable(modules, connectivity).items():
-        frozen += [(slots.numbers(key), reason) for key in slots.keys if key[0] == path]
+        frozen += [(slots.numbers[key], reason) for key in slots.keys if key[0] == path]
     return frozen + _unconnected(connectivity, slots, broadcast_reason(modules))
 
 
@@ -63,7 +63,7 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
     frozen: list[tuple[Ints, str]] = []
     fed, read = np.zeros(slots.total, dtype=bool), np.zeros(slots.total, dtype=bool)
     for path, edges in connectivity.edges.items():
-        into = slots.start[slots.in_key(path)]
+        into = slots.start[slots.in_key[path]]
         for edge in edges:
             pairs, broadcast = edge.pairs.numpy(), edge.broadcast.numpy()
             if edge.source == INPUT:
@@ -79,7 +79,7 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
                 fed[edge.heads.channels.numpy()[heads[:, 1]] + into] |= edge.source not in connectivity.loose
             frozen.append((broadcast + source, mixed))
     for path in connectivity.layers:
-        reads, out = slots.numbers(slots.in_key(path)), slots.numbers(slots.out_key[path])
+        reads, out = slots.numbers[slots.in_key[path]], slots.numbers[slots.out_key[path]]
         frozen.append((reads[~fed[reads]], NO_PRODUCER_REASON))
         frozen.append((out[~read[out]], UNREAD_REASON))
     return frozen
@@ -87,15 +87,19 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
 
 def broadcast_reason(modules: Mapping[str, nn.Module]) -> str:
     """Why channels stay that feed several at once; modules of torch that mix all they read are named."""
-    refused = refusals(modules[""])
-    mixers = [
-        f"'{path}' ({type(module).__name__}{f', which {refused[path]}' if path in refused else ''})"
+    mixing = {
+        path: module
         for path, module in modules.items()
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention))
         and not isinstance(module, PrunableAttention)
-    ]
-    if not mixers:
+    }
+    if not mixing:
         return BROADCAST_REASON
+    refused = refusals(modules[""])
+    mixers = [
+        f"'{path}' ({type(module).__name__}{f', which {refused[path]}' if path in refused else ''})"
+        for path, module in mixing.items()
+    ]
     more = f" and {len(mixers) - 3} others" if len(mixers) > 3 else ""
     named = f"{', '.join(mixers[:3])}{more}"
     return f"feeds several channels at once (a gate, a softmax, or a module that mixes all it reads: {named})"
@@ -163,7 +167,7 @@ def excluded_by_reason(
     for path, layer in connectivity.layers.items():
         if layer.kind != "synaptic":
             continue
-        numbers, counts = np.unique(reasons[channel_set[slots.numbers((path, "out"))]], return_counts=True)
+        numbers, counts = np.unique(reasons[channel_set[slots.numbers[(path, "out")]]], return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             if number:
                 paths[number].append(path)

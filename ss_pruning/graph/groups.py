@@ -25,8 +25,8 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.channel_index import Key, Side, Slots, components
-from ss_pruning.graph.connectivity import INPUT, Connectivity, Heads
+from ss_pruning.graph.channel_index import Key, Side, Slots, components, ties_of
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.exclusions import (
     IGNORED_REASON,
     UNEVEN_REASON,
@@ -154,7 +154,7 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     """
     slots = Slots(connectivity)
     modules = modules_of(model)
-    ties = _ties(connectivity, slots, modules)
+    ties = ties_of(connectivity, slots)
     channel_set = components(slots.total, ties)
     lone = _lone_groups(slots, modules, channel_set)
     if lone:
@@ -176,34 +176,6 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     return Coupling(sound, whole, slots.widths, frozenset(lone))
 
 
-def _ties(connectivity: Connectivity, slots: Slots, modules: Mapping[str, nn.Module]) -> Ints:
-    """`[n, 2]`: slots that must be cut together."""
-    ties: list[Ints] = [np.empty((0, 2), dtype=np.int64)]
-    for path, edges in connectivity.edges.items():
-        into = slots.start[slots.in_key(path)]
-        for edge in edges:
-            if edge.source == INPUT:
-                continue
-            pairs = edge.pairs.numpy()
-            source = slots.start[slots.out_key[edge.source]]
-            ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
-            if edge.heads is not None:
-                ties += _head_ties(edge.heads, source, into)
-    for path, layer in connectivity.layers.items():
-        if layer.kind == "depthwise":
-            out = slots.numbers((path, "out"))
-            multiplier = layer.outputs // layer.inputs
-            ties.append(np.stack([slots.start[path, "in"] + np.arange(len(out)) // multiplier, out], 1))
-    return np.concatenate(ties)
-
-
-def _head_ties(heads: Heads, source: int, into: int) -> tuple[Ints, Ints]:
-    """A head is one channel set: its channels at the consumer, and all that feeds them at once."""
-    channels, pairs = heads.channels.numpy() + into, heads.pairs.numpy()
-    within = np.stack([channels.ravel(), channels[:, 0].repeat(channels.shape[1])], 1)
-    return within, np.stack([pairs[:, 0] + source, channels[pairs[:, 1], 0]], 1)
-
-
 def _lone_groups(slots: Slots, modules: Mapping[str, nn.Module], channel_set: Ints) -> dict[str, Ints]:
     """Convolutions whose groups go as a whole or not at all, as those of a head do, and what hangs together in them.
 
@@ -213,7 +185,7 @@ def _lone_groups(slots: Slots, modules: Mapping[str, nn.Module], channel_set: In
     for path, side in slots.keys:
         groups = blocks_of(modules.get(path), side) if side == "out" else 1
         if groups > 1:
-            outputs, inputs = (slots.numbers((path, s)).reshape(groups, -1) for s in (side, "in"))
+            outputs, inputs = (slots.numbers[path, s].reshape(groups, -1) for s in (side, "in"))
             together = channel_set[outputs] == channel_set[outputs[:, :1]]
             if outputs.shape[1] > 1 and together.all():
                 first = outputs[:, 0].repeat(inputs.shape[1])
@@ -316,11 +288,8 @@ def _groups(
         coarse = len(group) > 1 and (steps == 1 or 2 * steps < narrowest)
         groups += _tied(group, _local(group, subgroups, hard)) if coarse else [group]
     lonely = {path for path in connectivity.single if blocks_of(modules[path], "through") > 1}
-    return tuple(PruningGroup(tuple(group), 2 if _touch(group, lonely) else 1) for group in groups)
-
-
-def _touch(subgroups: Iterable[Subgroup], paths: Collection[str]) -> bool:
-    return any(member.path in paths for subgroup in subgroups for member in subgroup.members)
+    made = (PruningGroup(tuple(group)) for group in groups)
+    return tuple(replace(group, least=1 if lonely.isdisjoint(group.paths()) else 2) for group in made)
 
 
 def _even(group: PruningGroup, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:
@@ -372,13 +341,3 @@ def step_scores(group: PruningGroup, scores: Sequence[Floats], ranks: Sequence[I
     pairs = zip(scores, ranks, strict=True)
     summed: Floats = np.sum([s[rank].reshape(group.steps, -1).sum(1) for s, rank in pairs], axis=0)
     return summed
-
-
-def pruned_of(group: PruningGroup, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
-    """By layer side, the channels that go with the first `steps` of a group."""
-    pruned: dict[Key, list[Ints]] = {}
-    for subgroup, rank in zip(group.subgroups, ranks, strict=True):
-        channel_sets = rank[: steps * (subgroup.size // group.steps)]
-        for member in subgroup.members if len(channel_sets) else ():
-            pruned.setdefault((member.path, member.side), []).append(member.index[channel_sets].reshape(-1))
-    return {key: np.concatenate(parts) for key, parts in pruned.items()}

@@ -1,4 +1,7 @@
-"""What counts as a synaptic layer and as a norm, on which axis its channels lie, and its kernel norms."""
+"""What counts as a layer, and where its channels lie: of torch's types, and of those that users register.
+
+How to register one: docs/own_layer.md.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import contextlib
 import copy
 import math
 from collections import OrderedDict
-from typing import Any, Literal, TypeGuard
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,9 +19,79 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning._utils.modules import buffers_of, tensors_of
-from ss_pruning.errors import ModelError
-from ss_pruning.graph.layer_types import LayerType, layer_type_of
+from ss_pruning.errors import InputError, ModelError
+
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """Where the channels of a layer lie that mixes channels: each of its outputs reads all of its inputs.
+
+    Attributes:
+        axes: By side, and by name of a parameter or buffer, the axis on which channels lie.
+        axis: Where channels lie in what the layer reads and puts out: 1 as in images, -1 as linear layers have it.
+        sizes: By side, the name of the attribute that holds the number of channels.
+    """
+
+    axes: Mapping[str, Mapping[str, int]]
+    axis: int
+    sizes: Mapping[str, str]
+
+
+_LAYER_TYPES: dict[type, LayerType] = {}
+
+
+def register_layer(
+    *,
+    outputs: Mapping[str, int],
+    inputs: Mapping[str, int],
+    axis: int = 1,
+    in_size: str | None = None,
+    out_size: str | None = None,
+) -> Callable[[Class], Class]:
+    """Make a layer type of your own prunable; subclasses of it, too.
+
+    Its `weight`, an attribute or a property `[out_channels, in_channels, ...]`, is what strengths are taken from.
+
+    Args:
+        outputs: By name of a parameter or buffer, the axis on which output channels lie.
+        inputs: The same for input channels.
+        axis: Where channels lie in what the layer reads and puts out: 1 as in images, -1 as linear layers have it.
+        in_size: Name of the attribute that holds the number of input channels, if there is one.
+        out_size: The same for output channels.
+
+    Raises:
+        InputError: A side has no tensor, so that its width cannot be told.
+
+    Examples:
+        >>> import torch
+        >>> @register_layer(outputs={"weight": 0}, inputs={"weight": 1}, axis=-1)
+        ... class Scaled(torch.nn.Module):
+        ...     def __init__(self, inputs: int, outputs: int) -> None:
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(outputs, inputs))
+        ...
+        ...     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ...         return x @ self.weight.T / len(self.weight)
+    """
+    if not outputs or not inputs:
+        raise InputError("name at least one tensor on which output channels lie, and one for input channels")
+    sizes = {side: name for side, name in (("in", in_size), ("out", out_size)) if name is not None}
+
+    def register(cls: Class) -> Class:
+        _LAYER_TYPES[cls] = LayerType({"in": dict(inputs), "out": dict(outputs)}, axis, sizes)
+        return cls
+
+    return register
+
+
+def layer_type_of(module: Any) -> LayerType | None:
+    """How a module's class, or the nearest that it inherits from, is registered; None where it is not."""
+    if not _LAYER_TYPES:
+        return None
+    return next((_LAYER_TYPES[cls] for cls in type(module).__mro__ if cls in _LAYER_TYPES), None)
+
 
 #: A *synaptic* layer mixes channels; a *depthwise* convolution and a *norm* pass channel `i` on as channel `i`
 #: (a depthwise one as `i * multiplier ...`), and so does a *response*, which adds to its input; a *positional*
@@ -177,11 +252,11 @@ def groups_of(module: nn.Module) -> int:
     return 1 if layer_type_of(module) is not None else int(getattr(module, "groups", 1))
 
 
-_OUTPUTS = {"weight": 0, "bias": 0}
-_LINEAR = LayerType(_OUTPUTS, {"weight": 1}, -1, {"in": "in_features", "out": "out_features"})
+_PLAIN = {"in": {"weight": 1}, "out": {"weight": 0, "bias": 0}}
+_LINEAR = LayerType(_PLAIN, -1, {"in": "in_features", "out": "out_features"})
 _CHANNELS = {"in": "in_channels", "out": "out_channels"}
-_CONVOLUTION = LayerType(_OUTPUTS, {"weight": 1}, 1, _CHANNELS)
-_TRANSPOSED = LayerType({"weight": 1, "bias": 0}, {"weight": 0}, 1, _CHANNELS)
+_CONVOLUTION = LayerType(_PLAIN, 1, _CHANNELS)
+_TRANSPOSED = LayerType({"in": {"weight": 0}, "out": {"weight": 1, "bias": 0}}, 1, _CHANNELS)
 
 
 def layout_of(module: nn.Module) -> LayerType | None:
@@ -203,7 +278,7 @@ def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, 
     own = layer_type_of(module)
     if own is None:
         return None
-    for name, axis in own.axes(side).items():
+    for name, axis in own.axes[side].items():
         tensor = getattr(module, name, ...)
         if tensor is not None and (
             not isinstance(tensor, Tensor) or not -tensor.dim() <= axis < tensor.dim()
@@ -212,7 +287,7 @@ def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, 
                 f"{type(module).__name__} is registered with a tensor '{name}' that has an axis {axis}; the layer has "
                 f"{'none of that name' if tensor is ... else repr(tensor)[:80]}"
             )
-    return {name: axis for name, axis in own.axes(side).items() if getattr(module, name) is not None}
+    return {name: axis for name, axis in own.axes[side].items() if getattr(module, name) is not None}
 
 
 def width(module: nn.Module, side: Literal["in", "out"]) -> int:
@@ -287,43 +362,3 @@ def check_registered(path: str, module: nn.Module, x: Tensor, side: Literal["in"
             f"'{path}' {what} {found} channels on axis {channel_axis(module, x)}, and its tensors have {n}: see how "
             f"{type(module).__name__} is registered"
         )
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or Inf weights; buffers other than statistics may hold Inf, as masks of attention do.
-
-    Raises:
-        ModelError: Names the first such tensor.
-    """
-    masks = {name for name in buffers_of(model) if not name.rpartition(".")[2].startswith("running_")}
-    for name, tensor in tensors_of(model).items():
-        # A sum is finite if all is, unless it overflows: a quick first look.
-        if not tensor.is_floating_point() or tensor.sum().isfinite():
-            continue
-        if (tensor.isnan() if name in masks else ~tensor.isfinite()).any():
-            raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
-
-
-def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
-
-    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
-    one is given.
-    """
-    weight = weight_of(module) if weight is None else weight
-    if weight.dim() == 2:
-        return weight.square()
-    elements = weight.flatten(2)
-    powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)
-    if isinstance(module, _ConvNd) and module.transposed:
-        g = module.groups
-        return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)
-    return powers
-
-
-def by_kernel(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
-    """Values of synapses, `[out, in // groups]`, laid out as `weight` is, with taps of size 1."""
-    if getattr(module, "transposed", False):
-        groups = groups_of(module)
-        values = values.reshape(groups, -1, values.shape[1]).transpose(1, 2)
-    return values.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))

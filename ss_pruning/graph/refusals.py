@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ss_pruning._utils.arrays import tensors_among
-from ss_pruning._utils.modules import modules_of, parameters_of, tensors_of
+from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import InputError, ModelError
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -18,10 +18,6 @@ _FORMS = "a tensor [batch, channels, height, width], a tuple of positional or a 
 
 def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
     """Example inputs with any mapping as a dict.
-
-    Args:
-        example_inputs: What a user gave.
-        name: What it was given as, for messages.
 
     Raises:
         InputError: They hold no tensor, or one without values.
@@ -49,10 +45,6 @@ def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
 def check_module(model: Any, verb: str = "prune") -> None:
     """Refuse what is no module of Python's with its weights in it, and what hides one in a wrapper.
 
-    Args:
-        model: What a user gave.
-        verb: What is done to the model, for messages.
-
     Raises:
         InputError: Names what to give instead.
         ModelError: Names the first tensor without values.
@@ -65,7 +57,7 @@ def check_module(model: Any, verb: str = "prune") -> None:
             f"the model is a TorchScript module, whose code is fixed: {verb} the module that it was made from"
         )
     for path, module in modules_of(model).items():
-        inner = _place(path)
+        inner = f"model.{path}" if path else "model"
         if isinstance(module, _WRAPPERS):
             raise InputError(
                 f"{inner} is a {type(module).__name__}: {verb} {inner}.module, and wrap it anew afterwards"
@@ -104,10 +96,6 @@ def infinite_numbers(dtype: torch.dtype) -> str:
     return "NaN or Inf; check the inputs, and the weights of the layers before it"
 
 
-def _place(path: str) -> str:
-    return "model" + f".{path}" * bool(path)
-
-
 def check_bare(model: nn.Module) -> None:
     """Refuse a model that would run something else than its modules, or one that cannot train.
 
@@ -117,7 +105,7 @@ def check_bare(model: nn.Module) -> None:
     """
     check_module(model)
     for path, module in modules_of(model).items():
-        inner = _place(path)
+        inner = f"model.{path}" if path else "model"
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise InputError(
                 f"{inner} is compiled in place: compile after pruning (until then, {inner}._compiled_call_impl = None)"
@@ -130,6 +118,21 @@ def check_bare(model: nn.Module) -> None:
             )
 
 
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf weights; buffers other than statistics may hold Inf, as masks of attention do.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for name, tensor in tensors_of(model).items():
+        # A sum is finite if all is, unless it overflows: a quick first look.
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        may_mask = not isinstance(tensor, nn.Parameter) and not name.rpartition(".")[2].startswith("running_")
+        if (tensor.isnan() if may_mask else ~tensor.isfinite()).any():
+            raise ModelError(f"'{name}' holds NaN or Inf; load sound weights first")
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuse weights that a hook computes anew before each pass from tensors of other names, and complex ones.
 
@@ -137,7 +140,7 @@ def check_weights(model: nn.Module) -> None:
         InputError: Names the first such module, and what takes the hook away.
         ModelError: Names the first complex weight of a layer.
     """
-    for name, tensor in parameters_of(model).items():
+    for name, tensor in tensors_of(model).items():
         if tensor.is_complex() and name.rpartition(".")[2] == "weight":
             raise ModelError(f"'{name}' is complex; only layers with real weights can be pruned")
     for path, module in modules_of(model).items():

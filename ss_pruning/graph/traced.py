@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -44,17 +44,19 @@ class TracedModel:
             InputError: `ignore` names no layer that runs.
         """
         connectivity = trace(model, example_inputs)
-        coupling = couple(connectivity, model, _ignored(model, ignore, connectivity))
+        ignored: dict[str, str] = {}
+        for path in paths_of(model, ignore):
+            inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
+            if not inside:
+                raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
+            ignored.update(dict.fromkeys(inside, IGNORED_REASON))
+        coupling = couple(connectivity, model, ignored)
         return cls(model, example_inputs, connectivity, coupling)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """By path."""
         return modules_of(self.model)
-
-    def coupled(self, coupling: Coupling) -> TracedModel:
-        """The same with other groups."""
-        return replace(self, coupling=coupling)
 
 
 def paths_of(model: nn.Module, ignore: Ignore) -> list[str]:
@@ -75,14 +77,3 @@ def paths_of(model: nn.Module, ignore: Ignore) -> list[str]:
         if isinstance(item, nn.Module) and item not in paths:
             raise InputError(f"ignore holds a {type(item).__name__} that is not in the model")
     return [paths[item] if isinstance(item, nn.Module) else item for item in items]
-
-
-def _ignored(model: nn.Module, ignore: Ignore, connectivity: Connectivity) -> dict[str, str]:
-    """Layer paths to keep whole: the named modules and everything inside them."""
-    found: dict[str, str] = {}
-    for path in paths_of(model, ignore):
-        inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
-        if not inside:
-            raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
-        found.update(dict.fromkeys(inside, IGNORED_REASON))
-    return found

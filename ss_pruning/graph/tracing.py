@@ -24,19 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import find_weights_read_by_code, given, hooked, is_read_by_code
-from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, tensors_of
+from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
+from ss_pruning._utils.running import as_arguments, output_of, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
 from ss_pruning.graph.probe.channel_labels import Labels
 from ss_pruning.graph.probe.double_precision import KeptDouble
-from ss_pruning.graph.probe.pooling_indices import TiedIndices
 from ss_pruning.graph.probe.pulls import Arrival, Leaf
 from ss_pruning.graph.probe.vjp_probe import SEED, pull, pull_output
 from ss_pruning.graph.refusals import check_bare, usable_inputs
@@ -87,12 +88,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
 def _reads_more(model: nn.Module, example_inputs: Any, called: Collection[str]) -> bool:
     """Whether the model reads weights of linear layers that it has not called; if so, hooks see it from here on."""
     left = [module for path, module in modules_of(model).items() if path not in called]
-
-    def run() -> None:
-        with torch.no_grad(), preserved(model, training=False):
-            call(model, example_inputs)
-
-    return any(type(module) is nn.Linear for module in left) and find_weights_read_by_code(left, run)
+    return any(type(module) is nn.Linear for module in left) and find_weights_read_by_code(
+        left, lambda: output_of(model, example_inputs)
+    )
 
 
 def trace_outputs(
@@ -284,7 +282,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             replaced[name] = recorder.leaf(name, tensor, -1)
         if training:  # the pass must not update running statistics, and batch norms refuse a single value
             replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
-            example_inputs = pytree.tree_map_only(Tensor, _at_least_two, example_inputs)
+            example_inputs = pytree.tree_map_only(
+                Tensor, lambda t: torch.cat([t, t]) if t.shape[:1] == (1,) else t, example_inputs
+            )
         inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
         args, kwargs = as_arguments(inputs)
         try:
@@ -304,10 +304,6 @@ def _sloped(path: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     return -nn.functional.prelu(-x.abs(), weight_of(module))
 
 
-def _at_least_two(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor
-
-
 def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return tensor
@@ -321,9 +317,43 @@ def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator
     """Floating-point parameters and (non-scalar) buffers outside the layers."""
     owned = {id(t) for m in paths for t in (*m._parameters.values(), *m._buffers.values())}
     owned |= {id(t) for m in paths if m._modules for t in tensors_of(m).values()}
-    for name, parameter in parameters_of(model).items():
-        if id(parameter) not in owned and parameter.is_floating_point():
-            yield name, parameter
-    for name, buffer in buffers_of(model).items():
-        if id(buffer) not in owned and buffer.is_floating_point() and buffer.numel() > 1:
-            yield name, buffer
+    for name, tensor in tensors_of(model).items():
+        several = isinstance(tensor, nn.Parameter) or tensor.numel() > 1
+        if several and id(tensor) not in owned and tensor.is_floating_point():
+            yield name, tensor
+
+
+_POOLS = frozenset(
+    getattr(F, f"{kind}max_pool{n}d_with_indices")
+    for kind in ("", "adaptive_", "fractional_")
+    for n in (1, 2, 3)
+    if hasattr(F, f"{kind}max_pool{n}d_with_indices")
+)
+_UNPOOLS = frozenset((F.max_unpool1d, F.max_unpool2d, F.max_unpool3d))
+
+
+class TiedIndices(TorchFunctionMode):
+    """While it is entered, unpooled maps hold a share of the maps whose indices they use: a tie like that of a sum.
+
+    The channels of both belong together, and whole numbers carry no gradient, so that no label would say so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by the `id` of the indices, which are kept with it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _POOLS:
+            self.pooled[id(result[1])] = result
+        elif func in _UNPOOLS:
+            named = [kwargs.pop(name) for name in ("input", "indices") if name in kwargs]
+            given: list[Any] = [*args, *named]
+            x, indices, *rest = given
+            if id(indices) in self.pooled:
+                values = self.pooled[id(indices)][0].to(x)
+                result = result + func(values, indices, *rest, **kwargs)
+        return result

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import tensors_among
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import output_of
 from ss_pruning.errors import InputError
 
 #: No more samples than these are taken.
@@ -208,8 +208,7 @@ def sizes_that_run(model: nn.Module, example: Any) -> tuple[int, int | None]:
 
 def _runs(model: nn.Module, batch: Batch) -> bool:
     try:
-        with preserved(model, training=False), torch.no_grad():
-            call(model, batch.inputs)
+        output_of(model, batch.inputs)
     except Exception:  # whatever the model's own code raises for a number that it was not written for
         return False
     return True

@@ -27,10 +27,6 @@ def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor | None, Tensor]
 
     Few rows explain too well, so the ridge grows with the channels a row. Where rounding has left the covariance
     indefinite it is made larger. Only NaN has no factor.
-
-    Args:
-        covariance: Of the channels of each group.
-        rows: How many observations it is from.
     """
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     ridge = _share(covariance.shape[-1], rows) * variance + torch.finfo(covariance.dtype).tiny
@@ -56,14 +52,9 @@ def blocks(covariance: Tensor, groups: int) -> Tensor:
 
 
 def precision(covariance: Tensor, groups: int, rows: int) -> Tensor:
-    """Inverse of the covariance with its ridge, `[channels, channels]`: any regression among channels follows from it.
+    """Inverse of the covariance with its ridge, `[channels, channels]`: all regressions among channels follow from it.
 
     Channels of other groups tell nothing of a channel: the layer could not use it.
-
-    Args:
-        covariance: `[channels, channels]` in float64.
-        groups: Of the layer that reads them.
-        rows: How many observations it is from.
 
     Raises:
         ModelError: It is not finite.

@@ -35,10 +35,7 @@ def relevance(
 
     A module that runs several times hands back the same each time; what feeds it and runs after it gets nothing.
 
-    Args:
-        model: The model; not changed.
-        connectivity: Its connectivity.
-        variances: Of what arrives at each convolution and linear layer, `[in_channels]`, by path.
+    `variances` are those of what arrives at each convolution and linear layer, `[in_channels]`, by path.
     """
     modules = modules_of(model)
     scales = {path: scale.double().cpu() for path, scale in norm_scales(model, connectivity).items()}

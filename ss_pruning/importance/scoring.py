@@ -119,10 +119,6 @@ def as_group(subgroup: Subgroup, graph: SubgroupGraph) -> Any:
     return group
 
 
-def _reads_in_groups(dep: Any) -> bool:
-    return dep.handler == tp.prune_conv_in_channels and bool(dep.layer.groups > 1)
-
-
 def _handler(module: nn.Module | None, member: Member) -> Any:
     """The Torch-Pruning function that importances know this layer side by; None where they know none."""
     if module is None:
@@ -166,10 +162,10 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, subgroup in enumerate(subgroups):
         alike[tuple((m.path, m.side, m.index.shape[1]) for m in subgroup.members)].append(i)
+    wholes = [(numbers, _joined([subgroups[i] for i in numbers])) for numbers in alike.values()]
     score = _scorer(importance, graph)
     scores: dict[int, Tensor] = {}
-    for numbers in alike.values():
-        whole = _joined([subgroups[i] for i in numbers])
+    for numbers, whole in wholes:
         values = _checked(score(whole), whole, importance)
         scores.update(zip(numbers, values.split([subgroups[i].size for i in numbers]), strict=True))
     return [scores[i] for i in range(len(subgroups))]
@@ -209,7 +205,8 @@ def _as_torch_pruning_does(importance: Any, group: Any) -> Any:
     try:
         return importance(group)
     except (IndexError, RuntimeError):
-        items = [item for item in group if not _reads_in_groups(item.dep)]
+        grouped = tp.prune_conv_in_channels
+        items = [i for i in group if i.dep.handler != grouped or i.dep.layer.groups == 1]
         if not 0 < len(items) < len(group):
             raise
         group._group = items

@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.graph.connectivity import INPUT, Connectivity
-from ss_pruning.graph.layers import check_finite, groups_of, kernel_powers
-from ss_pruning.graph.refusals import check_bare
+from ss_pruning.graph.layers import groups_of
+from ss_pruning.graph.refusals import check_bare, check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import ActivationStatistics, StatisticsSource, measure
 
@@ -98,19 +99,8 @@ def synaptic_strength(
     check_bare(model)
     check_finite(model)
     with quiet_hooks(model, example_inputs):
-        return strengths_along(
-            connectivity or trace(model, example_inputs), model, example_inputs, statistics
-        )
-
-
-def strengths_along(
-    connectivity: Connectivity,
-    model: nn.Module,
-    example_inputs: Any,
-    statistics: StatisticsSource = "batchnorm",
-) -> Strengths:
-    """What `synaptic_strength` gives, for a model known to be finite whose connectivity is at hand."""
-    found = list(powers_along(connectivity, model, example_inputs, statistics))
+        known = connectivity or trace(model, example_inputs)
+        found = list(powers_along(known, model, example_inputs, statistics))
     strengths = {path: power.sqrt() for path, power, _ in found}
     return Strengths(strengths, {path: m.unscaled for path, _, m in found})
 
@@ -151,13 +141,36 @@ def inner_paths(connectivity: Connectivity) -> list[str]:
 def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = None) -> Tensor:
     """Squared strength `v_c ||W[k, c]||^2`, `[out_channels, in_channels // groups]`; differentiable.
 
-    Args:
-        module: A convolution or linear layer.
-        variance: `[in_channels]`, variance of what arrives.
-        weight: Taken in place of the layer's own.
+    `variance` is that of what arrives, `[in_channels]`; a `weight` is taken in place of the layer's own.
     """
     powers = kernel_powers(module, weight)
     return powers * at_synapses(module, variance.to(powers), len(powers))
+
+
+def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
+
+    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
+    one is given.
+    """
+    weight = module.weight if weight is None else weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
+    if weight.dim() == 2:
+        return weight.square()
+    elements = weight.flatten(2)
+    powers = elements.squeeze(2).square() if elements.shape[2] == 1 else elements.square().sum(2)
+    if isinstance(module, _ConvNd) and module.transposed:
+        g = module.groups
+        return powers.reshape(g, powers.shape[0] // g, -1).transpose(1, 2).reshape(-1, powers.shape[0] // g)
+    return powers
+
+
+def by_kernel(module: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
+    """Values of synapses, `[out, in // groups]`, laid out as `weight` is, with taps of size 1."""
+    if getattr(module, "transposed", False):
+        groups = groups_of(module)
+        values = values.reshape(groups, -1, values.shape[1]).transpose(1, 2)
+    return values.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))
 
 
 def at_synapses(module: nn.Module, channels: Tensor, outputs: int) -> Tensor:
@@ -178,14 +191,6 @@ def entropy(power: Tensor) -> Tensor:
 
 
 def by_input_channel(module: nn.Module, scores: Tensor) -> Tensor:
-    """Scores of synapses, regrouped by the input channel they start from.
-
-    Args:
-        module: The layer.
-        scores: `[out_channels, in_channels // groups]`.
-
-    Returns:
-        `[in_channels, out_channels // groups]`.
-    """
+    """Scores of synapses, `[out, in // groups]`, by the input channel they start from: `[in, out // groups]`."""
     by_group: Tensor = scores.unflatten(0, (groups_of(module), -1))
     return by_group.transpose(1, 2).flatten(0, 1)

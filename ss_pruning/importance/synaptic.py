@@ -82,13 +82,7 @@ class SynapticImportance:
         self._measured: _Measured | None = None
 
     def scorer(self, model: nn.Module, connectivity: Connectivity, example_inputs: Any) -> LayerScores:
-        """What scores the subgroups of a model as it is now.
-
-        Args:
-            model: The model; only read. It must not change as long as the scorer is used.
-            connectivity: What `trace` found for it.
-            example_inputs: What its `forward` takes.
-        """
+        """What scores the subgroups of a model as it is now; it must not change as long as that is used."""
         inputs = example_inputs if self.example_inputs is None else self.example_inputs
         numbers = checksums(self._measured_from(model, connectivity))
         return self._layer_scores(model, connectivity, numbers, lambda: inputs)
@@ -185,7 +179,8 @@ class LayerScores:
                 total = torch.zeros(count, device=scores.device)
             channels, places = (torch.from_numpy(n).to(scores.device) for n in (read.channels, read.places))
             total.index_add_(0, places, scores[channels].to(total))
-        return None if total is None else _normalized(total, self.importance.normalizer)
+        normalizer = self.importance.normalizer
+        return total if total is None or normalizer is None else _normalized(total, normalizer)
 
     def of(self, path: str) -> Tensor:
         """`[in_channels]` scores of what a synaptic layer reads."""
@@ -240,8 +235,6 @@ def _reduced(scores: Tensor, reduce: Reduction) -> Tensor:
     return scores.sum(1) if reduce == "sum" else scores.mean(1)
 
 
-def _normalized(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
-    if normalizer is None:
-        return scores
+def _normalized(scores: Tensor, normalizer: Normalizer) -> Tensor:
     scale = {"mean": scores.mean(), "max": scores.max(), "sum": scores.sum()}[normalizer]
     return scores / scale.clamp_min(torch.finfo(scores.dtype).tiny)

@@ -170,11 +170,7 @@ def architecture_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so.
-
-    Raises:
-        InputError: There is no such file, or it cannot be read.
-    """
+    """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so."""
     try:
         if not Path(path).is_file():
             raise InputError(f"there is no file '{path}'")

@@ -53,10 +53,7 @@ def load_dense(
 def check_dense(dense: nn.Module, path: str | os.PathLike[str], *, known: bool) -> None:
     """Refuse a dense model whose weights are not those that a file was pruned from.
 
-    Args:
-        dense: The model.
-        path: A file of `save`.
-        known: Whether somebody has said what its weights are, so that a file without a checksum is no obstacle.
+    Where it is `known` what its weights are, since somebody has said so, a file without a checksum is no obstacle.
 
     Raises:
         InputError: They are others, or nobody knows.

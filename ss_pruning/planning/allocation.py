@@ -15,7 +15,7 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning.config import Budget, Config, Scope
 from ss_pruning.errors import BudgetError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, pruned_of, ranks_of, step_scores
+from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, ranks_of, step_scores
 from ss_pruning.planning.costs import Cost, Costs
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.plan import Plan
@@ -96,17 +96,12 @@ def allot(
 ) -> tuple[Schedule, Ints]:
     """The moves in order, and `[groups]`, how many steps each group takes to meet the budget.
 
-    Args:
-        groups: What may shrink.
-        scores: By group and subgroup, one score a channel set; higher stays longer.
-        costs: Of the model.
-        config: Budget and allocation, resolved.
-
     Raises:
         NothingToPruneError: No move is possible.
         BudgetError: The budget is out of reach.
     """
     budget, allocation = config.budget, config.allocation
+    multiples = costs.multiples(allocation.round_to, groups)
     if budget.kind != "ratio" and allocation.cost_exponent:
         scores = divided(scores, costs.per_channel_set(groups, budget.kind), allocation.cost_exponent)
     order = schedule(
@@ -114,7 +109,7 @@ def allot(
         scores,
         scope=allocation.scope or "global",
         max_ratio=allocation.max_ratio,
-        round_to=costs.multiples(allocation.round_to, groups),
+        round_to=multiples,
     )
     return order, choose(order, groups, costs, budget)
 
@@ -190,6 +185,16 @@ def select(plan: Schedule, groups: Sequence[PruningGroup], steps: Ints, coupling
         stays[np.concatenate(parts)] = False
         selection[key] = tuple(np.flatnonzero(stays).tolist())
     return selection
+
+
+def pruned_of(group: PruningGroup, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
+    """By layer side, the channels that go with the first `steps` of a group."""
+    pruned: dict[Key, list[Ints]] = {}
+    for subgroup, rank in zip(group.subgroups, ranks, strict=True):
+        channel_sets = rank[: steps * (subgroup.size // group.steps)]
+        for member in subgroup.members if len(channel_sets) else ():
+            pruned.setdefault((member.path, member.side), []).append(member.index[channel_sets].reshape(-1))
+    return {key: np.concatenate(parts) for key, parts in pruned.items()}
 
 
 def to_plan(selection: Selection, coupling: Coupling, connectivity: Connectivity) -> Plan:

@@ -17,9 +17,9 @@ from ss_pruning._utils.modules import parameters_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup
-from ss_pruning.graph.layer_types import LayerType, layer_type_of
+from ss_pruning.graph.layers import LayerType, layer_type_of
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.profiling.layer_latency import LatencyTable, roundings
+from ss_pruning.profiling.layer_latency import LatencyTable
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.surgery.plan import Plan
 
@@ -82,7 +82,7 @@ class Costs:
 
     def _collect_registered(self, path: str, module: nn.Module, own: LayerType) -> None:
         """Each tensor shrinks with the sides that lie in it; operations are shared among matrices by their sizes."""
-        sides = [(own.inputs, self.number[path, "in"]), (own.outputs, self.number[path, "out"])]
+        sides = [(own.axes[side], self.number[path, side]) for side in ("in", "out")]
         matrices: list[tuple[float, int, int]] = []
         for name, parameter in module.named_parameters():
             found = [number for names, number in sides if name in names]
@@ -158,7 +158,7 @@ class Costs:
         """What widths are rounded to; by a group's name where the layers' times are to say so."""
         if round_to != "measured":
             return round_to
-        return roundings(self._measured(), groups)
+        return {group.name: self._measured().rounding(group) for group in groups}
 
     def _measured(self) -> LatencyTable:
         if self.times is None:

@@ -1,30 +1,36 @@
-"""How long a run will take, said before it starts: what is to be done is counted, what that costs here is measured.
+"""How long a run will take, said before it starts, and what is given up where it has to take less.
 
+What is to be done is counted, what that costs here is measured.
 Passes of the model are counted in inputs that run through all of it, the matrix algebra in multiply-accumulates, what
 statistics read in numbers. A timed pass over a few calibration inputs, a matrix product, a factorisation and a sum tell
 what these cost on this machine at this moment (`ss_pruning.profiling.rates`).
+
+To save time sensitivity is measured with less work first, on fewer images and at fewer widths; then there are fewer
+calibration inputs for statistics and fits; at last layers compete by their scores, if nobody asked for sensitivity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.running import call, preserved
-from ss_pruning.compensation.normal_equations import positions_of, with_images
+from ss_pruning._utils.progress import in_words
+from ss_pruning._utils.running import output_of
+from ss_pruning.compensation.apply import LEAST_HELD_OUT
 from ss_pruning.compensation.reconstruction import rows_wanted
 from ss_pruning.config import Config, NoCompensation, Synaptic
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats.observed import positions_of as product_positions
 from ss_pruning.importance.calibration import BATCH, Batch
-from ss_pruning.importance.sensitivity import Effort, at_a_time
+from ss_pruning.importance.sensitivity import Effort, at_a_time, effort_for
+from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import EXPONENTS
 from ss_pruning.profiling.rates import Rates
 
@@ -34,6 +40,10 @@ _NOISE_INPUTS, _VERIFIED = 8, 6
 _RIVALS = 4 * len(EXPONENTS)
 # Ridges that are tried for a layer, the final one included.
 _RIDGES = 4
+# Ways to measure sensitivity, the better ones first.
+_WAYS = (Effort(16, (0.5, 1.0)), Effort(8, (0.5, 1.0)), Effort(8, (1.0,)))
+# No fewer calibration inputs than these are left to save time.
+_LEAST_INPUTS = 32
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Layer:
 
     begin: float
     reads: int
-    positions: int
+    positions: float
     outputs: int
     inputs: int
     columns: int
@@ -61,17 +71,17 @@ class Layer:
 
 def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
     """By path, the layers with weights, in the order in which they run."""
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, float]] = {}
     kinds = {path: layer.kind for path, layer in traced.connectivity.layers.items()}
     weighted = {p: traced.modules[p] for p, kind in kinds.items() if kind in ("synaptic", "depthwise")}
     count = max(len(Batch.of(traced.example_inputs)), 1)
 
-    def note(path: str, module: nn.Module, x: Any, y: Any) -> None:
+    def note(path: str, _: nn.Module, x: Any, y: Any) -> None:
         if isinstance(x, Tensor) and isinstance(y, Tensor):
-            found[path] = x.numel() // count, positions_of(module, with_images(module, y))
+            channels = traced.connectivity.layers[path].outputs
+            found[path] = x.numel() // count, y.numel() / (count * channels)
 
-    with preserved(traced.model, training=False), torch.no_grad(), hooked(weighted, None, note):
-        call(traced.model, traced.example_inputs)
+    output_of(traced.model, traced.example_inputs, hooked(weighted, None, note))
     layers, over, total = {}, 0.0, max(sum(macs.values()), 1)
     for path, (reads, positions) in found.items():
         weight, groups = weighted[path].weight, groups_of(weighted[path])
@@ -102,10 +112,7 @@ class Duration:
     def seconds(self, fitted: int, held_out: int, effort: Effort) -> dict[str, float]:
         """By stage, what it will take.
 
-        Args:
-            fitted: Calibration inputs; 0 for none, noise is taken then.
-            held_out: Others, on which models are compared.
-            effort: How output error is measured.
+        Statistics and fits are of `fitted` inputs, of noise if that is 0; on those held out models are compared.
         """
         sensitivity = self.config.allocation.scope == "sensitivity"
         known = self._is_known(fitted)
@@ -215,3 +222,88 @@ class Duration:
         solving = groups * (_RIDGES * columns**3 / 6) + _RIDGES * columns**2 * outputs / 2
         gathered = rows * (columns * groups + 3 * outputs)
         return products * self.rates.product + solving * self.rates.solve + gathered * self.rates.number
+
+
+@dataclass(frozen=True)
+class Work:
+    """What will be done.
+
+    Attributes:
+        config: What was asked for, or less.
+        inputs: Number of calibration inputs.
+        effort: How output error is measured.
+        seconds: By stage, what it is expected to take.
+        traded: What was given up to save time, in words.
+    """
+
+    config: Config
+    inputs: int
+    effort: Effort
+    seconds: dict[str, float]
+    traded: tuple[str, ...] = ()
+
+    def of(self, images: Batch | None) -> Batch | None:
+        """The calibration inputs that are used: spread over all of them."""
+        if images is None or self.inputs == len(images):
+            return images
+        units = torch.linspace(0, len(images) // images.unit - 1, max(self.inputs // images.unit, 1)).long()
+        return images[(units[:, None] * images.unit + torch.arange(images.unit)).flatten()]
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+
+def work_within(
+    traced: TracedModel, config: Config, costs: Costs, images: Batch | None, seconds: float | None
+) -> Work:
+    """The first way to do it within so many `seconds`, or the last one; without a limit all that is asked."""
+    inputs = 0 if images is None else len(images)
+    seen = _whole(traced.example_inputs) if images is None else images
+    effort = effort_for(config.compensation.method, seen)
+    rates, layers = Rates.measured(traced.model, seen), layers_of(traced, costs.layer_macs)
+
+    def work(config: Config, inputs: int, effort: Effort, traded: Sequence[str] = ()) -> Work:
+        duration = Duration(traced, config.resolve(inputs), layers, rates)
+        held_out = inputs // 5 if inputs >= LEAST_HELD_OUT else 0
+        expected = duration.seconds(inputs - held_out, held_out, effort)
+        return Work(config, inputs, effort, expected, tuple(traded))
+
+    found = work(config, inputs, effort)
+    for way in _ways(config, inputs, effort) if seconds is not None else ():
+        if found.total <= (seconds or 0.0):
+            return found
+        found = work(*way)
+    if seconds is None or found.total <= seconds:
+        return found
+    return replace(
+        found, traded=(*found.traded, f"no more could be given up, and {in_words(found.total)} were expected")
+    )
+
+
+def _whole(example_inputs: Any) -> Batch:
+    """Of which nothing is known but that it runs as it is."""
+    batch = Batch.of(example_inputs)
+    count = max(len(batch), 1)
+    return batch.limited(count, count)
+
+
+def _ways(config: Config, inputs: int, effort: Effort) -> Iterator[tuple[Config, int, Effort, list[str]]]:
+    """Less and less work, and what was given up."""
+    sensitivity = config.resolve(inputs).allocation.scope == "sensitivity"
+    measured, fewer = list[str](), list[str]()
+    less = [way for way in _WAYS if way.images * len(way.widths) < effort.images * len(effort.widths)]
+    for way in less if sensitivity else ():
+        effort = way
+        widths = "two widths" if len(way.widths) == 2 else "one width"
+        measured = [f"sensitivity was measured on {way.images} inputs at {widths}"]
+        yield config, inputs, effort, measured
+    count = inputs
+    while count // 2 >= _LEAST_INPUTS:
+        count //= 2
+        fewer = [f"{count} of {inputs} calibration inputs were used"]
+        yield config, count, effort, [*measured, *fewer]
+    if sensitivity and config.allocation.scope is None:
+        allocation = replace(config.allocation, scope="global")
+        yield replace(config, allocation=allocation), count, effort, ["sensitivity was not measured", *fewer]

@@ -22,7 +22,6 @@ from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot, divided
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.remembered import key_of, remembered
-from ss_pruning.planning.search import check_any, named_excluded
 
 #: Powers of costs that scores are divided by in what competes, unless one was asked for.
 EXPONENTS = (1.0, 0.75, 0.5)
@@ -88,7 +87,7 @@ class Ranker:
             ModelError: Nor can it be on this model. If nobody asked for it, layers compete by their scores then.
         """
         if self._latest is None or self._latest[0] is not coupling:
-            self._latest = coupling, self._rank(self.traced.coupled(coupling))
+            self._latest = coupling, self._rank(replace(self.traced, coupling=coupling))
         return self._latest[1]
 
     def _rank(self, traced: TracedModel) -> Ranking:
@@ -109,11 +108,12 @@ class Ranker:
         """By group and subgroup, one score a channel set; those that were measured on inputs are kept for next time."""
         if not isinstance(importance, Synaptic):
             return self._scored(traced, importance)
-        key = None
-        if importance.statistics == "data" and self.images is not None:
-            key = key_of(traced, self.images.inputs, (), importance)
+        scorer = self._synaptic(importance)
+        if importance.statistics != "data" or self.images is None:
+            return self._scored(traced, scorer)
+        key = key_of(traced, self.images.inputs, (), importance)
         shapes = [[np.empty(s.size) for s in group.subgroups] for group in traced.coupling.groups]
-        return remembered(key, lambda: self._scored(traced, self._synaptic(importance)), shapes)
+        return remembered(key, lambda: self._scored(traced, scorer), shapes)
 
     def _scored(self, traced: TracedModel, importance: Any) -> Scores:
         groups = traced.coupling.groups
@@ -200,3 +200,26 @@ class Ranker:
                 return None
         assert self.images is not None
         return key_of(traced, self.images.inputs, scores, *given)
+
+
+_NO_LAYER = (
+    "nothing, as no layer that is known ran; of a model whose layers are calls of functions, such as an exported "
+    "program or a quantised model, prune the one that it was made from, and for layer types of your own see "
+    "ss_pruning.register_layer"
+)
+
+
+def check_any(coupling: Coupling) -> None:
+    """Refuse a model in which nothing may be cut.
+
+    Raises:
+        NothingToPruneError: Says why.
+    """
+    if not coupling.groups:
+        raise NothingToPruneError(f"the model has no channel that may go. {named_excluded(coupling)}")
+
+
+def named_excluded(coupling: Coupling) -> str:
+    """What is excluded and why, for messages."""
+    why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
+    return f"Excluded: {why or _NO_LAYER}"

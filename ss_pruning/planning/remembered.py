@@ -17,7 +17,7 @@ import ss_pruning
 from ss_pruning._utils import cache as files
 from ss_pruning._utils.arrays import Floats, digest
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import output_of
 from ss_pruning.graph.traced import TracedModel
 
 #: Whatever took less than so many seconds is not worth a file.
@@ -38,19 +38,14 @@ def _code() -> str:
 def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
     """A name for what is measured on a model: the same for the same weights, groups, images, scores and settings.
 
-    Args:
-        traced: The model; its class, its structure and what it puts out for the example inputs count.
-        images: Calibration inputs, in any form; None for none.
-        scores: By group and subgroup.
-        settings: All else that the result depends on, as it prints.
+    Of the model its class, structure and outputs for the example inputs count, of settings what they print.
     """
     groups = [
         (group.name, sorted(group.paths()), [s.size for s in group.subgroups])
         for group in traced.coupling.groups
     ]
     # Outputs stand for the code of its methods, of which there is no digest.
-    with preserved(traced.model, training=False), torch.no_grad():
-        outputs = tensors_in(call(traced.model, traced.example_inputs))
+    outputs = tensors_in(output_of(traced.model, traced.example_inputs))
     tensors = [
         *traced.model.state_dict().items(),
         *enumerate(pytree.tree_leaves(images)),
@@ -65,13 +60,7 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
 def remembered(
     key: str | None, measure: Callable[[], Measured], shapes: Sequence[Sequence[Floats]]
 ) -> Measured:
-    """What is kept under a key, or what is measured now; None as the key measures anew and keeps nothing.
-
-    Args:
-        key: See `key_of`.
-        measure: Called where nothing fitting is kept.
-        shapes: By group and subgroup, an array of the length that the result has.
-    """
+    """What is kept under a key, in these shapes, or what is measured now; without a key nothing is kept."""
     known = None if key is None else files.read(key)
     if known is not None and (found := _unpacked(known, shapes)) is not None:
         return found

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ss_pruning._utils.arrays import Ints
-from ss_pruning.errors import NothingToPruneError
 from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection
 from ss_pruning.planning.allocation import Schedule, select, to_plan
 from ss_pruning.planning.group_bisection import GroupBisection
@@ -53,11 +52,7 @@ def find_verified_plan(
 ) -> SearchResult:
     """Allocate and verify; exclude what fails, and again, until all that is cut is right.
 
-    Args:
-        verifier: Where plans are tried.
-        coupling: What may be cut.
-        allocate: Asked anew whenever groups were excluded.
-        known: What an earlier search of the same model found; what failed there is not tried again.
+    What failed in an earlier search of the same model, if that is `known`, is not tried again.
 
     Raises:
         NothingToPruneError: No channel may go, as `allocate` says.
@@ -84,29 +79,6 @@ def find_verified_plan(
                 coupling, failed = coupling.without(part.failed, found), (*failed, *found)
                 continue
         return SearchResult(verified, coupling, order, steps, failed, frozenset(fixed))
-
-
-_NO_LAYER = (
-    "nothing, as no layer that is known ran; of a model whose layers are calls of functions, such as an exported "
-    "program or a quantised model, prune the one that it was made from, and for layer types of your own see "
-    "ss_pruning.register_layer"
-)
-
-
-def check_any(coupling: Coupling) -> None:
-    """Refuse a model in which nothing may be cut.
-
-    Raises:
-        NothingToPruneError: Says why.
-    """
-    if not coupling.groups:
-        raise NothingToPruneError(f"the model has no channel that may go. {named_excluded(coupling)}")
-
-
-def named_excluded(coupling: Coupling) -> str:
-    """What is excluded and why, for messages."""
-    why = "; ".join(f"{', '.join(left.paths[:3])} ({left.reason})" for left in coupling.excluded[:5])
-    return f"Excluded: {why or _NO_LAYER}"
 
 
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:

@@ -34,7 +34,7 @@ def with_tied_heads(traced: TracedModel) -> TracedModel:
         return traced
     verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
     try:
-        return traced.coupled(_Trials(verifier, traced.coupling).tied(pairs))
+        return replace(traced, coupling=_Trials(verifier, traced.coupling).tied(pairs))
     except SSPruningError:  # nothing can be tried here; whoever plans a cut will say why
         return traced
     finally:

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,14 @@ def measure_latency(
             "give the models to measure as a list, one at least: measure_latency([model], inputs)"
         )
 
-    def runner(model: nn.Module) -> Callable[[], object]:
-        return lambda: call(model, example_inputs)
-
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(quiet_hooks(model, example_inputs))
             stack.enter_context(preserved(model, training=False))
         stack.enter_context(torch.inference_mode())
         try:
-            return race(
-                [runner(model) for model in models], device_of(example_inputs), precision, rounds, seconds
-            )
+            runs = [partial(call, model, example_inputs) for model in models]
+            return race(runs, device_of(example_inputs), precision, rounds, seconds)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ModelError(
                 f"a model does not run on the inputs ({type(error).__name__}: {error}); give inputs of the shape, type "
@@ -144,7 +141,7 @@ def race(
     begin = time.perf_counter()
     for done in range(1, rounds[1] + 1):
         for i in order:
-            times[i].append(_timed(runs[i], device, numbers[i]))
+            times[i].append(timed(runs[i], device, numbers[i]))
         order.reverse()  # nobody always runs on the caches that the same other one left
         late = time.perf_counter() - begin > seconds
         if done >= rounds[0] and (late or _uncertainty(times) < precision):
@@ -155,11 +152,11 @@ def race(
 def _repeats(run: Callable[[], object], device: torch.device) -> int:
     """Warm up, and find how many runs last long enough to be timed together."""
     for _ in range(_WARM_UP):
-        last = _timed(run, device, 1)
+        last = timed(run, device)
     return max(1, round(_LEAST_SECONDS / max(last, 1e-7)))
 
 
-def _timed(run: Callable[[], object], device: torch.device, number: int) -> float:
+def timed(run: Callable[[], object], device: torch.device, number: int = 1) -> float:
     """Seconds of one run, the mean of `number`; on CUDA by the device's own clock."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -171,17 +168,14 @@ def _timed(run: Callable[[], object], device: torch.device, number: int) -> floa
             end.record()
             end.synchronize()
         return float(start.elapsed_time(end)) / 1000 / number
-    wait = torch.accelerator.synchronize if device.type != "cpu" else _nothing
+    # A CPU has done what it was told when the call returns.
+    wait: Callable[[], None] = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     wait()
     begin = time.perf_counter()
     for _ in range(number):
         run()
     wait()
     return (time.perf_counter() - begin) / number
-
-
-def _nothing() -> None:
-    """A CPU has done what it was told when the call returns."""
 
 
 def _ratios(times: Iterable[float], base: Iterable[float]) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +58,11 @@ class LayerLatency:
         return float(np.interp(outputs, GRID, by_output))
 
 
+@dataclass(frozen=True)
 class LatencyTable:
-    """The layers of one model, in seconds."""
+    """The layers of one model, in seconds: by path, the cost and the sides whose widths it depends on."""
 
-    def __init__(self, layers: Mapping[str, tuple[LayerLatency, Key | None, Key | None]]) -> None:
-        """Keep what was measured.
-
-        Args:
-            layers: By path, the cost and the sides whose widths it depends on.
-        """
-        self.layers = dict(layers)
+    layers: Mapping[str, tuple[LayerLatency, Key | None, Key | None]]
 
     def total(self, share: Mapping[Key, float]) -> float:
         """Seconds of all layers when their sides keep these shares of their widths."""
@@ -100,13 +95,7 @@ class LatencyTable:
 
 
 def latency_table(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> LatencyTable:
-    """Measure every layer of a model alone, on inputs of the shapes that reach it; kept on disk for the next time.
-
-    Args:
-        model: The dense model; not changed.
-        example_inputs: What `forward` takes, at the batch size that counts.
-        connectivity: The connectivity of `model`.
-    """
+    """Measure every layer of a model alone, on inputs of the shapes that reach it; kept on disk for the next time."""
     modules = modules_of(model)
     arriving = _arrivals(model, example_inputs, connectivity.layers)
     layers: dict[str, tuple[LayerLatency, Key | None, Key | None]] = {}
@@ -186,19 +175,14 @@ class _Lone:
             return LayerLatency(self._seconds(self.inputs, self.outputs) * scale, {})
 
     def _grid(self) -> Floats:
-        if self._grouped:
+        conv = self.module
+        if isinstance(conv, _ConvNd) and groups_of(conv) > 1 and not is_depthwise(conv):
             raise ValueError("its widths go in steps of its groups")
         widths = [[max(1, round(n * share)) for share in GRID] for n in (self.inputs, self.outputs)]
         if self.kind != "synaptic":
             one = [self._seconds(self.inputs, o) for o in widths[1]]
             return np.array([one] * len(GRID))
         return np.array([[self._seconds(i, o) for o in widths[1]] for i in widths[0]])
-
-    @property
-    def _grouped(self) -> bool:
-        return (
-            isinstance(self.module, _ConvNd) and groups_of(self.module) > 1 and not is_depthwise(self.module)
-        )
 
     def _waste(self) -> dict[str, Floats]:
         sides = ("in", "out") if self.kind == "synaptic" else (self.side,)
@@ -241,8 +225,3 @@ class _Lone:
         return self.x.narrow(axis, 0, channels).contiguous(
             memory_format=torch.channels_last if last else torch.contiguous_format
         )
-
-
-def roundings(times: LatencyTable, groups: Iterable[PruningGroup]) -> dict[str, int]:
-    """By a group's name, the multiple that its widths should be of."""
-    return {group.name: times.rounding(group) for group in groups}

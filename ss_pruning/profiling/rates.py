@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +13,7 @@ from torch import nn
 from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.profiling.latency import timed
 
 # Inputs of the timed pass, more of small ones: as many as have so many numbers, up to a most. And how many times more
 # are many, which cost more memory.
@@ -55,7 +55,7 @@ class Rates:
 
         def seconds(batch: Batch) -> float:
             run = partial(checked_call, model, batch.inputs, "calibration inputs")
-            return _timed(run) / max(len(batch), 1)
+            return timed(run, place) / max(len(batch), 1)
 
         with preserved(model, training=False), torch.no_grad():
             _, one = seconds(few), seconds(few)  # the first time makes ready
@@ -81,16 +81,5 @@ def _algebra(place: torch.device, threads: int) -> tuple[float, float, float]:
     works: tuple[Callable[[], Any], ...] = (
         lambda: wide.T @ wide, lambda: torch.linalg.cholesky(spread), summed
     )  # fmt: skip
-    product, solve, number = (min(_timed(work) for _ in range(2)) for work in works)
+    product, solve, number = (min(timed(work, place) for _ in range(2)) for work in works)
     return product / (4 * _SIDE**3), solve / (_SIDE**3 / 6), number / _NUMBERS
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    """Seconds."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin

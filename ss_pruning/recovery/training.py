@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ss_pruning._utils.modules import parameters_of
 from ss_pruning._utils.running import call
-from ss_pruning.config import Recovery
 from ss_pruning.errors import InputError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import Fidelity, Measured
+from ss_pruning.recovery.settings import Recovery
 from ss_pruning.recovery.views import another_view
 
 #: So many times in a training fidelity is measured.

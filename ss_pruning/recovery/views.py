@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ss_pruning.config import Recovery
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.settings import Recovery
 
 
 def another_view(batch: Batch, settings: Recovery, generator: torch.Generator) -> Batch:

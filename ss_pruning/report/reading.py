@@ -56,12 +56,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _checked(record: Any) -> Any:
-    """The record itself, once every field is of its type and no number negative: files may say anything.
-
-    Raises:
-        TypeError: a field is of another type.
-        ValueError: a number is negative.
-    """
+    """The record itself, once every field is of its type and no number negative: files may say anything."""
     for item in fields(record):
         value = getattr(record, item.name)
         if not any(_fits(value, kind) for kind in str(item.type).split(" | ")):

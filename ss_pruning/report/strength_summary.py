@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -15,6 +15,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.report.formatting import jsonable, plain
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor, nn
 
     from ss_pruning.importance.strength import Strengths
@@ -70,13 +71,7 @@ class Summary:
 
 
 def summarise(strengths: Strengths, model: nn.Module, weakest: int) -> Summary:
-    """Reduce strengths to figures.
-
-    Args:
-        strengths: of every synaptic layer of `model`.
-        model: the model; only read.
-        weakest: how many synapses to list, those with the smallest shares of their outputs.
-    """
+    """Reduce strengths to figures, and list the `weakest` synapses: those with the smallest shares of their outputs."""
     shares = strengths.shares()
     layers = [
         _layer(path, type(model.get_submodule(path)).__name__, values, shares[path], strengths.unscaled[path])
@@ -119,24 +114,17 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool, results: Tex
     if as_json:
         print(_json(summary, facts), end="", file=results)
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(file=results)
-    table = Table(
-        title=f"Synaptic strength of {plain(facts['model'])}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+    table = _table(
+        f"Synaptic strength of {plain(facts['model'])}",
+        ("in", "out", "median", "min", "max", "eff. in", "no norm"),
+        # Module paths are unreadable when they break at every few letters.
+        min_width=min(26, max((len(layer.path) for layer in summary.layers), default=0)),
         caption="eff. in: how many inputs of equal share would spread the variance as thinly\n"
         "no norm: inputs that no normalisation scales",
-        caption_justify="left",
     )
-    table.add_column("layer", overflow="fold", min_width=_name_width(summary))
-    for column in ("in", "out", "median", "min", "max", "eff. in", "no norm"):
-        table.add_column(column, justify="right")
     for layer in summary.layers:
         figures = (f"{value:.2g}" for value in (layer.median, layer.weakest, layer.strongest))
         effective = f"{layer.effective_inputs:.1f}"
@@ -147,25 +135,30 @@ def show(summary: Summary, facts: Mapping[str, str], as_json: bool, results: Tex
         console.print(_weakest_table(summary.weakest))
 
 
-def _name_width(summary: Summary, most: int = 26) -> int:
-    """Room for module paths, which are unreadable when they break at every few letters."""
-    return min(most, max((len(layer.path) for layer in summary.layers), default=0))
-
-
-def _weakest_table(synapses: list[Synapse]) -> Any:
+def _table(
+    title: str, columns: Sequence[str], min_width: int | None = None, caption: str | None = None
+) -> Table:
+    """Layers, and figures of each."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
-        title="Weakest synapses, by share of their output",
+        title=title,
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
+        caption=caption,
+        caption_justify="left",
     )
-    table.add_column("layer", overflow="fold")
-    for column in ("input", "output", "strength", "share"):
+    table.add_column("layer", overflow="fold", min_width=min_width)
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def _weakest_table(synapses: list[Synapse]) -> Table:
+    table = _table("Weakest synapses, by share of their output", ("input", "output", "strength", "share"))
     for synapse in synapses:
         figures = (str(synapse.input), str(synapse.output), f"{synapse.strength:.2g}", f"{synapse.share:.2g}")
         table.add_row(plain(synapse.path), *figures)

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None) -> float:
     """Return the fraction of images whose largest output is their label (top-1).
 
-    Args:
-        model: classifier with outputs `[n, classes]`; run in eval mode on the device of its parameters, and
-            left in the mode it was in.
-        loader: batches of (images, labels).
-        progress: called after each batch.
-
     Raises:
         InputError: the outputs are no class scores, or a label has no output.
         ModelError: the model does not run on these images.

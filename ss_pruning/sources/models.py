@@ -70,12 +70,7 @@ def is_function(spec: str) -> bool:
 
 
 def input_of(spec: str, model: nn.Module) -> Preprocess:
-    """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's.
-
-    Args:
-        spec: what `build_model` took.
-        model: what it returned.
-    """
+    """Return the input that a model was made for: what it notes itself (timm), torchvision's, or ImageNet's."""
     kind, name, _ = _parse(spec)
     if kind == "demo":
         return Preprocess(size=(1, 8, 8), mean=(0.0,), std=(1.0,), crop=1.0)  # its images come normalised

@@ -9,8 +9,8 @@ puts out the same, in eval mode, in float64.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from ss_pruning._utils.arrays import Ints, normal_like
 from ss_pruning._utils.copying import copied, retyped
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import call, preserved, quiet_hooks
+from ss_pruning._utils.running import output_of, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, couple
-from ss_pruning.graph.layers import check_finite, width
-from ss_pruning.graph.refusals import check_bare
+from ss_pruning.graph.layers import width
+from ss_pruning.graph.refusals import check_bare, check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.planning.allocation import Schedule, schedule
 from ss_pruning.planning.search import find_verified_plan
@@ -37,7 +37,7 @@ from ss_pruning.sparsity.dead_channels import living_kernels, measure_liveness
 from ss_pruning.sparsity.masks import check_unmasked
 from ss_pruning.sparsity.size import Compaction, size_of
 from ss_pruning.surgery.agreement import certified, compare
-from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.decisions import Recording
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan, adopt_
 from ss_pruning.surgery.precision import TOLERANCE
@@ -143,7 +143,7 @@ class _MaskedVerifier(Verifier):
         liveness = measure_liveness(self.masked, connectivity, self.inputs)
         self.folding = Folding(self.masked, connectivity, coupling, liveness, self.arrivals)
         recording = Recording()
-        self.expected = self._output(self.masked, recording)
+        self.expected = output_of(self.masked, self.noise, recording)
         self.decisions = recording.decisions
         finite = (t.isfinite().all() for t in tensors_in(self.expected).values())
         if not all(bool(ok) for ok in finite):
@@ -163,7 +163,7 @@ class _MaskedVerifier(Verifier):
             VerificationError: It is more than rounding.
         """
         holding = self.holding(self.decisions)()
-        match = compare(self.expected, self._output(small, holding), self.tolerance)
+        match = compare(self.expected, output_of(small, self.noise, holding), self.tolerance)
         certified(match, holding)
         return match.error
 
@@ -172,10 +172,6 @@ class _MaskedVerifier(Verifier):
         small = copied(self.masked)
         outcome = self.folding.move_(small, plan)
         return plan.apply_(small), outcome
-
-    def _output(self, model: nn.Module, mode: Recording | Holding) -> Any:
-        with torch.no_grad(), preserved(model, training=False), mode:
-            return call(model, self.noise)
 
 
 @dataclass
@@ -202,18 +198,19 @@ class DeadChannels:
 
     def stays(self, coupling: Coupling, cut: Coupling) -> list[Excluded]:
         """The dead channel sets that stay, and why; in `cut` are the groups that took what they could."""
-        stays, taken = _Stays(), set(map(id, cut.groups))
+        stays: dict[str, Counter[str]] = defaultdict(Counter)
+        taken = set(map(id, cut.groups))
         for group in coupling.groups:
             found = self.of(group)
             for subgroup, dead in zip(group.subgroups, found, strict=True):
                 for reason, channel_sets in dead.stays.items():
-                    stays.add(reason, subgroup.root.path, channel_sets)
+                    stays[reason][subgroup.root.path] += channel_sets
             if id(group) in taken:
                 size = sum(subgroup.size for subgroup in group.subgroups)
                 going = sum(int(dead.goes.sum()) for dead in found)
                 reason = LAST_REASON if going == size else SHARE_REASON
-                stays.add(reason, group.name, going - _steps(group, found) * (size // group.steps))
-        return stays.as_list()
+                stays[reason][group.name] += going - _steps(group, found) * (size // group.steps)
+        return _named(stays)
 
 
 def _revived(model: nn.Module) -> nn.Module:
@@ -230,25 +227,19 @@ def _revived(model: nn.Module) -> nn.Module:
     return retyped(model, revive, ("_parameters",))
 
 
-class _Stays:
-    """Counts of channels by reason and layer."""
+def _named(counts: Mapping[str, Mapping[str, int]]) -> list[Excluded]:
+    """By reason and layer how many channels stay, as one entry a reason.
 
-    def __init__(self) -> None:
-        self.counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-
-    def add(self, reason: str, path: str, channels: int) -> None:
-        if channels:
-            self.counts[reason][path] += channels
-
-    def as_list(self) -> list[Excluded]:
-        """One entry a reason; one a layer for last channels, of which later rounds may find some again."""
-        whole = []
-        for reason, by in self.counts.items():
-            if reason == LAST_REASON:
-                whole += [Excluded((path,), channels, reason) for path, channels in by.items()]
-            else:
-                whole.append(Excluded(tuple(by), sum(by.values()), reason))
-        return whole
+    Last channels, of which later rounds may find some again, have one a layer.
+    """
+    whole = []
+    for reason, by_path in counts.items():
+        some = {path: channels for path, channels in by_path.items() if channels}
+        if reason == LAST_REASON:
+            whole += [Excluded((path,), channels, reason) for path, channels in some.items()]
+        elif some:
+            whole.append(Excluded(tuple(some), sum(some.values()), reason))
+    return whole
 
 
 def _steps(group: PruningGroup, found: Sequence[Dead]) -> int:
@@ -272,15 +263,16 @@ def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
     for member in (m for group in coupling.groups for subgroup in group.subgroups for m in subgroup.members):
         if member.side == "out":
             free[member.path] += member.index.reshape(-1).tolist()
-    stays, seen = _Stays(), set[str]()
+    stays: dict[str, Counter[str]] = defaultdict(Counter)
+    seen = set[str]()
     for whole in coupling.excluded:
         for path in whole.paths:
             dead = ~living_kernels(model.get_submodule(path)).any(1)
             dead[free[path]] = False
             if path not in seen:
-                stays.add(f"dead, but {whole.reason}", path, int(dead.sum()))
+                stays[f"dead, but {whole.reason}"][path] += int(dead.sum())
             seen.add(path)
-    return stays.as_list()
+    return _named(stays)
 
 
 def _layer_reports(before: nn.Module, after: nn.Module, connectivity: Connectivity) -> list[LayerReport]:

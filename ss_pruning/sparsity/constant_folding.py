@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
-from ss_pruning.graph.connectivity import Connectivity, Layer
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Member, Subgroup
 from ss_pruning.graph.layers import channel_axis, mixes_channels, weight_of
 from ss_pruning.sparsity.dead_channels import (
@@ -62,15 +62,7 @@ class Folding:
         liveness: Liveness,
         shapes: Mapping[str, list[tuple[int, ...]]],
     ) -> None:
-        """Look at the layers of a masked model; the model is only read.
-
-        Args:
-            model: The masked model.
-            connectivity: Its connectivity.
-            coupling: Its coupling.
-            liveness: What is alive in it.
-            shapes: By layer, the shapes that arrive.
-        """
+        """Look at the layers of a masked model; the model is only read."""
         self.connectivity, self.liveness, self.norms = connectivity, liveness, norms_behind(connectivity)
         self.mixing = {
             p for p, layer in connectivity.layers.items() if layer.kind == "positional"
@@ -83,7 +75,10 @@ class Folding:
             for path, rows in liveness.kernels.items()
         }
         self.shapes = {
-            path: _arriving(shapes.get(path, []), layer) for path, layer in connectivity.layers.items()
+            path: [
+                s for s in shapes.get(path, []) if len(s) > layer.in_axis and s[layer.in_axis] == layer.inputs
+            ]
+            for path, layer in connectivity.layers.items()
         }
         self.modules = {path: model.get_submodule(path) for path in connectivity.layers}
         self._borderless: dict[str, bool] = {}
@@ -96,7 +91,8 @@ class Folding:
         still = _all([~s.wanted | s.still for s in slots], subgroup.size)
         constant = _all([~s.wanted | s.constant for s in slots], subgroup.size)
         if any(member.path in self.mixing for member in subgroup.members):
-            return _stay(subgroup, {MIXED_REASON: int(constant.sum())})
+            count = int(constant.sum())
+            return Dead(torch.zeros_like(constant), {MIXED_REASON: count} if count else {})
         easy = _all([~s.wanted | (s.constant & ~s.carried) for s in slots], subgroup.size)
         stays = {PATTERN_REASON: int((still & ~constant).sum())}
         goes, bound = easy, constant & ~easy
@@ -208,11 +204,3 @@ def _all(slots: list[Tensor], channel_sets: int) -> Tensor:
     for s in slots:
         agree &= s.all(1)
     return agree
-
-
-def _stay(subgroup: Subgroup, reasons: dict[str, int]) -> Dead:
-    return Dead(torch.zeros(subgroup.size, dtype=torch.bool), {r: n for r, n in reasons.items() if n})
-
-
-def _arriving(shapes: list[tuple[int, ...]], layer: Layer) -> list[tuple[int, ...]]:
-    return [s for s in shapes if len(s) > layer.in_axis and s[layer.in_axis] == layer.inputs]

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import normal_like
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.running import call, preserved
+from ss_pruning._utils.running import output_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import channel_axis, groups_of, is_linear_in_weight, mixes_channels, weight_of
@@ -85,13 +85,7 @@ class Liveness:
 
 
 def measure_liveness(model: nn.Module, connectivity: Connectivity, example_inputs: Any) -> Liveness:
-    """Look at the kernels, and run the network on noise until no further constant is found.
-
-    Args:
-        model: The masked model, in the precision to work in; left as it was.
-        connectivity: Its connectivity.
-        example_inputs: Of these only the shapes count.
-    """
+    """Look at the kernels, and run the network on noise until no further constant is found."""
     kernels, opaque = {}, set()
     for path, layer in connectivity.layers.items():
         if layer.kind in ("synaptic", "depthwise"):
@@ -133,12 +127,8 @@ def living_outputs(
 
     Starts with nothing read and works back from the output, so that blocks that only feed themselves are found too.
 
-    Args:
-        connectivity: The connectivity of `model`.
-        model: The masked model.
-        kernels: Which of its kernels are alive.
-        subgroups: The channel sets that may be cut; all other channels count as read.
-        mixing: Layers that look at several channels together: what they see is read.
+    Channels that no subgroup may cut count as read, as does all that layers see which look at several channels together
+    (`mixing`).
     """
     subgroups = list(subgroups)
     alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
@@ -301,5 +291,4 @@ def _run_on_noise(
     for path in connectivity.layers:
         seen[path].calls = 0
     modules = {path: model.get_submodule(path) for path in connectivity.layers}
-    with hooked(modules, before, after), torch.no_grad(), preserved(model, training=False):
-        call(model, noisy)
+    output_of(model, noisy, hooked(modules, before, after))

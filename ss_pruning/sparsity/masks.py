@@ -22,8 +22,8 @@ from torch.nn.utils import parametrize
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.layers import by_kernel, kernel_powers, kind_of, weight_of
-from ss_pruning.importance.strength import share
+from ss_pruning.graph.layers import kind_of, weight_of
+from ss_pruning.importance.strength import by_kernel, kernel_powers, share
 
 Masks = Mapping[str, Tensor]
 Scope = Literal["global", "layer"]

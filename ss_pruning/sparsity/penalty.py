@@ -25,10 +25,16 @@ from torch.nn.utils import parametrize
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import by_kernel, kernel_powers
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
-from ss_pruning.importance.strength import at_synapses, inner_paths, synaptic_paths, synaptic_power
+from ss_pruning.importance.strength import (
+    at_synapses,
+    by_kernel,
+    inner_paths,
+    kernel_powers,
+    synaptic_paths,
+    synaptic_power,
+)
 from ss_pruning.sparsity.reparametrization import explicit_strength
 
 Form = Literal["strength", "share"]

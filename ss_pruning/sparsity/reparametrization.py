@@ -23,11 +23,11 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import by_kernel, check_finite, kernel_powers, weight_of, width
-from ss_pruning.graph.refusals import check_bare
+from ss_pruning.graph.layers import weight_of, width
+from ss_pruning.graph.refusals import check_bare, check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
-from ss_pruning.importance.strength import at_synapses, inner_paths
+from ss_pruning.importance.strength import at_synapses, by_kernel, inner_paths, kernel_powers
 from ss_pruning.surgery.agreement import compare
 
 # Relative difference of outputs in float64 that counts as rounding.
@@ -44,12 +44,7 @@ class StrengthTimesKernel(nn.Module):
     deviation: Tensor
 
     def __init__(self, module: nn.Module, deviation: Tensor) -> None:
-        """Hold what the parametrisation needs of a layer.
-
-        Args:
-            module: A convolution or linear layer.
-            deviation: `[out, in // groups]`, the square root of the variance of what arrives, not 0.
-        """
+        """Hold a layer, and `[out, in // groups]`, the square roots of the variances of what arrives, not 0."""
         super().__init__()
         self._layer = (module,)  # in a tuple: not a child of its own child
         self.register_buffer("deviation", deviation)
@@ -210,11 +205,7 @@ def _move_scale_(model: nn.Module, norm: str, consumers: Readers) -> None:
 
 
 def _check_movable(model: nn.Module, example_inputs: Any, norms: dict[str, Readers]) -> None:
-    """Refuse scales that are not positive, or that change the output when they are moved.
-
-    Raises:
-        ModelError: Names the norm, and how to leave its scale where it is.
-    """
+    """Refuse scales that are not positive, or that change the output when they are moved."""
     for norm in norms:
         scale = model.get_parameter(f"{norm}.weight")
         if bool((scale <= 0).any()):

@@ -63,11 +63,7 @@ def compare(masked: Any, cut: Any, tolerance: float, telling: Collection[str] | 
 
 
 def _difference_in(name: str, expected: Value, found: Value, tolerance: float) -> float:
-    """The difference in one thing that is returned.
-
-    Raises:
-        VerificationError: It is more than rounding.
-    """
+    """The difference in one thing that is returned."""
     if not isinstance(expected, _NUMBERS) or not isinstance(found, _NUMBERS):
         if expected != found:
             raise VerificationError(f"'{name}' is {found!r} in the cut model, not {expected!r}")
@@ -153,11 +149,6 @@ def check_comparable(
     output: Any, decisions: Sequence[Decision], telling: Collection[str] | None = None
 ) -> None:
     """Refuse a model of which no cut could be verified.
-
-    Args:
-        output: What it returns.
-        decisions: What it decides on the way.
-        telling: Names of what depends on its layers; None: all.
 
     Raises:
         ModelError: There is no number to compare.

@@ -16,8 +16,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.memento import like
 from ss_pruning.graph.groups import Side
-from ss_pruning.graph.layer_types import LayerType, layer_type_of
-from ss_pruning.graph.layers import groups_of, is_depthwise, layout_of, long_axis, weight_of, width
+from ss_pruning.graph.layers import (
+    LayerType,
+    groups_of,
+    is_depthwise,
+    layer_type_of,
+    layout_of,
+    long_axis,
+    weight_of,
+    width,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def cut_layer(module: nn.Module, cut: Cut) -> None:
 
 def _cut_along(module: nn.Module, layout: LayerType, cut: Cut) -> None:
     side = "in" if cut.side == "in" else "out"
-    for name, axis in layout.axes(side).items():
+    for name, axis in layout.axes[side].items():
         if getattr(module, name) is not None:
             gather_(module, name, axis, cut.kept)
     if side in layout.sizes:

@@ -18,44 +18,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_COMPARES = frozenset(
-    (
-        "eq",
-        "ne",
-        "gt",
-        "ge",
-        "lt",
-        "le",
-        "isclose",
-        "isnan",
-        "isinf",
-        "isfinite",
-        "signbit",
-        "sign",
-        "heaviside",
-    )
-)
-_SELECTS = frozenset(
-    (
-        "argmax",
-        "argmin",
-        "argsort",
-        "sort",
-        "topk",
-        "kthvalue",
-        "median",
-        "nanmedian",
-        "mode",
-        "max",
-        "min",
-        "cummax",
-    )
-)
-_FINDS = frozenset(
-    ("cummin", "nonzero", "nonzero_static", "searchsorted", "bucketize", "unique_dim", "unique_consecutive")
-)
-_TELLS = frozenset(("_unique2", "_local_scalar_dense", "is_nonzero", "equal", "allclose"))
-_ROUNDS = frozenset(("ceil", "floor", "round", "trunc", "fix", "frac", "floor_divide", "remainder", "fmod"))
+_COMPARES = {
+    *("eq", "ne", "gt", "ge", "lt", "le", "isclose", "isnan", "isinf", "isfinite"),
+    *("signbit", "sign", "heaviside"),
+}
+_SELECTS = {
+    *("argmax", "argmin", "argsort", "sort", "topk", "kthvalue", "median", "nanmedian", "mode", "max", "min"),
+    "cummax",
+}
+_FINDS = {
+    *("cummin", "nonzero", "nonzero_static", "searchsorted", "bucketize", "unique_dim", "unique_consecutive"),
+}
+_TELLS = {"_unique2", "_local_scalar_dense", "is_nonzero", "equal", "allclose"}
+_ROUNDS = {"ceil", "floor", "round", "trunc", "fix", "frac", "floor_divide", "remainder", "fmod"}
 _DECIDES = _COMPARES | _SELECTS | _FINDS | _TELLS | _ROUNDS
 _WHOLE = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 # Bytes of what decisions looked at that are kept; beyond it a model decides by itself.
@@ -113,7 +88,8 @@ class _Deciding(TorchDispatchMode):
             given = _cloned(given)
         result = func(*args, **kwargs)
         looked_at = tuple(thing for thing in given if _is_measured(thing))
-        if not looked_at or (kind == "foreign" and not _puts_out_whole_numbers(result)):
+        whole = any(isinstance(t, Tensor) and t.dtype in _WHOLE for t in pytree.tree_leaves(result))
+        if not looked_at or (kind == "foreign" and not whole):
             return result
         terms = tuple(thing for thing in given if not _is_measured(thing))
         return self.decided(Decision(func._schema.name, looked_at, terms, result))
@@ -209,10 +185,6 @@ def _kind_of(func: Any) -> _Kind:
     if name in ("_to_copy", "to"):
         return "cast"
     return "rounding" if name == "div" else "always" if name in _DECIDES else "never"
-
-
-def _puts_out_whole_numbers(result: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.dtype in _WHOLE for t in pytree.tree_leaves(result))
 
 
 def _cloned(result: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ss_pruning.errors import VerificationError
 from ss_pruning.surgery.plan import Plan
@@ -32,16 +32,17 @@ class Verified:
 Attempt = Callable[[Collection[Number]], Verified]
 
 
+@dataclass
 class FewestNumbers:
     """What plans for one model have told of its stored numbers; those of alike blocks are one.
 
-    Args:
+    Attributes:
         idle: Numbers that need not follow.
+        needed: Numbers that must.
     """
 
-    def __init__(self, idle: frozenset[Number]) -> None:
-        self.idle = idle
-        self.needed: set[Number] = set()
+    idle: frozenset[Number]
+    needed: set[Number] = field(default_factory=set)
 
     def verified(self, attempt: Attempt, fixed: frozenset[Number], last: bool) -> Verified:
         """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.

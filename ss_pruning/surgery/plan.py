@@ -18,8 +18,7 @@ from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.graph.groups import Key, Side
-from ss_pruning.graph.layer_types import layer_type_of
-from ss_pruning.graph.layers import is_depthwise, width
+from ss_pruning.graph.layers import is_depthwise, layer_type_of, width
 from ss_pruning.graph.refusals import check_whole
 from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
 
@@ -75,9 +74,7 @@ class Plan:
     def cut_copy(self, model: nn.Module, values: nn.Module | None = None) -> nn.Module:
         """A copy of `model` that is cut; it shares the tensors that are not.
 
-        Args:
-            model: What to copy; not changed.
-            values: A model of the same shapes, from which tensors are taken where they differ.
+        Where they differ, tensors are taken from `values`, a model of the same shapes.
 
         Raises:
             PlanError: The plan does not fit the model.
@@ -86,7 +83,8 @@ class Plan:
         small = shell(model)
         with torch.inference_mode(False):  # what is made there could never be trained
             holders = {path.rpartition(".")[0] for path in (*(cut.path for cut in self.cuts), *self.biases)}
-            make_prunable_(small, holders.__contains__)
+            if any(isinstance(m, nn.MultiheadAttention) for m in modules_of(small).values()):
+                make_prunable_(small, holders.__contains__)
             self._check(small)
             self._cut_(small)
             _tie_(small, model)

@@ -5,16 +5,12 @@ Nothing but what is run is copied: parameters become float64 only while a layer 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.copying import read_as, retyped
-from ss_pruning._utils.running import call, preserved
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
 TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
@@ -31,12 +27,6 @@ PRECISIONS: tuple[tuple[Callable[[nn.Module], nn.Module], Callable[[Tensor], Ten
     (lambda model: retyped(model, _double), _double, TOLERANCE),
     (lambda model: read_as(model, Tensor.clone), Tensor.clone, COARSE_TOLERANCE),
 )
-
-
-def run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any] | None = None) -> Any:
-    """What a model returns in eval mode, while a mode is entered if one is given; nothing of the pass stays."""
-    with torch.no_grad(), preserved(model, training=False), mode or contextlib.nullcontext():
-        return call(model, inputs)
 
 
 def stirred(model: nn.Module) -> nn.Module:

@@ -9,19 +9,16 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.running import output_of
 from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.surgery.agreement import compare
-from ss_pruning.surgery.precision import PRECISIONS, run, stirred
+from ss_pruning.surgery.precision import PRECISIONS, stirred
 
 
 def with_prunable_attention(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy in whose `torch.nn.MultiheadAttention` heads can go; the model itself if it has none, or would differ.
 
     Plans for the copy fit the model: cutting it makes prunable what they name.
-
-    Args:
-        model: Not changed.
-        example_inputs: What `forward` takes; the copy is compared on them, in float64.
     """
     if not any(isinstance(module, nn.MultiheadAttention) for module in modules_of(model).values()):
         return model
@@ -37,11 +34,11 @@ def _same(dense: nn.Module, twin: nn.Module, example_inputs: Any) -> bool:
     for precise, change, tolerance in PRECISIONS:
         inputs = pytree.tree_map_only(Tensor, change, example_inputs)
         try:
-            expected = run(precise(dense), inputs)
+            expected = output_of(precise(dense), inputs)
         except Exception:  # the model does not run in this precision
             continue
         try:
-            compare(expected, run(precise(twin), inputs), tolerance)
+            compare(expected, output_of(precise(twin), inputs), tolerance)
         except Exception:  # it differs, or code around it reads weights that are held elsewhere now
             return False
         return True

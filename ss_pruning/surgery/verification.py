@@ -33,6 +33,7 @@ from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.outputs import values_in
+from ss_pruning._utils.running import output_of
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup, Selection
@@ -50,7 +51,7 @@ from ss_pruning.surgery.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
-from ss_pruning.surgery.precision import PRECISIONS, run, stirred
+from ss_pruning.surgery.precision import PRECISIONS, stirred
 from ss_pruning.surgery.size_attributes import (
     Number,
     Parts,
@@ -73,11 +74,7 @@ class Verifier:
     ) -> None:
         """Copy `model`.
 
-        Args:
-            model: The dense model; not changed.
-            example_inputs: What `forward` takes.
-            connectivity: The connectivity of `model`.
-            watch: Entered for each verification: to time it.
+        `watch` is entered for each verification, to time it.
 
         Raises:
             ModelError: The model cannot be copied.
@@ -100,7 +97,7 @@ class Verifier:
         """The copy without data, if the model runs so."""
         try:
             twin = retyped(self.dense, lambda t: t.to("meta"))
-            run(self.precise(twin), _to_meta(self.inputs))
+            output_of(self.precise(twin), _to_meta(self.inputs))
         except Exception:  # looks at values, or keeps tensors where `to` does not find them
             return None
         return twin
@@ -130,17 +127,16 @@ class Verifier:
     ) -> Verified:
         """Apply `plan` to a copy and compare with the masked copy.
 
-        Args:
-            plan: What to cut.
-            selection: The same as channels by layer side (positional layers included).
-            groups: The units of the plan; the sizes of their subgroups are numbers that modules may store.
-            fixed: Stored numbers that must not follow the cut.
-            locate: If the outputs differ, say in the error from which layer on.
+        `selection` is what the plan keeps, by layer side, positional layers included; the sizes of the subgroups of its
+        `groups` are numbers that modules may store. `fixed` ones must not follow the cut. With `locate` the error says
+        from which layer on outputs differ.
 
         Raises:
             VerificationError: The cut model does not run, or differs from the masked one.
         """
-        attempt = partial(self._verify, plan, selection, groups, locate=locate, reorder=True)
+        shuffled = any(group.shuffled for group in groups)
+        parts = part_sizes(groups, selection, self.connectivity)
+        attempt = partial(self._verify, plan, selection, parts, locate=locate, reorder=shuffled)
         self.masked_run = None
         try:
             with self.watch():
@@ -159,14 +155,13 @@ class Verifier:
         self,
         plan: Plan,
         selection: Selection,
-        groups: Sequence[PruningGroup],
+        parts: Parts,
         fixed: Collection[Number],
         *,
         locate: bool,
         reorder: bool,
     ) -> Verified:
         """With `reorder`, if outputs differ, see in which order channels arrive in the cut model, and try again so."""
-        parts = part_sizes(groups, selection, self.connectivity)
         # In a search, most plans that are wrong do not even run; that shows on shapes alone.
         if self.failures:
             self._run_on_shapes(plan, parts, fixed)
@@ -174,8 +169,8 @@ class Verifier:
             self.masked_run = self._masked(selection)
         expected, decisions = self.masked_run
         small = _cut(self.dense, plan)
-        sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         twin = self.precise(small)
+        sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         found, holding = _run_cut(twin, self.inputs, sizes_that_follow, self.holding(decisions))
         try:
             match = compare(expected, found, self.tolerance, self.telling)
@@ -183,12 +178,12 @@ class Verifier:
             worst = holding.error if by_decisions else match.error
             return _verified(plan, sizes_that_follow, worst, by_decisions)
         except VerificationError as error:
-            if not reorder or not any(group.shuffled for group in groups):
+            if not reorder:
                 at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), sizes_that_follow.found, at) from error
         _let_follow(small, sizes_that_follow)
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
-        return self._verify(replace(plan, cuts=moved), selection, groups, fixed, locate=locate, reorder=False)
+        return self._verify(replace(plan, cuts=moved), selection, parts, fixed, locate=locate, reorder=False)
 
     def verify_shapes(
         self,
@@ -210,11 +205,7 @@ class Verifier:
         )
 
     def _run_on_shapes(self, plan: Plan, parts: Parts, fixed: Collection[Number]) -> SizeAttributes:
-        """Run a cut model without data, and return what followed.
-
-        Raises:
-            VerificationError: It does not run.
-        """
+        """Run a cut model without data, and return what followed."""
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         if self.ghost is not None:
             _run_cut(self.precise(_cut(self.ghost, plan)), _to_meta(self.inputs), sizes_that_follow)
@@ -225,12 +216,7 @@ class Verifier:
         return partial(Holding, decisions, difference, self.tolerance)
 
     def _masked(self, selection: Selection) -> tuple[Any, list[Decision]]:
-        """What the masked model returns, and what it decides on the way.
-
-        Raises:
-            VerificationError: It does not run.
-            ModelError: Nothing could be compared.
-        """
+        """What the masked model returns, and what it decides on the way."""
         try:
             return self._masked_pass(selection)
         except ModelError:
@@ -264,7 +250,7 @@ class Verifier:
     def _run_masked(self, twin: nn.Module, selection: Selection) -> tuple[Any, list[Decision]]:
         recording = Recording()
         with masked(twin, selection, self.connectivity):
-            return run(twin, self.inputs, recording), recording.decisions
+            return output_of(twin, self.inputs, recording), recording.decisions
 
     def _telling(self, output: Any) -> frozenset[str] | None:
         """Names of what is returned that is another when all layers are; None if the connectivity tells as much."""
@@ -291,11 +277,11 @@ class Verifier:
     def _finds_precision(self) -> bool:
         """Go on to the first precision in which the dense model runs; False if it runs in the present one."""
         with contextlib.suppress(Exception):
-            run(self.twin, self.inputs)
+            output_of(self.twin, self.inputs)
             return False
         while self._next_precision():
             with contextlib.suppress(Exception):
-                run(self.twin, self.inputs)
+                output_of(self.twin, self.inputs)
                 return True
         return False
 
@@ -332,7 +318,7 @@ class Verifier:
 
         modules = modules_of(model)
         with hooked({path: modules[path] for path in sums}, arrived):
-            run(model, self.inputs)
+            output_of(model, self.inputs)
         return sums
 
 
@@ -363,16 +349,14 @@ def _run_cut(
     """The cut model's output, with all numbers that follow, and the last mode that it ran in.
 
     They follow on the way, and what reads one before its module runs meets the old one: it runs until none is new.
-
-    Raises:
-        VerificationError: It does not run.
     """
     with _watching(small, sizes_that_follow):
         while True:
-            known, entered = len(sizes_that_follow.found), mode()
+            known = len(sizes_that_follow.found)
             _let_follow(small, sizes_that_follow)  # what a pass sets is taken back with the rest
+            entered = mode()
             try:
-                output = run(small, inputs, entered)
+                output = output_of(small, inputs, entered)
             except Exception as error:
                 if len(sizes_that_follow.found) > known:
                     continue

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ss_pruning._utils.modules import buffers_of, modules_of, parameters_of, tensors_of
+from ss_pruning._utils.modules import modules_of, parameters_of, tensors_of
 
 
 def tangled() -> nn.Module:
@@ -35,7 +35,6 @@ def test_the_walk_finds_what_torch_finds(build: object) -> None:
     assert list(modules_of(model).items()) == list(model.named_modules())
     for ours, theirs in (
         (parameters_of(model), model.named_parameters()),
-        (buffers_of(model), model.named_buffers()),
         (tensors_of(model), (*model.named_parameters(), *model.named_buffers())),
     ):
         expected = list(theirs)

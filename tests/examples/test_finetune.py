@@ -26,7 +26,7 @@ from torch import nn
 import ss_pruning
 import ss_pruning.sources.models
 from ss_pruning.errors import InputError
-from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.importance.strength import kernel_powers
 from ss_pruning.io.distributed import broadcast_plan, check_agreement, fingerprint
 from ss_pruning.sparsity.masks import masks_of
 

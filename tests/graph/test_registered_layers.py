@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.layer_types import layer_type_of, register_layer
-from ss_pruning.graph.layers import kernel_powers, layout_of
+from ss_pruning.graph.layers import layer_type_of, layout_of, register_layer
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
+from ss_pruning.importance.strength import kernel_powers
 from ss_pruning.planning.costs import Costs
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.sparsity.penalty import StrengthPenalty
@@ -340,6 +340,6 @@ def test_the_layout_of_torchs_layers_is_that_of_their_tensors() -> None:
         layout = layout_of(layer)
         for side, n in (("in", 3), ("out", 5)):
             assert getattr(layer, layout.sizes[side]) == n
-            for name, axis in layout.axes(side).items():
+            for name, axis in layout.axes[side].items():
                 assert getattr(layer, name).shape[axis] == n
     assert layout_of(nn.BatchNorm2d(3)) is None

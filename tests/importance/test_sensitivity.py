@@ -30,7 +30,7 @@ from ss_pruning.config import (
 )
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, couple, pruned_of, ranks_of
+from ss_pruning.graph.groups import Coupling, couple, ranks_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import measure
@@ -53,7 +53,7 @@ from ss_pruning.importance.sensitivity import (
 )
 from ss_pruning.importance.shared_prefix import Prefix
 from ss_pruning.importance.synaptic import SynapticImportance as Synaptic
-from ss_pruning.planning.allocation import allot, schedule, select, to_plan
+from ss_pruning.planning.allocation import allot, pruned_of, schedule, select, to_plan
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import Ranker
 from ss_pruning.report.notes import certainty

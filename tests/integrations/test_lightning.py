@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 from pytorch_lightning.strategies import FSDPStrategy
 
 from ss_pruning.errors import InputError
-from ss_pruning.graph.layers import kernel_powers
+from ss_pruning.importance.strength import kernel_powers
 from ss_pruning.integrations.lightning.callback import StrengthPruning
 from ss_pruning.sparsity.masks import masks_of
 from ss_pruning.sparsity.penalty import StrengthPenalty

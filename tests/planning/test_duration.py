@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ss_pruning import Allocation, Report, prune_
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.planning import time_budget
+from ss_pruning.planning import duration
 from ss_pruning.profiling.rates import Rates
 from ss_pruning.report.notes import certainty
 from tests.support.zoo import randomise
@@ -103,7 +103,7 @@ def test_sensitivity_that_was_asked_for_is_measured(monkeypatch: pytest.MonkeyPa
 def test_the_inputs_that_are_left_are_spread_over_all() -> None:
     from ss_pruning.importance.calibration import Batch
 
-    work = time_budget.Work(None, 4, None, {})  # type: ignore[arg-type]
+    work = duration.Work(None, 4, None, {})  # type: ignore[arg-type]
     batch = Batch.of(torch.arange(12.0)[:, None]).limited(2, None)
     found = work.of(batch)
     assert found is not None

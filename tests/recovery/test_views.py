@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ss_pruning.config import Recovery
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.settings import Recovery
 from ss_pruning.recovery.views import another_view
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ss_pruning import compact_, synaptic_strength
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.layers import by_kernel, kernel_powers
+from ss_pruning.importance.strength import by_kernel, kernel_powers
 from ss_pruning.sparsity.masks import (
     check_unmasked,
     mask_,

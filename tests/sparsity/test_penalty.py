@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ss_pruning import synaptic_strength
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph import trace
-from ss_pruning.graph.layers import groups_of, kernel_powers
+from ss_pruning.graph.layers import groups_of
+from ss_pruning.importance.strength import kernel_powers
 from ss_pruning.sparsity.masks import mask_, masks_of
 from ss_pruning.sparsity.penalty import StrengthPenalty, concentration, strength_penalty, warm_up
 from tests.support import oracle

@@ -57,12 +57,7 @@ class Dataflow:
 
     @staticmethod
     def of(calls: Calls, inputs: Any) -> Dataflow:
-        """Watch one pass.
-
-        Args:
-            calls: Of the model, entered.
-            inputs: What `forward` takes; a few are enough.
-        """
+        """Watch one pass over a few inputs; the model has been entered."""
         watch = _Watch()
         with torch.inference_mode(False), torch.no_grad(), watch:  # there nobody counts what is written
             calls.run(inputs, watch.visit)

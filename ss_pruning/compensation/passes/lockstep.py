@@ -70,16 +70,7 @@ class Lockstep:
         sums: Mapping[str, Sum],
         dense_side: Side = "out",
     ) -> None:
-        """See how the dense model runs, and where passes can go on after a stop.
-
-        Args:
-            small: Of the pruned model, entered.
-            large: Of the dense model, likewise.
-            batch: The images.
-            paths: Layers that run once.
-            sums: What layers are added to.
-            dense_side: Whether the dense model stops after layers or before them.
-        """
+        """See how the dense model runs, and where passes can go on after a stop at one of `paths`, which run once."""
         first, last = batch[: batch.unit].inputs, batch[-batch.unit :].inputs
         flow = Dataflow.of(large, first)
         sides: tuple[Side, Side] = ("in", dense_side)

@@ -127,7 +127,8 @@ class PartialPasses:
             here = call[-1][0]
             if call in before:
                 value = before[call]
-                answer = self._again(call, value)
+                again = _copied if call in self.stops.rewritten else _filled
+                answer = again(value, self.fill)
             else:
                 if here == path and self.stops.side == "in":
                     raise _Reached(given(self.modules[here], args, kwargs))
@@ -149,9 +150,6 @@ class PartialPasses:
             value: Tensor = reached.value
             return value
         return None
-
-    def _again(self, call: Call, value: Any) -> Any:
-        return _copied(value, self.fill) if call in self.stops.rewritten else _filled(value, self.fill)
 
     def _set_aside(self, paused: Paused, until: str, path: str, side: Side, args: Any, kwargs: Any) -> None:
         for layer, place in self.asides.items():

@@ -7,7 +7,7 @@ just one channel listens: the ratio of the two is that channel. A third pull wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -35,12 +35,12 @@ def label_of(labels: Sharing, n: int) -> npt.NDArray[np.int64]:
 _LARGE, _SAMPLE = 2**16, 2**12
 
 
+@dataclass
 class Labels:
     """Random cotangents, channel labels and a permutation of them, cached by shape."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-        self.cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Ints]] = {}
+    generator: torch.Generator
+    cache: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Ints]] = field(default_factory=dict)
 
     def __call__(
         self, like: Tensor, axis: int, sharing: Sharing = None

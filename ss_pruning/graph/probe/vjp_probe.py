@@ -160,11 +160,7 @@ def _resolved(arrival: Arrival, inflow: Inflow, labels: Labels, others: Sequence
 
 
 def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
-    """Numbers of arrivals, in batches of which no two see the same leaf: one backward pass serves a batch.
-
-    Args:
-        near: By number of an arrival, the leaves that it sees.
-    """
+    """Numbers of arrivals, in batches of which no two see the same leaf: one backward pass serves a batch."""
     batches: list[tuple[list[int], set[int]]] = []
     for i, leaves in near.items():
         numbers, taken = next((b for b in batches if b[1].isdisjoint(leaves)), ([], set()))

@@ -52,10 +52,11 @@ def on_noise(
     that, so heads and gates, which see one vector an image, are seen in a second run, with noise that varies from image
     to image; all positions are alike there, so that a quarter of them will do if the model takes a smaller image.
     """
+    shrinks = (2, 1) if _may_shrink(example_inputs) else (1,)
     seen = _noisy_run(model, connectivity, example_inputs, paths, _MAPS)
     vectors = [path for path, s in seen.items() if s.values == s.images]
     if vectors:
-        for shrink in (2, 1) if _may_shrink(example_inputs) else (1,):
+        for shrink in shrinks:
             with contextlib.suppress(*[ModelError] * (shrink > 1)):
                 noise = replace(_VECTORS, shrink=shrink)
                 seen |= _noisy_run(model, connectivity, example_inputs, vectors, noise)

@@ -153,14 +153,6 @@ def observe(
 ) -> dict[str, Seen]:
     """Statistics of each layer's input over all positions of all batches, in one pass; only of layers that ran.
 
-    Args:
-        model: As for `measure`.
-        connectivity: As for `measure`.
-        batches: What it runs on, each in parts that run at once.
-        paths: Of the layers.
-        kind: What is summed.
-        samples: How many there are in all, to tell how far it is; 0 if nobody knows.
-
     Raises:
         InputError: There is no batch.
         ModelError: The model does not run on a batch, or a layer reads NaN or Inf.

@@ -34,13 +34,7 @@ _SPLIT_SEED = 1811
 
 
 class _Block(nn.Module):
-    """Basic residual block: two 3x3 convolutions, and a 1x1 one on the shortcut where the shape changes.
-
-    Args:
-        inputs: Number of input channels.
-        outputs: Number of output channels.
-        stride: Stride of the first convolution and of the shortcut.
-    """
+    """Basic residual block: two 3x3 convolutions, and a 1x1 one on the shortcut where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import FoldMean, prune_
-from ss_pruning.compensation import selection
+from ss_pruning.compensation import apply
 from ss_pruning.compensation.fidelity import Reference, held_out
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.report.notes import certainty
@@ -42,13 +42,13 @@ def test_the_report_says_what_is_kept_on_inputs_that_were_held_out() -> None:
 
 def test_nothing_held_out_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    real = selection.prepared
+    real = apply.prepared
 
     def noted(traced: Any, plan: Any, compensation: Any, images: Any) -> Any:
         seen.append(images.inputs if images is not None else torch.empty(0, 3, 9, 9))
         return real(traced, plan, compensation, images)
 
-    monkeypatch.setattr(selection, "prepared", noted)
+    monkeypatch.setattr(apply, "prepared", noted)
     pruned("linear")
     held, _ = held_out(Batch.of(X))
     fitted = {row.numpy().tobytes() for rows in seen for row in rows}
@@ -58,7 +58,7 @@ def test_nothing_held_out_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compensation_that_leads_away_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that adds noise to what it was given."""
-    real = selection.prepared
+    real = apply.prepared
 
     def spoiled(traced: Any, plan: Any, compensation: Any, images: Any) -> Any:
         model, plan, outcome = real(traced, plan, compensation, images)
@@ -68,7 +68,7 @@ def test_a_compensation_that_leads_away_is_left_out(monkeypatch: pytest.MonkeyPa
         return model, plan, outcome
 
     plain, _ = pruned("none", allocation="global")
-    monkeypatch.setattr(selection, "prepared", spoiled)
+    monkeypatch.setattr(apply, "prepared", spoiled)
     model, report = pruned("mean")
     assert report.compensation_dropped
     assert report.fidelity == report.fidelity_uncompensated
