@@ -161,12 +161,12 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
         channel_set = components(slots.total, np.concatenate([ties, *lone.values()]))
     frozen = frozen_slots(connectivity, slots, modules, ignore or {})
     reasons = channel_set_reasons(slots, channel_set, frozen)
-    subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons, lone)
-    groups = _groups(subgroups, modules, connectivity)
-    even = [_even(group, slots.widths, modules) for group in groups]
     whole = excluded_by_reason(connectivity, slots, channel_set, reasons) + left_uncalled(
         connectivity, modules
     )
+    subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons, lone)
+    groups = _groups(subgroups, modules, connectivity)
+    even = [_even(group, slots.widths, modules) for group in groups]
     uneven = [group for group, fits in zip(groups, even, strict=True) if not fits]
     if uneven:
         paths = dict.fromkeys(subgroup.root.path for group in uneven for subgroup in group.subgroups)

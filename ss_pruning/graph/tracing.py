@@ -34,13 +34,11 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, output_of, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention
+from ss_pruning.graph.channel_labels import Arrival, Labels, Leaf
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
-from ss_pruning.graph.probe.channel_labels import Labels
-from ss_pruning.graph.probe.double_precision import KeptDouble
-from ss_pruning.graph.probe.pulls import Arrival, Leaf
-from ss_pruning.graph.probe.vjp_probe import SEED, pull, pull_output
 from ss_pruning.graph.refusals import check_bare, usable_inputs
+from ss_pruning.graph.vjp_probe import SEED, pull, pull_output
 
 #: The path of a layer (or the name of a loose tensor) and one of its channels.
 Source = tuple[str, int]
@@ -356,4 +354,20 @@ class TiedIndices(TorchFunctionMode):
             if id(indices) in self.pooled:
                 values = self.pooled[id(indices)][0].to(x)
                 result = result + func(values, indices, *rest, **kwargs)
+        return result
+
+
+_CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
+
+
+class KeptDouble(TorchFunctionMode):
+    """While it is entered, what is double stays so where code asks for another floating-point type.
+
+    Code that computes in single precision, as linear attention often does, would blur labels.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _CASTS and args[0].dtype == torch.float64 and isinstance(result, Tensor):
+            return args[0].to(result.device) if result.is_floating_point() else result
         return result

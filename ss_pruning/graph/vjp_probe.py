@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ss_pruning.graph.channel_labels import (
+    Arrival,
+    Inflow,
+    Labels,
+    Leaf,
+    Span,
+    all_channels,
+    heard,
+    label_of,
+    pull_batch,
+    rows_along,
+)
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
-from ss_pruning.graph.probe.channel_labels import Labels, label_of, rows_along
-from ss_pruning.graph.probe.heads import apart_from_heads, with_heads
-from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, Span, all_channels, heard, pull_batch
+from ss_pruning.graph.heads import apart_from_heads, with_heads
 
 #: Of all randomness in the probe.
 SEED = 20181811

@@ -15,9 +15,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ss_pruning.graph.channel_labels import (
+    Arrival,
+    Inflow,
+    Labels,
+    Leaf,
+    Sharing,
+    Span,
+    heard,
+    label_of,
+    pull_batch,
+)
 from ss_pruning.graph.connectivity import Heads
-from ss_pruning.graph.probe.channel_labels import Labels, Sharing, label_of
-from ss_pruning.graph.probe.pulls import Arrival, Inflow, Leaf, Span, heard, pull_batch
 
 #: What the channels of a span hear of those that feed several.
 Hear = Callable[[Span], Tensor]
