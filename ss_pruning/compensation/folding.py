@@ -70,19 +70,8 @@ def fold_means_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any)
         images: Calibration inputs that means come from; None for the model's own noise, see
             `ss_pruning.importance.activation_stats`.
     """
-    outcome = Outcome()
-    consumers = _consumers(traced, plan, outcome)
     source: StatisticsSource = "gaussian" if images is None else Batch.of(images).split(BATCH)
-    statistics = measure(traced.model, traced.connectivity, source, traced.example_inputs, list(consumers))
-    constants = {}
-    for path, cut in consumers.items():
-        mean = statistics[path].mean
-        if mean is not None:
-            constants[path] = torch.zeros_like(mean)
-            constants[path][cut.removed] = mean[cut.removed]
-    _fold_(pruned, traced, plan, constants, outcome)
-    outcome.skipped |= dict.fromkeys((path for path in consumers if path not in constants), IDLE)
-    return outcome
+    return _fold_(pruned, traced, plan, source, linear=False)
 
 
 def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any) -> Outcome:
@@ -92,14 +81,23 @@ def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
     predicted from those of its group, since a grouped convolution has no weight for the others. Layers too wide for a
     covariance get the mean alone (see `ss_pruning.importance.activation_stats.measure`).
     """
-    outcome = Outcome()
+    return _fold_(pruned, traced, plan, Batch.of(images).split(BATCH), linear=True)
+
+
+def _fold_(
+    pruned: nn.Module, traced: TracedModel, plan: Plan, source: StatisticsSource, *, linear: bool
+) -> Outcome:
+    """Fold means, or predictions, as if no border were padded."""
+    outcome, norms, inputs = Outcome(), norms_behind(traced.connectivity), traced.example_inputs
     consumers = _consumers(traced, plan, outcome)
-    batches = Batch.of(images).split(BATCH)
-    statistics = measure(traced.model, traced.connectivity, batches, None, list(consumers), covariance=True)
-    constants = {}
+    statistics = measure(
+        traced.model, traced.connectivity, source, inputs, list(consumers), covariance=linear
+    )
+    kept_outputs = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
     for path, cut in consumers.items():
-        module, seen = traced.modules[path], statistics[path]
+        module, seen, kept_out = traced.modules[path], statistics[path], kept_outputs.get(path)
         if seen.mean is None:
+            outcome.skipped[path] = IDLE
             continue
         inverse = seen.covariance if cut.removed else None
         if inverse is not None:
@@ -107,10 +105,13 @@ def fold_linear_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
         kept, removed = (torch.tensor(side, dtype=torch.long) for side in (cut.kept, cut.removed))
         predicted = Predicted.of(seen.mean, inverse, kept, removed)
         if predicted.slope is not None:
-            _add_inputs(pruned.get_submodule(path), module, predicted, _kept_outputs(plan, path))
-        constants[path] = predicted.constants()
-    _fold_(pruned, traced, plan, constants, outcome)
-    outcome.skipped |= dict.fromkeys((path for path in consumers if path not in constants), IDLE)
+            _add_inputs(pruned.get_submodule(path), module, predicted, kept_out)
+        constant = predicted.constants()
+        bias = constant_output(module, constant)
+        add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
+        outcome.layers.append(path)
+        if _is_padded(module) and bool(constant.ne(0).any()):
+            outcome.inexact.append(path)
     return outcome
 
 
@@ -130,11 +131,6 @@ def _consumers(traced: TracedModel, plan: Plan, outcome: Outcome) -> dict[str, C
     return found
 
 
-def _kept_outputs(plan: Plan, path: str) -> Tensor | None:
-    kept = next((cut.kept for cut in plan.cuts if cut.path == path and cut.side == "out"), None)
-    return None if kept is None else torch.tensor(kept)
-
-
 def _add_inputs(small: nn.Module, module: nn.Module, predicted: Predicted, kept_out: Tensor | None) -> None:
     """`W[:, kept] += W[:, removed] slope`, group by group and tap by tap; groups lose inputs in equal numbers."""
     assert predicted.slope is not None
@@ -146,20 +142,6 @@ def _add_inputs(small: nn.Module, module: nn.Module, predicted: Predicted, kept_
     own = torch.arange(groups, device=slope.device)
     added = torch.einsum("gor...,gkr->gok...", lost.to(slope), slope[own, :, own])
     weights_by_group(small).add_(added.to(weight))
-
-
-def _fold_(
-    pruned: nn.Module, traced: TracedModel, plan: Plan, constants: Mapping[str, Tensor], outcome: Outcome
-) -> None:
-    """Add to the biases of layers what constant inputs put out (as if no border were padded)."""
-    norms = norms_behind(traced.connectivity)
-    for path, constant in constants.items():
-        bias = constant_output(traced.modules[path], constant)
-        kept_out = _kept_outputs(plan, path)
-        add_bias(pruned, path, bias if kept_out is None else bias[kept_out.to(bias.device)], norms, outcome)
-        outcome.layers.append(path)
-        if _is_padded(traced.modules[path]) and bool(constant.ne(0).any()):
-            outcome.inexact.append(path)
 
 
 def _is_padded(module: nn.Module) -> bool:
