@@ -84,9 +84,6 @@ def retyped(
         model: What to copy.
         change: Given a tensor, which it must not write into, returns what takes its place.
         tables: "_parameters", "_buffers" or both; what is in the other one is shared with `model`.
-
-    Raises:
-        ModelError: The model cannot be copied.
     """
     twin = shell(model)
     made: dict[int, Any] = {}
@@ -111,9 +108,6 @@ def read_as(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     Args:
         model: What to copy.
         change: Given a tensor, returns one with a memory of its own.
-
-    Raises:
-        ModelError: The model cannot be copied.
     """
     twin = retyped(model, change, ("_buffers",))
     for module in modules_of(twin).values():
@@ -137,11 +131,7 @@ class _Changing(dict[str, Any]):
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy with tensors of its own.
-
-    Raises:
-        ModelError: The model cannot be copied.
-    """
+    """A copy with tensors of its own."""
     return retyped(model, Tensor.clone)
 
 

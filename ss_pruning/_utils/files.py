@@ -56,20 +56,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all.
-
-    Raises:
-        InputError: see `replacing`.
-    """
+    """Write `content` to `path`, whole or not at all."""
     write_together({path: content})
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all.
-
-    Raises:
-        InputError: see `replacing`.
-    """
+    """Write `text` to `path` as UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 

@@ -28,11 +28,7 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def checked_call(model: nn.Module, inputs: Any, what: str = "example inputs") -> Any:
-    """Likewise, of inputs that nothing has run on yet.
-
-    Raises:
-        ModelError: The model does not run on them.
-    """
+    """Likewise, of inputs that nothing has run on yet; `what` names them where the model does not run."""
     try:
         return call(model, inputs)
     except Exception as error:

@@ -88,15 +88,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models in one setting.
-
-    Attributes:
-        setting: How they ran.
-        rounds: How often each was timed.
-        speeds: By name.
-        ratios: By name, the median over the rounds of its time as a share of the first's in the same round.
-        spreads: By name, the quartiles of that.
-    """
+    """Models in one setting: by name their speeds, and median and quartiles of their shares of the first one's time."""
 
     setting: Setting
     rounds: int
@@ -128,14 +120,7 @@ class Worth:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured; the first model is what the others are compared with.
-
-    Attributes:
-        machine: Where.
-        file_bytes: By name of the model.
-        comparisons: One for each setting.
-        outputs: None where there are neither labels nor two models with weights.
-    """
+    """All that was measured, by name of the model; the first one is what the others are compared with."""
 
     machine: dict[str, str]
     file_bytes: dict[str, int]
@@ -175,13 +160,7 @@ def compare(
     device: torch.device,
     seconds: float = 60.0,
 ) -> Comparison:
-    """Time models in turns in one setting.
-
-    Raises:
-        InputError: The layout is one of images, and the inputs are none; or exported files are to run otherwise than
-            as they are.
-        ModelError: A model does not run in this setting.
-    """
+    """Time models in turns in one setting."""
     x = random_inputs(setting.batch, size)
     if setting.layout == "channels_last" and x.dim() != 4:
         raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")

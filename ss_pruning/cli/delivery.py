@@ -60,11 +60,7 @@ def _named(file: Path, wanted: Rebuilt) -> str:
 
 
 def request_of(wanted: Recovering, seed: int) -> Request:
-    """The dense model and the images, as the user says, or else the file and the report beside it.
-
-    Raises:
-        InputError: Nobody says where images are, or what the architecture.
-    """
+    """The dense model and the images, as the user says, or else the file and the report beside it."""
     if wanted.calibration is None and wanted.data is None:
         raise InputError(
             "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "

@@ -62,11 +62,7 @@ def random_weights(request: Request) -> bool:
 
 
 def check_statistics(request: Request, synaptic: Synaptic) -> None:
-    """Refuse what reads images where there are none.
-
-    Raises:
-        InputError: Says which option would give some.
-    """
+    """Refuse what reads images where there are none."""
     if synaptic.statistics == DATA and request.data is None and request.photos is None:
         raise InputError("--statistics data reads images: say where they are with --data.")
 
@@ -115,11 +111,7 @@ def with_data(request: Request, model: nn.Module) -> Job:
 
 
 def check_photos(request: Request) -> None:
-    """Refuse a folder that is not there.
-
-    Raises:
-        InputError: Names it.
-    """
+    """Refuse a folder that is not there."""
     if request.photos is not None and not request.photos.is_dir():
         raise InputError(
             f"--calibration is data, synthetic, or a folder of images; there is no folder {str(request.photos)!r}."

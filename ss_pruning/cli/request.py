@@ -143,11 +143,7 @@ class Budgets:
     latency: float | None = None
 
     def given(self) -> dict[str, float]:
-        """By name.
-
-        Raises:
-            InputError: None or several were given.
-        """
+        """By name."""
         chosen = {name: value for name, value in vars(self).items() if value is not None}
         if len(chosen) != 1:
             listed = " and ".join(f"--{name}" for name in chosen) or "none"
@@ -182,11 +178,7 @@ class Method:
         return kind() if self.recalibrate is None else kind(recalibrate=self.recalibrate)
 
     def check(self, synaptic: config.Synaptic) -> None:
-        """Refuse options of synaptic strength beside another importance.
-
-        Raises:
-            InputError: Names the first.
-        """
+        """Refuse options of synaptic strength beside another importance."""
         given = [name for name, value in vars(synaptic).items() if value is not None]
         if given and self.importance != SYNAPTIC:
             raise InputError(f"--{given[0]} belongs to --importance synaptic, not to {self.importance}.")
@@ -303,11 +295,7 @@ class Compared(Rebuilt, Labelled):
         return [file for file in self.files if file.suffix == ".onnx"]
 
     def pruned(self) -> Path | None:
-        """The file of ours, if there is one.
-
-        Raises:
-            InputError: There are several, or weights without one.
-        """
+        """The file of ours, if there is one."""
         ours = [file for file in self.files if file.suffix != ".onnx"]
         if len(ours) > 1:
             raise InputError(

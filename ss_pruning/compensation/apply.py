@@ -190,11 +190,7 @@ class Prepared:
 def prepared_best(
     traced: TracedModel, plan: Plan, compensation: Compensation, calibration: Calibration
 ) -> Prepared:
-    """Cut a copy; compensate it, unless that leads away from the dense model.
-
-    Raises:
-        ModelError: The compensation failed.
-    """
+    """Cut a copy; compensate it, unless that leads away from the dense model."""
     made = prepared(traced, plan, compensation, calibration.fitted)
     reference = calibration.reference
     if reference is None:

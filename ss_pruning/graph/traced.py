@@ -37,12 +37,7 @@ class TracedModel:
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, ignore: Ignore = ()) -> TracedModel:
-        """Run the model.
-
-        Raises:
-            ModelError: It does not run on the inputs.
-            InputError: `ignore` names no layer that runs.
-        """
+        """Run the model."""
         connectivity = trace(model, example_inputs)
         ignored: dict[str, str] = {}
         for path in paths_of(model, ignore):

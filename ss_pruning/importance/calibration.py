@@ -120,11 +120,7 @@ class Batch:
 
 
 def stream(batches: Iterable[Any], example: Any) -> Iterator[Batch]:
-    """Batches as they come, each in the form of the example inputs; without an example, of one tensor.
-
-    Raises:
-        InputError: One has another form, or holds NaN or Inf.
-    """
+    """Batches as they come, each in the form of the example inputs; without an example, of one tensor."""
     for number, batch in enumerate(batches):
         where = f"calibration batch {number}"
         if example is None and not isinstance(batch, Batch):
@@ -166,9 +162,6 @@ def shaped(batch: Any, example: Any, where: str) -> Any:
     """A batch in the form of the example inputs, without what comes beside it, such as labels.
 
     What is no tensor in the example stays what it is there.
-
-    Raises:
-        InputError: It has another form.
     """
     if isinstance(example, Mapping):
         return _as_mapping(batch, example, where)

@@ -130,13 +130,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Reads:
-    """Where a consumer reads the channels that are scored.
-
-    Attributes:
-        path: Of the consumer.
-        channels: `[n]`, its input channels.
-        places: `[n]`, the scored channel that arrives at each.
-    """
+    """Where the consumer `path` reads what is scored: `[n]` of its input channels, and which scored one arrives there."""
 
     path: str
     channels: Ints

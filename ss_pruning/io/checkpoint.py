@@ -107,20 +107,12 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checksum_of(path: str | os.PathLike[str]) -> str | None:
-    """The checksum that a file of `save` carries, not compared with its tensors; None in the first format.
-
-    Raises:
-        FileFormatError: It is damaged, or not written by `save`.
-    """
+    """The checksum that a file of `save` carries, not compared with its tensors; None in the first format."""
     return _noted(_metadata(path), {}, path)[1]
 
 
 def dense_checksum_of(path: str | os.PathLike[str]) -> str | None:
-    """The checksum of the dense weights that a file of `save` keeps; None where it keeps none.
-
-    Raises:
-        FileFormatError: It is damaged, or not written by `save`.
-    """
+    """The checksum of the dense weights that a file of `save` keeps; None where it keeps none."""
     return None if _is_checkpoint(path) else _noted(_metadata(path), {}, path)[0].dense
 
 
@@ -160,12 +152,7 @@ def load(
 
 
 def architecture_of(path: str | os.PathLike[str]) -> str | None:
-    """The architecture that a file names; None where it names none.
-
-    Raises:
-        InputError: The file does not exist.
-        FileFormatError: It is damaged, or not written by `save`.
-    """
+    """The architecture that a file names; None where it names none."""
     return None if _is_checkpoint(path) else _read(path).architecture
 
 

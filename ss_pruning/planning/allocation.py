@@ -94,12 +94,7 @@ def _stops(group: PruningGroup, max_ratio: float, round_to: int | None, free: in
 def allot(
     groups: Sequence[PruningGroup], scores: Sequence[Sequence[Floats]], costs: Costs, config: Config
 ) -> tuple[Schedule, Ints]:
-    """The moves in order, and `[groups]`, how many steps each group takes to meet the budget.
-
-    Raises:
-        NothingToPruneError: No move is possible.
-        BudgetError: The budget is out of reach.
-    """
+    """The moves in order, and `[groups]`, how many steps each group takes to meet the budget."""
     budget, allocation = config.budget, config.allocation
     multiples = costs.multiples(allocation.round_to, groups)
     if budget.kind != "ratio" and allocation.cost_exponent:

@@ -95,14 +95,7 @@ def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
 
 @dataclass(frozen=True)
 class Duration:
-    """Counts the work of a run.
-
-    Attributes:
-        traced: The model.
-        config: The effective settings.
-        layers: See `layers_of`.
-        rates: See there.
-    """
+    """Counts the work of a run by these settings."""
 
     traced: TracedModel
     config: Config

@@ -66,10 +66,6 @@ def find_latency_plan(find: Find, target: float, measure: Measure) -> LatencyPla
 
     The budget of the search is in seconds of the table. It is moved by what the measurement says, and halved towards
     the other side where it would leave what is known to be too slow or too fast.
-
-    Raises:
-        NothingToPruneError: No channel may go.
-        BudgetError: The target is out of reach.
     """
     low, high, goal = 0.0, 1.0, target
     tried: list[LatencyPlan] = []

@@ -44,16 +44,7 @@ class Ranking:
 
 @dataclass
 class Ranker:
-    """Ranks the channels of what may be cut, anew where that has changed, and takes what the budget asks for.
-
-    Attributes:
-        traced: The model.
-        config: What `prune_` was asked for.
-        costs: Of the model.
-        images: One batch of calibration inputs, or None.
-        clock: Times the stages.
-        effort: How output error is measured; by default what suits method and images.
-    """
+    """Ranks the channels of what may be cut, anew where that has changed, and takes what the budget asks for."""
 
     traced: TracedModel
     config: Config
@@ -65,12 +56,7 @@ class Ranker:
     _latest: tuple[Coupling, Ranking] | None = field(default=None, init=False)
 
     def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
-        """The moves in order, and `[groups]`, how many steps each group takes to meet the budget.
-
-        Raises:
-            NothingToPruneError: No channel may go.
-            BudgetError: The budget is out of reach.
-        """
+        """The moves in order, and `[groups]`, how many steps each group takes to meet the budget."""
         check_any(coupling)
         ranking = self.ranked(coupling)
         config = replace(ranking.config, budget=self.config.budget)
@@ -210,11 +196,7 @@ _NO_LAYER = (
 
 
 def check_any(coupling: Coupling) -> None:
-    """Refuse a model in which nothing may be cut.
-
-    Raises:
-        NothingToPruneError: Says why.
-    """
+    """Refuse a model in which nothing may be cut."""
     if not coupling.groups:
         raise NothingToPruneError(f"the model has no channel that may go. {named_excluded(coupling)}")
 

@@ -53,10 +53,6 @@ def find_verified_plan(
     """Allocate and verify; exclude what fails, and again, until all that is cut is right.
 
     What failed in an earlier search of the same model, if that is `known`, is not tried again.
-
-    Raises:
-        NothingToPruneError: No channel may go, as `allocate` says.
-        BudgetError: The budget is out of reach, as `allocate` says.
     """
     failed: tuple[Excluded, ...] = ()
     fixed: set[Number] = set()

@@ -62,13 +62,7 @@ def _pairs(coupling: Coupling) -> Pairs:
 
 @dataclass(frozen=True)
 class _Trials:
-    """Tries on shapes whether groups can lose a step.
-
-    Attributes:
-        verifier: Where it is tried.
-        coupling: What may be cut.
-        fixed: Stored numbers that were found to equal a width by chance.
-    """
+    """Tries on shapes whether groups can lose a step."""
 
     verifier: Verifier
     coupling: Coupling

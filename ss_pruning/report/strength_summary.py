@@ -95,9 +95,6 @@ def write(path: Path, strengths: Strengths, summary: Summary, facts: Mapping[str
 
     The safetensors file holds `strength/<module path>` `[out, in // groups]` and `unscaled/<module path>`
     `[in]`.
-
-    Raises:
-        InputError: the place cannot be written to.
     """
     if path.suffix == ".json":
         write_text(path, _json(summary, facts))

@@ -157,11 +157,7 @@ class _MaskedVerifier(Verifier):
         return Verified(plan, self.difference(self.compacted(plan)[0]))
 
     def difference(self, small: nn.Module) -> float:
-        """Largest difference to the masked model's output, relative to the largest output.
-
-        Raises:
-            VerificationError: It is more than rounding.
-        """
+        """Largest difference to the masked model's output, relative to the largest output."""
         holding = self.holding(self.decisions)()
         match = compare(self.expected, output_of(small, self.noise, holding), self.tolerance)
         certified(match, holding)

@@ -39,12 +39,6 @@ class Match:
 def compare(masked: Any, cut: Any, tolerance: float, telling: Collection[str] | None = None) -> Match:
     """Compare all that two models return: numbers to within `tolerance`, all else exactly.
 
-    Args:
-        masked: What the masked model returns.
-        cut: What the cut model returns.
-        tolerance: Largest relative difference.
-        telling: Names of what depends on the model's layers, see `that_tell`; None: all.
-
     Raises:
         VerificationError: Something differs; names the first.
         ModelError: An output cannot be looked into.

@@ -19,9 +19,6 @@ def reordered(
 
     A shuffle permutes a smaller tensor differently, so the kept channels of what reads it change places. Each arriving
     channel is known by a source channel that feeds it, in the dense connectivity and in the small one.
-
-    Raises:
-        VerificationError: What arrives is not a permutation of what should.
     """
     cuts = []
     for cut in plan.cuts:

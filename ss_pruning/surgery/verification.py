@@ -75,9 +75,6 @@ class Verifier:
         """Copy `model`.
 
         `watch` is entered for each verification, to time it.
-
-        Raises:
-            ModelError: The model cannot be copied.
         """
         self.connectivity, self.watch = connectivity, watch
         self.examples = example_inputs
@@ -108,12 +105,7 @@ class Verifier:
         vars(self).pop("ghost", None)
 
     def run(self) -> None:
-        """Run the dense copy: from here on the shapes at every module and the tolerance are known.
-
-        Raises:
-            VerificationError: It does not run.
-            ModelError: Nothing could be compared.
-        """
+        """Run the dense copy: from here on the shapes at every module and the tolerance are known."""
         self._masked({})
 
     def verify(
@@ -192,11 +184,7 @@ class Verifier:
         groups: Sequence[PruningGroup],
         fixed: Collection[Number] = (),
     ) -> Verified:
-        """See that a cut model runs, without data; see `verify`. Where the model does not, nothing is seen.
-
-        Raises:
-            VerificationError: It does not run.
-        """
+        """See that a cut model runs, without data; see `verify`. Where the model does not, nothing is seen."""
         if not self.arrivals:
             self.run()
         fixed = frozenset(fixed) | self.numbers.idle

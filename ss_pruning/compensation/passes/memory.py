@@ -23,11 +23,7 @@ _KEPT = 2**29
 
 
 def memory_bound(model: nn.Module) -> int:
-    """Bytes that may be held where the model is: `$SS_PRUNING_MEMORY`, or else 1.5 GiB, less where little is free.
-
-    Raises:
-        InputError: The variable is no whole number of bytes.
-    """
+    """Bytes that may be held where the model is: `$SS_PRUNING_MEMORY`, or else 1.5 GiB, less where little is free."""
     told = os.environ.get(VARIABLE)
     if told is None:
         return min(_MOST, int(_SHARE * _free(device_of(model))))
