@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ss_pruning._utils.memento import is_surrounding, like
+from ss_pruning._utils.memento import is_surrounding, parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning._utils.objects import children
 from ss_pruning.errors import ModelError
@@ -138,7 +138,7 @@ def copied(model: nn.Module) -> nn.Module:
 def _like(tensor: Tensor, data: Tensor) -> Tensor:
     """Data as the same kind of tensor: a parameter for a parameter."""
     if type(tensor) is nn.Parameter:
-        return like(nn.Parameter(data, requires_grad=tensor.requires_grad), tensor)
+        return parameter_like(tensor, data)
     if type(tensor) is Tensor:
         return data
     raise ModelError(f"the model cannot be copied: it holds a {type(tensor).__name__}")

@@ -340,6 +340,13 @@ def like(made: Tensor, tensor: Tensor) -> Tensor:
     return made
 
 
+def parameter_like(parameter: Tensor, data: Tensor) -> nn.Parameter:
+    """A parameter of other data, of which is known what is known of the first."""
+    made = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    like(made, parameter)
+    return made
+
+
 class _Kept(NamedTuple):
     """A tensor: what it looked at, its content if that is kept, its gradient and its flag."""
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ss_pruning._utils.memento import like
+from ss_pruning._utils.memento import parameter_like
 from ss_pruning._utils.modules import modules_of
 
 _LAYERS = ("q_proj", "k_proj", "v_proj")
@@ -152,9 +152,8 @@ def _thirds(packed: nn.Parameter | None) -> list[nn.Parameter | None]:
     """Of a packed parameter the parts of queries, keys and values, with their gradients."""
     if packed is None:
         return [None] * 3
-    parts = [nn.Parameter(part.clone(), packed.requires_grad) for part in packed.detach().chunk(3)]
+    parts = [parameter_like(packed, part.clone()) for part in packed.detach().chunk(3)]
     grads = [None] * 3 if packed.grad is None else packed.grad.chunk(3)
     for part, grad in zip(parts, grads, strict=True):
-        like(part, packed)
         part.grad = None if grad is None else grad.clone()
     return [*parts]

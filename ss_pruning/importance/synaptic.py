@@ -130,7 +130,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Reads:
-    """Where the consumer `path` reads what is scored: `[n]` of its input channels, and which scored one arrives there."""
+    """Where the consumer `path` reads what is scored: `[n]` input channels, and the scored one that arrives at each."""
 
     path: str
     channels: Ints

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable, replacing
-from ss_pruning._utils.running import call, preserved, quiet_hooks
+from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.profiling.onnx_model import OnnxModel, require
@@ -94,10 +94,11 @@ def export(
 
 def _format(path: str | os.PathLike[str], given: str | None) -> Format:
     chosen = given or Path(path).suffix.removeprefix(".")
-    for known in get_args(Format):
-        if chosen == known:
-            return known  # type: ignore[no-any-return]
-    raise InputError(f"format={chosen!r} is unknown; use 'onnx' or 'pt2', or name the file *.onnx or *.pt2")
+    if chosen not in get_args(Format):
+        raise InputError(
+            f"format={chosen!r} is unknown; use 'onnx' or 'pt2', or name the file *.onnx or *.pt2"
+        )
+    return chosen  # type: ignore[return-value]
 
 
 def _with_batch(inputs: Any, batch: int) -> Any:
@@ -117,7 +118,7 @@ def _with_batch(inputs: Any, batch: int) -> Any:
 
 def _followed(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
     """The model as a program with a free batch size."""
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (_as_tuple(inputs), {})
+    args, kwargs = as_arguments(inputs)
     batch = torch.export.Dim("batch")
     free = pytree.tree_map_only(Tensor, lambda _: {0: batch}, inputs)
     shapes = free if isinstance(free, (dict, tuple)) and not isinstance(inputs, Tensor) else (free,)
@@ -130,10 +131,6 @@ def _followed(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
             f"torch.export cannot follow the model with a free batch size ({type(error).__name__}: {first}); see "
             "https://docs.pytorch.org/docs/stable/export.html for what it needs"
         ) from error
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 Runner = Callable[[Any], list[Tensor]]

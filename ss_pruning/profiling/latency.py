@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss_pruning._utils.arrays import tensors_among
@@ -236,14 +235,10 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
-        old = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in pytree.tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor) not in given:
+        given = tensors_among((args, kwargs))
+        known, old = set(map(id, given)), {tensor.untyped_storage().data_ptr() for tensor in given}
+        for tensor in tensors_among(result):
+            if id(tensor) not in known:
                 self._note(tensor, old)
         return result
 

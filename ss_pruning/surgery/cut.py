@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ss_pruning._utils.memento import like
+from ss_pruning._utils.memento import parameter_like
 from ss_pruning.graph.groups import Side
 from ss_pruning.graph.layers import (
     LayerType,
@@ -142,8 +142,7 @@ def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -
     if not isinstance(tensor, nn.Parameter):
         setattr(module, name, selected)
         return
-    parameter = nn.Parameter(selected, requires_grad=tensor.requires_grad)
-    like(parameter, tensor)
+    parameter = parameter_like(tensor, selected)
     if tensor.grad is not None:
         parameter.grad = _formatted(select(tensor.grad), tensor.grad)
     setattr(module, name, parameter)

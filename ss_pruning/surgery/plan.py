@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.copying import shell
-from ss_pruning._utils.memento import like
+from ss_pruning._utils.memento import parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
@@ -272,8 +272,7 @@ def _with_values(tensor: Tensor, values: Any) -> Any:
         return tensor
     if not isinstance(tensor, nn.Parameter):
         return values
-    parameter = nn.Parameter(values, requires_grad=tensor.requires_grad)
-    like(parameter, tensor)
+    parameter = parameter_like(tensor, values)
     parameter.grad = tensor.grad
     return parameter
 

@@ -370,3 +370,23 @@ def test_the_outcome_names_the_layers_that_were_changed(method: str) -> None:
 )
 def test_where_a_constant_may_meet_a_border(layer: nn.Module, padded: bool) -> None:
     assert _is_padded(layer) is padded
+
+
+class Gated(TwoLayers):
+    """Images in which some places do not count: what is added to their logits is minus infinity."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x) * mask.exp().mean((2, 3))
+
+
+@pytest.mark.parametrize("method", ["mean", "linear"])
+def test_masks_may_hold_infinity_where_the_example_does(method: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.zeros(24, 1, 9, 9).index_fill(3, torch.tensor([0, 1]), -torch.inf)
+    inputs = {"x": torch.randn(24, 3, 9, 9), "mask": mask}
+    model = randomise(Gated(), 0)
+    report = prune_(
+        model, {k: x[:2] for k, x in inputs.items()}, macs=0.7, compensation=method, calibration=inputs
+    )
+    assert report.fidelity is None or report.fidelity.error < 1
+    assert all(p.isfinite().all() for p in model.parameters())
