@@ -27,7 +27,12 @@ LEAST_HELD_OUT = 20
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_COMPENSATIONS: dict[str, Callable[..., Any]] = {}
+_COMPENSATIONS: dict[str, Callable[..., Any]] = {
+    "none": lambda *_: None,  # what is masked is what is cut
+    "mean": fold_means_,
+    "linear": fold_linear_,
+    "reconstruct": reconstruct_,
+}
 
 
 def register_compensation(
@@ -55,11 +60,6 @@ def register_compensation(
         solves: ClassVar[bool] = needs_calibration
 
     COMPENSATIONS[name] = Registered
-    return compensates(name)
-
-
-def compensates(name: str) -> Callable[[Function], Function]:
-    """A decorator for the function that carries out a compensation whose settings exist."""
 
     def register(function: Function) -> Function:
         _COMPENSATIONS[name] = function
@@ -203,12 +203,3 @@ def prepared_best(
     if found.error <= plain.error:
         return Prepared(*made, found, plain)
     return Prepared(*alone, plain, plain, dropped=True)
-
-
-@compensates("none")
-def _leave(*_: object) -> None:
-    """What is masked is what is cut."""
-
-
-for _name, _compensate in {"mean": fold_means_, "linear": fold_linear_, "reconstruct": reconstruct_}.items():
-    compensates(_name)(_compensate)

@@ -24,7 +24,15 @@ from ss_pruning.graph.layers import is_depthwise
 
 Maker = TypeVar("Maker", bound=Callable[[], Any])
 
-_IMPORTANCES: dict[str, Callable[[], Any]] = {}
+_IMPORTANCES: dict[str, Callable[[], Any]] = {
+    "synaptic": Synaptic,
+    "magnitude": partial(tp.importance.GroupMagnitudeImportance, p=2),
+    "magnitude-l1": partial(tp.importance.GroupMagnitudeImportance, p=1),
+    "bn-scale": tp.importance.BNScaleImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "random": tp.importance.RandomImportance,
+}
 
 
 def register_importance(name: str) -> Callable[[Maker], Maker]:
@@ -53,18 +61,6 @@ def importance_named(name: str) -> Any:
     if name not in _IMPORTANCES:
         raise InputError(f"importance={name!r} is unknown; use {', '.join(map(repr, _IMPORTANCES))}")
     return _IMPORTANCES[name]()
-
-
-for _name, _maker in {
-    "synaptic": Synaptic,
-    "magnitude": partial(tp.importance.GroupMagnitudeImportance, p=2),
-    "magnitude-l1": partial(tp.importance.GroupMagnitudeImportance, p=1),
-    "bn-scale": tp.importance.BNScaleImportance,
-    "lamp": tp.importance.LAMPImportance,
-    "fpgm": tp.importance.FPGMImportance,
-    "random": tp.importance.RandomImportance,
-}.items():
-    register_importance(_name)(_maker)
 
 
 @dataclass(frozen=True)
