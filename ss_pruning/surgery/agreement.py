@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ss_pruning._utils.outputs import Value, tensors_in, values_in
 from ss_pruning.errors import ModelError, VerificationError
-from ss_pruning.surgery.decisions import Decision, Holding
+
+if TYPE_CHECKING:
+    from ss_pruning.surgery.decisions import Decision, Holding
 
 _NUMBERS = (Tensor, np.ndarray, bool, int, float, complex)
 # From here on a number may be what a mask is filled with, if no other comes within a factor of it.

@@ -9,7 +9,7 @@ looked at are the last that can be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ss_pruning.surgery.agreement import difference
 
 _COMPARES = {
     *("eq", "ne", "gt", "ge", "lt", "le", "isclose", "isnan", "isinf", "isfinite"),
@@ -126,14 +128,9 @@ class Holding(_Deciding):
         differs: The first operation that looked at others of the same shape; empty if none did.
     """
 
-    def __init__(
-        self,
-        decisions: Sequence[Decision],
-        difference: Callable[[Tensor, Tensor], float | None],
-        tolerance: float,
-    ) -> None:
+    def __init__(self, decisions: Sequence[Decision], tolerance: float) -> None:
         super().__init__()
-        self.left, self.difference, self.tolerance = list(reversed(decisions)), difference, tolerance
+        self.left, self.tolerance = list(reversed(decisions)), tolerance
         self.compared, self.error, self.differs = 0, 0.0, ""
 
     def decided(self, decision: Decision) -> Any:
@@ -148,7 +145,7 @@ class Holding(_Deciding):
         if [t.shape for t in before.looked_at] != [t.shape for t in decision.looked_at]:
             return decision.result  # on channels, of which there are fewer
         pairs = zip(before.looked_at, decision.looked_at, strict=True)
-        errors = [self.difference(a, b) for a, b in pairs]
+        errors = [difference(a, b) for a, b in pairs]
         alike = all(error is not None and error <= self.tolerance for error in errors)
         if not alike or not _same_terms(before.terms, decision.terms, self.tolerance):
             self.differs = self.differs or decision.operation

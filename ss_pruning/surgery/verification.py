@@ -43,7 +43,6 @@ from ss_pruning.surgery.agreement import (
     check_comparable,
     compare,
     decisions_that_tell,
-    difference,
     that_tell,
 )
 from ss_pruning.surgery.channel_order import reordered
@@ -201,7 +200,7 @@ class Verifier:
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""
-        return partial(Holding, decisions, difference, self.tolerance)
+        return partial(Holding, decisions, self.tolerance)
 
     def _masked(self, selection: Selection) -> tuple[Any, list[Decision]]:
         """What the masked model returns, and what it decides on the way."""

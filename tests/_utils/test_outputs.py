@@ -17,7 +17,7 @@ from ss_pruning import prune_
 from ss_pruning._utils.outputs import tensors_in, values_in
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph import trace
-from ss_pruning.surgery.agreement import compare, difference
+from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.decisions import Holding, Recording
 
 Pair = namedtuple("Pair", "logits features")
@@ -244,12 +244,12 @@ def test_a_model_is_held_to_decisions_about_the_same_numbers_alone() -> None:
     )
     with Recording() as recording:
         first = scores.argmax()
-    holding = Holding(recording.decisions, difference, 1e-10)
+    holding = Holding(recording.decisions, 1e-10)
     with holding:
         second = nearly.argmax()
     assert (first, second, nearly.argmax()) == (2, 2, 1)
     assert holding.compared == 3
-    strict = Holding(recording.decisions, difference, 0.0)
+    strict = Holding(recording.decisions, 0.0)
     with strict:
         assert nearly.argmax() == 1
     assert strict.differs
@@ -273,7 +273,7 @@ def test_every_jump_is_held(name: str, decide: Callable[[Tensor], Any]) -> None:
     with Recording() as recording:
         expected = decide(t.clone())
     assert recording.decisions
-    with Holding(recording.decisions, lambda a, b: 0.0, 1.0):  # whatever it looks at
+    with Holding(recording.decisions, float("inf")):  # whatever it looks at
         held = decide(-t)
     assert str(held) == str(expected)
     assert str(decide(-t)) != str(expected) or name == "item"

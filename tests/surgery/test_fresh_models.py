@@ -18,7 +18,6 @@ from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
 from ss_pruning.graph import trace
 from ss_pruning.graph.layers import channel_axis, kind_of
-from ss_pruning.surgery.agreement import difference
 from ss_pruning.surgery.decisions import Holding, Recording
 from tests.support import oracle
 
@@ -231,7 +230,7 @@ def test_the_difference_is_that_of_what_is_decided_on() -> None:
     recording = Recording()
     with recording:
         assert not (scores > 2).any()
-    holding = Holding(recording.decisions, difference, 1e-10)
+    holding = Holding(recording.decisions, 1e-10)
     with holding:
         assert not (scores + 3e-12 > 2).any()
     assert (holding.compared, holding.differs) == (9, "")

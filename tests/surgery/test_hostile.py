@@ -173,7 +173,7 @@ def test_a_decision_on_other_terms_is_not_taken_over() -> None:
     t = torch.linspace(0, 1, 5)
     with Recording() as recording:
         t.topk(4)
-    holding = Holding(recording.decisions, difference, 1e-6)
+    holding = Holding(recording.decisions, 1e-6)
     with holding:
         assert len(t.topk(2).values) == 2
     assert holding.differs
