@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Lightning's own imports warn of Python's
@@ -51,20 +50,6 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        yield
-
-
-@pytest.fixture
-def images() -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(32, 3, 8, 8, generator=generator)
-    return DataLoader(TensorDataset(pixels, torch.arange(32) % 3), batch_size=16)
 
 
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Lightning's own imports warn of Python's
@@ -28,19 +27,6 @@ from ss_pruning.integrations.lightning.imitation import Imitation
 from ss_pruning.surgery.plan import plan_of
 from tests.integrations.test_lightning import EXAMPLE, Classifier, trainer
 from tests.support.snapshot import snapshot
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        yield
-
-
-@pytest.fixture
-def images() -> DataLoader[Any]:
-    pixels = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(pixels, torch.arange(32) % 3), batch_size=16)
 
 
 def teacher() -> nn.Module:
