@@ -63,9 +63,9 @@ class Reference:
 
 def held_out(batch: Batch, share: int = 5) -> tuple[Batch, Batch]:
     """Each `share`-th of the inputs, and the others; whole units of both."""
-    rows = torch.arange(len(batch)).reshape(-1, batch.unit)
-    chosen = torch.arange(len(rows)) % share == share - 1
-    return batch[rows[chosen].flatten()], batch[rows[~chosen].flatten()]
+    units = torch.arange(len(batch) // batch.unit)
+    chosen = units % share == share - 1
+    return batch.of_units(units[chosen]), batch.of_units(units[~chosen])
 
 
 def _outputs(model: nn.Module, parts: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -72,6 +72,10 @@ class Batch:
         count = len(range(self.count)[index]) if isinstance(index, slice) else len(index)
         return replace(self, inputs=self._mapped(taken), count=count)
 
+    def of_units(self, numbers: Tensor) -> Batch:
+        """Some of the samples, those that must run together by the number that they have together."""
+        return self[(numbers[:, None] * self.unit + torch.arange(self.unit)).flatten()]
+
     def split(self, size: int) -> list[Batch]:
         """Parts of about so many samples, and no more than run at once."""
         size = self.most or max(size // self.unit, 1) * self.unit

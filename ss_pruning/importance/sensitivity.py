@@ -188,11 +188,10 @@ def _check(images: Batch) -> None:
 def _held_out(images: Any, count: int) -> tuple[Batch, Batch]:
     """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
     batch = Batch.of(images)
-    rows = torch.arange(len(batch)).reshape(-1, batch.unit)
-    chosen = torch.linspace(0, len(rows) - 1, min(max(count // batch.unit, 1), len(rows) // 2)).long()
-    stays = torch.ones(len(rows), dtype=torch.bool)
-    stays[chosen] = False
-    return batch[rows[chosen].flatten()], batch[rows[stays].flatten()]
+    units = len(batch) // batch.unit
+    chosen = torch.linspace(0, units - 1, min(max(count // batch.unit, 1), units // 2)).long()
+    others = torch.arange(units)[~torch.isin(torch.arange(units), chosen)]
+    return batch.of_units(chosen), batch.of_units(others)
 
 
 def _consumers(group: PruningGroup, connectivity: Connectivity) -> list[str]:

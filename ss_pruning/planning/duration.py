@@ -240,7 +240,7 @@ class Work:
         if images is None or self.inputs == len(images):
             return images
         units = torch.linspace(0, len(images) // images.unit - 1, max(self.inputs // images.unit, 1)).long()
-        return images[(units[:, None] * images.unit + torch.arange(images.unit)).flatten()]
+        return images.of_units(units)
 
     @property
     def total(self) -> float:

@@ -190,10 +190,7 @@ def _parts(batch: Batch, settings: Recovery) -> tuple[Batch, Batch]:
         )
     order = torch.randperm(units, generator=torch.Generator().manual_seed(settings.seed))
     hidden = min(max(round(settings.held_out * units), 1), units - 1)
-    parts = (order[hidden:].sort().values, order[:hidden].sort().values)
-    shown, kept_back = (
-        batch[(part[:, None] * batch.unit + torch.arange(batch.unit)).flatten()] for part in parts
-    )
+    shown, kept_back = (batch.of_units(part.sort().values) for part in (order[hidden:], order[:hidden]))
     # Compensation may have fitted the very images: views of them are new to it.
     generator = torch.Generator().manual_seed(settings.seed)
     return shown, another_view(kept_back, settings, generator)

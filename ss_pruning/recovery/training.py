@@ -139,7 +139,7 @@ class Training:
         images, unit = self.images, self.images.unit
         count = max(min(self.settings.batch, images.most or self.settings.batch, len(images)) // unit, 1)
         units = torch.randint(len(images) // unit, (count,), generator=generator)
-        return images[(units[:, None] * unit + torch.arange(unit)).flatten()]
+        return images.of_units(units)
 
     def _measure(self) -> None:
         """Note fidelity, keep the weights if they are the best, and see whether to go on."""
