@@ -208,7 +208,7 @@ def test_roundings_are_the_steps_of_the_hardware(step: int, monkeypatch: pytest.
     connectivity = trace(model, X)
     groups = couple(connectivity, model).groups
     times = layer_latency.latency_table(model, X, connectivity)
-    found = layer_latency.roundings(times, groups)
+    found = {group.name: times.rounding(group) for group in groups}
     assert (found["slow"], found["quick"]) == (step, step)
 
 
@@ -222,7 +222,7 @@ def test_noise_alone_asks_for_no_rounding(monkeypatch: pytest.MonkeyPatch) -> No
     model = Net(128)
     connectivity = trace(model, X)
     times = layer_latency.latency_table(model, X, connectivity)
-    assert set(layer_latency.roundings(times, couple(connectivity, model).groups).values()) == {1}
+    assert {times.rounding(group) for group in couple(connectivity, model).groups} == {1}
 
 
 def test_the_table_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
@@ -393,7 +393,7 @@ def test_other_roundings_are_refused(round_to: Any) -> None:
 
 def test_measured_rounding_without_a_latency_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ss_pruning.pruning.latency_table", lambda *_: LatencyTable({}))
-    monkeypatch.setattr("ss_pruning.planning.costs.roundings", lambda *_: {"slow": 16, "quick": 1})
+    monkeypatch.setattr(LatencyTable, "rounding", lambda _, group: {"slow": 16, "quick": 1}[group.name])
     model = randomise(Net(), 0)
     report = prune_(model, X, macs=0.55, allocation=Allocation(round_to="measured"))
     assert model.slow.out_channels % 16 == 0

@@ -238,7 +238,7 @@ def test_the_difference_is_that_of_what_is_decided_on() -> None:
 
 
 def test_a_report_says_how_near_the_numbers_are_that_were_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ss_pruning.surgery.verification.difference", lambda a, b: 4e-13)
+    monkeypatch.setattr("ss_pruning.surgery.decisions.difference", lambda a, b: 4e-13)
     torch.manual_seed(0)
     report = prune_(Finds().eval(), torch.randn(1, 3, 12, 12), ratio=0.5)
     assert (report.by_decisions, report.max_error) == (True, 4e-13)
