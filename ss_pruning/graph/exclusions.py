@@ -11,8 +11,7 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.graph.attention import PrunableAttention, refusals
-from ss_pruning.graph.channel_index import Slots
-from ss_pruning.graph.connectivity import INPUT, Connectivity
+from ss_pruning.graph.connectivity import INPUT, Connectivity, Slots
 from ss_pruning.graph.layers import kind_of, width
 
 OUTPUT_REASON = "reaches the model's output"

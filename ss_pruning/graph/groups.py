@@ -25,8 +25,7 @@ from torch import nn
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.channel_index import Key, Side, Slots, components, ties_of
-from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.connectivity import Connectivity, Key, Side, Slots, components, ties_of
 from ss_pruning.graph.exclusions import (
     IGNORED_REASON,
     UNEVEN_REASON,

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ss_pruning.errors import SSPruningError
-from ss_pruning.graph.channel_index import components
-from ss_pruning.graph.connectivity import pattern
+from ss_pruning.graph.connectivity import components, pattern
 from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import schedule, select, to_plan

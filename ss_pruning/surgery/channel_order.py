@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ss_pruning.errors import VerificationError
-from ss_pruning.graph.channel_index import Side
-from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.connectivity import Connectivity, Side
 from ss_pruning.graph.groups import Selection
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.plan import Plan
