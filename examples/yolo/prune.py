@@ -102,7 +102,7 @@ class Road:
             dense,
             str(self.data),
             steps=options.steps,
-            settings=ss_pruning.Recovery(rate=2e-5, flip=False, batch=32),
+            settings=ss_pruning.Recovery(flip=False, batch=32),
         )
         self.measure("and recovered, without labels", small, time.time() - started)
         small.save(self.out / "recovered.pt")

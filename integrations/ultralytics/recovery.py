@@ -18,9 +18,6 @@ from ss_pruning.recovery.settings import Recovery
 
 # Unlabelled images to draw from files.
 _IMAGES = 256
-#: Logits of classes hardly vary where nothing is found, so that relative to that small errors are large: with the rate
-#: that suits classifiers, the first steps overshoot and nothing comes back.
-RATE = 2e-5
 
 
 def recover_yolo_(
@@ -33,8 +30,8 @@ def recover_yolo_(
         dense: The one that was pruned, or its file (a pickle, **which runs the code in it**); not changed.
         images: A data.yaml or a folder, of which 256 images are drawn and letterboxed, or what `recover_` takes.
         imgsz: Height and width of images from files; by default as for `prune_yolo`.
-        options: What else `recover_` takes: `steps`, `minutes`, `checkpoint`, `progress`, and `settings`, by default
-            `Recovery(rate=2e-5)`; add `flip=False` where left and right matter.
+        options: What else `recover_` takes: `steps`, `minutes`, `checkpoint`, `progress`, and `settings`, such as
+            `Recovery(flip=False)` where left and right matter.
 
     Raises:
         InputError: An argument is wrong, or `dense` is another network.
@@ -46,4 +43,4 @@ def recover_yolo_(
     if isinstance(images, (str, os.PathLike)) and images != SYNTHETIC:
         images = calibration_images(images, side_of(yolo, imgsz), task=yolo.task, count=_IMAGES)
     with raw_outputs(student), raw_outputs(teacher), thawed(student):
-        return recover_(student, teacher, images, **{"settings": Recovery(rate=RATE), **options})
+        return recover_(student, teacher, images, **options)

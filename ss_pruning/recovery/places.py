@@ -1,8 +1,9 @@
-"""Where a pruned model is compared with the dense one: the feature maps that the stages of a network end with.
+"""Where a pruned model is compared with the dense one: the feature maps that its blocks and stages end with.
 
 A stage is a run of blocks on maps of one size; its end carries all that later layers get to see, and its channels mean
-the same in both models, but that some are missing. Found by running both models, and by the label probe where channels
-are missing; names of modules say nothing.
+the same in both models, but that some are missing. So do those of a block within a stage that has lost none, as in a
+residual stream that was left whole. Found by running both models, and by the label probe where channels are missing;
+names of modules say nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Place:
 
 
 def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tuple[Place, ...]:
-    """The ends of the stages of both models; the outputs of the models where there is no other.
+    """The ends of the stages of both models, and of blocks that lost no channel; the outputs where there is no other.
 
     Args:
         model: The pruned model, which carries its plan; not changed.
@@ -67,6 +68,8 @@ def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tupl
     ends = _ends({path: shape for path, shape in shared.items() if path in blocks})
     if len(ends) < 2:  # no blocks, or one around all layers
         ends = _ends(shared)
+    whole = {path for path in _maps(shared) if path in blocks and ours[path] == theirs[path]}
+    ends = [path for path in shared if path in whole or path in ends]
     axes = {path: axis for path in ends if (axis := _odd_axis(ours[path], theirs[path])) is not None}
     kept = _kept(model, dense, example_inputs, axes) if axes else {}
     places = [
@@ -80,14 +83,15 @@ def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tupl
 
 
 def _outputs(model: nn.Module, example_inputs: Any, which: str) -> _Shapes:
-    """What modules that run once return, if it is one tensor."""
-    shapes: _Shapes = {}
+    """What modules that run once return, if it is one tensor; of those that return the same, the last, which is the
+    outermost."""
+    returned: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
     def note(path: str, _: nn.Module, __: Any, output: Any) -> None:
         calls[path] += 1
         if isinstance(output, Tensor) and output.is_floating_point():
-            shapes[path] = output.shape
+            returned[path] = output
 
     try:
         with torch.no_grad(), preserved(model, training=False), hooked(modules_of(model), after=note):
@@ -97,7 +101,8 @@ def _outputs(model: nn.Module, example_inputs: Any, which: str) -> _Shapes:
             f"the {which} model does not run on these images ({type(error).__name__}: {error}); give images of the "
             "size, type and device that it takes"
         ) from error
-    return {path: shape for path, shape in shapes.items() if calls[path] == 1}
+    outermost = {id(output): path for path, output in returned.items()}
+    return {p: output.shape for p, output in returned.items() if calls[p] == 1 and outermost[id(output)] == p}
 
 
 def _is_thinner(ours: torch.Size | None, theirs: torch.Size) -> bool:
@@ -125,10 +130,15 @@ def _blocks(model: nn.Module) -> set[str]:
 
 def _ends(shapes: Mapping[str, torch.Size]) -> list[str]:
     """The last of each run of feature maps with the same positions."""
-    maps = [(path, shape) for path, shape in shapes.items() if math.prod(shape[2:]) > 1]
-    usual = Counter(len(shape) for _, shape in maps).most_common(1)
-    maps = [(path, shape) for path, shape in maps if len(shape) == usual[0][0]]
+    maps = _maps(shapes).items()
     return [[path for path, _ in run][-1] for _, run in groupby(maps, key=lambda item: item[1][2:])]
+
+
+def _maps(shapes: Mapping[str, torch.Size]) -> _Shapes:
+    """Those with more than one position, and the usual number of axes."""
+    maps = {path: shape for path, shape in shapes.items() if math.prod(shape[2:]) > 1}
+    usual = Counter(map(len, maps.values())).most_common(1)
+    return {path: shape for path, shape in maps.items() if len(shape) == usual[0][0]}
 
 
 def _kept(

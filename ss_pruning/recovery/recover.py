@@ -23,7 +23,7 @@ from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.settings import Recovery
-from ss_pruning.recovery.training import Length, State, Training
+from ss_pruning.recovery.training import SLOWER, Length, State, Training
 from ss_pruning.recovery.views import another_view
 from ss_pruning.surgery.plan import cut_like, plan_of
 
@@ -51,8 +51,8 @@ def recover_(
 ) -> RecoveryReport:
     """Train a pruned model in place to have the dense model's feature maps, without labels.
 
-    At the ends of the stages of the network, which are found by running both models, the pruned model's feature maps
-    are compared with the same channels of the dense ones, see `ImitationLoss`. What comes behind the last of them, such
+    At the ends of blocks and stages of the network, which are found by running both models, the pruned model's feature
+    maps are compared with the same channels of the dense ones, see `ImitationLoss`. What comes behind the last of them, such
     as a classifier, stays as it is, and so do the statistics of norms and parameters with `requires_grad=False`. Images
     are shifted and mirrored (`Recovery`). A part of the images is held out; the model ends with the weights that did
     best on them, the ones that it came with included: there it is never worse than before.
@@ -232,6 +232,11 @@ def _report(training: Training, stopped: str, images: int, held_out: int) -> Rec
         )
     if stopped == "diverged":
         notes.append("the loss became NaN or Inf, and the best weights until then are kept: lower the rate")
+    if state.turns:
+        notes.append(
+            f"steps were too large {state.turns} times, and were taken back: a rate of "
+            f"{training.settings.rate * SLOWER**state.turns:.2g} was small enough"
+        )
     if not state.best_step:
         notes.append("no weights did better on the held-out images than those that the model came with")
     return RecoveryReport(

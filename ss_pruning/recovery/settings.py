@@ -14,7 +14,8 @@ class Recovery:
     """How `recover_` trains a pruned model to imitate the dense one.
 
     Attributes:
-        rate: Of Adam, at the start; it falls to nothing as half a cosine.
+        rate: Of Adam, as a share of each tensor's root mean square: so far a step moves it. It grows over the first
+            twentieth of the training, and falls to nothing as half a cosine.
         batch: Images a step.
         weight_decay: Share of each weight that is taken off it, times the rate, in each step.
         shift: Images are shifted by up to this share of their sides, either way, what leaves them being mirrored; 0
@@ -30,7 +31,7 @@ class Recovery:
         InputError: A value is out of range.
     """
 
-    rate: float = 1e-3
+    rate: float = 0.05
     batch: int = 64
     weight_decay: float = 1e-4
     shift: float = 0.125

@@ -22,6 +22,13 @@ from ss_pruning.recovery.views import another_view
 
 #: So many times in a training fidelity is measured.
 MOMENTS = 20
+# The rate grows over this share of the training, from a little: Adam's first steps know little of the gradients.
+_WARM, _FIRST = 0.05, 0.002
+#: Steps are too large where the error on held-out images is so many times what it was at first, or from half-time on no
+#: smaller than it was: training goes back to the best weights, and on with so small a share of the rate.
+TOO_FAR, SLOWER = 5.0, 1 / 4
+# A tensor of nothing but zeros, such as a new bias, moves as one of this size.
+_LEAST_SIZE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class State:
         after: Fidelity of the best weights.
         history: Its course.
         stopped: Why training has ended; None while it has not.
+        turns: How often it went back, and on with smaller steps.
     """
 
     weights: dict[str, Tensor]
@@ -66,6 +74,7 @@ class State:
     best_step: int = 0
     history: list[Measured] = field(default_factory=list)
     stopped: str | None = None
+    turns: int = 0
 
 
 class Training:
@@ -88,9 +97,9 @@ class Training:
         fidelity = held_out.measure()
         self.state = State(weights, _copies(weights), fidelity, fidelity)
         self.losses: list[Tensor] = []
-        self.optimizer = torch.optim.AdamW(
-            weights.values(), settings.rate, weight_decay=settings.weight_decay
-        )
+        self.sizes = list(map(_size, weights.values()))
+        groups = [{"params": [weight]} for weight in weights.values()]
+        self.optimizer = torch.optim.AdamW(groups, settings.rate, weight_decay=settings.weight_decay)
 
     def run(self, at_moment: Callable[[State], None], at_step: Callable[[State], None]) -> None:
         """Train to the end.
@@ -117,8 +126,7 @@ class Training:
         # Its own numbers in every step: training goes on after a kill as if nothing had been.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
         batch = another_view(self._drawn(generator), settings, generator)
-        rate = settings.rate * (1 + math.cos(math.pi * self.length.done(state.step, state.seconds))) / 2
-        self.optimizer.param_groups[0]["lr"] = rate
+        self._set_rate()
         with (
             torch.enable_grad(),
             torch.autocast(_device(state), torch.bfloat16, enabled=bool(settings.dtype)),
@@ -133,6 +141,14 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.detach())
+
+    def _set_rate(self) -> None:
+        """Each tensor moves in proportion to its size at the start, so that one rate suits wide and narrow layers."""
+        done = self.length.done(self.state.step, self.state.seconds)
+        warm = min(1.0, (done + _FIRST) / _WARM)
+        rate = self.settings.rate * SLOWER**self.state.turns * warm * (1 + math.cos(math.pi * done)) / 2
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = rate * size
 
     def _drawn(self, generator: torch.Generator) -> Batch:
         """A batch of the images, in units that the model runs on."""
@@ -150,7 +166,21 @@ class Training:
         state.history.append(Measured(state.step, loss, fidelity))
         if fidelity.error < state.after.error:
             state.best, state.best_step, state.after = _copies(state.weights), state.step, fidelity
+        elif not fidelity.error < state.before.error * self._allowed():
+            self._go_back()
         self._end(loss)
+
+    def _allowed(self) -> float:
+        half_time = self.length.done(self.state.step, self.state.seconds) >= 0.5
+        return 1.0 if half_time else TOO_FAR
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        state = self.state
+        for name, best in state.best.items():
+            state.weights[name].copy_(best)
+        self.optimizer.state.clear()
+        state.turns += 1
 
     def _end(self, loss: float = 0.0) -> None:
         """See whether training has ended, and why."""
@@ -161,6 +191,11 @@ class Training:
             state.stopped = "close enough"
         elif self.length.done(state.step, state.seconds) >= 1:
             state.stopped = "done"
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square."""
+    return max(float(weight.detach().norm()) / math.sqrt(max(weight.numel(), 1)), _LEAST_SIZE)
 
 
 def _copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
