@@ -27,11 +27,11 @@ Total = Callable[[Tensor], Tensor]
 class ImitationLoss:
     """Relative squared error of a pruned model's feature maps against the dense model's, for training.
 
-    At the end of each block that lost no channel, and of each stage, `sum (x - y)^2 / sum (y - mean y)^2`, where `x` is what the pruned model has and `y` the
-    same channels in the dense one; the mean over these places. The denominator is a hundredth of `sum y^2` at least, so
-    that maps that hardly vary do not outweigh the others. Comparing the last map ahead of the pooling is due to
-    Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022, arXiv 2201.02620). No
-    labels are needed; with labels, add it to the loss of the task.
+    At the end of each block that lost no channel, and of each stage, `sum (x - y)^2 / sum (y - mean y)^2`, where `x` is
+    what the pruned model has and `y` the same channels in the dense one; the mean over these places. The denominator is
+    a hundredth of `sum y^2` at least, so that maps that hardly vary do not outweigh the others. Comparing the last map
+    ahead of the pooling is due to Wang et al., "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR
+    2022, arXiv 2201.02620). No labels are needed; with labels, add it to the loss of the task.
 
     A context manager: within, hooks on the pruned model note its feature maps. The dense model is copied; the copy runs
     in eval mode, without gradients.

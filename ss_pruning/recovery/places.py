@@ -83,8 +83,7 @@ def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tupl
 
 
 def _outputs(model: nn.Module, example_inputs: Any, which: str) -> _Shapes:
-    """What modules that run once return, if it is one tensor; of those that return the same, the last, which is the
-    outermost."""
+    """What modules that run once return, if it is one tensor; the outermost, where one returns what another did."""
     returned: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 

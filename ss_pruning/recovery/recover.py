@@ -52,10 +52,10 @@ def recover_(
     """Train a pruned model in place to have the dense model's feature maps, without labels.
 
     At the ends of blocks and stages of the network, which are found by running both models, the pruned model's feature
-    maps are compared with the same channels of the dense ones, see `ImitationLoss`. What comes behind the last of them, such
-    as a classifier, stays as it is, and so do the statistics of norms and parameters with `requires_grad=False`. Images
-    are shifted and mirrored (`Recovery`). A part of the images is held out; the model ends with the weights that did
-    best on them, the ones that it came with included: there it is never worse than before.
+    maps are compared with the same channels of the dense ones, see `ImitationLoss`. What comes behind the last of them,
+    such as a classifier, stays as it is, and so do the statistics of norms and parameters with `requires_grad=False`.
+    Images are shifted and mirrored (`Recovery`). A part of the images is held out; the model ends with the weights that
+    did best on them, the ones that it came with included: there it is never worse than before.
 
     With the same seed, images and `steps` the outcome is the same on the same machine. On an error the model is as it
     was; after Ctrl-C it has the best weights so far.
