@@ -2,8 +2,8 @@
 
 A stage is a run of blocks on maps of one size; its end carries all that later layers get to see, and its channels mean
 the same in both models, but that some are missing. So do those of a block within a stage that has lost none, as in a
-residual stream that was left whole. Found by running both models, and by the label probe where channels are missing;
-names of modules say nothing.
+residual stream that keeps all of its channels. Found by running both models, and by the label probe where channels are
+missing; names of modules say nothing.
 """
 
 from __future__ import annotations

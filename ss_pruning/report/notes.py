@@ -15,6 +15,11 @@ _VARIANCES = {
     "gaussian": "from the network run on its own noise, without data",
     "data": "measured on images",
 }
+#: What a model whose means were not measured on inputs does without.
+_ON_NOISE = (
+    " Means are those on noise, as no calibration inputs were given; a few hundred tell more, and so do those that "
+    "'synthetic' makes from batch norms."
+)
 
 
 def certainty(report: Report) -> list[tuple[str, str]]:
@@ -100,7 +105,10 @@ def _compensation(report: Report) -> str:
     skipped = "; ".join(f"{path}: {why}" for path, why in report.not_compensated.items())
     without = f" Not compensated: {skipped}." if skipped else ""
     seen = "" if report.accuracy_after is None else " The accuracy is that of the model after it."
-    return f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}"
+    guessed = _ON_NOISE if method == "mean" and report.settings.get("statistics") == "gaussian" else ""
+    return (
+        f"{method}: changes the outputs on purpose, after the check.{norms}{seen}{border}{without}{guessed}"
+    )
 
 
 def _fidelity(report: Report) -> str:

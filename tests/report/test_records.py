@@ -31,6 +31,7 @@ from ss_pruning.report.records import (
     jsonable,
 )
 from ss_pruning.report.violin import LogScale, density
+from ss_pruning.sources.demo import digits_resnet
 
 STRENGTH = (0.0, *(0.01 * 1.3**n for n in range(len(QUANTILES) - 2)), 10.0)
 EVIL = """<script>alert("1")</script>&'\x1b[31m\udcff"""
@@ -571,6 +572,14 @@ def test_a_latency_that_may_be_more_or_less_is_too_noisy_to_tell() -> None:
     assert "too noisy to tell" not in Page(clear.to_html()).text
     assert Report.from_dict(noisy.to_dict()).too_noisy
     assert not Report.from_dict(clear.to_dict()).too_noisy
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic"])
+def test_certainty_of_means_on_noise_tells_what_would_be_better(calibration: str | None) -> None:
+    model = digits_resnet().eval()
+    report = prune_(model, torch.zeros(1, 1, 8, 8), macs=0.7, compensation="mean", calibration=calibration)
+    said = dict(certainty(report))["compensation"]
+    assert ("'synthetic' makes" in said) is (calibration is None)
 
 
 def test_certainty_of_a_latency_tells_of_its_spread_and_what_it_holds_for() -> None:
