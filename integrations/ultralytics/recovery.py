@@ -14,7 +14,6 @@ from ss_pruning.integrations.ultralytics.networks import opened, side_of, thawed
 from ss_pruning.integrations.ultralytics.raw_outputs import raw_outputs
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
-from ss_pruning.recovery.settings import Recovery
 
 # Unlabelled images to draw from files.
 _IMAGES = 256
