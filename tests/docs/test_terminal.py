@@ -1,0 +1,63 @@
+"""The recording of a terminal: of the commands as they are, drawn so that each line is in sight when it was printed."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def terminal() -> ModuleType:
+    spec = spec_from_file_location("terminal", ROOT / "scripts" / "terminal.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_of_the_commands_as_they_are(terminal: ModuleType) -> None:
+    drawn = terminal.PICTURE.read_text(encoding="utf-8")
+    ElementTree.fromstring(drawn)
+    commands = [unescape(text) for text in re.findall(r'class="command">\$ (.*?)</text>', drawn)]
+    assert commands == list(terminal.COMMANDS)
+    assert "<script" not in drawn
+    assert "/tmp" not in drawn
+
+
+def test_waits_are_neither_too_long_nor_too_short(terminal: ModuleType) -> None:
+    lines = [terminal.Line(seconds, "") for seconds in (50.0, 50.0, 51.0, 151.0)]
+    short, long = terminal.TO_READ, terminal.LONGEST_WAIT
+    times = [line.seconds for line in terminal.shortened(lines)]
+    assert times == [0, short, short + 1, short + 1 + long]
+
+
+def test_each_line_is_the_last_in_sight_when_it_was_printed(terminal: ModuleType) -> None:
+    lines = [terminal.Line(seconds, f"<line {seconds}>") for seconds in (0.0, 1.0, 2.0)]
+    drawn = terminal.picture(lines)
+    total = 2 + terminal.LAST_PAUSE
+    places = [int(y) for y in re.findall(r'<text y="(\d+)"', drawn)]
+    shifts = {float(share): int(y) for share, y in re.findall(r"([\d.]+)% \{ .*?\((-?\d+)px\)", drawn)}
+    bottom = {place + shift for place, shift in zip(places, shifts.values(), strict=True)}
+    assert len(bottom) == 1
+    assert list(shifts) == pytest.approx([0, 100 / total, 200 / total], abs=0.01)
+    assert "&lt;line 1.0&gt;" in drawn
+
+
+def test_what_a_command_prints_is_recorded_and_a_failure_ends_it(
+    terminal: ModuleType, tmp_path: Path
+) -> None:
+    lines = list(terminal.recorded("ss-prune compare --help", tmp_path))
+    assert lines[0].text == "$ ss-prune compare --help"
+    assert any("Usage" in line.text for line in lines)
+    assert [line.seconds for line in lines] == sorted(line.seconds for line in lines)
+    with pytest.raises(SystemExit, match="failed"):
+        list(terminal.recorded("ss-prune prune", tmp_path))
