@@ -33,11 +33,11 @@ _CHARACTER, _HEIGHT, _MARGIN = 8, 18, 16
 _PROMPT = "$ "
 
 _STYLE = """
-svg { background: #f6f8fa }
+svg { background: #f6f8fa } #ahead { fill: #f6f8fa }
 text { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #24292f; white-space: pre }
 .command { fill: #0550ae; font-weight: bold }
 @media (prefers-color-scheme: dark) {
-  svg { background: #161b22 } text { fill: #e6edf3 } .command { fill: #79c0ff }
+  svg { background: #161b22 } #ahead { fill: #161b22 } text { fill: #e6edf3 } .command { fill: #79c0ff }
 }
 """
 
@@ -82,21 +82,24 @@ def shortened(lines: Sequence[Line]) -> list[Line]:
 
 
 def picture(lines: Sequence[Line]) -> str:
-    """An SVG in which the lines appear at their times, scrolled so that the last `ROWS` are seen, again and again."""
+    """An SVG in which the lines appear at their times, scrolled once there are more than `ROWS`, again and again."""
     total = lines[-1].seconds + LAST_PAUSE
     width, height = COLUMNS * _CHARACTER + 2 * _MARGIN, ROWS * _HEIGHT + 2 * _MARGIN
     shown = "\n".join(_text(number, line.text) for number, line in enumerate(lines) if line.text)
-    steps = {f"{line.seconds / total:.2%}": _at_the_bottom(number) for number, line in enumerate(lines)}
-    scroll = " ".join(f"{share} {{ {place} }}" for share, place in steps.items())
+    counts = {f"{line.seconds / total:.2%}": number for number, line in enumerate(lines, 1)}
+    scroll = " ".join(f"{share} {{ {_scrolled(count)} }}" for share, count in counts.items())
+    uncover = " ".join(f"{share} {{ {_uncovered(count)} }}" for share, count in counts.items())
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
 <title>ss-prune in a terminal: prune, recover, export</title>
 <style>{_STYLE}@keyframes scroll {{ {scroll} }}
-#lines {{ {_at_the_bottom(len(lines) - 1)}; animation: scroll {total:.1f}s step-end infinite }}
-@media (prefers-reduced-motion) {{ #lines {{ animation: none }} }}
+@keyframes uncover {{ {uncover} }}
+#lines {{ {_scrolled(len(lines))}; animation: scroll {total:.1f}s step-end infinite }}
+#ahead {{ {_uncovered(len(lines))}; animation: uncover {total:.1f}s step-end infinite }}
+@media (prefers-reduced-motion) {{ #lines, #ahead {{ animation: none }} }}
 </style>
 <svg x="{_MARGIN}" y="{_MARGIN}" width="{width - 2 * _MARGIN}" height="{height - 2 * _MARGIN}"><g id="lines">
 {shown}
-</g></svg>
+</g><rect id="ahead" width="100%" height="100%"/></svg>
 </svg>
 """
 
@@ -107,9 +110,14 @@ def _text(number: int, text: str) -> str:
     return f'<text y="{(number + 1) * _HEIGHT - 5}" textLength="{len(text) * _CHARACTER}"{kind}>{escape(text)}</text>'
 
 
-def _at_the_bottom(number: int) -> str:
-    """Scrolled so that this line is the last one in sight."""
-    return f"transform: translateY({(ROWS - 1 - number) * _HEIGHT}px)"
+def _scrolled(count: int) -> str:
+    """The lines, so far up that the last of `count` is in sight."""
+    return f"transform: translateY({min(ROWS - count, 0) * _HEIGHT}px)"
+
+
+def _uncovered(count: int) -> str:
+    """What hides the lines that are still to come."""
+    return f"transform: translateY({min(count, ROWS) * _HEIGHT}px)"
 
 
 if __name__ == "__main__":

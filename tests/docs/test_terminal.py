@@ -41,15 +41,24 @@ def test_waits_are_neither_too_long_nor_too_short(terminal: ModuleType) -> None:
 
 
 def test_each_line_is_the_last_in_sight_when_it_was_printed(terminal: ModuleType) -> None:
-    lines = [terminal.Line(seconds, f"<line {seconds}>") for seconds in (0.0, 1.0, 2.0)]
+    lines = [terminal.Line(float(number), f"<line {number}>") for number in range(terminal.ROWS + 8)]
     drawn = terminal.picture(lines)
-    total = 2 + terminal.LAST_PAUSE
-    places = [int(y) for y in re.findall(r'<text y="(\d+)"', drawn)]
-    shifts = {float(share): int(y) for share, y in re.findall(r"([\d.]+)% \{ .*?\((-?\d+)px\)", drawn)}
-    bottom = {place + shift for place, shift in zip(places, shifts.values(), strict=True)}
-    assert len(bottom) == 1
-    assert list(shifts) == pytest.approx([0, 100 / total, 200 / total], abs=0.01)
-    assert "&lt;line 1.0&gt;" in drawn
+    window = int(re.findall(r'<svg x=.*? height="(\d+)">', drawn)[0])
+    baselines = [int(y) for y in re.findall(r'<text y="(\d+)"', drawn)]
+    scrolled, hidden = (steps(drawn, name) for name in ("scroll", "uncover"))
+    total = lines[-1].seconds + terminal.LAST_PAUSE
+    assert list(scrolled) == pytest.approx([100 * line.seconds / total for line in lines], abs=0.01)
+    for number, (share, shift) in enumerate(scrolled.items()):
+        in_sight = [y for y in baselines if 0 < y + shift < min(hidden[share], window)]
+        assert in_sight[-1] == baselines[number]
+        assert len(in_sight) == min(number + 1, terminal.ROWS)
+    assert "&lt;line 1&gt;" in drawn
+
+
+def steps(drawn: str, name: str) -> dict[float, int]:
+    """Pixels down, by percent of the time."""
+    (line,) = re.findall(rf"@keyframes {name} (.*)", drawn)
+    return {float(share): int(y) for share, y in re.findall(r"([\d.]+)% \{ .*?\((-?\d+)px\)", line)}
 
 
 def test_what_a_command_prints_is_recorded_and_a_failure_ends_it(

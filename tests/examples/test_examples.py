@@ -63,6 +63,7 @@ def need(code: str) -> None:
         "onnxruntime",
         "pytorch_lightning",
         "ray",
+        "segmentation_models_pytorch",
         "sklearn",
         "timm",
         "ultralytics",
