@@ -36,17 +36,17 @@ def read(name: str) -> dict[str, Tensor] | None:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             checksum = (file.metadata() or {}).get("checksum")
-    except (SafetensorError, OSError):
+        # Bits turn over on disks, and a number that is another looks sound.
+        return tensors if checksum == digest(sorted(tensors.items())) else None
+    except (SafetensorError, OSError, MemoryError):
         return None
-    # Bits turn over on disks, and a number that is another looks sound.
-    return tensors if checksum == digest(sorted(tensors.items())) else None
 
 
 def write(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep tensors under `name`, over what is there; where that cannot be done, do without."""
     from safetensors.torch import save
 
-    with contextlib.suppress(InputError, OSError):
+    with contextlib.suppress(InputError, OSError, MemoryError):
         path = make_writable_folder(folder()) / f"{name}.safetensors"
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
         write_bytes(path, save(whole, {"checksum": digest(sorted(whole.items()))}))

@@ -96,19 +96,23 @@ def infinite_numbers(dtype: torch.dtype) -> str:
     return "NaN or Inf; check the inputs, and the weights of the layers before it"
 
 
-def check_bare(model: nn.Module) -> None:
+def check_bare(model: nn.Module, verb: str = "prune") -> None:
     """Refuse a model that would run something else than its modules, or one that cannot train.
+
+    Args:
+        model: What a user gave.
+        verb: What is done to the model, for messages.
 
     Raises:
         InputError: Names what to give instead.
         ModelError: Names the first tensor without values.
     """
-    check_module(model)
+    check_module(model, verb)
     for path, module in modules_of(model).items():
         inner = f"model.{path}" if path else "model"
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise InputError(
-                f"{inner} is compiled in place: compile after pruning (until then, {inner}._compiled_call_impl = None)"
+                f"{inner} is compiled in place: {verb} it before that (until then, {inner}._compiled_call_impl = None)"
             )
     for name, tensor in tensors_of(model).items():
         if tensor.is_inference():

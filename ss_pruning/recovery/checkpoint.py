@@ -119,5 +119,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return note, tensors
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(
-            f"'{path}' is damaged, or no checkpoint of a recovery ({error}); delete it to start anew"
+            f"'{path}' is damaged, or no checkpoint of a recovery ({error}); where that is said a second time, delete "
+            "it to start anew"  # an interrupt in the midst of torch's own code looks like it
         ) from error

@@ -14,6 +14,7 @@ from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.errors import InputError
+from ss_pruning.graph.refusals import check_bare
 from ss_pruning.recovery.places import Place, find_places
 
 #: The least variance, as a share of the mean square, that errors are measured by. What hardly varies, such as a
@@ -47,7 +48,8 @@ class ImitationLoss:
         places: Where the models are compared.
 
     Raises:
-        InputError: A model does not run on the inputs, or there is nothing to compare.
+        InputError: A model is wrapped or compiled, or does not run on the inputs, or there is nothing to compare.
+        ModelError: A model has no values.
 
     Examples:
         >>> import copy, ss_pruning, torch
@@ -69,6 +71,8 @@ class ImitationLoss:
         example_inputs: Any,
         everywhere: Total = lambda total: total,
     ) -> None:
+        for net in (model, dense):
+            check_bare(net, "imitate")
         with torch.inference_mode(False), quiet_hooks(model, example_inputs):
             self.dense = copied(dense).eval().requires_grad_(False).to(device_of(model))
             self.places: tuple[Place, ...] = find_places(model, self.dense, example_inputs)

@@ -60,7 +60,8 @@ def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tupl
         example_inputs: What `forward` takes.
 
     Raises:
-        InputError: A model does not run on the inputs, or there is no tensor that both have.
+        InputError: A model does not run on the inputs, there is no tensor that both have, or the pruned one carries no
+            plan that tells which channels it kept.
     """
     ours, theirs = _outputs(model, example_inputs, "pruned"), _outputs(dense, example_inputs, "dense")
     shared = {path: shape for path, shape in theirs.items() if _is_thinner(ours.get(path), shape)}
@@ -145,6 +146,11 @@ def _kept(
 ) -> dict[str, tuple[int, ...]]:
     """By place, which channels of the dense model are there; places where that cannot be told are left out."""
     plan = plan_of(model)
+    if not plan.cuts:
+        raise InputError(
+            f"the pruned model carries no plan, and '{next(iter(axes))}' puts out fewer channels than in the dense "
+            "one: give what prune_ or compact_ has made, without anything around it, or read it with ss_pruning.load"
+        )
     numbers = {cut.path: cut.kept for cut in plan.cuts if cut.side != "in"}
     try:
         ours, theirs = (trace_outputs(net, example_inputs, axes) for net in (model, dense))

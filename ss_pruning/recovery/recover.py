@@ -129,7 +129,7 @@ def _length(steps: int | None, minutes: float | None) -> Length:
 def _check(model: nn.Module, dense: nn.Module) -> None:
     """Refuse models of which one is not what the other was cut to."""
     for net in (model, dense):
-        check_bare(net)
+        check_bare(net, "recover")
         check_finite(net)
     fresh = cut_like(model, dense)
     if not plan_of(model).cuts and all(

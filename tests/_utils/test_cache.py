@@ -78,3 +78,15 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "home", homeless)
     cache.write("one", KEPT)
     assert cache.read("one") is None
+
+
+def test_memory_that_is_short_costs_no_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    cache.write("one", KEPT)
+    monkeypatch.setattr(cache, "digest", short)
+    assert cache.read("one") is None
+    place.unlink()
+    cache.write("one", KEPT)
+    assert not place.exists()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import ImitationLoss, prune_
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import relative_error
@@ -114,6 +114,33 @@ def test_called_without_a_pass_it_says_so(pair: tuple[nn.Module, nn.Module]) -> 
         imitation()
         with pytest.raises(InputError, match="run the pruned model within the block"):
             imitation()
+
+
+def test_channels_are_not_guessed_without_a_plan(pair: tuple[nn.Module, nn.Module]) -> None:
+    """A module around the pruned one knows nothing of its plan; so does a model that was cut by hand."""
+    with pytest.raises(InputError, match=r"carries no plan, and 'net\..*fewer channels"):
+        ImitationLoss(Scaled(pair[0]), Scaled(pair[1]), X[:1])
+    vars(pair[0]).pop(PLAN_ATTRIBUTE)
+    with pytest.raises(InputError, match="carries no plan"):
+        ImitationLoss(*pair, X[:1])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_no_bare_model_is_refused(pair: tuple[nn.Module, nn.Module], which: int) -> None:
+    compiled = copy.deepcopy(pair[which])
+    compiled.compile(backend="eager")
+    for odd, said in (
+        (nn.DataParallel(pair[which]), "DataParallel: imitate model.module"),
+        (torch.compile(pair[which], backend="eager"), "compiled: imitate model._orig_mod"),
+        (compiled, "compiled in place: imitate it before that"),
+        (copy.deepcopy(pair[which]).to("meta"), "meta device"),
+        (type(pair[which]), "the class"),
+        (None, "NoneType"),
+    ):
+        given = [*pair]
+        given[which] = odd  # type: ignore[call-overload]
+        with pytest.raises((InputError, ModelError), match=said):
+            ImitationLoss(*given, X[:1])
 
 
 def by_loop(x: Tensor, y: Tensor) -> float:
