@@ -4,16 +4,20 @@
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers vit_tiny_patch16_224  # these, anew
     python -m benchmarks.coverage.transformers --page                       # docs/coverage_transformers.md
 
-Random weights, one image, local ratio 0.5. Every cut is checked by `prune_` itself (cut == masked in float64), and the
-small model takes a step of training.
+Random weights, one image, local ratio 0.5. Every cut is checked by `prune_` itself (cut == masked in float64), the
+small model is written as ONNX and run there, and takes a step of training. Beside it, what Torch-Pruning does.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
+import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import DOCS, RESULTS, versions, write
+from benchmarks.coverage import heads_by_torch_pruning
 from benchmarks.pages import table, write_page
 from ss_pruning import prune_
 from ss_pruning.graph.traced import TracedModel
+from ss_pruning.io.export import export
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
 from ss_pruning.surgery.same_attention import with_prunable_attention
 
@@ -153,11 +159,21 @@ def _trains(model: nn.Module, x: Tensor) -> bool:
     return all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+def _in_onnx(model: nn.Module, x: Tensor) -> str:
+    """Empty where the file puts out in onnxruntime what the model does, for two batch sizes; else why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export(model, f"{folder}/model.onnx", x)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
 def measure(make: Callable[[], Made]) -> Line:
     """One model: CPU seconds of tracing and of all, what goes, and what stays for which reason."""
     torch.manual_seed(0)
     model, px = make()
-    x = torch.randn(1, 3, px, px)
+    x, theirs = torch.randn(1, 3, px, px), copy.deepcopy(model).eval()
     before = sum(p.numel() for p in model.parameters())
     start = time.process_time()
     traced = TracedModel.of(with_prunable_attention(model.eval(), x), x)
@@ -173,6 +189,8 @@ def measure(make: Callable[[], Made]) -> Line:
         "trace s": round(trace_seconds, 1),
         "s": round(seconds, 1),
         "difference": report.max_error,
+        "onnx": _in_onnx(model.eval(), x),
+        "torch-pruning": heads_by_torch_pruning.attempt(theirs, x),
         "trains": _trains(model, torch.cat([x, x])),
         "excluded": sorted({left.reason.partition(":")[0] for left in report.excluded}),
     }
@@ -184,6 +202,16 @@ def line_of(make: Callable[[], Made]) -> Line:
         return measure(make)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _said(error: str | None) -> str:
+    return "not measured" if error is None else "no" if error else "yes"
+
+
+def _theirs(line: Line | None) -> str:
+    if line is None:
+        return "not measured"
+    return f"{line['outcome']}, {line['removed']:.0%}" if "removed" in line else line["outcome"]
 
 
 def make_page(lines: dict[str, Line]) -> None:
@@ -199,11 +227,25 @@ def make_page(lines: dict[str, Line]) -> None:
             f"{line['difference']:.0e}",
             line["trace s"],
             line["s"],
+            _said(line.get("onnx")),
+            _theirs(line.get("torch-pruning")),
             "; ".join(line["excluded"]),
         )
         for name, line in good.items()
     ]
-    head = ("model", "px", "parameters", "go", "heads left", "difference", "trace, s", "all, s", "excluded")
+    head = (
+        "model",
+        "px",
+        "parameters",
+        "go",
+        "heads left",
+        "difference",
+        "trace, s",
+        "all, s",
+        "ONNX",
+        "TP",
+        "excluded",
+    )
     write_page(
         DOCS / f"{NAME}.md",
         NAME,
@@ -212,10 +254,13 @@ def make_page(lines: dict[str, Line]) -> None:
         shrink=sum(line["heads left"] < line["heads"] for line in good.values()),
         much=sum(line["removed"] >= 0.65 for line in good.values()),
         right=sum(line["difference"] <= 1e-10 and line["trains"] for line in good.values()),
+        onnx=sum(line.get("onnx") == "" for line in good.values()),
+        refused={name: line["onnx"] for name, line in good.items() if line.get("onnx")},
+        theirs=Counter(line["torch-pruning"]["outcome"] for line in good.values() if "torch-pruning" in line),
         slow=[name for name, line in good.items() if line["s"] > 60],
         errors={name: line["error"] for name, line in lines.items() if "error" in line},
         earlier=[name for name, line in good.items() if line.get("earlier")],
-        table=table(head, rows, "l" + "r" * 7 + "l"),
+        table=table(head, rows, "l" + "r" * 7 + "lll"),
     )
 
 
@@ -226,6 +271,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     path = RESULTS / f"{NAME}.json"
     lines: dict[str, Line] = json.loads(path.read_text("utf-8"))["models"] if path.exists() else {}
     todo = [] if options.page else options.names or [name for name in MODELS if name not in lines]
