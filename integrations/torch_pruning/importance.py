@@ -34,7 +34,7 @@ class SynapticImportance(synaptic.SynapticImportance, tp.importance.Importance):
 
     scorer = synaptic.SynapticImportance.scorer  # beside `__call__`: both give the same scores
 
-    _traced: tuple[Any, Any, Connectivity] | None = None
+    _traced: tuple[Any, Any, Connectivity, Any] | None = None
     _round: _Round | None = None
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -85,8 +85,9 @@ class SynapticImportance(synaptic.SynapticImportance, tp.importance.Importance):
         shapes = tuple(p.shape for p in parameters_of(model).values())
         if self._traced is not None and self._traced[0]() is model and self._traced[1] == shapes:
             return self._traced[2]
-        connectivity = trace(model, self._inputs(graph))
-        self._traced = (weakref.ref(model), shapes, connectivity)
+        inputs = self._inputs(graph)
+        connectivity = trace(model, inputs)
+        self._traced = (weakref.ref(model), shapes, connectivity, inputs)
         return connectivity
 
     def _inputs(self, graph: Any) -> Any:

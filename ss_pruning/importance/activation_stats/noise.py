@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import normal_like, tensors_among
-from ss_pruning._utils.hooks import given, hooked, replaced, replaced_forward
+from ss_pruning._utils.hooks import given, hooked, replaced_forward
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
@@ -104,8 +105,15 @@ def _seen_on_noise(
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(hooked({p: modules[p] for p in layers if layers[p].kind == "norm"}, before_norm))
-        for path in _unheard(connectivity):
+        heard = _heard(connectivity, paths)
+        for path in layers.keys() - heard - connectivity.reaches_output.keys():
             undo.enter_context(replaced_forward(modules[path], _shape_only(modules[path])))
+        started: list[str] = []
+        undo.enter_context(hooked({p: modules[p] for p in heard}, lambda path, *_: started.append(path)))
+        for module in modules.values():
+            if type(module) is nn.MultiheadAttention and module.batch_first:
+                forward = _shape_only(module, lambda: not started)
+                undo.enter_context(replaced_forward(module, forward))
         return observe(model, connectivity, ([batch.mapped(image)] for batch in batches), paths)
 
 
@@ -115,29 +123,32 @@ def _may_shrink(example_inputs: Any) -> bool:
     return len(tensors) == 1 and tensors[0].dim() == 4 and min(tensors[0].shape[2:]) >= 2 * _LEAST_SIDE
 
 
-def _unheard(connectivity: Connectivity) -> set[str]:
-    """Layers that only norms read: when those put out noise, of what such a layer puts out only the shape counts."""
-    read: set[str] = set()
-    read_by_others = set(connectivity.reaches_output)
-    for path, edges in connectivity.edges.items():
-        sources = {edge.source for edge in edges}
-        read |= sources
-        if connectivity.layers[path].kind != "norm":
-            read_by_others |= sources
-    return {path for path in read - read_by_others if path in connectivity.layers}
+def _heard(connectivity: Connectivity, paths: Sequence[str]) -> set[str]:
+    """Layers that reach those of `paths` not only through norms; of all others' outputs only the shape counts."""
+    heard: set[str] = set()
+    todo = list(paths)
+    while todo:
+        for source in {edge.source for edge in connectivity.edges[todo.pop()]} - heard:
+            if source in connectivity.layers:
+                heard.add(source)
+                todo += [source] * (connectivity.layers[source].kind != "norm")
+    return heard
 
 
-def _shape_only(module: nn.Module) -> Callable[..., Any]:
-    """A forward pass that sees one image of its batch, and puts out zeros in the right shape."""
+def _shape_only(module: nn.Module, wanted: Callable[[], bool] = lambda: True) -> Callable[..., Any]:
+    """A forward pass that sees one image of its batch while that is wanted, and puts out zeros in the right shape."""
     forward = module.forward
 
     def one_image(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = given(module, args, kwargs)
-        if channel_axis(module, x) == 0 or len(x) < 2:
+        if not wanted() or channel_axis(module, x) == 0 or len(x) < 2:
             return forward(*args, **kwargs)
-        args, kwargs = replaced(module, args, kwargs, x[:1])
-        y = forward(*args, **kwargs)
-        return y.new_zeros((len(x), *y.shape[1:]))
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t[:1] if t.dim() == x.dim() else t, (args, kwargs)
+        )
+        return pytree.tree_map_only(
+            Tensor, lambda y: y.new_zeros((len(x), *y.shape[1:])), forward(*args, **kwargs)
+        )
 
     return one_image
 
