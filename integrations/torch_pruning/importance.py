@@ -94,7 +94,10 @@ class SynapticImportance(synaptic.SynapticImportance, tp.importance.Importance):
         if self.example_inputs is not None:
             return self.example_inputs
         given = getattr(graph, "example_inputs", None)
-        return given if given is not None else recover_inputs(graph.model, graph)
+        if given is not None:
+            return given
+        traced = self._traced
+        return traced[3] if traced and traced[0]() is graph.model else recover_inputs(graph.model, graph)
 
 
 @dataclass

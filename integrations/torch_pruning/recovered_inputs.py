@@ -22,7 +22,7 @@ def recover_inputs(model: nn.Module, graph: Any) -> Any:
     """The example input that Torch-Pruning's graph was built with, from what autograd saved at the first layers.
 
     Views remember what they are of, and a sum or a concatenation of inputs may be split again: whatever it is, the
-    model must run on it and hand the same to those layers.
+    model must hand the same to those layers.
     """
     stems: dict[nn.Module, list[Tensor]] = {}
     for node in getattr(graph, "module2node", {}).values():
@@ -70,21 +70,29 @@ def _candidates(saved: Sequence[Tensor]) -> Iterator[Any]:
                 yield pieces
 
 
+class _AllRead(Exception):  # noqa: N818 - it is no error: the rest of the pass would tell nothing more
+    """Raised out of a forward pass."""
+
+
 def _reproduces(model: nn.Module, inputs: Any, stems: Mapping[nn.Module, Sequence[Tensor]]) -> bool:
-    """Whether the model runs on it and its first layers then read what they had read."""
-    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in stems}
+    """Whether the first layers, when the model runs on it, read what they had read."""
     numbered = {str(number): module for number, module in enumerate(stems)}
+    left = [(module, saved) for module, each in stems.items() for saved in each]
+
+    def read(_: str, module: nn.Module, x: Tensor) -> None:
+        left[:] = [(m, saved) for m, saved in left if m is not module or not _same(x, saved)]
+        if not left:
+            raise _AllRead
+
     try:
-        with (
-            hooked(numbered, lambda _, module, x: seen[module].append(x)),
-            preserved(model, training=False),
-            torch.no_grad(),
-        ):
+        with hooked(numbered, read), preserved(model, training=False), torch.no_grad():
             call(model, inputs)
+    except _AllRead:
+        return True
     except Exception:  # of the model's own code: it was no input
         return False
-    return all(
-        any(x.numel() == saved.numel() and x.reshape(saved.shape).equal(saved) for x in seen[module])
-        for module, each in stems.items()
-        for saved in each
-    )
+    return not left
+
+
+def _same(x: Tensor, saved: Tensor) -> bool:
+    return x.numel() == saved.numel() and x.reshape(saved.shape).equal(saved)

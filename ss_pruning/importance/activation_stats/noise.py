@@ -105,15 +105,16 @@ def _seen_on_noise(
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(hooked({p: modules[p] for p in layers if layers[p].kind == "norm"}, before_norm))
-        heard = _heard(connectivity, paths)
-        for path in layers.keys() - heard - connectivity.reaches_output.keys():
+        silent: list[Any] = [None]  # what a layer that is not heard has put out last
+        unheard = layers.keys() - _heard(connectivity, paths)
+        undo.enter_context(
+            hooked({p: modules[p] for p in unheard}, after=lambda *call: silent.__setitem__(0, call[-1]))
+        )
+        for path in unheard - connectivity.reaches_output.keys():
             undo.enter_context(replaced_forward(modules[path], _shape_only(modules[path])))
-        started: list[str] = []
-        undo.enter_context(hooked({p: modules[p] for p in heard}, lambda path, *_: started.append(path)))
         for module in modules.values():
             if type(module) is nn.MultiheadAttention and module.batch_first:
-                forward = _shape_only(module, lambda: not started)
-                undo.enter_context(replaced_forward(module, forward))
+                undo.enter_context(replaced_forward(module, _shape_only(module, silent)))
         return observe(model, connectivity, ([batch.mapped(image)] for batch in batches), paths)
 
 
@@ -135,17 +136,19 @@ def _heard(connectivity: Connectivity, paths: Sequence[str]) -> set[str]:
     return heard
 
 
-def _shape_only(module: nn.Module, wanted: Callable[[], bool] = lambda: True) -> Callable[..., Any]:
-    """A forward pass that sees one image of its batch while that is wanted, and puts out zeros in the right shape."""
+def _shape_only(module: nn.Module, silent: Sequence[Any] | None = None) -> Callable[..., Any]:
+    """A forward pass that sees one image of its batch, and puts out zeros in the right shape.
+
+    With `silent`, of a module that reads just its last tensor; it is called as ever where it reads another.
+    """
     forward = module.forward
 
     def one_image(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = given(module, args, kwargs)
-        if not wanted() or channel_axis(module, x) == 0 or len(x) < 2:
+        heard = silent is not None and any(t is not silent[-1] for t in tensors_among((args, kwargs)))
+        if heard or channel_axis(module, x) == 0 or len(x) < 2:
             return forward(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t[:1] if t.dim() == x.dim() else t, (args, kwargs)
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:1], (args, kwargs))
         return pytree.tree_map_only(
             Tensor, lambda y: y.new_zeros((len(x), *y.shape[1:])), forward(*args, **kwargs)
         )
