@@ -19,9 +19,11 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import IGNORED_REASON, Excluded, Member, PruningGroup, Subgroup, couple
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
 from ss_pruning.graph.refusals import check_bare, check_weights
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.scoring import as_group
 from ss_pruning.integrations.torch_pruning.session import Era
+from ss_pruning.planning.tied_heads import with_tied_heads
 from ss_pruning.surgery.plan import Plan
 
 _IN = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -142,9 +144,9 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _trace_anew(self) -> None:
         connectivity = trace(self.model, self.example_inputs)
-        self.latest = Era(
-            self.model, self.example_inputs, connectivity, couple(connectivity, self.model, self._ignored)
-        )
+        coupling = couple(connectivity, self.model, self._ignored)
+        tied = with_tied_heads(TracedModel(self.model, self.example_inputs, connectivity, coupling))
+        self.latest = Era(self.model, self.example_inputs, connectivity, tied.coupling)
         self._stale = False
 
     @property

@@ -75,17 +75,17 @@ class _AllRead(Exception):  # noqa: N818 - it is no error: the rest of the pass 
 
 
 def _reproduces(model: nn.Module, inputs: Any, stems: Mapping[nn.Module, Sequence[Tensor]]) -> bool:
-    """Whether the first layers, when the model runs on it, read what they had read."""
+    """Whether the first layers, when the model runs on it, can read what they had read."""
     numbered = {str(number): module for number, module in enumerate(stems)}
     left = [(module, saved) for module, each in stems.items() for saved in each]
 
-    def read(_: str, module: nn.Module, x: Tensor) -> None:
+    def read(_: str, module: nn.Module, x: Tensor, __: Any) -> None:
         left[:] = [(m, saved) for m, saved in left if m is not module or not _same(x, saved)]
         if not left:
             raise _AllRead
 
     try:
-        with hooked(numbered, read), preserved(model, training=False), torch.no_grad():
+        with hooked(numbered, after=read), preserved(model, training=False), torch.no_grad():
             call(model, inputs)
     except _AllRead:
         return True

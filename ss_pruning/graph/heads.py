@@ -72,26 +72,32 @@ def _sharing(arrival: Arrival, mixing: Sequence[Inflow], labels: Labels) -> Shar
         return torch.cat([hears[f.broadcast] for f, hears in zip(mixing, by_leaf, strict=True)])
 
     parts = [count for count in range(2, n // 2 + 1) if n % count == 0]
-    own = hear((0, 1)) & ~hear((n - 1, n)) if parts else torch.zeros(1, dtype=torch.bool)
-    if not own.any():
+    if not parts:
+        return None
+    first = hear((0, 1))
+    if not (first & ~hear((n - 1, n))).any():  # all hear the same
         return None
     # The narrowest heads that nothing of the first one is heard behind; or the most between whose first channels
     # nothing of it is heard.
-    width = _least(parts, lambda width: bool((own & hear((width, n))).any()))
+    width = _least(parts, first, lambda width: hear((width, n)))
     if width is not None:
         return "runs", n // width
-    between = _least(parts[::-1], lambda count: bool((own & hear((1, count))).any()))
+    between = _least(parts[::-1], first, lambda count: hear((1, count)))
     return None if between is None else ("strides", between)
 
 
-def _least(sizes: Sequence[int], heard: Callable[[int], bool]) -> int | None:
-    """The first of the sizes at which nothing is heard; None where something is at the last."""
-    if heard(sizes[-1]):
+def _least(sizes: Sequence[int], first: Tensor, others: Callable[[int], Tensor]) -> int | None:
+    """The first of the sizes at which others hear nothing of what is the first channel's own; None if it has none.
+
+    Its own is what they do not hear at the last size. Up to some size they hear of it, from there on they do not.
+    """
+    own = first & ~others(sizes[-1])
+    if not own.any():
         return None
     low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if heard(sizes[middle]) else (low, middle)
+        low, high = (middle + 1, high) if (own & others(sizes[middle])).any() else (low, middle)
     return sizes[high]
 
 

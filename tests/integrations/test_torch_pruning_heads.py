@@ -14,13 +14,32 @@ import torch_pruning as tp
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.torch_pruning.heads import KEPT_REASON
 from ss_pruning.integrations.torch_pruning.pruner import GraphPruner
-from tests.support.attention import EXAMPLE, block
+from tests.support.attention import EXAMPLE, Block, Proportional, block
 
 
 def pruner_of(model: nn.Module, **options: Any) -> GraphPruner:
     ignored = [model.get_submodule(name) for name in ("embed", "head")]
     importance = tp.importance.GroupMagnitudeImportance()
     return GraphPruner(model, EXAMPLE, importance, pruning_ratio=0.5, ignored_layers=ignored, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_heads_that_go_only_with_their_stream(steps: int) -> None:
+    model = Block(Proportional()).eval()
+    importance = tp.importance.GroupMagnitudeImportance()
+    pruner = GraphPruner(
+        model,
+        EXAMPLE,
+        importance,
+        pruning_ratio=0.5,
+        iterative_steps=steps,
+        ignored_layers=[model.head],
+        num_heads={model.attn.qkv: 4},  # type: ignore[union-attr]
+    )
+    for _ in range(steps):
+        pruner.step()
+    assert (model.attn.num_heads, model.embed.out_channels, *pruner.num_heads.values()) == (2, 6, 2)
+    assert model(EXAMPLE).shape == (2, 2)
 
 
 def attention(model: nn.Module) -> Any:
