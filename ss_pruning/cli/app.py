@@ -304,16 +304,20 @@ def _show(report: Report, as_json: bool, results: TextIO) -> None:
 
 
 def _show_next_steps(report: Report, results: TextIO) -> None:
-    """Print commands to copy: no line is broken."""
+    """Print commands to copy: no line is broken; what takes more than one line is in the report."""
     from rich.console import Console
 
     from ss_pruning.report.formatting import printable
     from ss_pruning.report.next_steps import next_steps
 
     console = Console(file=results, highlight=False)
-    for what, commands in next_steps(report):
-        console.print(f"\n{what}:", style="bold")
-        console.print(printable(commands), markup=False, soft_wrap=True)
+    console.print()
+    for what, command in next_steps(report):
+        if "\n" not in command:
+            console.print(f"# {what}", style="dim")
+            console.print(printable(command), markup=False, soft_wrap=True)
+    page = Path(report.file or "").with_name("report.html")
+    console.print(printable(f"# In Python: see {page}"), style="dim", markup=False, soft_wrap=True)
 
 
 def _about_time(report: Report) -> Iterator[str]:
