@@ -251,6 +251,8 @@ def _named(files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 
 def _preprocess(wanted: Compared, model: OnnxModel) -> Preprocess:
     """Of files alone: what the user says, and the size that is in the file."""
+    if model.inputs != 1:
+        raise InputError(f"{model.path.name} takes {model.inputs} inputs, and files of one are compared.")
     if wanted.model:
         return jobs.preprocess_of(input_of(wanted.model, build_model(wanted.model)), wanted)
     if (wanted.data or wanted.photos) and not (wanted.mean and wanted.std):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class OnnxModel(nn.Module):
 
         Raises:
             InputError: There is no such file, or onnxruntime is not installed.
-            FileFormatError: It is no ONNX file, or onnxruntime cannot run it.
+            FileFormatError: It is no ONNX file, takes nothing, or onnxruntime cannot run it.
         """
         super().__init__()
         require("onnxruntime")
@@ -51,6 +52,15 @@ class OnnxModel(nn.Module):
         self._inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
         sizes = [shape[0] for shape in self._inputs.values() if shape]
         self.batch: int | None = next((size for size in sizes if isinstance(size, int)), None)
+        if self.batch == 0:
+            raise FileFormatError(
+                f"{str(path)!r} takes batches of no inputs; export it with a free batch size"
+            )
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors it takes."""
+        return len(self._inputs)
 
     @property
     def size(self) -> tuple[int, ...] | None:
@@ -64,7 +74,7 @@ class OnnxModel(nn.Module):
         """The outputs, one tensor or several, for the tensors among the arguments, taken in order.
 
         Raises:
-            InputError: Their number or a size is another than the file takes.
+            InputError: Their number, type or a size is another than the file takes, or it puts out no tensors.
         """
         values = tensors_among((args, kwargs))
         if len(values) != len(self._inputs):
@@ -85,13 +95,25 @@ class OnnxModel(nn.Module):
         if given[0] % self.batch:
             raise InputError(
                 f"{self.path.name} takes {self.batch} inputs at a time, and {given[0]} are no multiple of that; "
-                "export it with a free batch size, as ss_pruning.export does"
+                f"export it with a free batch size, as ss_pruning.export does, or take a batch of {self.batch}"
             )
         return list(values.split(self.batch))
 
     def _run(self, values: tuple[Tensor, ...]) -> list[Tensor]:
         arrays = {name: x.detach().cpu().numpy() for name, x in zip(self._inputs, values, strict=True)}
-        return [torch.from_numpy(output) for output in self._session.run(None, arrays)]
+        try:
+            outputs = self._session.run(None, arrays)
+        except Exception as error:  # onnxruntime's own, for numbers of another type, say
+            raise InputError(
+                f"{self.path.name} does not run on these inputs: {_first_line(error)}"
+            ) from error
+        odd = next((output for output in outputs if not isinstance(output, np.ndarray)), None)
+        if odd is not None:
+            raise InputError(
+                f"{self.path.name} puts out a {type(odd).__name__}, where tensors can be compared: export it without "
+                "what makes that of them"
+            )
+        return [torch.from_numpy(output) for output in outputs]
 
 
 def require(*packages: str) -> None:
