@@ -20,7 +20,6 @@ _NESTS = (
     "state_dict",
     "model",
 )  # averaged weights first: they are the better ones
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 _TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
@@ -39,8 +38,8 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
     wanted = model.state_dict()
     if by_order:
         found = _renamed_by_order(found, wanted, path)
-    elif not set(found) & set(wanted):
-        found = _without_prefixes(found)
+    else:
+        found = _without_prefix(found, wanted)
     _check_fit(found, wanted, path)
     model.load_state_dict(found, strict=False)  # strict but for the counters that _check_fit allows to lack
 
@@ -48,7 +47,8 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read tensors by name, running no code from the file.
 
-    Nested checkpoints (`state_dict`, `model`, `state_dict_ema`) are opened; averaged weights are preferred.
+    Nested checkpoints are opened: `state_dict`, `model`, `state_dict_ema`, or the only entry that holds tensors by
+    name, whatever it is called. Averaged weights are preferred.
 
     Args:
         path: `.safetensors`, or `.pth`, `.pt`, `.th`, `.bin` as `torch.save` writes them.
@@ -91,9 +91,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     import pickle
+    from argparse import Namespace
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(
+            [Namespace]
+        ):  # training scripts keep their options; they are plain
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{str(path)!r} holds more than tensors, or is damaged. Loading the rest would run code from the "
@@ -102,7 +106,9 @@ def _read_torch(path: Path) -> object:
         ) from error
     except Exception as error:  # of bytes that are no pickle it may raise anything
         first = str(error).strip().split("\n")[0]
-        raise InputError(f"{str(path)!r} is damaged or was not written by torch.save: {first}") from error
+        raise InputError(
+            f"{str(path)!r} is damaged or was not written by torch.save: {type(error).__name__}, {first}"
+        ) from error
 
 
 def _tensors_in(value: object, path: Path, depth: int = 0) -> dict[str, Tensor]:
@@ -114,17 +120,33 @@ def _tensors_in(value: object, path: Path, depth: int = 0) -> dict[str, Tensor]:
         if depth < 3 and isinstance(value.get(key), Mapping):
             return _tensors_in(value[key], path, depth + 1)
     tensors = {str(key): entry for key, entry in value.items() if isinstance(entry, Tensor)}
+    inside = [key for key, entry in value.items() if _holds_tensors(entry) and len(entry) > len(tensors)]
+    if len(inside) > 1:
+        raise InputError(
+            f"{str(path)!r} holds tensors by name in {_some([repr(key) for key in inside])}: save those of the model "
+            "alone."
+        )
+    if inside:
+        return _tensors_in(value[inside[0]], path, depth + 1)
     if not tensors:
         listed = ", ".join(repr(key) for key in list(value)[:6]) or "nothing"
         raise InputError(f"no tensors by name in {str(path)!r}; it holds {listed}. Save model.state_dict().")
     return tensors
 
 
-def _without_prefixes(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES * 2:  # they nest either way around
-        if found and all(key.startswith(prefix) for key in found):
-            found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
+
+
+def _without_prefix(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what all names begin with where the model's do not, as modules around it make them."""
+    bare = found
+    while bare and not bare.keys() & wanted.keys():
+        heads = {key.partition(".")[0] for key in bare}
+        if len(heads) > 1 or not all("." in key for key in bare):
+            return found
+        bare = {key.partition(".")[2]: value for key, value in bare.items()}
+    return bare
 
 
 def _renamed_by_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import sys
 from collections.abc import Callable
@@ -198,8 +199,20 @@ def test_files_that_cannot_be_imported_are_quoted(tmp_path: Path, code: str) -> 
             "state_dict": {key: value + 1 for key, value in state.items()},
             "state_dict_ema": state,
         },
+        lambda state: {
+            "net": {f"module.{key}": value for key, value in state.items()},
+            "acc": torch.tensor(93.0),
+            "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+        },
+        lambda state: {"checkpoint": state, "scaler": {}},
+        lambda state: {"state_dict": {f"model.backbone.{key}": value for key, value in state.items()}},
+        lambda state: {**state, "loss_history": {"last": torch.zeros(2)}},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out="runs")},
     ],
-    ids=["plain", "state_dict", "model", "nested", "module", "compiled", "both", "both-too", "ema"],
+    ids=[
+        *("plain", "state_dict", "model", "nested", "module", "compiled", "both", "both-too", "ema"),
+        *("net", "checkpoint", "lightning", "more", "options"),
+    ],
 )
 def test_checkpoints_of_every_make(
     net: nn.Module, tmp_path: Path, suffix: str, wrap: Callable[[dict[str, Any]], dict[str, Any]]
@@ -209,6 +222,19 @@ def test_checkpoints_of_every_make(
     torch.save(wrap(wanted), path)
     load_weights(net, path)
     assert same(net, wanted)
+
+
+def test_several_models_in_a_file_are_named(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    torch.save({"generator": state, "critic": state, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="tensors by name in 'generator'; 'critic': save those of the model"):
+        load_weights(net, tmp_path / "w.pth")
+
+
+def test_names_are_told_as_they_are_in_the_file(net: nn.Module, tmp_path: Path) -> None:
+    torch.save({"part.whole.a": torch.zeros(1), "part.whole.b": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"not in the model: part\.whole\.a"):
+        load_weights(net, tmp_path / "w.pth")
 
 
 def test_safetensors_and_half_precision(net: nn.Module, tmp_path: Path) -> None:
