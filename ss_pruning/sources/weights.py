@@ -164,9 +164,9 @@ def _renamed_by_order(
 
 
 def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise unless names and shapes agree; counters of batches, which old files lack, may be missing."""
+    """Raise unless names and shapes agree; counters may be missing, or there in vain."""
     missing = [key for key in wanted if key not in found and not _is_counter(key)]
-    extra = [key for key in found if key not in wanted]
+    extra = [key for key in found if key not in wanted and not _is_counter(key)]
     shapes = [
         f"{key} is {list(found[key].shape)} in the file, {list(value.shape)} in the model"
         for key, value in wanted.items()
@@ -204,7 +204,8 @@ def _advice(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 
 
 def _is_counter(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
+    """Of batches, or of operations: a profiler (thop) leaves those in models."""
+    return key.rpartition(".")[2] in ("num_batches_tracked", "total_ops", "total_params")
 
 
 def _some(names: list[str], most: int = 3) -> str:

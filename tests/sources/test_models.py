@@ -207,11 +207,12 @@ def test_files_that_cannot_be_imported_are_quoted(tmp_path: Path, code: str) -> 
         lambda state: {"checkpoint": state, "scaler": {}},
         lambda state: {"state_dict": {f"model.backbone.{key}": value for key, value in state.items()}},
         lambda state: {**state, "loss_history": {"last": torch.zeros(2)}},
+        lambda state: {**state, "total_ops": torch.zeros(1), "0.total_params": torch.zeros(1)},
         lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out="runs")},
     ],
     ids=[
         *("plain", "state_dict", "model", "nested", "module", "compiled", "both", "both-too", "ema"),
-        *("net", "checkpoint", "lightning", "more", "options"),
+        *("net", "checkpoint", "lightning", "more", "profiled", "options"),
     ],
 )
 def test_checkpoints_of_every_make(
