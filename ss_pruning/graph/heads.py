@@ -114,25 +114,3 @@ def _told(inflow: Inflow, by_head: Inflow | None, channels: Tensor) -> Inflow:
 def _as_table(inflow: Inflow, channels: Tensor) -> Inflow:
     entries = inflow.pairs[:, 0]
     return replace(inflow, pairs=inflow.pairs[:0], broadcast=entries, heads=Heads(channels, inflow.pairs))
-
-
-def apart_from_heads(inflows: Sequence[Inflow]) -> list[Inflow]:
-    """The same, with channels that several heads share, as values of multi-query attention, among those that mix.
-
-    A head goes without them: what it was handed goes with its queries.
-    """
-    channels = next((inflow.heads.channels for inflow in inflows if inflow.heads is not None), None)
-    if channels is None:
-        return list(inflows)
-    head_of = channels.flatten().argsort() // channels.shape[1]
-    return [_apart(inflow, head_of) for inflow in inflows]
-
-
-def _apart(inflow: Inflow, head_of: Tensor) -> Inflow:
-    fed = torch.stack([inflow.pairs[:, 0], head_of[inflow.pairs[:, 1]]], 1).unique(dim=0)
-    sources, heads = fed[:, 0].unique(return_counts=True)
-    shared = sources[heads > 1]
-    if not len(shared):
-        return inflow
-    pairs = inflow.pairs[~torch.isin(inflow.pairs[:, 0], shared)]
-    return replace(inflow, pairs=pairs, broadcast=torch.cat([inflow.broadcast, shared]).unique())

@@ -22,7 +22,7 @@ from ss_pruning.graph.channel_labels import (
     rows_along,
 )
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
-from ss_pruning.graph.heads import apart_from_heads, with_heads
+from ss_pruning.graph.heads import with_heads
 
 #: Of all randomness in the probe.
 SEED = 20181811
@@ -92,7 +92,7 @@ def pull(
     for arrival, horizon, direct in zip(arrivals, horizons, near, strict=True):
         inflows = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
         inflows = [_resolved(arrival, inflow, labels, inflows) for inflow in inflows]
-        known[id(arrival)] = inflows = apart_from_heads(inflows)
+        known[id(arrival)] = inflows = _apart_from_heads(inflows)
         for inflow in inflows:
             leaf = inflow.source
             assert isinstance(leaf, Leaf)
@@ -167,6 +167,28 @@ def _resolved(arrival: Arrival, inflow: Inflow, labels: Labels, others: Sequence
     if inflow.heads is not None:
         broadcast = torch.cat([broadcast, apart]).unique()
     return replace(inflow, pairs=pairs, broadcast=broadcast)
+
+
+def _apart_from_heads(inflows: Sequence[Inflow]) -> list[Inflow]:
+    """The same, with channels that several heads share, as values of multi-query attention, among those that mix.
+
+    A head goes without them: what it was handed goes with its queries.
+    """
+    channels = next((inflow.heads.channels for inflow in inflows if inflow.heads is not None), None)
+    if channels is None:
+        return list(inflows)
+    head_of = channels.flatten().argsort() // channels.shape[1]
+    return [_without_shared(inflow, head_of) for inflow in inflows]
+
+
+def _without_shared(inflow: Inflow, head_of: Tensor) -> Inflow:
+    fed = torch.stack([inflow.pairs[:, 0], head_of[inflow.pairs[:, 1]]], 1).unique(dim=0)
+    sources, heads = fed[:, 0].unique(return_counts=True)
+    shared = sources[heads > 1]
+    if not len(shared):
+        return inflow
+    pairs = inflow.pairs[~torch.isin(inflow.pairs[:, 0], shared)]
+    return replace(inflow, pairs=pairs, broadcast=torch.cat([inflow.broadcast, shared]).unique())
 
 
 def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
