@@ -145,6 +145,10 @@ MODELS: dict[str, Callable[[], Made]] = {
 }
 
 
+#: For comparison.
+WITHOUT_ATTENTION = ("transformers ConvNextV2",)
+
+
 def heads_in(traced: TracedModel, plan: Plan | None = None) -> int:
     """How many heads of attention may go, or how many of them a plan leaves."""
     kept = {(cut.path, cut.side): len(cut.kept) / cut.width for cut in plan.cuts} if plan else {}
@@ -242,7 +246,10 @@ def make_page(lines: dict[str, Line]) -> None:
         NAME,
         models=len(lines),
         listed=len(MODELS),
+        attending=sum(name not in WITHOUT_ATTENTION for name in good),
         shrink=sum(line["heads left"] < line["heads"] for line in good.values()),
+        whole=[n for n, a in good.items() if a["heads left"] == a["heads"] and n not in WITHOUT_ATTENTION],
+        little=[name for name, line in good.items() if line["removed"] < 0.65],
         much=sum(line["removed"] >= 0.65 for line in good.values()),
         right=sum(line["difference"] <= 1e-10 and line["trains"] for line in good.values()),
         onnx=sum(line.get("onnx") == "" for line in good.values()),

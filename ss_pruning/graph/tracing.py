@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.hooks import find_weights_read_by_code, given, hooked, is_read_by_code
+from ss_pruning._utils.hooks import (
+    find_weights_read_by_code,
+    given,
+    hooked,
+    is_read_by_code,
+    replaced_forward,
+)
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import as_arguments, output_of, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
-from ss_pruning.graph.attention import PrunableAttention
+from ss_pruning.graph.attention import PrunableAttention, all_mixed
 from ss_pruning.graph.channel_labels import Arrival, Labels, Leaf
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
@@ -274,8 +281,10 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
     """The forward pass with hooks, and with loose tensors replaced by leaves; everything is undone afterwards."""
     layers = {path: module for module, path in recorder.paths.items()}
     slopes = {path: module for path, module in modules_of(model).items() if isinstance(module, nn.PReLU)}
+    attention = [m for m in modules_of(model).values() if type(m) is nn.MultiheadAttention]
     replaced: dict[str, Tensor] = {}
     with (
+        contextlib.ExitStack() as undo,
         torch.inference_mode(False),
         torch.enable_grad(),
         preserved(model, training, replaced=True),
@@ -284,7 +293,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         hooked(layers, recorder.before, recorder.after, whole=True),
         hooked(slopes, after=_sloped),
     ):
-        for name, tensor in _loose_tensors(model, recorder.paths):
+        for module in attention:
+            undo.enter_context(replaced_forward(module, partial(all_mixed, module)))
+        for name, tensor in _loose_tensors(model, [*recorder.paths, *attention]):
             replaced[name] = recorder.leaf(name, tensor, -1)
         if training:  # the pass must not update running statistics, and batch norms refuse a single value
             replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
@@ -319,10 +330,9 @@ def _input_leaf(at: tuple[Any, ...], tensor: Any, recorder: _Recorder) -> Any:
     return leaf.clone()
 
 
-def _loose_tensors(model: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
-    """Floating-point parameters and (non-scalar) buffers outside the layers."""
-    owned = {id(t) for m in paths for t in (*m._parameters.values(), *m._buffers.values())}
-    owned |= {id(t) for m in paths if m._modules for t in tensors_of(m).values()}
+def _loose_tensors(model: nn.Module, owners: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point parameters and (non-scalar) buffers outside the layers and torch's attention."""
+    owned = {id(t) for m in owners for t in tensors_of(m).values()}
     for name, tensor in tensors_of(model).items():
         several = isinstance(tensor, nn.Parameter) or tensor.numel() > 1
         if several and id(tensor) not in owned and tensor.is_floating_point():
