@@ -92,10 +92,10 @@ def _closest(tried: list[LatencyPlan], target: float) -> LatencyPlan:
         fastest = min(tried, key=lambda found: found.ratio)
         low, high = fastest.spread
         raise BudgetError(
-            f"latency={target} is out of reach: the fastest plan took {fastest.ratio:.3f} of the dense model's time (in "
-            f"half of the turns {low:.2f} to {high:.2f}), so latency={fastest.ratio + 0.005:.2f} can be had. A small model "
-            "spends much of its time between layers, where nothing can be cut: to go lower measure on more inputs at "
-            "once, or raise max_ratio"
+            f"latency={target} is out of reach: the fastest plan took {fastest.ratio:.3f} of the dense model's time "
+            f"(in half of the turns {low:.2f} to {high:.2f}), so latency={fastest.ratio + 0.005:.2f} can be had. A "
+            "small model spends much of its time between layers, where nothing can be cut: to go lower measure on "
+            "more inputs at once, or raise max_ratio"
         )
     best = min(fast, key=lambda found: abs(found.ratio - target))
     return replace(best, trials=len(tried))
