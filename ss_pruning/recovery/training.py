@@ -24,8 +24,8 @@ from ss_pruning.recovery.views import another_view
 MOMENTS = 20
 # The rate grows over this share of the training, from a little: Adam's first steps know little of the gradients.
 _WARM, _FIRST = 0.05, 0.002
-#: Steps are too large where the error on held-out images is so many times what it was at first, or from half-time on no
-#: smaller than it was: training goes back to the best weights, and on with so small a share of the rate.
+#: Steps are too large where the error on held-out images is so many times what it was at first, or in the last
+#: quarter no smaller than it was: training goes back to the best weights, and on with so small a share of the rate.
 TOO_FAR, SLOWER = 5.0, 1 / 4
 # A tensor of nothing but zeros, such as a new bias, moves as one of this size.
 _LEAST_SIZE = 1e-2
@@ -171,8 +171,8 @@ class Training:
         self._end(loss)
 
     def _allowed(self) -> float:
-        half_time = self.length.done(self.state.step, self.state.seconds) >= 0.5
-        return 1.0 if half_time else TOO_FAR
+        last_quarter = self.length.done(self.state.step, self.state.seconds) >= 0.75
+        return 1.0 if last_quarter else TOO_FAR
 
     @torch.no_grad()
     def _go_back(self) -> None:
