@@ -56,17 +56,24 @@ def next_steps(report: Report) -> list[tuple[str, str]]:
             [] if report.model.startswith("yolo:") else [("Fine-tune", tune)]
         ),  # detectors have losses of their own
         ("Export", f"ss-prune export {shlex.quote(file)}{options} --format onnx"),
-        ("In eight bits", f"ss-prune export {shlex.quote(file)}{options} --int8 --calibration PHOTOS"),
+        (
+            "In eight bits",
+            f"ss-prune export {shlex.quote(file)}{options} --int8 --calibration {_photos(report)}",
+        ),
         ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
     ]
 
 
 def _images(report: Report) -> str:
     """The option that names the images it was pruned with, if a command line gave some."""
-    photos, data = report.settings.get("calibration", "data"), report.settings.get("data")
-    if photos == "data" and data:
-        return f"--data {shlex.quote(str(data))}"
-    return f"--calibration {'PHOTOS' if photos == 'data' else shlex.quote(str(photos))}"
+    photos, data = _photos(report), report.settings.get("data")
+    return f"--data {shlex.quote(str(data))}" if data and photos == "PHOTOS" else f"--calibration {photos}"
+
+
+def _photos(report: Report) -> str:
+    """The folder without labels, or "synthetic"; a word that stands for one where there was none."""
+    given = report.settings.get("calibration", "data")
+    return "PHOTOS" if given == "data" else shlex.quote(str(given))
 
 
 def _model_options(report: Report) -> str:

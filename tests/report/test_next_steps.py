@@ -88,9 +88,11 @@ def test_from_python_it_is_saved_first(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_recovery_takes_the_images_that_were_pruned_with(settings: dict[str, str], option: list[str]) -> None:
     report = ss_pruning.Report("timm:a", 2, 1, 2, 1, [], [], 0.0, settings=settings, file="m.safetensors")
-    command = dict(next_steps(report))["Recover without labels"]
-    assert arguments(command)[2:4] == option
-    _check(arguments(command))
+    steps = dict(next_steps(report))
+    assert arguments(steps["Recover without labels"])[2:4] == option
+    _check(arguments(steps["Recover without labels"]))
+    photos = option[1] if option[0] == "--calibration" else "PHOTOS"
+    assert arguments(steps["In eight bits"])[2:] == ["--int8", "--calibration", photos]
 
 
 def test_a_yolo_is_opened_as_one() -> None:
