@@ -105,9 +105,11 @@ SOUND = {
     "depthwise": type("Own", (nn.Conv2d,), {})(4, 4, (3, 1), groups=4, padding=1),
     "dilated": type("Own", (nn.Conv2d,), {})(4, 6, 3, dilation=2, bias=False),
     "grouped": PadsItself(4, 6, 3, groups=2),
+    "wide": PadsItself(512, 6, 3),
     "half subclass": PadsItself(4, 6, 3).half(),
 }
 ODD = {
+    "bias of a wide layer": HasNoBias(4096, 4),
     "output": ScalesOutput(3, 4),
     "weight": ScalesWeight(3, 4),
     "bias": HasNoBias(3, 4),
