@@ -25,7 +25,7 @@ from ss_pruning.surgery.masked_model import masked
 
 _COUNTS = ("num_heads", "num_attention_heads", "heads", "n_heads")
 _PARTS = ("qkv", "kv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj", "to_q", "to_kv")
-_SECONDS = 120.0
+_SECONDS = 30.0
 
 
 def heads_of(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:

@@ -253,6 +253,7 @@ def make_page(lines: dict[str, Line]) -> None:
         much=sum(line["removed"] >= 0.65 for line in good.values()),
         right=sum(line["difference"] <= 1e-10 and line["trains"] for line in good.values()),
         onnx=sum(line.get("onnx") == "" for line in good.values()),
+        written=sum("onnx" in line for line in good.values()),
         refused={name: line["onnx"] for name, line in good.items() if line.get("onnx")},
         theirs=Counter(line["torch-pruning"]["outcome"] for line in good.values() if "torch-pruning" in line),
         slow=[name for name, line in good.items() if line["s"] > 60],
