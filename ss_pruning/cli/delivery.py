@@ -82,7 +82,16 @@ def request_of(wanted: Recovering, seed: int) -> Request:
 
 
 def export(wanted: Exporting, progress: ProgressCallback) -> str:
-    """Write a model for other runtimes; what there is to say of it."""
+    """Write a model for other runtimes; what there is to say of it.
+
+    Raises:
+        InputError: The file is one of another runtime already.
+    """
+    if wanted.file.suffix == ".onnx":
+        raise InputError(
+            f"'{wanted.file}' is exported already: give the .safetensors file it was made from, or in Python, for "
+            f"eight bits, ss_pruning.io.int8.export_int8('{wanted.file}', 'int8.onnx', images)"
+        )
     target = _target(wanted)
     check_apart(target, wanted.file, wanted.weights)
     request = Request(

@@ -925,6 +925,7 @@ def test_bench_compares_files_with_the_model_that_has_weights(pruned_digits: Pat
         (("export", "FILE", "--format", "onnx", "--calibration", "synthetic"), "belongs to --int8"),
         (("export", "FILE", "--format", "onnx", "--weights", "a.pth"), "holds its own weights"),
         (("export", "NET", "--format", "onnx"), "say where to write: --out FILE"),
+        (("export", "model.onnx", "--int8", "--calibration", "synthetic"), "is exported already"),
         (("bench", "absent.onnx"), "there is no file 'absent.onnx'"),
         (("export", "FILE"), "say what to write: --format onnx, --format pt2"),
         (
