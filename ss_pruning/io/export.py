@@ -153,9 +153,17 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
     except OSError:
         raise  # the disk is full, say: nothing is wrong with the model
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"the model cannot be written as ONNX ({type(error).__name__}: {first})") from error
+        cause = _innermost(error)
+        first = str(cause).strip().split("\n")[0]
+        raise ModelError(f"the model cannot be written as ONNX ({type(cause).__name__}: {first})") from error
     return lambda inputs: tensors_among(call(model, inputs))
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Where it began: torch's exporter wraps an error again and again, and says what to do about the exporter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 _WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Runner]] = {

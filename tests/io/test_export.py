@@ -165,6 +165,21 @@ def test_models_that_cannot_be_followed_say_so(make: Callable[[], nn.Module], tm
     assert os.listdir(tmp_path) == []
 
 
+def test_the_exporters_first_error_is_told_and_not_how_to_mend_the_exporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise AssertionError("only 4D query")
+        except AssertionError as error:
+            raise RuntimeError("Next steps: submit a PR to PyTorch") from error
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ModelError, match=r"cannot be written as ONNX \(AssertionError: only 4D query\)"):
+        export(Tiny(), tmp_path / "net.onnx", X)
+    assert os.listdir(tmp_path) == []
+
+
 def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"format='tflite' is unknown; use 'onnx' or 'pt2'"):
         export(Tiny(), tmp_path / "net.tflite", X)
