@@ -172,23 +172,16 @@ class _Recorder:
         self.single: set[str] = set()
         self.current: str | None = None
         self.generator = torch.Generator().manual_seed(SEED)
-        self.noise: dict[int, Tensor] = {}
 
     def leaf(self, source: str, like: Tensor, axis: int) -> Tensor:
         """A fresh leaf around the operating point; a clone is handed out, as in-place operations refuse leaves."""
         shape = [n if a == axis else 1 for a, n in enumerate(like.shape)]
         centre = torch.empty(shape).uniform_(_LOW, _HIGH, generator=self.generator)
-        tensor = (centre + self._jitter(like.shape)).to(like.device, self.precision(like)).requires_grad_()
+        # Drawn anew each time: noise that leaves share, even turned, lets attention look alike where it is not.
+        jitter = torch.empty(like.shape).uniform_(-_JITTER, _JITTER, generator=self.generator)
+        tensor = (centre + jitter).to(like.device, self.precision(like)).requires_grad_()
         self.leaves.append(Leaf(source, tensor, axis))
         return tensor.clone()
-
-    def _jitter(self, shape: torch.Size) -> Tensor:
-        """Uniform noise; for tensors of as many elements the same, turned by a random amount: drawing it takes long."""
-        n = shape.numel()
-        if n not in self.noise:
-            self.noise[n] = torch.empty(n).uniform_(-_JITTER, _JITTER, generator=self.generator)
-        turn = int(torch.randint(max(n, 1), (), generator=self.generator))
-        return self.noise[n].roll(turn).reshape(shape)
 
     def precision(self, like: Tensor) -> torch.dtype:
         return torch.float64 if self.double else like.dtype
