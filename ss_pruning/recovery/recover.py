@@ -234,8 +234,8 @@ def _report(training: Training, stopped: str, images: int, held_out: int) -> Rec
         notes.append("the loss became NaN or Inf, and the best weights until then are kept: lower the rate")
     if state.turns:
         notes.append(
-            f"steps were too large {state.turns} times, and were taken back: a rate of "
-            f"{training.settings.rate * SLOWER**state.turns:.2g} was small enough"
+            f"steps were too large {state.turns} times, and were taken back: the rate came down from "
+            f"{training.settings.rate:.2g} to {training.settings.rate * SLOWER**state.turns:.2g}"
         )
     if not state.best_step:
         notes.append("no weights did better on the held-out images than those that the model came with")

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import re
 from html import unescape
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.support.scripts import loaded
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def terminal() -> ModuleType:
-    spec = spec_from_file_location("terminal", ROOT / "scripts" / "terminal.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "scripts" / "terminal.py")
 
 
 def test_the_picture_is_of_the_commands_as_they_are(terminal: ModuleType) -> None:

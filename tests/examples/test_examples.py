@@ -7,12 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.support.scripts import loaded
 
 ROOT = Path(__file__).parents[2]
 #: Lightning uses what PyTorch has deprecated.
@@ -179,11 +180,7 @@ def test_custom_importance_keeps_what_magnitude_loses(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
-    spec = spec_from_file_location("synapse_figure", ROOT / "scripts" / "synapse_figure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    figure = module_from_spec(spec)
-    spec.loader.exec_module(figure)
+    figure = loaded(ROOT / "scripts" / "synapse_figure.py")
     assert figure.PICTURE.read_text(encoding="utf-8") == figure.picture()
 
 

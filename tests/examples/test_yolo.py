@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ import pytest
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
 from benchmarks.accuracy.yolo_page import write_page
+from tests.support.scripts import loaded
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "yolo"
@@ -23,12 +23,7 @@ FOLDER = ROOT / "examples" / "yolo"
 
 @pytest.fixture(scope="module")
 def data() -> ModuleType:
-    spec = spec_from_file_location("digits_on_photos", FOLDER / "digits_on_photos.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(FOLDER / "digits_on_photos.py")
 
 
 def test_a_box_is_where_the_ink_is(data: ModuleType) -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from ss_pruning import prune_
@@ -86,6 +87,18 @@ def test_ends_of_stages() -> None:
         "layer1",
         "layer2",
         "layer3",
+    ]
+
+
+def test_blocks_within_a_stage_count_where_the_stream_is_whole() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    dense, x = copy.deepcopy(model), torch.randn(1, 3, 32, 32)
+    stream = [path for path, m in model.named_modules() if path.endswith(("conv2", "downsample.0"))]
+    prune_(model, x, ratio=0.3, ignore=["conv1", *stream])
+    # The last map has one position, and a stage returns what its last block does.
+    assert [place.path for place in find_places(model, dense, x)] == [
+        *("layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3")
     ]
 
 

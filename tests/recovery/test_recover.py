@@ -14,9 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ss_pruning import Recovery, SyntheticImages, compact_, prune_, recover_
+from ss_pruning import ImitationLoss, Recovery, SyntheticImages, compact_, prune_, recover_
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.recovery.fidelity import HeldOut
+from ss_pruning.recovery.training import Length, Training
 from ss_pruning.recovery.views import another_view
 from ss_pruning.sources.demo import digits_data, digits_resnet, digits_weights
 from tests.support.attention import Block
@@ -255,6 +257,21 @@ def test_a_loss_that_is_no_number_ends_it(nets: tuple[nn.Module, nn.Module], ima
     assert report.stopped == "diverged"
     assert any("lower the rate" in note for note in report.notes)
     assert same(weights(model), weights(nets[1]))
+
+
+def test_a_tensor_moves_in_proportion_to_its_size(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    """Adam's first step is as large as the rate says, for each element that has a gradient."""
+    dense, model = nets[0], copy.deepcopy(nets[1])
+    with ImitationLoss(model, dense, images[:1]) as imitation:
+        held_out = HeldOut(imitation, Batch.of(images[:8]), 8)
+        settings = Recovery(weight_decay=0.0)
+        training = Training(imitation, Batch.of(images), held_out, settings, Length(1000, None))
+        before = {name: weight.detach().clone() for name, weight in training.state.weights.items()}
+        training._step()
+        moved = {n: float((w.detach() - before[n]).abs().max()) for n, w in training.state.weights.items()}
+    shares = [moved[n] / max(float(w.square().mean().sqrt()), 0.01) for n, w in before.items() if moved[n]]
+    assert len(shares) > 10
+    assert max(shares) < 1.01 * min(shares)
 
 
 def test_steps_that_are_too_large_are_taken_back(
