@@ -138,7 +138,8 @@ def page(lines: Iterable[Line]) -> str:
             "Top-1 in % on the 10,000 test images of CIFAR-10, mean over the seeds: after `prune_` with `reconstruct`, "
             "and after [`recover_`](recovery_how.md) on the same images. Each length is a training of its own, so the "
             "rows of a model are its accuracy against minutes. The aims were set beforehand. Rate and places were "
-            "chosen on ResNet-20 and training images. Minutes are of one thread of a CPU that other work shared.",
+            "chosen on ResNet-20 and training images; the other nets had no say. Minutes are of one "
+            "thread of a CPU that other work shared.",
             "",
             *rows,
             "",
