@@ -1,6 +1,9 @@
 """Ten small nets of different kinds: five to choose defaults on, five that have no say and confirm them.
 
     python -m benchmarks.data.small_nets            # trains those that are missing, minutes each on one core
+    python -m benchmarks.data.small_nets --nets vit6 conv_swin4         # half an hour each
+
+The last two are `benchmarks.data.attention_nets`, trained by another recipe: AdamW, in bfloat16.
 
 All take CIFAR-10 images. Widths are small, so that one core will do: what is confirmed is that a default holds on kinds
 of nets, not what accuracy they reach. `benchmarks.data.training` says how they are trained; a run that was stopped goes
@@ -20,15 +23,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 from torchvision.ops import SqueezeExcitation
 
 from benchmarks.common import DATA, RESULTS, write
+from benchmarks.data.attention_nets import ATTENTION_NETS
 from benchmarks.data.cifar import load, top1
 from benchmarks.data.training import Recipe, train
 
 RECIPE = Recipe(epochs=4, rate=0.1, batch=128)
+WITH_ATTENTION = Recipe(
+    epochs=12, rate=2e-3, batch=128, weight_decay=0.05, warm_up=0.2, bf16=True, optimiser="adamw"
+)
 WEIGHTS = Path("runs")
 Norm = Callable[[int], nn.Module]
 
@@ -193,12 +201,16 @@ CONFIRMING: dict[str, Callable[[], nn.Module]] = {
         staged, partial(Block, norm=partial(nn.GroupNorm, 4)), (12, 24, 48), 3, partial(nn.GroupNorm, 4)
     ),
 }
-SMALL_NETS = CHOOSING | CONFIRMING
+SMALL_NETS = CHOOSING | CONFIRMING | ATTENTION_NETS
+
+
+def recipe_of(name: str) -> Recipe:
+    return WITH_ATTENTION if name in ATTENTION_NETS else RECIPE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--nets", nargs="+", choices=sorted(SMALL_NETS), default=list(SMALL_NETS))
+    parser.add_argument("--nets", nargs="+", choices=sorted(SMALL_NETS), default=list(CHOOSING | CONFIRMING))
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for weights and checkpoints")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with cifar10-png.tar (or CIFAR-10)")
     options = parser.parse_args()
@@ -208,10 +220,14 @@ def main() -> None:
         path = options.out / f"{name}.safetensors"
         if path.is_file():
             continue
-        torch.manual_seed(RECIPE.seed)
+        recipe = recipe_of(name)
+        torch.manual_seed(recipe.seed)
         model = SMALL_NETS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoint = options.out / f"{name}.checkpoint.pt"
-        log = train(model, images, RECIPE, checkpoint, lambda text, name=name: print(name, text, flush=True))
+        with sdpa_kernel(SDPBackend.MATH):  # trains faster in bfloat16 on a CPU than the fused one
+            log = train(
+                model, images, recipe, checkpoint, lambda text, name=name: print(name, text, flush=True)
+            )
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
         _note(name, model, log, top1(model.eval(), tested))
         checkpoint.unlink(missing_ok=True)
@@ -222,8 +238,9 @@ def _note(name: str, model: nn.Module, log: list[dict[str, float]], accuracy: fl
     path = RESULTS / "small_nets.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     known[name] = {
-        "recipe": asdict(RECIPE),
+        "recipe": asdict(recipe_of(name)),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": [round(epoch["loss"], 4) for epoch in log],
         "cpu_seconds": round(sum(epoch["cpu_seconds"] for epoch in log)),
         "top1": accuracy,
     }

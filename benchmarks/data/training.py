@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from benchmarks.data.cifar import Images, as_input, augmented
@@ -39,6 +40,7 @@ class Recipe:
         bf16: Compute in bfloat16; weights stay float32.
         seed: Draws and shifts the images.
         frozen_norms: Batch norms keep their statistics, and use them.
+        optimiser: "sgd" with Nesterov momentum, or "adamw".
     """
 
     epochs: int
@@ -50,6 +52,7 @@ class Recipe:
     bf16: bool = False
     seed: int = 0
     frozen_norms: bool = False
+    optimiser: Literal["sgd", "adamw"] = "sgd"
 
 
 class Regulariser(Protocol):
@@ -62,24 +65,28 @@ class Regulariser(Protocol):
         """Called after the optimiser's step, with its learning rate."""
 
 
-def optimiser(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.SGD, LRScheduler]:
-    """SGD with Nesterov momentum, and the schedule of its rate over `steps`."""
+def optimiser(model: nn.Module, recipe: Recipe, steps: int) -> tuple[Optimizer, LRScheduler]:
+    """The recipe's optimiser, and the schedule of its rate over `steps`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    sgd = torch.optim.SGD(groups, lr=recipe.rate, momentum=MOMENTUM, nesterov=True)
+    chosen: Optimizer
+    if recipe.optimiser == "adamw":
+        chosen = torch.optim.AdamW(groups, lr=recipe.rate)
+    else:
+        chosen = torch.optim.SGD(groups, lr=recipe.rate, momentum=MOMENTUM, nesterov=True)
     if recipe.schedule == "steps" or steps < 4:
-        return sgd, MultiStepLR(sgd, [steps // 2, steps * 3 // 4])
+        return chosen, MultiStepLR(chosen, [steps // 2, steps * 3 // 4])
     warm_up = max(recipe.warm_up, 2 / steps)  # a cycle has to rise for at least two steps
-    return sgd, OneCycleLR(sgd, recipe.rate, total_steps=steps, pct_start=warm_up)
+    return chosen, OneCycleLR(chosen, recipe.rate, total_steps=steps, pct_start=warm_up)
 
 
 def train_epoch(
     model: nn.Module,
     images: Images,
-    sgd: torch.optim.SGD,
+    stepper: Optimizer,
     schedule: LRScheduler,
     recipe: Recipe,
     epoch: int = 0,
@@ -98,7 +105,7 @@ def train_epoch(
     total, steps = 0.0, 0
     for pixels, labels in augmented(images, recipe.batch, generator):
         step = schedule.last_epoch
-        sgd.zero_grad(set_to_none=True)
+        stepper.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
             outputs = model(as_input(pixels).to(device))
         loss = F.cross_entropy(outputs.float(), labels.to(device))
@@ -108,9 +115,9 @@ def train_epoch(
                 f"the loss is {value} in epoch {epoch + 1}, step {steps + 1}: lower the learning rate or the penalty"
             )
         (loss + regulariser.loss(step) if regulariser else loss).backward()
-        sgd.step()
+        stepper.step()
         if regulariser:
-            regulariser.after(step, sgd.param_groups[0]["lr"])
+            regulariser.after(step, stepper.param_groups[0]["lr"])
         schedule.step()
         total, steps = total + value, steps + 1
     return total / max(steps, 1)
@@ -131,9 +138,9 @@ def train(
         ModelError: The loss is NaN or infinite.
     """
     steps = max(1, len(images[0]) // recipe.batch) * recipe.epochs
-    sgd, schedule = optimiser(model, recipe, steps)
+    stepper, schedule = optimiser(model, recipe, steps)
     log: list[dict[str, float]] = []
-    parts: dict[str, Any] = {"model": model, "sgd": sgd, "schedule": schedule}
+    parts: dict[str, Any] = {"model": model, "optimiser": stepper, "schedule": schedule}
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["recipe"] != asdict(recipe):
@@ -144,7 +151,7 @@ def train(
         say(f"going on after epoch {len(log)}")
     for epoch in range(len(log), recipe.epochs):
         started = time.process_time()
-        loss = train_epoch(model, images, sgd, schedule, recipe, epoch, regulariser)
+        loss = train_epoch(model, images, stepper, schedule, recipe, epoch, regulariser)
         log.append({"epoch": epoch + 1, "loss": loss, "cpu_seconds": time.process_time() - started})
         say(f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, {log[-1]['cpu_seconds']:.0f} CPU s")
         states = {name: part.state_dict() for name, part in parts.items()}
