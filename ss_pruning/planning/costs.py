@@ -20,7 +20,7 @@ from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.layers import LayerType, layer_type_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.profiling.layer_latency import LatencyTable
-from ss_pruning.profiling.macs import count_macs
+from ss_pruning.profiling.macs import count_macs, macs_between_layers
 from ss_pruning.surgery.plan import Plan
 
 #: What a channel can cost; "latency" is in seconds, as `Costs.times` has them.
@@ -53,6 +53,8 @@ class Costs:
         self.estimated = False  # whether operations of a layer were shared among several tensors
         self.excluded, self.lone = coupling.excluded, coupling.lone
         self._collect(traced.modules, parameters, traced.connectivity)
+        if not self.in_layers:
+            self._collect_between(macs_between_layers(traced.model, traced.example_inputs))
 
     def _collect(
         self,
@@ -93,6 +95,13 @@ class Costs:
         total = sum(size for size, _, _ in matrices)
         self.mac_terms += [(self.layer_macs.get(path, 0) * n / total, a, b) for n, a, b in matrices]
         self.estimated |= len(matrices) != 1
+
+    def _collect_between(self, macs: Mapping[str, int]) -> None:
+        """Operations of attention shrink with the heads, and so with what the layer behind them reads."""
+        for path, amount in macs.items():
+            if (path, "in") in self.number:
+                self.mac_terms.append((amount, len(self.keys), self.number[path, "in"]))
+                self.estimated = True
 
     @property
     def in_layers(self) -> bool:

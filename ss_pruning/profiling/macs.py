@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
@@ -22,6 +22,17 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, in
     Raises:
         ModelError: The model does not run on the inputs, which may be of another number type.
     """
+    counter = _counted(model, example_inputs)
+    total = sum(counter.flops.values()) + sum(counter.between.values())
+    return total // 2, {path: n // 2 for path, n in counter.flops.items()}
+
+
+def macs_between_layers(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Multiply-accumulates outside of layers, as attention's are, by the layer that runs next ("" behind the last)."""
+    return {path: n // 2 for path, n in _counted(model, example_inputs).between.items()}
+
+
+def _counted(model: nn.Module, example_inputs: Any) -> _MacCounter:
     counter = _MacCounter()
     layers = {path: module for path, module in modules_of(model).items() if kind_of(module) is not None}
     with (
@@ -33,7 +44,19 @@ def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, in
     ):
         # On the inputs as they are given: tracing brings models and inputs to one number type.
         checked_call(model, example_inputs)
-    return sum(counter.flops.values()) // 2, {path: n // 2 for path, n in counter.flops.items() if path}
+    counter.enter("")
+    return counter
+
+
+def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of the fused attention that torch 2.14 has no formula for: those of the others that it has."""
+    return sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-any-return]
+
+
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+}
 
 
 class _MacCounter(TorchDispatchMode):
@@ -54,11 +77,15 @@ class _MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
-        self.path = ""
+        self.between: Counter[str] = Counter()  # by the layer behind
+        self.path, self.waiting = "", 0
 
     def enter(self, path: str, *_: Any) -> None:
-        """What follows belongs to this layer."""
+        """What follows belongs to this layer, and what waits came before it."""
         self.path = path
+        if self.waiting:
+            self.between[path] += self.waiting
+            self.waiting = 0
 
     def leave(self, *_: Any) -> None:
         """What follows belongs to none."""
@@ -68,7 +95,7 @@ class _MacCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         if formula is None and func not in self.atomic:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -77,5 +104,9 @@ class _MacCounter(TorchDispatchMode):
             self.atomic.add(func)
         result = func(*args, **kwargs)
         if formula is not None:
-            self.flops[self.path] += formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            if self.path:
+                self.flops[self.path] += flops
+            else:
+                self.waiting += flops
         return result

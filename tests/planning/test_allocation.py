@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ss_pruning import prune_
+from ss_pruning import plan, prune_
 from ss_pruning._utils.arrays import Floats
 from ss_pruning.config import Allocation, Budget
 from ss_pruning.errors import BudgetError, InputError, NothingToPruneError
@@ -264,3 +264,18 @@ def test_groups_of_a_convolution_that_go_whole_cost_in_proportion() -> None:
         removed[costs.number[cut.path, cut.side]] = len(cut.removed)
     assert removed.any()
     assert costs.after("params", removed) == sum(p.numel() for p in model.parameters())
+
+
+def test_heads_save_what_attention_multiplies_too() -> None:
+    """Products of attention are in no layer; here they are more than half of all."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    torch.manual_seed(0)
+    model = timm.VisionTransformer(
+        img_size=48, patch_size=3, embed_dim=32, depth=1, num_heads=8, num_classes=5
+    )
+    x = torch.randn(1, 3, 48, 48)
+    costs = Costs(TracedModel.of(model.eval(), x))
+    assert sum(costs.layer_macs.values()) < costs.macs / 2
+    found, report = plan(model, x, ratio=0.5, allocation="local")
+    assert report.macs_after < 0.6 * costs.macs
+    assert costs.macs_after(found) == report.macs_after  # which is counted on the cut model

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from ss_pruning.errors import ModelError
-from ss_pruning.profiling.macs import count_macs
+from ss_pruning.profiling.macs import count_macs, macs_between_layers
 
 
 def conv_macs(conv: nn.Conv2d, height: int, width: int) -> int:
@@ -61,10 +63,34 @@ def test_counts_are_torchs_own(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     side = 224 if name.startswith("vit") else 64
     model, x = models.get_model(name, weights=None).eval(), torch.zeros(1, 3, side, side)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Of the kernels of attention that run on a CPU torch has formulas for the plain products alone.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x)
     total, by_layer = count_macs(model, x)
     assert total == counter.get_total_flops() // 2
     theirs = counter.get_flop_counts()
     for path, macs in by_layer.items():
         assert macs == sum(theirs[f"{type(model).__name__}.{path}"].values()) // 2
+
+
+class Attention(nn.Module):
+    """Three heads of four channels, by torch's fused attention or by plain products."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv, self.projection = nn.Linear(6, 36), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        y = scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.mT / 2).softmax(-1) @ v
+        return self.projection(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_counted_before_its_projection(fused: bool) -> None:
+    batch, tokens, heads, width = 2, 5, 3, 4
+    net, x = Attention(fused), torch.zeros(batch, tokens, 6)
+    products = 2 * batch * heads * tokens * tokens * width
+    assert macs_between_layers(net, x) == {"projection": products}
+    assert count_macs(net, x)[0] == products + batch * tokens * (6 * 36 + 12 * 6)
