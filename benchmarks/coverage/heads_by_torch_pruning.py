@@ -43,20 +43,30 @@ def heads_of(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
     return found
 
 
-def prune(model: nn.Module, x: Tensor, outputs: Collection[str]) -> Selection:
-    """Half of the heads and of all channels go but for the layers `outputs`; returns what stays, by layer side."""
+def prune(
+    model: nn.Module, x: Tensor, ignored: Collection[str], ratio: float = 0.5, **options: Any
+) -> Selection:
+    """A share of the heads and of all channels go but for the layers `ignored`; returns what stays, by layer side.
+
+    Args:
+        model: Cut in place; may break.
+        x: What it takes.
+        ignored: Paths of layers whose outputs stay.
+        ratio: The share.
+        options: Of Torch-Pruning's pruner.
+    """
     heads, names = heads_of(model), {module: path for path, module in model.named_modules()}
     pruner = tp.pruner.BasePruner(
         model,
         x,
-        importance=tp.importance.MagnitudeImportance(),
-        pruning_ratio=0.5,
-        head_pruning_ratio=0.5,
+        pruning_ratio=ratio,
+        head_pruning_ratio=ratio,
         num_heads={layer: getattr(module, name) for layer, (module, name) in heads.items()},
         prune_num_heads=True,
         prune_head_dims=False,
-        ignored_layers=[module for module, path in names.items() if path in outputs],
+        ignored_layers=[module for module, path in names.items() if path in ignored],
         output_transform=_summed,
+        **{"importance": tp.importance.MagnitudeImportance(), **options},
     )
     before = {layer: width(layer, "out") for layer in heads if not isinstance(layer, nn.MultiheadAttention)}
     kept: dict[Any, list[int]] = {}
@@ -91,8 +101,11 @@ def _side(path: str, dep: Any, pruner: Any) -> tuple[str, str] | None:
 
 
 def _set_numbers(module: nn.Module, name: str, before: int, layer: nn.Module, heads: int | None) -> None:
-    """How many heads there are, and how wide they are together, whatever it is called."""
-    if heads is None or isinstance(module, nn.MultiheadAttention):
+    """How many heads there are, and how wide they are together, whatever it is called.
+
+    Where nothing of the layer went, as in Swin, its heads are still there, whatever Torch-Pruning counts.
+    """
+    if heads is None or isinstance(module, nn.MultiheadAttention) or width(layer, "out") == before:
         return
     setattr(module, name, heads)
     parts = 3 if layer is getattr(module, "qkv", None) else 1

@@ -1,0 +1,91 @@
+"""docs/attention.md, from the lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.accuracy.attention.ways import BUDGETS, STEPS, WAYS, Line
+from benchmarks.common import DOCS, RESULTS, made_on
+from benchmarks.pages import spread, table, write_page
+
+#: How far ours should be ahead of the best of the others after `reconstruct`, in points, at half of the MACs.
+AIM = 3.0
+NAMES = {
+    "vit6": "a ViT of six blocks (timm's `VisionTransformer`: patches of 4x4 pixels, width 72, 6 heads)",
+    "conv_swin4": "a hybrid of a convolutional stem and two stages of two Swin blocks (timm's: windows of 4x4, every "
+    "other one shifted, relative positions, patches merged; widths 48 and 96, 4 and 8 heads)",
+}
+
+
+def write(
+    lines: Sequence[Line], page: Path = DOCS / "attention.md", trained: Path = RESULTS / "small_nets.json"
+) -> Path:
+    """docs/attention.md: what was measured on test images, and how the nets were trained."""
+    lines = [line for line in lines if line["split"] == "test"]
+    recipes = json.loads(trained.read_text())
+    nets = [net for net in NAMES if any(line["net"] == net for line in lines)]
+    return write_page(
+        page,
+        "attention",
+        nets=[_section(net, [line for line in lines if line["net"] == net], recipes[net]) for net in nets],
+        steps=STEPS,
+        aim=AIM,
+        images=max(line["images"] for line in lines),
+        versions=made_on(lines),
+    )
+
+
+def _section(net: str, lines: Sequence[Line], trained: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of one net."""
+    head = [f"{macs:.0%} of the MACs" for macs in BUDGETS]
+    return {
+        "net": net,
+        "name": NAMES[net],
+        "dense": mean(line["dense"] for line in lines),
+        "epochs": trained["recipe"]["epochs"],
+        "minutes": trained["cpu_seconds"] / 60,
+        "parameters": trained["parameters"],
+        "table": table(
+            ["", *head, "parameters left", "heads left", "s"], [_row(way, lines) for way in WAYS], align="l"
+        ),
+        "leads": [(macs, lead) for macs in BUDGETS if (lead := _lead(lines, macs)) is not None],
+        "draws": max(line["seed"] for line in lines) + 1,
+    }
+
+
+def _row(way: str, lines: Sequence[Line]) -> list[str]:
+    """Accuracy at each budget, and what is left at the smallest one."""
+    found = {macs: _of(lines, way, macs) for macs in BUDGETS}
+    seeds = 3 if WAYS[way].draws else 1
+    smallest = found[min(BUDGETS)]
+    title = f"**{WAYS[way].title}**" if way == "reconstruct" else WAYS[way].title
+    return [
+        title,
+        *(spread([line["top1"] for line in found[macs]], seeds=seeds) for macs in BUDGETS),
+        f"{mean(line['params_kept'] for line in smallest):.0%}" if smallest else "",
+        _heads(smallest),
+        f"{mean(line['seconds'] for line in smallest):.0f}" if smallest else "",
+    ]
+
+
+def _heads(lines: Sequence[Line]) -> str:
+    """How many heads are left, block by block, with the first images."""
+    return " ".join(map(str, lines[0]["heads"])) if lines else ""
+
+
+def _lead(lines: Sequence[Line], macs: float) -> tuple[float, str] | None:
+    """How far `reconstruct` is ahead of the best of the others, and which that is."""
+    means = {way: mean(line["top1"] for line in found) for way in WAYS if (found := _of(lines, way, macs))}
+    others = {way: value for way, value in means.items() if not WAYS[way].ours}
+    if not others or "reconstruct" not in means:
+        return None
+    best = max(others, key=others.__getitem__)
+    return means["reconstruct"] - others[best], WAYS[best].title
+
+
+def _of(lines: Sequence[Line], way: str, macs: float) -> list[Line]:
+    return [line for line in lines if line["way"] == way and line["macs"] == macs]
