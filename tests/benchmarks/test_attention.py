@@ -13,7 +13,7 @@ pytest.importorskip("timm")
 
 from benchmarks.accuracy.attention import closed_form
 from benchmarks.accuracy.attention.closed_form import Moments, narrow_attention, predicted, prune_uniformly
-from benchmarks.accuracy.attention.page import write
+from benchmarks.accuracy.attention.page import write, write_summary
 from benchmarks.data.attention_nets import ATTENTION_NETS, ConvSwin, vit
 from ss_pruning.profiling.macs import count_macs
 
@@ -119,3 +119,7 @@ def test_the_page_says_how_far_ours_is_ahead(tmp_path: Path) -> None:
     )
     assert "72.00 ± 2.00" in text
     assert "3 epochs in 10 CPU-minutes" in text
+    (tmp_path / "how.md").write_text("# How\n<!-- attention -->\nold\n<!-- /attention -->\n")
+    told = write_summary(lines, tmp_path / "how.md").read_text()
+    assert "| `vit6` | 80.0 |  | 72.0 |  | 66.5 (Torch-Pruning, magnitude, global) |" in told
+    assert "old" not in told

@@ -119,7 +119,9 @@ def main() -> int:
             flush=True,
         )
     if options.results == PATH:
-        page.write(read_lines(PATH))
+        lines = read_lines(PATH)
+        page.write(lines)
+        page.write_summary(lines)
     return 0
 
 

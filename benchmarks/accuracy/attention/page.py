@@ -1,4 +1,4 @@
-"""docs/attention.md, from the lines."""
+"""docs/attention.md and the table of docs/transformers.md, from the lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy.attention.ways import BUDGETS, STEPS, WAYS, Line
 from benchmarks.common import DOCS, RESULTS, made_on
-from benchmarks.pages import spread, table, write_page
+from benchmarks.pages import spread, table, write_page, write_part
 
 #: How far ours should be ahead of the best of the others after `reconstruct`, in points, at half of the MACs.
 AIM = 3.0
@@ -37,6 +37,24 @@ def write(
         images=max(line["images"] for line in lines),
         versions=made_on(lines),
     )
+
+
+def write_summary(lines: Sequence[Line], page: Path = DOCS / "transformers.md") -> Path:
+    """What the page for users tells: half of the multiply-accumulates, a net a row."""
+    half = [line for line in lines if line["split"] == "test" and line["macs"] == min(BUDGETS)]
+    nets = [net for net in NAMES if any(line["net"] == net for line in half)]
+    rows = [_summary(net, [line for line in half if line["net"] == net]) for net in nets]
+    head = ["top-1 in %", "dense", "`mean`, no images", "`reconstruct`", "then `recover_`", "best of others"]
+    said = "At half of the multiply-accumulates, on CIFAR-10, with 512 unlabelled training images:"
+    return write_part(page, "attention", f"{said}\n\n{table(head, rows)}")
+
+
+def _summary(net: str, lines: Sequence[Line]) -> list[str]:
+    means = _means(lines, min(BUDGETS))
+    best = _best_of_others(means)
+    values = (f"{means[way]:.1f}" if way in means else "" for way in ("mean", "reconstruct", "recovered"))
+    rival = f"{means[best]:.1f} ({WAYS[best].title})" if best else ""
+    return [f"`{net}`", f"{mean(line['dense'] for line in lines):.1f}", *values, rival]
 
 
 def _section(net: str, lines: Sequence[Line], trained: dict[str, Any]) -> dict[str, Any]:
@@ -79,12 +97,19 @@ def _heads(lines: Sequence[Line]) -> str:
 
 def _lead(lines: Sequence[Line], macs: float) -> tuple[float, str] | None:
     """How far `reconstruct` is ahead of the best of the others, and which that is."""
-    means = {way: mean(line["top1"] for line in found) for way in WAYS if (found := _of(lines, way, macs))}
+    means = _means(lines, macs)
+    best = _best_of_others(means)
+    return (means["reconstruct"] - means[best], WAYS[best].title) if best and "reconstruct" in means else None
+
+
+def _means(lines: Sequence[Line], macs: float) -> dict[str, float]:
+    """By way, over its seeds."""
+    return {way: mean(line["top1"] for line in found) for way in WAYS if (found := _of(lines, way, macs))}
+
+
+def _best_of_others(means: dict[str, float]) -> str | None:
     others = {way: value for way, value in means.items() if not WAYS[way].ours}
-    if not others or "reconstruct" not in means:
-        return None
-    best = max(others, key=others.__getitem__)
-    return means["reconstruct"] - others[best], WAYS[best].title
+    return max(others, key=others.__getitem__, default=None)
 
 
 def _of(lines: Sequence[Line], way: str, macs: float) -> list[Line]:
