@@ -128,7 +128,8 @@ def stream(batches: Iterable[Any], example: Any) -> Iterator[Batch]:
     for number, batch in enumerate(batches):
         where = f"calibration batch {number}"
         if example is None and not isinstance(batch, Batch):
-            batch = Batch.of(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            batch = Batch.of(images).mapped(Tensor.detach)
         elif not isinstance(batch, Batch):
             batch = Batch.of(shaped(batch, example, where))
         _check_finite(batch, example, where)

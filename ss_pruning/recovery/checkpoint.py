@@ -101,6 +101,7 @@ class Checkpoint:
             asdict(training.settings),
             asdict(training.length),
             [asdict(p) for p in imitation.places],
+            sorted(training.state.weights),
         ]
         inputs = training.images.tensors() + [t for part in training.held_out.parts for t in part.tensors()]
         models = [

@@ -233,8 +233,9 @@ def _report(training: Training, stopped: str, images: int, held_out: int) -> Rec
     if stopped == "diverged":
         notes.append("the loss became NaN or Inf, and the best weights until then are kept: lower the rate")
     if state.turns:
+        times = "once" if state.turns == 1 else f"{state.turns} times"
         notes.append(
-            f"steps were too large {state.turns} times, and were taken back: the rate came down from "
+            f"steps were too large {times}, and were taken back: the rate came down from "
             f"{training.settings.rate:.2g} to {training.settings.rate * SLOWER**state.turns:.2g}"
         )
     if not state.best_step:

@@ -172,6 +172,23 @@ def test_a_checkpoint_of_something_else_is_refused(
         dense.fc.bias.add_(1.0)
     with pytest.raises(InputError, match="belongs to a recovery of another model"):
         recover_(copy.deepcopy(nets[1]), dense, images[:20], steps=1, checkpoint=file)
+    less = copy.deepcopy(nets[1])
+    less.conv1.weight.requires_grad_(False)
+    with pytest.raises(InputError, match="belongs to a recovery of another model"):
+        recover_(less, nets[0], images[:20], steps=1, checkpoint=file)
+    file.unlink()
+    recover_(less, nets[0], images[:20], steps=1, checkpoint=file)
+    with pytest.raises(InputError, match="belongs to a recovery of another model"):
+        recover_(copy.deepcopy(nets[1]), nets[0], images[:20], steps=1, checkpoint=file)
+
+
+def test_images_that_gradients_were_asked_of(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    asked = images[:20].clone().requires_grad_()
+    whole, model = copy.deepcopy(nets[1]), copy.deepcopy(nets[1])
+    recover_(whole, nets[0], images[:20], steps=2)
+    recover_(model, nets[0], asked * 1, steps=2)
+    assert same(weights(model), weights(whole))
+    assert asked.grad is None
 
 
 def test_attention_that_lost_heads_is_recovered() -> None:
