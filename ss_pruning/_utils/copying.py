@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ss_pruning._utils.memento import is_surrounding, parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
@@ -43,7 +44,7 @@ def shell(model: nn.Module) -> nn.Module:
 
 def _shell(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
     if not all(map(_is_ordinary, {type(module) for module in modules})):
-        return copy.deepcopy(model, memo)
+        return _deep(model, memo)
     shells = [object.__new__(type(module)) for module in modules]
     memo.update({id(module): new for module, new in zip(modules, shells, strict=True)})
     for module, new in zip(modules, shells, strict=True):
@@ -56,6 +57,14 @@ def _shell(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any])
             else:
                 new.__dict__[name] = _copied(name, value, memo)
     return shells[0]
+
+
+def _deep(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    twin = copy.deepcopy(model, memo)
+    if isinstance(model, GraphModule):  # leaves behind what its code does not use, such as the plan of a cut
+        left = {name: value for name, value in vars(model).items() if name not in vars(twin)}
+        vars(twin).update(copy.deepcopy(left, memo))
+    return twin
 
 
 def _without_history(model: nn.Module) -> dict[int, Any]:

@@ -253,7 +253,7 @@ def _as_mapping(batch: Any, example: Mapping[Any, Any], where: str) -> dict[Any,
 
 def _as_tuple(batch: Any, example: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if len(example) == 1 or not isinstance(batch, (tuple, list)):
-        if _tensors(example) != 1 or not _tensors(example[0]):
+        if not _tensors(example[0]) or _tensors(example[1:]):
             raise InputError(f"{where} is a {_kind(batch)}; give {_wanted(example)}")
         return (shaped(batch, example[0], where), *example[1:])
     if batch and isinstance(batch[0], (tuple, list)) and isinstance(example[0], Tensor):

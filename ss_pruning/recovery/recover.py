@@ -110,6 +110,7 @@ def recover_(
         shown, hidden = _parts(batch, settings)
         with ImitationLoss(student, dense, example) as imitation:
             held_out = HeldOut(imitation, hidden, settings.batch)
+            _check_built(model, student)
             training = Training(imitation, shown, held_out, settings, length)
             stopped = _trained(training, checkpoint, progress)
     _adopt_(model, training.state)
@@ -158,6 +159,16 @@ def _check_trainable(model: nn.Module, fresh: nn.Module) -> None:
         raise InputError(
             f"'{half}' is float16, in which Adam's steps vanish or overflow: recover model.float() with dense.float(), "
             "and take model.half() afterwards"
+        )
+
+
+def _check_built(model: nn.Module, student: nn.Module) -> None:
+    """Refuse a model of which a copy has got new parameters by running."""
+    new = sorted(parameters_of(student).keys() - parameters_of(model).keys())
+    if new:
+        raise InputError(
+            f"'{new[0]}' is made in the first forward pass, by chance: run both models once, and load their weights, "
+            "before recovery"
         )
 
 

@@ -10,8 +10,12 @@ from ss_pruning.recovery.settings import Recovery
 
 
 def another_view(batch: Batch, settings: Recovery, generator: torch.Generator) -> Batch:
-    """The same images, each shifted and mirrored in its own way; inputs that are no images as they are."""
-    return batch.mapped(lambda x: _moved(x, settings, generator) if _are_images(x) else x)
+    """The same images, each shifted and mirrored in its own way; inputs that are no images as they are.
+
+    Where a model takes several images at once, such as one and its mask, they move together.
+    """
+    begin = generator.get_state()
+    return batch.mapped(lambda x: _moved(x, settings, generator.set_state(begin)) if _are_images(x) else x)
 
 
 def _are_images(x: Tensor) -> bool:
@@ -23,7 +27,7 @@ def _moved(images: Tensor, settings: Recovery, generator: torch.Generator) -> Te
     n, _, height, width = images.shape
     rows, columns = (_lines(n, size, settings.shift, generator) for size in (height, width))
     if settings.flip:
-        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        mirrored = torch.rand(n, 1, generator=generator, dtype=torch.float32) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     number = torch.arange(n)[:, None, None]
     at = (number, rows[:, :, None], columns[:, None, :])

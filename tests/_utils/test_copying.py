@@ -45,6 +45,16 @@ class Own(Tangled):
         return new
 
 
+def test_a_traced_graph_keeps_its_attributes() -> None:
+    """Its own way of copying leaves behind what its code does not use: a plan, among others."""
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model.said = {"what": [1, 2]}
+    twin, x = shell(model), torch.randn(3, 4)
+    assert twin.said == {"what": [1, 2]}
+    assert twin.said is not model.said
+    assert torch.equal(twin(x), model(x))
+
+
 @pytest.mark.parametrize("build", [Tangled, Own])
 def test_a_shell_computes_the_same_and_can_be_changed(build: type[Tangled]) -> None:
     torch.manual_seed(0)

@@ -155,6 +155,23 @@ def test_several_inputs_are_calibrated_like_one(method: str) -> None:
         same(pruned(Two, example, compensation=method, calibration=calibration), expected)
 
 
+class OfDict(Two):
+    """Takes one dict, which holds all of its inputs, as detectors of some packages do."""
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        return super().forward(inputs["red"], inputs["rest"])
+
+
+def test_a_dict_as_the_one_argument_is_calibrated_like_an_image() -> None:
+    expected = pruned(Net, IMAGES[:1], compensation="mean", calibration=IMAGES)
+    batches = [{"red": x[:, :1], "rest": x[:, 1:], "labels": torch.zeros(16)} for x in IMAGES.split(16)]
+    example = ({"red": IMAGES[:1, :1], "rest": IMAGES[:1, 1:]},)
+    for calibration in (batches, [(batch,) for batch in batches], [(batch, 0) for batch in batches]):
+        same(pruned(OfDict, example, compensation="mean", calibration=calibration), expected)
+    with pytest.raises(InputError, match=r"dicts with the keys \['red', 'rest'\]"):
+        pruned(OfDict, example, compensation="mean", calibration=[IMAGES])
+
+
 @pytest.mark.parametrize("scope", ["global", None])
 @pytest.mark.parametrize("method", METHODS)
 def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ss_pruning import ImitationLoss, Recovery, SyntheticImages, compact_, prune_, recover_
+from ss_pruning import ImitationLoss, Recovery, SyntheticImages, compact_, load, prune_, recover_, save
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.fidelity import HeldOut
@@ -375,6 +375,45 @@ def test_a_detector_is_measured_by_its_feature_maps() -> None:
         hidden = held_out_of(x, Recovery())
         ours, theirs = model.body(hidden), dense.body(hidden)
     assert ours.shape[1] < theirs.shape[1]
+
+
+class Built(nn.Module):
+    """Makes its classifier when it first runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.head: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.body(x).mean((2, 3))
+        if self.head is None:
+            self.head = nn.Linear(seen.shape[1], 4)
+        scores: Tensor = self.head(seen)
+        return scores
+
+
+def test_what_is_made_in_the_first_pass_is_refused() -> None:
+    model, x = Built().eval(), torch.randn(8, 3, 8, 8)
+    dense = copy.deepcopy(model)
+    prune_(model, x[:1], ratio=0.4)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=r"'head\.bias' is made in the first forward pass"):
+        recover_(model, dense, x, steps=1)
+    assert snapshot(model) == before
+
+
+def test_a_traced_graph_is_recovered(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = torch.fx.symbolic_trace(Detector().body).eval()
+    model, x = copy.deepcopy(dense), torch.randn(24, 3, 12, 12)
+    prune_(model, x[:1], ratio=0.3)
+    prune_(model, x[:1], ratio=0.3)
+    report = recover_(model, dense, x, steps=8)
+    assert report.after.error < report.before.error
+    save(model, tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors", lambda: copy.deepcopy(dense))
+    assert torch.equal(again(x), model(x))
 
 
 def test_bad_input_is_refused_before_any_work(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:

@@ -38,6 +38,24 @@ def test_each_image_is_one_of_its_shifts() -> None:
     assert {f for _, _, f in seen} == {False, True}
 
 
+def test_an_image_and_its_mask_move_together() -> None:
+    x = torch.randn(30, 3, 8, 6)
+    pair = Batch.of({"image": x, "mask": x[:, :1].clone()})
+    now = another_view(pair, Recovery(shift=0.25), torch.Generator().manual_seed(0)).inputs
+    assert not torch.equal(now["image"], x)
+    assert torch.equal(now["mask"], now["image"][:, :1])
+
+
+def test_what_is_drawn_does_not_depend_on_the_usual_precision() -> None:
+    x = torch.randn(30, 3, 8, 6)
+    expected = view(x, Recovery())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(view(x, Recovery()), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_both_can_be_left_out() -> None:
     x = torch.randn(9, 1, 8, 6)
     assert torch.equal(view(x, Recovery(shift=0.0, flip=False)), x)
