@@ -107,12 +107,8 @@ def _torchvision_input(name: str) -> Preprocess:
 
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     """Split `kind:name,key=value` into its parts; a file's kind is "file" and its name `path:factory`."""
-    match = re.fullmatch(r"(?P<base>.*?)(?P<options>(,\s*\w+=[^,]*)*)", spec, re.DOTALL)
-    base, given = (match["base"], match["options"]) if match else (spec, "")
-    options = {}
-    for item in filter(None, given.split(",")):
-        key, _, value = item.partition("=")
-        options[key.strip()] = _literal(value.strip())
+    base, *given = re.split(r",\s*(?=\w+=)", spec)  # a value may have commas, too: num_blocks=[2,2,2]
+    options = {key: _literal(value.strip()) for key, _, value in (item.partition("=") for item in given)}
     kind, _, name = base.partition(":")
     if kind in NAMED and name:
         return kind, name, options
@@ -174,8 +170,23 @@ def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
             names = [
                 key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
             ]
-            raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}")
+            how = "" if factory.isidentifier() else f" Arguments are given as in {place}:build,depth=20."
+            raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}{how}")
+        _check_arguments(name, function, options)
         return _call(name, lambda: function(**options))
+
+
+def _check_arguments(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    try:
+        takes = inspect.signature(function)
+    except (TypeError, ValueError):  # of code that is not Python
+        return
+    try:
+        takes.bind(**options)
+    except TypeError as error:
+        raise InputError(
+            f"{name} takes {takes}: {error}. Give arguments by name, as in {name},{next(iter(takes.parameters), 'x')}=1"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
     if by_order:
         found = _renamed_by_order(found, wanted, path)
     else:
-        found = _without_prefix(found, wanted)
+        found = _of_the_model(found, wanted, path)
     _check_fit(found, wanted, path)
     model.load_state_dict(found, strict=False)  # strict but for the counters that _check_fit allows to lack
 
@@ -138,15 +138,45 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
 
 
+def _of_the_model(
+    found: dict[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """Tensors by the model's own names: modules around it put something before them, and others may lie beside it."""
+    bare = _without_prefix(found, wanted)
+    if bare.keys() & wanted.keys():
+        return bare
+    fitting = [part for part in _parts(found, wanted).items() if _names(part[1]) == _names(wanted)]
+    if len(fitting) > 1:
+        raise InputError(
+            f"{str(path)!r} holds the model's tensors behind {_some([repr(prefix) for prefix, _ in fitting])}: save "
+            "those of one alone."
+        )
+    return fitting[0][1] if fitting else found
+
+
 def _without_prefix(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what all names begin with where the model's do not, as modules around it make them."""
-    bare = found
+    """Without what all names begin with where the model's do not."""
+    bare = {key: value for key, value in found.items() if "." in key or not _is_counter(key)}
     while bare and not bare.keys() & wanted.keys():
         heads = {key.partition(".")[0] for key in bare}
         if len(heads) > 1 or not all("." in key for key in bare):
             return found
         bare = {key.partition(".")[2]: value for key, value in bare.items()}
     return bare
+
+
+def _parts(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By each prefix that one of the model's names has, what lies behind it."""
+    name = next(iter(wanted), "")
+    prefixes = [key.removesuffix(name) for key in found if key.endswith(f".{name}")]
+    return {
+        prefix: {key[len(prefix) :]: value for key, value in found.items() if key.startswith(prefix)}
+        for prefix in prefixes
+    }
+
+
+def _names(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {key for key in tensors if not _is_counter(key)}
 
 
 def _renamed_by_order(
@@ -204,8 +234,8 @@ def _advice(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 
 
 def _is_counter(key: str) -> bool:
-    """Of batches, or of operations: a profiler (thop) leaves those in models."""
-    return key.rpartition(".")[2] in ("num_batches_tracked", "total_ops", "total_params")
+    """Of batches, of operations (a profiler, thop, leaves those in models), or of models that were averaged."""
+    return key.rpartition(".")[2] in ("num_batches_tracked", "total_ops", "total_params", "n_averaged")
 
 
 def _some(names: list[str], most: int = 3) -> str:

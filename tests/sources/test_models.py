@@ -114,6 +114,22 @@ def test_arguments_are_literals_or_text(tmp_path: Path) -> None:
     )
     model = build_model(f"{path}:build,a=1,b=0.5,c=True,d=None,e=relu")
     assert model.got == {"a": 1, "b": 0.5, "c": True, "d": None, "e": "relu"}
+    model = build_model(f"{path}:build,blocks=[2,2,2], size=(32, 16),last=a,b")
+    assert model.got == {"blocks": [2, 2, 2], "size": (32, 16), "last": "a,b"}
+
+
+def test_what_a_function_takes_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("from torch import nn\ndef build(depth, width=8):\n    return nn.Linear(depth, width)\n")
+    assert build_model(f"{path}:build,depth=3").weight.shape == (8, 3)
+    for given in ("", ",dept=3", ",depth=3,size=4"):
+        with pytest.raises(InputError, match=r"build takes \(depth, width=8\): .*build,depth=1"):
+            build_model(f"{path}:build{given}")
+    for given in ("(3)", "(depth=3)", ",3", "(depth=3,width=2)"):
+        with pytest.raises(
+            InputError, match=r"has no function 'build.*Arguments are given as in .*,depth=20"
+        ):
+            build_model(f"{path}:build{given}")
 
 
 @pytest.mark.parametrize(
@@ -209,10 +225,19 @@ def test_files_that_cannot_be_imported_are_quoted(tmp_path: Path, code: str) -> 
         lambda state: {**state, "loss_history": {"last": torch.zeros(2)}},
         lambda state: {**state, "total_ops": torch.zeros(1), "0.total_params": torch.zeros(1)},
         lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out="runs")},
+        lambda state: {
+            "model": state,
+            "model_ema": {f"module.{key}": value for key, value in state.items()}
+            | {"n_averaged": torch.tensor(3)},
+        },
+        lambda state: {
+            "state_dict": {f"net.model.{key}": value for key, value in state.items()}
+            | {"loss.weight": torch.ones(3)}
+        },
     ],
     ids=[
         *("plain", "state_dict", "model", "nested", "module", "compiled", "both", "both-too", "ema"),
-        *("net", "checkpoint", "lightning", "more", "profiled", "options"),
+        *("net", "checkpoint", "lightning", "more", "profiled", "options", "averaged", "with its loss"),
     ],
 )
 def test_checkpoints_of_every_make(
@@ -229,6 +254,19 @@ def test_several_models_in_a_file_are_named(net: nn.Module, tmp_path: Path) -> N
     state = net.state_dict()
     torch.save({"generator": state, "critic": state, "epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="tensors by name in 'generator'; 'critic': save those of the model"):
+        load_weights(net, tmp_path / "w.pth")
+
+
+def test_several_models_under_one_module_are_named(net: nn.Module, tmp_path: Path) -> None:
+    both = {
+        f"{who}.{key}": value for who in ("student", "teacher") for key, value in net.state_dict().items()
+    }
+    torch.save({"state_dict": both}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"tensors behind 'student\.'; 'teacher\.': save those of one alone"):
+        load_weights(net, tmp_path / "w.pth")
+    part = {key: value for key, value in both.items() if key not in ("student.0.weight", "teacher.3.bias")}
+    torch.save({"state_dict": part}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"not in the model: student\."):
         load_weights(net, tmp_path / "w.pth")
 
 
