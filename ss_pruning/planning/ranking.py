@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock, step
 from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError, NothingToPruneError
-from ss_pruning.graph.groups import Coupling
+from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import BATCH, Batch
@@ -25,6 +25,8 @@ from ss_pruning.planning.remembered import key_of, remembered
 
 #: Powers of costs that scores are divided by in what competes, unless one was asked for.
 EXPONENTS = (1.0, 0.75, 0.5)
+# In units of the largest score: no power of costs brings it back, and the order within a group is not rounded away.
+_BEHIND = 1e6
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,14 @@ class Ranker:
     ) -> list[Scores]:
         """Sensitivities and, unless these were asked for, the scores themselves, divided by more or less of the costs.
 
-        All as if they were to be divided by the power that `config` says.
+        Each with the streams among the others, and with them last. All as if they were to be divided by the power that
+        `config` says.
         """
         asked, power = self.config.allocation, config.allocation.cost_exponent or 0.0
         rivals = measured if asked.scope is not None else [*measured, scores]
+        streams = [_is_stream(group) for group in traced.coupling.groups]
+        if any(streams):
+            rivals = [*rivals, *(_last(streams, rival) for rival in rivals)]
         if asked.cost_exponent is not None or config.budget.kind == "ratio":
             return rivals
         costs = self.costs.per_channel_set(traced.coupling.groups, config.budget.kind)
@@ -186,6 +192,21 @@ class Ranker:
                 return None
         assert self.images is not None
         return key_of(traced, self.images.inputs, scores, *given)
+
+
+def _is_stream(group: PruningGroup) -> bool:
+    """Whether several layers write to it: what goes is missed in many places, more than each by itself shows."""
+    return any(len({m.path for m in s.members if m.side == "out"}) > 1 for s in group.subgroups)
+
+
+def _last(chosen: Sequence[bool], scores: Scores) -> Scores:
+    """With these groups behind all others, in the same order."""
+    finite = [values[np.isfinite(values)].max(initial=0.0) for group in scores for values in group]
+    behind = _BEHIND * max(finite)
+    return [
+        [values + behind for values in group] if last else group
+        for last, group in zip(chosen, scores, strict=True)
+    ]
 
 
 _NO_LAYER = (

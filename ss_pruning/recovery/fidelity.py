@@ -16,6 +16,8 @@ from ss_pruning.recovery.imitation import ImitationLoss, scale
 from ss_pruning.recovery.report import Fidelity
 
 _Outputs = Mapping[str, Tensor]
+# Bytes of the dense model's outputs that are kept at most: those of a segmentation net are large.
+_ROOM = 2**28
 
 
 class HeldOut:
@@ -29,6 +31,7 @@ class HeldOut:
 
     def __init__(self, imitation: ImitationLoss, inputs: Batch, batch: int) -> None:
         self.imitation, self.parts = imitation, inputs.split(batch)
+        self.kept: dict[int, _Outputs] = {}
         self.by_outputs = math.isfinite(self._of_outputs().error)
 
     def measure(self) -> Fidelity:
@@ -39,8 +42,8 @@ class HeldOut:
         """Infinite where outputs have no common shape, or are not finite."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
         same: list[Tensor] | None = []
-        for part in self.parts:
-            ours, theirs = (_outputs(net, part) for net in (self.imitation.model, self.imitation.dense))
+        for number, part in enumerate(self.parts):
+            ours, theirs = _outputs(self.imitation.model, part), self._wanted(number, part)
             if not theirs or _shapes(ours) != _shapes(theirs):
                 return Fidelity(math.inf)
             for name, wanted in theirs.items():
@@ -51,6 +54,15 @@ class HeldOut:
         error = sum(map(_relative, sums.values())) / len(sums)
         agreement = None if same is None else float(torch.cat(same).double().mean())
         return Fidelity(error if math.isfinite(error) else math.inf, agreement)
+
+    def _wanted(self, number: int, part: Batch) -> _Outputs:
+        """What the dense model puts out, which is always the same, and kept if there is room."""
+        if number in self.kept:
+            return self.kept[number]
+        found = _outputs(self.imitation.dense, part)
+        if sum(tensor.nbytes for each in (found, *self.kept.values()) for tensor in each.values()) <= _ROOM:
+            self.kept[number] = found
+        return found
 
     @torch.no_grad()
     def _of_features(self) -> Fidelity:

@@ -23,7 +23,7 @@ from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.settings import Recovery
-from ss_pruning.recovery.training import SLOWER, Length, State, Training
+from ss_pruning.recovery.training import MOST, SLOWER, Length, State, Training
 from ss_pruning.recovery.views import another_view
 from ss_pruning.surgery.plan import cut_like, plan_of
 
@@ -109,7 +109,7 @@ def recover_(
         batch = batch.limited(*sizes_that_run(dense, example))
         shown, hidden = _parts(batch, settings)
         with ImitationLoss(student, dense, example) as imitation:
-            held_out = HeldOut(imitation, hidden, settings.batch)
+            held_out = HeldOut(imitation, hidden, settings.batch or MOST)
             _check_built(model, student)
             training = Training(imitation, shown, held_out, settings, length)
             stopped = _trained(training, checkpoint, progress)

@@ -15,8 +15,9 @@ class Recovery:
 
     Attributes:
         rate: Of Adam, as a share of each tensor's root mean square: so far a step moves it. It grows over the first
-            twentieth of the training, and falls to nothing as half a cosine.
-        batch: Images a step.
+            twentieth of the training, and falls to nothing as half a cosine. Trainings of fewer than 400 steps have
+            as much less of it.
+        batch: Images a step; by default 64, and fewer where time is short: so that 200 steps fit in, but 8 at least.
         weight_decay: Share of each weight that is taken off it, times the rate, in each step.
         shift: Images are shifted by up to this share of their sides, either way, what leaves them being mirrored; 0
             leaves them in place. Means nothing to inputs that are no images of one or three channels.
@@ -32,7 +33,7 @@ class Recovery:
     """
 
     rate: float = 0.05
-    batch: int = 64
+    batch: int | None = None
     weight_decay: float = 1e-4
     shift: float = 0.125
     flip: bool = True
@@ -55,8 +56,8 @@ class Recovery:
                 raise InputError(f"{name}={value!r} must be a number in [{low}, {high}]")
         if not self.rate or not self.held_out:
             raise InputError("rate and held_out must be larger than 0")
-        if not is_count(self.batch):
-            raise InputError(f"batch={self.batch!r} must be a positive whole number")
+        if not (self.batch is None or is_count(self.batch)):
+            raise InputError(f"batch={self.batch!r} must be a positive whole number, or None")
         if not isinstance(self.flip, bool):
             raise InputError(f"flip={self.flip!r} is neither True nor False")
         check_seed(self.seed)

@@ -20,13 +20,18 @@ from ss_pruning.recovery.report import Fidelity, Measured
 from ss_pruning.recovery.settings import Recovery
 from ss_pruning.recovery.views import another_view
 
-#: So many times in a training fidelity is measured.
-MOMENTS = 20
+#: So many times in a training fidelity is measured: fewer, down to the least, where that would take a larger share of
+#: the time than this.
+MOMENTS, FEWEST, MEASURING = 20, 4, 0.15
 # The rate grows over this share of the training, from a little: Adam's first steps know little of the gradients.
 _WARM, _FIRST = 0.05, 0.002
 #: Steps are too large where the error on held-out images is so many times what it was at first, or in the last
 #: quarter no smaller than it was: training goes back to the best weights, and on with so small a share of the rate.
 TOO_FAR, SLOWER = 5.0, 1 / 4
+#: Trainings of fewer steps have as much less of the rate: their last steps are to be as small beside the first.
+FULL_RATE = 400
+#: Images a step, unless told: fewer than the most, but no fewer than the least, where not as many steps would fit.
+MOST, LEAST, WANTED = 64, 8, 200
 # A tensor of nothing but zeros, such as a new bias, moves as one of this size.
 _LEAST_SIZE = 1e-2
 
@@ -46,6 +51,22 @@ class Length:
     def done(self, step: int, seconds: float) -> float:
         """What share of it is over, in [0, 1]."""
         return min(1.0, max(step / (self.steps or math.inf), seconds / (self.seconds or math.inf)))
+
+    def in_all(self, step: int, seconds: float) -> float:
+        """How many steps it will be, as it goes."""
+        return step / done if (done := self.done(step, seconds)) else self.steps or math.inf
+
+    def measurements(self, seconds: float) -> int:
+        """How often fidelity is measured, if once takes so long."""
+        if self.seconds is None:
+            return MOMENTS
+        return max(FEWEST, min(MOMENTS, int(MEASURING * self.seconds / seconds)))
+
+    def batch(self, seconds: float) -> int:
+        """Images a step, if one with the fewest takes so long."""
+        if self.seconds is None:
+            return MOST
+        return max(LEAST, min(MOST, int(LEAST * self.seconds / WANTED / seconds)))
 
 
 @dataclass
@@ -94,9 +115,13 @@ class Training:
         self.imitation, self.images, self.held_out = imitation, images, held_out
         self.settings, self.length = settings, length
         weights = {n: p for n, p in parameters_of(imitation.model).items() if p.requires_grad}
+        begin = time.perf_counter()
         fidelity = held_out.measure()
+        self.measurements = length.measurements(time.perf_counter() - begin)
         self.state = State(weights, _copies(weights), fidelity, fidelity)
         self.losses: list[Tensor] = []
+        #: Images a step; None before the first, which has the fewest and tells how many there is time for.
+        self.batch = settings.batch or (MOST if length.seconds is None else None)
         self.sizes = list(map(_size, weights.values()))
         groups = [{"params": [weight]} for weight in weights.values()]
         self.optimizer = torch.optim.AdamW(groups, settings.rate, weight_decay=settings.weight_decay)
@@ -112,12 +137,16 @@ class Training:
         if state.stopped is None:
             self._end()
         while state.stopped is None:
-            moment = int(MOMENTS * self.length.done(state.step, state.seconds))
+            moment, since = (
+                int(self.measurements * self.length.done(state.step, state.seconds)),
+                time.perf_counter(),
+            )
             self._step()
             state.step += 1
             state.seconds = time.perf_counter() - begin
+            self.batch = self.batch or self.length.batch(time.perf_counter() - since)
             at_step(state)
-            if int(MOMENTS * self.length.done(state.step, state.seconds)) > moment:
+            if int(self.measurements * self.length.done(state.step, state.seconds)) > moment:
                 self._measure()
                 at_moment(state)
 
@@ -144,16 +173,19 @@ class Training:
 
     def _set_rate(self) -> None:
         """Each tensor moves in proportion to its size at the start, so that one rate suits wide and narrow layers."""
-        done = self.length.done(self.state.step, self.state.seconds)
+        now = self.state.step, self.state.seconds
+        done = self.length.done(*now)
         warm = min(1.0, (done + _FIRST) / _WARM)
-        rate = self.settings.rate * SLOWER**self.state.turns * warm * (1 + math.cos(math.pi * done)) / 2
+        whole = self.settings.rate * min(1.0, self.length.in_all(*now) / FULL_RATE)
+        rate = whole * SLOWER**self.state.turns * warm * (1 + math.cos(math.pi * done)) / 2
         for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
             group["lr"] = rate * size
 
     def _drawn(self, generator: torch.Generator) -> Batch:
         """A batch of the images, in units that the model runs on."""
         images, unit = self.images, self.images.unit
-        count = max(min(self.settings.batch, images.most or self.settings.batch, len(images)) // unit, 1)
+        most = self.batch or LEAST
+        count = max(min(most, images.most or most, len(images)) // unit, 1)
         units = torch.randint(len(images) // unit, (count,), generator=generator)
         return images.of_units(units)
 

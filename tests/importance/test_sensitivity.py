@@ -552,6 +552,15 @@ def test_a_model_whose_images_see_each_other_is_told_why() -> None:
     assert "depends on the others in its batch" in (report.sensitivity_not_measured or "")
 
 
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, 6, 3, padding=1), nn.Conv2d(6, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x).relu())
+
+
 def ranker_of(allocation: Allocation, budget: Budget | None = None) -> Ranker:
     traced = TracedModel.of(chain(), images(1))
     config = Config(budget or Budget("macs", 0.7), allocation, FoldMean())
@@ -591,6 +600,33 @@ def test_what_competes(
     for rival, (power, plain) in zip(found, itertools.product(powers, own), strict=True):
         alone = replace(config, allocation=replace(config.allocation, cost_exponent=power))
         assert taken(rival).tolist() == allot(groups, plain, ranker.costs, alone)[1].tolist()
+
+
+def test_streams_compete_as_the_last_to_go() -> None:
+    """Behind every other group, whatever costs are divided out, in the order that they had."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8), Residual(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    traced = TracedModel.of(model.eval(), torch.randn(1, 3, 8, 8))
+    config = Config(Budget("macs", 0.7), Allocation(), FoldMean()).resolve(64)
+    ranker = Ranker(
+        traced, replace(config, allocation=Allocation()), Costs(traced), None, Clock(lambda *_: None)
+    )
+    groups = traced.coupling.groups
+    stream = [len({m.path for m in group.subgroups[0].members if m.side == "out"}) == 3 for group in groups]
+    assert stream.count(True) == 1
+    assert len(groups) == 3
+    scores = [[torch.rand(s.size).double().numpy() for s in group.subgroups] for group in groups]
+
+    found = ranker._rivals([], scores, traced, config)
+
+    assert len(found) == 2 * 3
+    for rival in found[1::2]:
+        (last,) = (group[0] for group, is_last in zip(rival, stream, strict=True) if is_last)
+        others = [group[0] for group, is_last in zip(rival, stream, strict=True) if not is_last]
+        assert last.min() > 1000 * max(other.max() for other in others)
+    for rival in found:
+        for before, after in zip(scores, rival, strict=True):
+            assert np.argsort(before[0]).tolist() == np.argsort(after[0]).tolist()
 
 
 def test_that_is_taken_whose_cut_loses_least(monkeypatch: pytest.MonkeyPatch) -> None:

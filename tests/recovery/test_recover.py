@@ -291,11 +291,83 @@ def test_a_tensor_moves_in_proportion_to_its_size(nets: tuple[nn.Module, nn.Modu
     assert max(shares) < 1.01 * min(shares)
 
 
+def first_move(dense: nn.Module, pruned: nn.Module, images: Tensor, length: Length) -> float:
+    """How far the first step of such a training moves a tensor, as a share of its size."""
+    model = copy.deepcopy(pruned)
+    with ImitationLoss(model, dense, images[:1]) as imitation:
+        held_out = HeldOut(imitation, Batch.of(images[:8]), 8)
+        training = Training(imitation, Batch.of(images), held_out, Recovery(weight_decay=0.0), length)
+        before = {name: weight.detach().clone() for name, weight in training.state.weights.items()}
+        training._step()
+        name = "layer1.0.conv1.weight"
+        moved = (training.state.weights[name].detach() - before[name]).abs().max()
+    return float(moved) / float(before[name].square().mean().sqrt())
+
+
+def test_short_trainings_take_as_much_smaller_steps(
+    nets: tuple[nn.Module, nn.Module], images: Tensor
+) -> None:
+    moves = {steps: first_move(*nets, images, Length(steps, None)) for steps in (50, 200, 400, 1000)}
+    assert moves[50] == pytest.approx(moves[400] / 8, rel=0.05)
+    assert moves[200] == pytest.approx(moves[400] / 2, rel=0.05)
+    assert moves[1000] == pytest.approx(moves[400], rel=0.05)
+
+
+def test_what_there_is_time_for() -> None:
+    """As many images a step as let 200 steps fit, as many measurements as take a seventh of the time."""
+    length = Length(None, 600.0)
+    assert [length.batch(seconds) for seconds in (0.01, 1.0, 1.5, 3.0, 60.0)] == [64, 24, 16, 8, 8]
+    assert [length.measurements(seconds) for seconds in (0.1, 9.0, 300.0)] == [20, 10, 4]
+    assert Length(100, None).batch(60.0) == 64
+    assert Length(100, None).measurements(60.0) == 20
+
+
+def test_short_of_time_steps_are_of_few_images(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless their number was asked for."""
+    counts: list[int] = []
+    draw = Training._drawn
+
+    def drawn(self: Training, generator: torch.Generator) -> Batch:
+        batch = draw(self, generator)
+        counts.append(len(batch))
+        return batch
+
+    monkeypatch.setattr(Training, "_drawn", drawn)
+    recover_(copy.deepcopy(nets[1]), nets[0], images, minutes=0.01)
+    assert counts[0] == 8
+    assert max(counts) < 64
+    counts.clear()
+    recover_(copy.deepcopy(nets[1]), nets[0], images, minutes=0.01, settings=Recovery(batch=24))
+    assert set(counts) == {24}
+
+
+@pytest.mark.parametrize("room", [0, 2**28])
+def test_the_dense_model_runs_once_on_what_is_held_out(
+    nets: tuple[nn.Module, nn.Module], images: Tensor, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If its outputs find room; what is measured is the same."""
+    monkeypatch.setattr("ss_pruning.recovery.fidelity._ROOM", room)
+    dense, runs = nets[0], []
+    with ImitationLoss(copy.deepcopy(nets[1]), dense, images[:1]) as imitation:
+        held_out = HeldOut(imitation, Batch.of(images[:12]), 5)
+        handle = imitation.dense.register_forward_hook(lambda *_: runs.append(1))
+        found = [held_out.measure() for _ in range(3)]
+        handle.remove()
+    assert len(runs) == (0 if room else 9)
+    assert found[0] == found[1] == found[2]
+    with torch.no_grad():
+        theirs, ours = dense(images[:12]), nets[1](images[:12])
+    wanted = (ours - theirs).double().square().mean() / theirs.double().var(correction=0)
+    assert found[0].error == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_steps_that_are_too_large_are_taken_back(
     nets: tuple[nn.Module, nn.Module], images: Tensor, tmp_path: Path
 ) -> None:
     """A rate that spoils the model at first still ends with a better one, killed on the way or not."""
-    settings, whole = Recovery(rate=2.0), copy.deepcopy(nets[1])
+    settings, whole = Recovery(rate=14.0), copy.deepcopy(nets[1])
     report = recover_(whole, nets[0], images, steps=60, settings=settings)
     errors = [moment.fidelity.error for moment in report.history]
     assert errors[0] > 5 * report.before.error
