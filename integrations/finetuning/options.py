@@ -13,6 +13,25 @@ _ELSEWHERE = ("out", "workers", "cpu", "data", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, on which images, and where it goes.
+
+    Attributes:
+        model: As for ss-prune prune, or a model.safetensors that it wrote. A bare word is a name of timm's.
+        data: Folder with train/CLASS/* and val/CLASS/*.
+        weights: Where to start: weights, or a file of ss-prune.
+        out: Folder of checkpoints and results.
+        export: Write the result for another runtime, too.
+    """
+
+    model: str
+    data: Path
+    weights: Path | None = None
+    out: Path = Path("runs/finetune")
+    export: Literal["onnx", "pt2"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How weights are trained.
 
@@ -83,25 +102,12 @@ class Sparsifying:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Training, Sparsifying):
+class Options(Sparsifying, Training, Task):
     """All of it.
-
-    Attributes:
-        model: Name of a timm model, a spec such as torchvision:resnet18, or a file of `ss-prune prune`.
-        data: Folder with train/CLASS/* and val/CLASS/*.
-        weights: Where to start; random by default.
-        out: Folder of checkpoints and results.
-        export: Runtime that the result is written for, too: "onnx" or "pt2".
 
     Raises:
         InputError: Options exclude or need each other.
     """
-
-    model: str
-    data: Path
-    weights: Path | None = None
-    out: Path = Path("runs/finetune")
-    export: Literal["onnx", "pt2"] | None = None
 
     def __post_init__(self) -> None:
         if self.macs and self.latency:

@@ -19,7 +19,7 @@ from ss_pruning.cli import help_texts as texts
 from ss_pruning.cli import request as ask
 from ss_pruning.cli.console import FAILED, not_interrupted, progress_bars
 from ss_pruning.cli.grouped import grouped
-from ss_pruning.integrations.finetuning.options import Options, Sparsifying, Training
+from ss_pruning.integrations.finetuning.options import Options
 from ss_pruning.recovery.settings import Recovery
 
 if TYPE_CHECKING:
@@ -129,11 +129,10 @@ def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json
 
 @app.command(help=texts.FINETUNE_HELP, epilog=texts.FINETUNE_EXAMPLES)
 @grouped
-def finetune(wanted: ask.Finetuning, training: Training, sparsifying: Sparsifying) -> None:
+def finetune(options: Options) -> None:
     """Train or fine-tune a model, prune it on the way, write the result."""
     from ss_pruning.errors import InputError
 
-    options = Options(**vars(wanted), **vars(training), **vars(sparsifying))
     try:
         from ss_pruning.integrations.finetuning.run import finetune
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
 """Commands whose options are the fields of dataclasses: the command line's own, and the library's configurations.
 
 Name, choices, default and help of an option stand in the class and its docstring; what only a command line needs (a
-panel, a metavar) is in `ss_pruning.cli.options`.
+panel, a metavar) is with the field, or for the library's own classes in `ss_pruning.cli.options`.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
             continue
         hint = hints[field.name]
         if get_origin(hint) is not Annotated:
-            is_parsed = "parser" in TOLD.get((owner, field.name), {})
-            hint = Annotated[str | None if is_parsed else hint, _info(owner, field)]
+            told = {**field.metadata, **TOLD.get((owner, field.name), {})}
+            hint = str | None if "parser" in told else hint
+            hint = Annotated[hint, _info(owner, field, told)]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _info(owner: type, field: Field[Any]) -> Any:
+def _info(owner: type, field: Field[Any], told: dict[str, Any]) -> Any:
     """What typer takes."""
-    told: dict[str, Any] = {"rich_help_panel": PANELS.get(owner), "show_default": field.default is not None}
-    told |= {"help": _documented(owner)[field.name], **TOLD.get((owner, field.name), {})}
+    shown = {"rich_help_panel": PANELS.get(owner), "show_default": field.default is not None}
+    told = {**shown, "help": _documented(owner)[field.name], **told}
     kind, names = told.pop("kind", typer.Option), told.pop("param_decls", ())
     return kind(*names, **told)
 

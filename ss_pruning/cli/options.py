@@ -1,4 +1,4 @@
-"""What only a command line needs to be told of the fields that are its options: panels, metavars, defaults in words.
+"""Options as fields of dataclasses, and what a command line needs to be told of those of the library's own classes.
 
 Name, type, default and help stand in the classes and their docstrings.
 """
@@ -6,27 +6,32 @@ Name, type, default and help stand in the classes and their docstrings.
 from __future__ import annotations
 
 import re
+from dataclasses import field
 from typing import Any
 
 import typer
 
 from ss_pruning import config
-from ss_pruning.cli import request as ask
 from ss_pruning.errors import InputError
-from ss_pruning.integrations.finetuning.options import Sparsifying, Training
+from ss_pruning.integrations.finetuning.options import Sparsifying, Task, Training
 from ss_pruning.recovery.settings import Recovery
 
-_MODEL, _IMAGES, _CRITERION, _OUTPUT = "Model", "Images", "Criterion", "Output"
-_COMPENSATION = "Compensation"
-_SETTING, _TRAINING = "Setting", "Training"
+#: Panels of the help.
+MODEL, IMAGES, CRITERION, COMPENSATION = "Model", "Images", "Criterion", "Compensation"
+SETTING, TRAINING, OUTPUT = "Setting", "Training", "Output"
 
 
-def _option(panel: str, *names: str, metavar: str | None = "NAME", **more: Any) -> dict[str, Any]:
-    return {"param_decls": names, "rich_help_panel": panel, "metavar": metavar, **more}
+def option(default: Any, panel: str, *names: str, metavar: str | None = "NAME", **told: Any) -> Any:
+    """A field of a dataclass that is an option, in a panel of the help, and what else typer is told of it."""
+    shown = {"param_decls": names, "rich_help_panel": panel, "metavar": metavar, **told}
+    return field(default=default, metadata=shown)
 
 
-def _argument(metavar: str) -> dict[str, Any]:
-    return {"kind": typer.Argument, "metavar": metavar, "show_default": False}
+def argument(metavar: str) -> Any:
+    """A field that is an argument, which has to be given."""
+    return field(
+        metadata={"kind": typer.Argument, "metavar": metavar, "show_default": False, "rich_help_panel": None}
+    )
 
 
 def _seconds(text: str) -> float:
@@ -46,8 +51,7 @@ def _multiple(text: str) -> int | str:
     return int(text)
 
 
-_FRACTION = _option("Budget (exactly one)", metavar="0..1", show_default=False)
-#: By the class that has a field, and the field.
+#: Of the library's own classes: by class and field, what a field of our own would say itself.
 TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Allocation, "max_ratio"): {"metavar": "0..1"},
     (config.Allocation, "cost_exponent"): {"metavar": "P"},
@@ -57,81 +61,19 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Synaptic, "statistics"): {"metavar": "NAME"},
     (config.Synaptic, "score"): {"metavar": "NAME"},
     (config.Synaptic, "conditional"): {"metavar": "0..1"},
-    (ask.Preprocessed, "input_size"): _option(
-        _IMAGES, metavar="CxHxW", show_default="the model's own, else 3x224x224"
-    ),
-    (ask.Preprocessed, "mean"): _option(_IMAGES, metavar="M,M,M", show_default="the model's own"),
-    (ask.Preprocessed, "std"): _option(_IMAGES, metavar="S,S,S", show_default="the model's own"),
-    (ask.Labelled, "data"): _option(_IMAGES, metavar="PLACE", show_default=False),
-    (ask.Images, "device"): _option(_OUTPUT, show_default="a GPU if any"),
-    (ask.Calibrated, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
-    (ask.Calibrated, "calibration"): _option(_IMAGES, metavar="IMAGES", show_default="data, if there is any"),
-    (ask.Calibrated, "calibration_images"): _option(
-        _IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
-    ),
-    (ask.Source, "model"): _argument("MODEL"),
-    (ask.Weighted, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (ask.Source, "weights_by_order"): _option(_MODEL, "--weights-by-order", metavar=""),
-    (ask.Source, "seed"): _option(_OUTPUT, metavar="N", min=0, max=2**32 - 1),
-    (ask.Request, "batch"): _option(_IMAGES, metavar="N", min=1),
-    (ask.Request, "ignore"): _option(_CRITERION, metavar="PATH", show_default=False),
-    (ask.Budgets, "macs"): _FRACTION,
-    (ask.Budgets, "params"): _FRACTION,
-    (ask.Budgets, "ratio"): _FRACTION,
-    (ask.Budgets, "latency"): _FRACTION,
-    (ask.Method, "importance"): _option(_CRITERION),
-    (ask.Method, "compensation"): _option(_COMPENSATION),
-    (ask.Method, "recalibrate"): _option(
-        _COMPENSATION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
-    ),
-    (ask.Output, "out"): _option(_OUTPUT, metavar="DIR", show_default=False),
-    (ask.Architecture, "model"): _option(
-        _MODEL, "--model", metavar="MODEL", show_default="what the file names"
-    ),
-    (ask.PrunedFile, "file"): _argument("FILE"),
-    (ask.Recovering, "minutes"): _option(_TRAINING, metavar="M", show_default="5, unless --steps is given"),
-    (ask.Recovering, "steps"): _option(_TRAINING, metavar="N", show_default=False),
-    (ask.Recovering, "checkpoint"): _option(_TRAINING, metavar="FILE", show_default=False),
-    (ask.Recovering, "out"): _option(
-        _OUTPUT, metavar="FILE", show_default="recovered.safetensors beside FILE"
-    ),
-    (ask.Exporting, "file"): _argument("FILE"),
-    (ask.Exporting, "format"): _option(_OUTPUT, metavar="onnx|pt2", show_default="by the name of --out"),
-    (ask.Exporting, "int8"): _option(_OUTPUT, "--int8", metavar=""),
-    (ask.Exporting, "calibration"): _option(_IMAGES, metavar="synthetic|DIR", show_default=False),
-    (ask.Exporting, "calibration_images"): _option(
-        _IMAGES, "--calibration-images", metavar="N", show_default="512; synthetic: up to 256", min=1
-    ),
-    (ask.Exporting, "out"): _option(_OUTPUT, metavar="FILE", show_default="beside the model"),
-    (ask.Compared, "files"): _argument("FILE..."),
-    (ask.Compared, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (ask.Compared, "images"): _option(_IMAGES, metavar="N", show_default="all", min=1),
-    (ask.Compared, "photos"): _option(_IMAGES, metavar="DIR", show_default="those of --data, else noise"),
-    (ask.Timed, "batch"): _option(_IMAGES, metavar="N,N,N"),
-    (ask.Timed, "dtype"): _option(_SETTING, metavar="NAME,NAME"),
-    (ask.Timed, "layout"): _option(_SETTING, metavar="NAME,NAME"),
-    (ask.Timed, "compiled"): _option(_SETTING, "--compiled", metavar=""),
-    (ask.Timed, "threads"): _option(_OUTPUT, metavar="N", show_default="torch's own", min=1),
-    (ask.Timed, "device"): _option(_OUTPUT, show_default="a GPU if any"),
-    (ask.Finetuning, "model"): _argument("MODEL"),
-    (ask.Finetuning, "data"): _option(_IMAGES, metavar="DIR", show_default=False),
-    (ask.Finetuning, "weights"): _option(_MODEL, metavar="FILE", show_default="random"),
-    (ask.Finetuning, "out"): _option(_OUTPUT, metavar="DIR"),
-    (ask.Finetuning, "export"): _option(_OUTPUT, metavar=None, show_default=False),
-    (ask.Scored, "statistics"): _option(_CRITERION, metavar=None),
-    (ask.Scored, "weakest"): _option(_OUTPUT, metavar="N", min=0),
-    (ask.Scored, "out"): _option(_OUTPUT, metavar="FILE", show_default=False),
-    (ask.SideBySide, "a"): _argument("A"),
-    (ask.SideBySide, "b"): _argument("B"),
-    (ask.SideBySide, "html"): _option(_OUTPUT, metavar="FILE", show_default=False),
+    (Task, "model"): dict(argument("MODEL").metadata),
+    (Task, "data"): {"metavar": "DIR", "show_default": False, "rich_help_panel": IMAGES},
+    (Task, "weights"): {"metavar": "FILE", "show_default": "random", "rich_help_panel": MODEL},
+    (Task, "out"): {"metavar": "DIR"},
 }
-#: Of configurations, where no field is told otherwise.
+#: Of these, where no field is told otherwise.
 PANELS: dict[type, str] = {
-    config.Allocation: _CRITERION,
-    config.Synaptic: _CRITERION,
-    Recovery: _TRAINING,
-    Training: _TRAINING,
+    config.Allocation: CRITERION,
+    config.Synaptic: CRITERION,
+    Recovery: TRAINING,
+    Training: TRAINING,
     Sparsifying: "Sparse training and pruning",
+    Task: OUTPUT,
 }
 #: What cannot be said on a command line, or is said otherwise.
 LEFT_OUT = {(config.Allocation, "latency_inputs")}

@@ -9,6 +9,17 @@ from typing import Annotated, Literal
 import typer
 
 from ss_pruning import config
+from ss_pruning.cli.options import (
+    COMPENSATION,
+    CRITERION,
+    IMAGES,
+    MODEL,
+    OUTPUT,
+    SETTING,
+    TRAINING,
+    argument,
+    option,
+)
 from ss_pruning.errors import InputError
 
 #: The importance by default, with options of its own.
@@ -19,9 +30,7 @@ DATA = "data"
 
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", rich_help_panel="Output", help="Print JSON on stdout and nothing else.", metavar=""
-    ),
+    typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON on stdout and nothing else.", metavar=""),
 ]
 
 
@@ -35,9 +44,11 @@ class Preprocessed:
         std: Deviation per channel.
     """
 
-    input_size: str | None = None
-    mean: str | None = None
-    std: str | None = None
+    input_size: str | None = option(
+        None, IMAGES, metavar="CxHxW", show_default="the model's own, else 3x224x224"
+    )
+    mean: str | None = option(None, IMAGES, metavar="M,M,M", show_default="the model's own")
+    std: str | None = option(None, IMAGES, metavar="S,S,S", show_default="the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +60,7 @@ class Labelled:
             of these).
     """
 
-    data: str | None = None
+    data: str | None = option(None, IMAGES, metavar="PLACE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +71,7 @@ class Weighted:
         weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
     """
 
-    weights: str | None = None
+    weights: str | None = option(None, MODEL, metavar="FILE", show_default="random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +82,7 @@ class Images(Preprocessed, Labelled):
         device: Compute there: cpu, cuda:0.
     """
 
-    device: str | None = None
+    device: str | None = option(None, OUTPUT, show_default="a GPU if any")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +97,11 @@ class Calibrated(Images):
         calibration_images: Calibrate on so many images at most, drawn at random; synthetic: make so many.
     """
 
-    images: int | None = None
-    calibration: str | None = None
-    calibration_images: int | None = None
+    images: int | None = option(None, IMAGES, metavar="N", show_default="all", min=1)
+    calibration: str | None = option(None, IMAGES, metavar="IMAGES", show_default="data, if there is any")
+    calibration_images: int | None = option(
+        None, IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
+    )
 
     @property
     def photos(self) -> Path | None:
@@ -103,14 +116,13 @@ class Source(Images, Weighted):
     Attributes:
         model: timm:NAME, torchvision:NAME, yolo:FILE, demo:digits, or path/to/file.py:function. **The last one executes
             that file.** Arguments follow after commas: timm:resnet18,num_classes=10
-        weights: Trained weights: .safetensors, or .pth/.pt/.th/.bin with nothing but tensors; no code is run from it.
         weights_by_order: Match the weights by order and shape instead of by name.
         seed: Seed of everything random.
     """
 
-    model: str
-    weights_by_order: bool = False
-    seed: int = 0
+    model: str = argument("MODEL")
+    weights_by_order: bool = option(False, MODEL, "--weights-by-order", metavar="")
+    seed: int = option(0, OUTPUT, metavar="N", min=0, max=2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +134,8 @@ class Request(Source, Calibrated):
         ignore: Keep all channels of this module; may be given again.
     """
 
-    batch: int = 1
-    ignore: list[str] | None = None
+    batch: int = option(1, IMAGES, metavar="N", min=1)
+    ignore: list[str] | None = option(None, CRITERION, metavar="PATH")
 
 
 @dataclass(frozen=True)
@@ -137,10 +149,10 @@ class Budgets:
         latency: Keep this fraction of the time of a forward pass, as measured here.
     """
 
-    macs: float | None = None
-    params: float | None = None
-    ratio: float | None = None
-    latency: float | None = None
+    macs: float | None = option(None, "Budget (exactly one)", metavar="0..1")
+    params: float | None = option(None, "Budget (exactly one)", metavar="0..1")
+    ratio: float | None = option(None, "Budget (exactly one)", metavar="0..1")
+    latency: float | None = option(None, "Budget (exactly one)", metavar="0..1")
 
     def given(self) -> dict[str, float]:
         """By name."""
@@ -167,9 +179,11 @@ class Method:
             has moved, on the calibration images if there are any, else on noise.
     """
 
-    importance: str = SYNAPTIC
-    compensation: Literal["none", "mean", "linear", "reconstruct"] = "none"
-    recalibrate: bool | None = None
+    importance: str = option(SYNAPTIC, CRITERION)
+    compensation: Literal["none", "mean", "linear", "reconstruct"] = option("none", COMPENSATION)
+    recalibrate: bool | None = option(
+        None, COMPENSATION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
+    )
 
     @property
     def repair(self) -> config.Compensation:
@@ -192,24 +206,19 @@ class Output:
         out: Write model.safetensors, report.json and report.html there, over older ones.
     """
 
-    out: Path | None = None
+    out: Path | None = option(None, OUTPUT, metavar="DIR")
     as_json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How the model of a file is built.
+class Rebuilt(Preprocessed):
+    """How the model of a file is built, and how images become its inputs.
 
     Attributes:
         model: What was pruned, where the file does not name it; as for ss-prune prune. **A .py file is executed.**
     """
 
-    model: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rebuilt(Preprocessed, Architecture):
-    """Likewise, and how images become its inputs."""
+    model: str | None = option(None, MODEL, "--model", metavar="MODEL", show_default="what the file names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +229,7 @@ class PrunedFile(Rebuilt):
         file: A model.safetensors of ss-prune prune.
     """
 
-    file: Path
+    file: Path = argument("FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +243,10 @@ class Recovering(PrunedFile, Calibrated, Weighted):
         out: File to write.
     """
 
-    minutes: float | None = None
-    steps: int | None = None
-    checkpoint: Path | None = None
-    out: Path | None = None
+    minutes: float | None = option(None, TRAINING, metavar="M", show_default="5, unless --steps is given")
+    steps: int | None = option(None, TRAINING, metavar="N")
+    checkpoint: Path | None = option(None, TRAINING, metavar="FILE")
+    out: Path | None = option(None, OUTPUT, metavar="FILE", show_default="recovered.safetensors beside FILE")
 
     @property
     def target(self) -> Path:
@@ -259,12 +268,14 @@ class Exporting(PrunedFile, Weighted):
         out: File to write.
     """
 
-    file: Path
-    format: str | None = None
-    int8: bool = False
-    calibration: str | None = None
-    calibration_images: int | None = None
-    out: Path | None = None
+    file: Path = argument("FILE")
+    format: str | None = option(None, OUTPUT, metavar="onnx|pt2", show_default="by the name of --out")
+    int8: bool = option(False, OUTPUT, "--int8", metavar="")
+    calibration: str | None = option(None, IMAGES, metavar="synthetic|DIR")
+    calibration_images: int | None = option(
+        None, IMAGES, "--calibration-images", metavar="N", show_default="512; synthetic: up to 256", min=1
+    )
+    out: Path | None = option(None, OUTPUT, metavar="FILE", show_default="beside the model")
 
     @property
     def is_pruned(self) -> bool:
@@ -284,10 +295,10 @@ class Compared(Rebuilt, Labelled):
         photos: Compare outputs on images of this folder and all below it, without labels.
     """
 
-    files: list[Path]
-    weights: str | None = None
-    images: int | None = None
-    photos: Path | None = None
+    files: list[Path] = argument("FILE...")
+    weights: str | None = option(None, MODEL, metavar="FILE", show_default="random")
+    images: int | None = option(None, IMAGES, metavar="N", show_default="all", min=1)
+    photos: Path | None = option(None, IMAGES, metavar="DIR", show_default="those of --data, else noise")
 
     @property
     def exported(self) -> list[Path]:
@@ -320,31 +331,12 @@ class Timed:
         device: Compute there: cpu, cuda:0.
     """
 
-    batch: str = "1"
-    dtype: str = "float32"
-    layout: str = "contiguous"
-    compiled: bool = False
-    threads: int | None = None
-    device: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetuning:
-    """What is trained, on which images, and where it goes.
-
-    Attributes:
-        model: As for ss-prune prune, or a model.safetensors that it wrote. A bare word is a name of timm's.
-        data: Folder with train/CLASS/* and val/CLASS/*.
-        weights: Where to start: weights, or a file of ss-prune.
-        out: Folder of checkpoints and results.
-        export: Write the result for another runtime, too.
-    """
-
-    model: str
-    data: Path
-    weights: Path | None = None
-    out: Path = Path("runs/finetune")
-    export: Literal["onnx", "pt2"] | None = None
+    batch: str = option("1", IMAGES, metavar="N,N,N")
+    dtype: str = option("float32", SETTING, metavar="NAME,NAME")
+    layout: str = option("contiguous", SETTING, metavar="NAME,NAME")
+    compiled: bool = option(False, SETTING, "--compiled", metavar="")
+    threads: int | None = option(None, OUTPUT, metavar="N", show_default="torch's own", min=1)
+    device: str | None = option(None, OUTPUT, show_default="a GPU if any")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,9 +350,9 @@ class Scored:
         out: Write all strengths (.safetensors) or the summary (.json).
     """
 
-    statistics: Literal["batchnorm", "gaussian", "data"] = "batchnorm"
-    weakest: int = 10
-    out: Path | None = None
+    statistics: Literal["batchnorm", "gaussian", "data"] = option("batchnorm", CRITERION, metavar=None)
+    weakest: int = option(10, OUTPUT, metavar="N", min=0)
+    out: Path | None = option(None, OUTPUT, metavar="FILE")
     as_json: Json = False
 
 
@@ -374,7 +366,7 @@ class SideBySide:
         html: Write one self-contained page there.
     """
 
-    a: Path
-    b: Path
-    html: Path | None = None
+    a: Path = argument("A")
+    b: Path = argument("B")
+    html: Path | None = option(None, OUTPUT, metavar="FILE")
     as_json: Json = False
