@@ -38,7 +38,7 @@ app = typer.Typer(
 _MOST_LINES = 8
 
 
-@app.command(help=texts.PRUNE_HELP, epilog=texts.PRUNE_EXAMPLES)
+@app.command(epilog=texts.PRUNE_EXAMPLES)
 @grouped
 def prune(
     context: typer.Context,
@@ -50,7 +50,11 @@ def prune(
     output: ask.Output,
     results: TextIO,
 ) -> None:
-    """Prune a model to a budget, report, and write the result."""
+    """Prune a model to a budget.
+
+    Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what the
+    dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
+    """
     budget = budgets.given()
     method.check(synaptic)
     options = {
@@ -84,10 +88,14 @@ def prune(
             _show_next_steps(report, results)
 
 
-@app.command(help=texts.SCORE_HELP, epilog=texts.SCORE_EXAMPLES)
+@app.command(epilog=texts.SCORE_EXAMPLES)
 @grouped
 def score(source: ask.Source, wanted: ask.Scored, results: TextIO) -> None:
-    """Summarise the strengths of a model, and write them."""
+    """Show the synaptic strengths of a model, layer by layer; nothing is changed.
+
+    The strength of a synapse, the connection from one input channel to one output channel, is the norm of its
+    weights times the deviation of what it reads. Its share is its part of the variance of that output.
+    """
     from ss_pruning._utils.files import check_apart
     from ss_pruning.cli import jobs as _job
     from ss_pruning.report import strength_summary as scores
@@ -107,10 +115,14 @@ def score(source: ask.Source, wanted: ask.Scored, results: TextIO) -> None:
         scores.show(summary, facts, wanted.as_json, results)
 
 
-@app.command(help=texts.RECOVER_HELP, epilog=texts.RECOVER_EXAMPLES)
+@app.command(epilog=texts.RECOVER_EXAMPLES)
 @grouped
 def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json: ask.Json = False) -> None:
-    """Recover a pruned model, report, and write the result."""
+    """Train a pruned model, without labels, to have the feature maps of the dense one.
+
+    FILE is a model.safetensors of ss-prune prune. A few hundred images and some minutes bring back much of what the
+    cut cost; on held-out images the result is never further from the dense model than FILE is.
+    """
     from ss_pruning._utils.files import check_apart, check_writable
     from ss_pruning.cli import delivery as _delivery
 
@@ -127,10 +139,15 @@ def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json
         )
 
 
-@app.command(help=texts.FINETUNE_HELP, epilog=texts.FINETUNE_EXAMPLES)
+@app.command(epilog=texts.FINETUNE_EXAMPLES)
 @grouped
 def finetune(options: Options) -> None:
-    """Train or fine-tune a model, prune it on the way, write the result."""
+    """Train or fine-tune on labelled images, prune on the way, in one or many processes.
+
+    An epoch ends with a checkpoint in --out. The same command goes on from it, with any number of processes:
+    torchrun -m ss_pruning.cli finetune ..., or accelerate launch -m ss_pruning.cli finetune ... . Needs the extra
+    train.
+    """
     from ss_pruning.errors import InputError
 
     try:
@@ -140,10 +157,14 @@ def finetune(options: Options) -> None:
     finetune(options)
 
 
-@app.command(help=texts.EXPORT_HELP, epilog=texts.EXPORT_EXAMPLES)
+@app.command(epilog=texts.EXPORT_EXAMPLES)
 @grouped
 def export(wanted: ask.Exporting, results: TextIO) -> None:
-    """Write a pruned model for another runtime, and say how far the file is from the model."""
+    """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
+
+    The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept. With --int8 it
+    computes in eight bits, and how far it is from the model is said.
+    """
     with progress_bars() as progress:
         from ss_pruning.cli import delivery as _delivery
 
@@ -151,10 +172,14 @@ def export(wanted: ask.Exporting, results: TextIO) -> None:
     typer.echo(f"written: {said}", file=results)
 
 
-@app.command(help=texts.BENCH_HELP, epilog=texts.BENCH_EXAMPLES)
+@app.command(epilog=texts.BENCH_EXAMPLES)
 @grouped
 def bench(compared: ask.Compared, timed: ask.Timed, results: TextIO, as_json: ask.Json = False) -> None:
-    """Measure dense against pruned, and exported files."""
+    """Measure what pruning gained: dense against pruned, and exported files, in turns, in one process.
+
+    Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and
+    layout; how far the outputs are from the first model's; accuracy where there are labels.
+    """
     with progress_bars() as progress:
         import torch
 
@@ -183,10 +208,13 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-@app.command(help=texts.COMPARE_HELP, epilog=texts.COMPARE_EXAMPLES)
+@app.command(epilog=texts.COMPARE_EXAMPLES)
 @grouped
 def compare(wanted: ask.SideBySide, results: TextIO) -> None:
-    """Put two reports side by side."""
+    """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
+
+    A and B are folders that `ss-prune prune --out` has written, or their report.json.
+    """
     from ss_pruning._utils.files import check_apart, check_writable, write_text
     from ss_pruning.io.checkpoint import open_report, report_file
     from ss_pruning.report import comparison
@@ -206,10 +234,13 @@ def compare(wanted: ask.SideBySide, results: TextIO) -> None:
         _print(f"written: {html}", file=results)
 
 
-@app.command(help=texts.DOCTOR_HELP)
+@app.command()
 @grouped
 def doctor(results: TextIO, as_json: ask.Json = False) -> None:
-    """Say what is installed and what could be."""
+    """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
+
+    Exit code 2 where a package that is needed is missing.
+    """
     from ss_pruning.cli import doctor as checks
 
     found = checks.examine()

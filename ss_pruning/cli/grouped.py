@@ -21,7 +21,8 @@ from ss_pruning.cli.options import LEFT_OUT, PANELS, TOLD
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of the dataclasses that it takes, and guard it.
 
-    Parameters that are no dataclass are options or arguments as ever; one named `results` gets the real stdout.
+    Parameters that are no dataclass are options or arguments as ever; one named `results` gets the real stdout. The
+    docstring is its help.
     """
     hints: dict[str, Any] = get_type_hints(command, include_extras=True)
     wanted = inspect.signature(command).parameters
@@ -41,7 +42,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             }
             command(**made, **values, **({"results": results} if "results" in wanted else {}))
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__ = command.__name__
+    run.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")  # each paragraph in one line
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

@@ -1,12 +1,6 @@
-"""What `--help` says of each command, and its examples."""
+"""Examples for the help of each command, whose docstring is the rest of it."""
 
 from __future__ import annotations
-
-PRUNE_HELP = """Prune a model to a budget.
-
-Channels go; the network becomes smaller and stays an ordinary one. The cut is checked: it must compute what \
-the dense model computes with the removed channels masked. Nothing is trained; fine-tune the result as usual.
-"""
 
 PRUNE_EXAMPLES = """
 [bold]Examples[/bold]
@@ -40,24 +34,12 @@ Another criterion for comparison:
     ss-prune prune demo:digits --macs 0.5 --data digits --importance magnitude
 """
 
-SCORE_HELP = """Show the synaptic strengths of a model, layer by layer; nothing is changed.
-
-The strength of a synapse, the connection from one input channel to one output channel, is the norm of its \
-weights times the deviation of what it reads. Its share is its part of the variance of that output.
-"""
-
 SCORE_EXAMPLES = """
 [bold]Examples[/bold]
 
     ss-prune score torchvision:resnet18 --weights resnet18.pth
 
     ss-prune score demo:digits --out strengths.safetensors
-"""
-
-RECOVER_HELP = """Train a pruned model, without labels, to have the feature maps of the dense one.
-
-FILE is a model.safetensors of ss-prune prune. A few hundred images and some minutes bring back much of what the cut \
-cost; on held-out images the result is never further from the dense model than FILE is.
 """
 
 RECOVER_EXAMPLES = """
@@ -77,12 +59,6 @@ Without any image:
     ss-prune recover runs/digits/model.safetensors --calibration synthetic --steps 200
 """
 
-FINETUNE_HELP = """Train or fine-tune on labelled images, prune on the way, in one or many processes.
-
-An epoch ends with a checkpoint in --out. The same command goes on from it, with any number of processes: \
-torchrun -m ss_pruning.cli finetune ..., or accelerate launch -m ss_pruning.cli finetune ... . Needs the extra train.
-"""
-
 FINETUNE_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -99,12 +75,6 @@ Fine-tune what ss-prune prune or recover has written:
     ss-prune finetune runs/r50/recovered.safetensors --data photos --epochs 10
 """
 
-EXPORT_HELP = """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
-
-The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept. With --int8 it \
-computes in eight bits, and how far it is from the model is said.
-"""
-
 EXPORT_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -119,12 +89,6 @@ In eight bits, with ranges from photos without labels; and the dense model, to c
     ss-prune export timm:resnet50 --weights resnet50.safetensors --int8 --calibration photos --out dense.int8.onnx
 """
 
-BENCH_HELP = """Measure what pruning gained: dense against pruned, and exported files, in turns, in one process.
-
-Latency with its spread, throughput, peak memory and file size, for every combination of batch, number type and \
-layout; how far the outputs are from the first model's; accuracy where there are labels.
-"""
-
 BENCH_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -137,20 +101,10 @@ Files of ss-prune export beside each other:
     ss-prune bench dense.onnx pruned.onnx dense.int8.onnx pruned.int8.onnx --model timm:resnet50 --data imagenet
 """
 
-COMPARE_HELP = """Put two reports side by side: sizes, accuracy, the width of each layer, the settings that differ.
-
-A and B are folders that `ss-prune prune --out` has written, or their report.json.
-"""
-
 COMPARE_EXAMPLES = """
 [bold]Example[/bold]
 
     ss-prune compare runs/synaptic runs/magnitude --html runs/compare.html
-"""
-
-DOCTOR_HELP = """Say what is installed, what each extra would add, and what PyTorch makes of this machine.
-
-Exit code 2 where a package that is needed is missing.
 """
 
 EXIT_CODES = (
