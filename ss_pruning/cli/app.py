@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -82,9 +82,9 @@ def prune(
             report.file = None if output.out is None else str(output.out / _job.WRITTEN[0])
             content = b"" if output.out is None else _job.packed(job, report, dense)
         with _written_after(output.out, lambda folder: _job.write(content, report, folder)):
-            _show(report, output.as_json, results)
+            _show(report.to_json() if output.as_json else _told(report), results)
         if output.out is not None and not output.as_json:
-            _print(f"written: model.safetensors, report.json and report.html in {output.out}", file=results)
+            _show([f"written: model.safetensors, report.json and report.html in {output.out}"], results)
             _show_next_steps(report, results)
 
 
@@ -112,7 +112,8 @@ def score(source: ask.Source, wanted: ask.Scored, results: TextIO) -> None:
     summary = scores.summarise(strengths, job.model, wanted.weakest)
     facts = {"model": source.model, "statistics": wanted.statistics}
     with _written_after(wanted.out, lambda path: scores.write(path, strengths, summary, facts)):
-        scores.show(summary, facts, wanted.as_json, results)
+        tables = scores.tables(summary, source.model)
+        _show(scores.as_json(summary, facts) if wanted.as_json else tables, results)
 
 
 @app.command(epilog=texts.RECOVER_EXAMPLES)
@@ -192,12 +193,7 @@ def bench(compared: ask.Compared, timed: ask.Timed, results: TextIO, as_json: as
             _counts(timed.batch), timed.dtype.split(","), timed.layout.split(","), compiled
         )
         found = benching.measure(compared, wanted, timed.device, progress)
-    if as_json:
-        typer.echo(found.to_json(), file=results, nl=False)
-        return
-    from rich.console import Console
-
-    Console(file=results).print(benching.table(found))
+    _show(found.to_json() if as_json else [benching.table(found)], results)
 
 
 def _counts(text: str) -> list[int]:
@@ -226,12 +222,9 @@ def compare(wanted: ask.SideBySide, results: TextIO) -> None:
     first, second = open_report(a), open_report(b)
     found = comparison.compare(first, second, str(a), str(b))
     with _written_after(html, lambda path: write_text(path, found.to_html(first, second))):
-        if wanted.as_json:
-            typer.echo(found.to_json(), file=results, nl=False)
-        else:
-            _print(found.table(), *found.notes, file=results)
+        _show(found.to_json() if wanted.as_json else [found.table(), *found.notes], results)
     if html is not None and not wanted.as_json:
-        _print(f"written: {html}", file=results)
+        _show([f"written: {html}"], results)
 
 
 @app.command()
@@ -244,20 +237,20 @@ def doctor(results: TextIO, as_json: ask.Json = False) -> None:
     from ss_pruning.cli import doctor as checks
 
     found = checks.examine()
-    if as_json:
-        typer.echo(found.to_json(), file=results, nl=False)
-    else:
-        _print(*found.tables(), *found.hints(), file=results)
+    _show(found.to_json() if as_json else [*found.tables(), *found.hints()], results)
     if not found.is_well:
         raise typer.Exit(FAILED)
 
 
-def _print(*entries: Any, file: TextIO | None = None) -> None:
-    """Print tables, and texts as they are, on stdout."""
+def _show(found: str | Iterable[Any], results: TextIO) -> None:
+    """Print JSON, or tables and texts, as they are."""
     from rich.console import Console
 
-    console = Console(file=file)
-    for entry in entries:
+    if isinstance(found, str):
+        typer.echo(found, file=results, nl=False)
+        return
+    console = Console(file=results)
+    for entry in found:
         console.print(entry, markup=False)
 
 
@@ -315,22 +308,18 @@ def _command_line(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _show(report: Report, as_json: bool, results: TextIO) -> None:
-    from rich.console import Console
+def _told(report: Report) -> Iterator[Any]:
+    """What is printed of a report."""
+    from rich.text import Text
 
-    if as_json:
-        typer.echo(report.to_json(), file=results, nl=False)
-        return
-    console = Console(file=results)
-    console.print(report.table())
+    yield report.table()
     if report.traded_for_time:
-        console.print(f"To save time: {'; '.join(report.traded_for_time)}.", markup=False)
-    for sentence in _about_time(report):
-        console.print(sentence, markup=False)
+        yield f"To save time: {'; '.join(report.traded_for_time)}."
+    yield from _about_time(report)
     for entry in report.excluded[:_MOST_LINES]:
-        console.print(f"excluded: {entry.channels:,} channels, {entry.reason}", style="dim", markup=False)
+        yield Text(f"excluded: {entry.channels:,} channels, {entry.reason}", style="dim")
     if len(report.excluded) > _MOST_LINES:
-        console.print(f"excluded: {len(report.excluded) - _MOST_LINES} more, see the report", style="dim")
+        yield Text(f"excluded: {len(report.excluded) - _MOST_LINES} more, see the report", style="dim")
 
 
 def _show_next_steps(report: Report, results: TextIO) -> None:

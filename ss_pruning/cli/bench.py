@@ -23,7 +23,7 @@ from ss_pruning.importance.calibration import gather
 from ss_pruning.io.checkpoint import packed
 from ss_pruning.profiling.latency import Timing, machine, measure_latency, peak_memory
 from ss_pruning.profiling.onnx_model import OnnxModel
-from ss_pruning.report.formatting import count, percent
+from ss_pruning.report.formatting import count, percent, rich_table
 from ss_pruning.report.records import TOO_NOISY, Fidelity, crosses_one
 from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.data import Data, open_data, open_photos
@@ -309,28 +309,24 @@ class _Flat(nn.Module):
 
 def table(found: Measured) -> Table:
     """What was measured, for the terminal: a column for each model."""
-    from rich.table import Table
-
     first, *others = found.file_bytes
     where = ", ".join(f"{key} {value}" for key, value in found.machine.items())
     title = f"{first} against {', '.join(others)}" if others else first
-    table = Table(title=title, caption=where, title_justify="left", caption_justify="left")
-    for column in ("", *found.file_bytes):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    return rich_table(title, ("", *found.file_bytes), _rows(found), where)
+
+
+def _rows(found: Measured) -> Iterator[list[str]]:
+    sizes, first = found.file_bytes, next(iter(found.file_bytes))
     for comparison in found.comparisons:
-        table.add_section()
-        table.add_row(f"{comparison.setting} ({comparison.rounds} rounds)")
-        for row in _speed_rows(comparison, first):
-            table.add_row(*row)
-    table.add_section()
-    sizes = found.file_bytes
-    table.add_row("file", *(count(size, "B") for size in sizes.values()))
-    table.add_row("  of first", "", *(percent(sizes[name] / sizes[first]) for name in others))
+        yield []
+        yield [f"{comparison.setting} ({comparison.rounds} rounds)"]
+        yield from _speed_rows(comparison, first)
+    yield []
+    yield ["file", *(count(size, "B") for size in sizes.values())]
+    yield ["  of first", "", *(percent(sizes[name] / sizes[first]) for name in sizes if name != first)]
     if found.outputs is not None:
-        table.add_section()
-        for row in _worth_rows(found.outputs, list(sizes)):
-            table.add_row(*row)
-    return table
+        yield []
+        yield from _worth_rows(found.outputs, list(sizes))
 
 
 def _speed_rows(comparison: Comparison, first: str) -> Iterator[list[str]]:

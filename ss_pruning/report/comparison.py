@@ -16,6 +16,7 @@ from ss_pruning.report.formatting import (
     percent,
     plain,
     printable,
+    rich_table,
 )
 from ss_pruning.report.records import TOO_NOISY, Report
 
@@ -111,21 +112,10 @@ class Comparison:
     def table(self) -> Table:
         """Return the headline as a `rich` table, with the number of layers that differ below."""
         from rich.box import SIMPLE_HEAD
-        from rich.table import Table
 
-        table = Table(
-            title=plain("\n".join(self.titles())),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            caption=self.widths(),
-            caption_justify="left",
-        )
-        table.add_column("", no_wrap=True)  # the figures fold before the names do
-        for column in _COLUMNS:
-            table.add_column(column, justify="right", overflow="fold")
-        for row in self.rows():
-            table.add_row(*row)
+        title, columns = plain("\n".join(self.titles())), ("", *_COLUMNS)
+        table = rich_table(title, columns, self.rows(), self.widths(), box=SIMPLE_HEAD, pad_edge=False)
+        table.columns[0].no_wrap = True  # the figures fold before the names do
         for name, a, b in self.told_settings():
             table.add_row(*(plain(cell) for cell in (name, "", a, b, "")), style="dim")
         return table

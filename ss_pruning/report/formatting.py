@@ -80,16 +80,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def rich_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str | None = None,
+    **style: Any,
 ) -> Table:
-    """Rows of cells as a `rich` table: the first column to the left, numbers to the right."""
+    """Rows of cells as a `rich` table: names to the left, numbers to the right; an empty row begins a section."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", **style)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
     return table
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ss_pruning._utils.files import check_writable, write_bytes, write_text
 from ss_pruning.errors import InputError
-from ss_pruning.report.formatting import jsonable, plain
+from ss_pruning.report.formatting import jsonable, plain, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,7 @@ def write(path: Path, strengths: Strengths, summary: Summary, facts: Mapping[str
     `[in]`.
     """
     if path.suffix == ".json":
-        write_text(path, _json(summary, facts))
+        write_text(path, as_json(summary, facts))
         return
     from safetensors.torch import save
 
@@ -106,60 +106,37 @@ def write(path: Path, strengths: Strengths, summary: Summary, facts: Mapping[str
     write_bytes(path, save(tensors, dict(facts)))
 
 
-def show(summary: Summary, facts: Mapping[str, str], as_json: bool, results: TextIO) -> None:
-    """Print the summary, as tables or as JSON."""
-    if as_json:
-        print(_json(summary, facts), end="", file=results)
-        return
-    from rich.console import Console
-
-    console = Console(file=results)
-    table = _table(
-        f"Synaptic strength of {plain(facts['model'])}",
-        ("in", "out", "median", "min", "max", "eff. in", "no norm"),
-        # Module paths are unreadable when they break at every few letters.
-        min_width=min(26, max((len(layer.path) for layer in summary.layers), default=0)),
-        caption="eff. in: how many inputs of equal share would spread the variance as thinly\n"
-        "no norm: inputs that no normalisation scales",
-    )
-    for layer in summary.layers:
-        figures = (f"{value:.2g}" for value in (layer.median, layer.weakest, layer.strongest))
-        effective = f"{layer.effective_inputs:.1f}"
-        unscaled = str(layer.unscaled or "")
-        table.add_row(plain(layer.path), str(layer.inputs), str(layer.outputs), *figures, effective, unscaled)
-    console.print(table)
-    if summary.weakest:
-        console.print(_weakest_table(summary.weakest))
+_LEGEND = (
+    "eff. in: how many inputs of equal share would spread the variance as thinly\n"
+    "no norm: inputs that no normalisation scales"
+)
 
 
-def _table(
-    title: str, columns: Sequence[str], min_width: int | None = None, caption: str | None = None
-) -> Table:
-    """Layers, and figures of each."""
+def tables(summary: Summary, model: str) -> list[Table]:
+    """The layers, and the weakest synapses if any are listed, for the terminal."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        caption=caption,
-        caption_justify="left",
-    )
-    table.add_column("layer", overflow="fold", min_width=min_width)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _weakest_table(synapses: list[Synapse]) -> Table:
-    table = _table("Weakest synapses, by share of their output", ("input", "output", "strength", "share"))
-    for synapse in synapses:
-        figures = (str(synapse.input), str(synapse.output), f"{synapse.strength:.2g}", f"{synapse.share:.2g}")
-        table.add_row(plain(synapse.path), *figures)
-    return table
+    style: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    columns = ("layer", "in", "out", "median", "min", "max", "eff. in", "no norm")
+    rows = [
+        (
+            *(plain(layer.path), str(layer.inputs), str(layer.outputs)),
+            *(f"{value:.2g}" for value in (layer.median, layer.weakest, layer.strongest)),
+            *(f"{layer.effective_inputs:.1f}", str(layer.unscaled or "")),
+        )
+        for layer in summary.layers
+    ]
+    layers = rich_table(f"Synaptic strength of {plain(model)}", columns, rows, _LEGEND, **style)
+    # Module paths are unreadable when they break at every few letters.
+    layers.columns[0].min_width = min(26, max((len(layer.path) for layer in summary.layers), default=0))
+    if not summary.weakest:
+        return [layers]
+    figures = ("layer", "input", "output", "strength", "share")
+    weakest = [
+        (plain(s.path), str(s.input), str(s.output), f"{s.strength:.2g}", f"{s.share:.2g}")
+        for s in summary.weakest
+    ]
+    return [layers, rich_table("Weakest synapses, by share of their output", figures, weakest, **style)]
 
 
 def _layer(path: str, kind: str, values: Tensor, shares: Tensor, unscaled: Tensor) -> LayerScore:
@@ -189,5 +166,6 @@ def _weakest(path: str, values: Tensor, shares: Tensor, most: int) -> list[Synap
     ]
 
 
-def _json(summary: Summary, facts: Mapping[str, str]) -> str:
+def as_json(summary: Summary, facts: Mapping[str, str]) -> str:
+    """The summary as JSON text."""
     return json.dumps({"format": "ss-pruning scores 1", **facts, **jsonable(summary)}, indent=2) + "\n"
