@@ -14,7 +14,7 @@ from torch import nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.modules import modules_of, parameters_of
-from ss_pruning._utils.progress import Clock, Progress, reporter
+from ss_pruning._utils.progress import Clock, Progress, listening, reporter
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import Calibration, calibration_images, prepared_best
 from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Config, Scope, SyntheticImages
@@ -107,7 +107,8 @@ def prune_(
             dense = with_prunable_attention(model, example_inputs)
             traced = with_tied_heads(TracedModel.of(dense, example_inputs, paths_of(model, ignore)))
             costs = Costs(traced)
-        images = calibration_images(calibration, model, example_inputs, clock.steps("synthesize"))
+        with listening(clock.steps("synthesize")):
+            images = calibration_images(calibration, model, example_inputs)
         with clock("estimate"):
             work = work_within(traced, config, costs, images, config.allocation.budget_time)
             clock.expect(work.seconds)

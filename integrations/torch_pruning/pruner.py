@@ -208,7 +208,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _cut(self, compensation: Compensation, calibration: Any, plan: Plan) -> Plan:
         """Cut with compensation; the connectivity is that of the model as earlier steps have left it."""
         inputs = self.DG.example_inputs
-        images = calibration_images(calibration, self.model, inputs, lambda done, total: None)
+        images = calibration_images(calibration, self.model, inputs)
         return cut_(TracedModel.of(self.model, inputs), plan, compensation, images)[0]
 
     def _prune(self) -> Iterator[ChannelGroup]:

@@ -60,11 +60,10 @@ class Clock:
         self._turn()
         self._running.append(stage)
         self._tell(stage)
-        token = _listener.set(self._step)
         try:
-            yield
+            with listening(self._step):
+                yield
         finally:
-            _listener.reset(token)
             self._turn()
             self._running.pop()
             self._tell(self._running[-1] if self._running else stage)
@@ -88,13 +87,13 @@ class Clock:
         self._reached |= {stage: at for stage, at in reached.items() if stage != but}
         self._tell(next(reversed(self.seconds), ""))
 
-    def steps(self, stage: str) -> Callable[[int, int], None]:
+    def steps(self, stage: str) -> Step:
         """For a stage that is over before anything is expected, and reports its own steps."""
         begin = time.perf_counter()
 
-        def report(done: int, total: int) -> None:
+        def report(done: float, total: float) -> None:
             self.seconds[stage] = time.perf_counter() - begin
-            self.progress(stage, done, total)
+            self.progress(stage, int(done), int(total))
 
         return report
 
@@ -117,8 +116,18 @@ class Clock:
 
 
 def step(done: float, total: float) -> None:
-    """Tell the clock, if one runs, how far its stage is."""
+    """Tell whoever listens, such as a clock, how far the work is."""
     _listener.get()(done, total)
+
+
+@contextlib.contextmanager
+def listening(told: Step) -> Iterator[None]:
+    """Of the work within, `told` is called with how much is done, and how much there is."""
+    token = _listener.set(told)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 @contextlib.contextmanager
@@ -129,11 +138,8 @@ def part(begin: float, end: float) -> Iterator[None]:
     def told(done: float, total: float) -> None:
         whole(begin + (end - begin) * (done / total if total else 1.0), 1.0)
 
-    token = _listener.set(told)
-    try:
+    with listening(told):
         yield
-    finally:
-        _listener.reset(token)
 
 
 def seconds_left(passed: float, done: float, total: float) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning._utils.progress import in_words
+from ss_pruning._utils.progress import in_words, listening
 from ss_pruning.cli.console import PRUNING, ProgressCallback, banner, note
 from ss_pruning.cli.request import DATA, Rebuilt, Request, Source
 from ss_pruning.config import SYNTHETIC, Compensation, Synaptic, SyntheticImages
@@ -201,8 +201,10 @@ def calibration_images(
         from ss_pruning.compensation.synthetic_data import synthetic_images
 
         wanted = SyntheticImages(request.calibration_images, seed=request.seed)
-        what = "synthesizing calibration images"
-        return synthetic_images(job.model, job.example, wanted, lambda *steps: progress(what, *steps)), said
+        with listening(
+            lambda done, total: progress("synthesizing calibration images", int(done), int(total))
+        ):
+            return synthetic_images(job.model, job.example, wanted), said
     if request.photos is not None:
         images, which = _photos_of(request.photos, request, job)
         return images, {**said, "calibration images": which}

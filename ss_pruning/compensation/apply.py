@@ -68,9 +68,7 @@ def register_compensation(
     return register
 
 
-def calibration_images(
-    calibration: Any, model: nn.Module, example_inputs: Any, progress: Callable[[int, int], None]
-) -> Batch | None:
+def calibration_images(calibration: Any, model: nn.Module, example_inputs: Any) -> Batch | None:
     """The calibration inputs as one batch; None without.
 
     `calibration` is a tensor, an iterable of batches, "synthetic" or `SyntheticImages`, or None.
@@ -84,7 +82,7 @@ def calibration_images(
     if isinstance(calibration, str):
         calibration = SyntheticImages()
     if isinstance(calibration, SyntheticImages):
-        calibration = synthetic_images(model, example_inputs, calibration, progress)
+        calibration = synthetic_images(model, example_inputs, calibration)
     batch = gather(calibration, example_inputs)
     fitting = batch.limited(*sizes_that_run(model, example_inputs))
     if not len(fitting):

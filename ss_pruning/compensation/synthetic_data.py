@@ -25,6 +25,7 @@ from ss_pruning._utils.arrays import digest, mean_and_variance, tensors_among, w
 from ss_pruning._utils.copying import retyped
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.config import SyntheticImages
 from ss_pruning.errors import InputError, ModelError
@@ -33,8 +34,6 @@ from ss_pruning.importance.calibration import sizes_that_run
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1
-#: Called with (steps done, steps in all).
-StepProgress = Callable[[int, int], None]
 
 # Images that share one set of statistics, and Adam's rate for them (pixels have a deviation of about 1) and memory.
 _BATCH, _RATE, _MEMORY = 64, 0.1, (0.7, 0.95)
@@ -45,22 +44,17 @@ _GREY = 0.8
 _MOST, _FEWEST, _POSITIONS = 256, 32, 2**21
 
 
-def synthesize(
-    model: nn.Module,
-    example_inputs: Any,
-    settings: SyntheticImages,
-    progress: StepProgress = lambda done, total: None,
-) -> Tensor:
+def synthesize(model: nn.Module, example_inputs: Any, settings: SyntheticImages) -> Tensor:
     """Make calibration images from a model's batch norms: no data, no labels.
 
-    The work is done on a copy in float32; the model is not touched. The result is the same for the same seed.
+    The work is done on a copy in float32; the model is not touched. The result is the same for the same seed. Steps are
+    told to whoever listens (`ss_pruning._utils.progress`).
 
     Args:
         model: A trained model with batch norms.
         example_inputs: What `forward` takes: one tensor `[batch, channels, positions...]`, alone, in a tuple or in a
             dict; gives the shape, type and place of the result.
         settings: How many images, and how they are made.
-        progress: Called with (steps done, steps in all).
 
     Returns:
         `[images, channels, positions...]`, as the model takes them, that is after any normalisation of pixels; one half
@@ -84,19 +78,14 @@ def synthesize(
             noise = _natural_noise((size, *shape[1:]), generator).to(example.device)
 
             def report(done: int, before: int = number * steps) -> None:
-                progress(before + done, len(sizes) * steps)
+                step(before + done, len(sizes) * steps)
 
             made.append(_optimise(noise, listen, steps, report))
     found = torch.cat(made)
     return torch.cat([found, found.flip(-1)])[: shape[0]].to(example).contiguous()
 
 
-def synthetic_images(
-    model: nn.Module,
-    example_inputs: Any,
-    settings: SyntheticImages,
-    progress: StepProgress = lambda done, total: None,
-) -> Tensor:
+def synthetic_images(model: nn.Module, example_inputs: Any, settings: SyntheticImages) -> Tensor:
     """`synthesize` with a cache: `$SS_PRUNING_CACHE`, or else `ss_pruning` in the user's cache folder.
 
     It knows a model by its structure, its parameters and its buffers. A damaged file is made anew; an unwritable folder
@@ -106,7 +95,7 @@ def synthetic_images(
     shape = _shape(example, settings)
     name = f"synthetic-{_key(model, shape, settings.steps, settings.seed)}"
     if (found := _kept(name, shape)) is None:
-        found = synthesize(model, example_inputs, settings, progress)
+        found = synthesize(model, example_inputs, settings)
         _cache.write(name, {"images": found.float().cpu()})
     return found.to(example).contiguous()
 
@@ -219,9 +208,9 @@ def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int]
     layout = torch.channels_last if noise.dim() == 4 else torch.contiguous_format
     pixels = noise.to(memory_format=layout).requires_grad_()
     adam = torch.optim.Adam([pixels], lr=_RATE, betas=_MEMORY)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        output, distances = listen(pixels.flip(-1) if step % 2 else pixels)
+    for number in range(steps):
+        adam.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * number / steps)) / 2
+        output, distances = listen(pixels.flip(-1) if number % 2 else pixels)
         loss = torch.stack(distances).mean() + _SMOOTH * _roughness(pixels) + _indecision(output)
         if not loss.isfinite():
             raise ModelError(
@@ -229,7 +218,7 @@ def _optimise(noise: Tensor, listen: _Listen, steps: int, report: Callable[[int]
             )
         (pixels.grad,) = torch.autograd.grad(loss, pixels)
         adam.step()
-        report(step + 1)
+        report(number + 1)
     return pixels.detach()
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import Floats, Ints
-from ss_pruning._utils.progress import part
+from ss_pruning._utils.progress import part, step
 from ss_pruning._utils.running import preserved
 from ss_pruning.config import LEAST_IMAGES, Method
 from ss_pruning.errors import InputError, ModelError
@@ -104,20 +104,19 @@ def by_sensitivity(
     scores: Sequence[Sequence[Floats]],
     images: Any,
     shrinking: Shrinking,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     known: Mapping[str, ActivationStatistics] | None = None,
 ) -> Scores:
     """Scores in the same order within each group, that tell how much output error each channel set's removal adds.
 
     Takes a pass over all images, at most one over 40 a group (over 192 where inputs are small and nothing is fitted
-    behind), and as much again with `taken`.
+    behind), and as much again with `taken`. Groups done, of all measurements, are told to whoever listens
+    (`ss_pruning._utils.progress`).
 
     Args:
         traced: The dense model; not changed.
         scores: By group and subgroup, one score a channel set; those with an infinite one stay.
         images: Calibration inputs.
         shrinking: How groups are going to shrink.
-        progress: Called with (groups done, groups in all), of all measurements.
         known: Statistics of what layers read, with covariances, if they are at hand; else they are measured on the
             images that output error is not measured on.
 
@@ -149,15 +148,13 @@ def by_sensitivity(
         ]
         taken, again = shrinking.taken, shrinking.method != "reconstruct"
         count = len(scores) * (1 if taken is None or not again else 2)
-        alone = _measured(ablation, shrinkages, [0] * len(scores), lambda done: progress(done, count))
+        alone = _measured(ablation, shrinkages, [0] * len(scores), lambda done: step(done, count))
         if taken is None or not scores:
             return alone
         found = [alone]
         if again:
             context = taken(alone).tolist()
-            beside = _measured(
-                ablation, shrinkages, context, lambda done: progress(len(scores) + done, count)
-            )
+            beside = _measured(ablation, shrinkages, context, lambda done: step(len(scores) + done, count))
             found += [beside, _sum(alone, beside)]
         choices = shrinking.rivals(found)
         cuts = [_joined(shrinkages, taken(choice).tolist()) for choice in choices]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ss_pruning._utils.arrays import Ints
-from ss_pruning._utils.progress import Clock, step
+from ss_pruning._utils.progress import Clock
 from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.groups import Coupling, PruningGroup
@@ -151,7 +151,7 @@ class Ranker:
             )
             with self.clock("measure"):
                 known = self._known(config.importance)
-                return by_sensitivity(traced, scores, images, shrinking, step, known)
+                return by_sensitivity(traced, scores, images, shrinking, known)
 
         return remembered(self._key(traced, config, scores), measure, scores)
 

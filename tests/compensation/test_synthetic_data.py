@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ss_pruning import prune_
 from ss_pruning._utils import cache as _cache
+from ss_pruning._utils.progress import listening
 from ss_pruning.compensation.synthetic_data import default_images, synthesize, synthetic_images
 from ss_pruning.config import SyntheticImages
 from ss_pruning.errors import InputError, ModelError
@@ -93,10 +94,9 @@ def test_a_model_that_draws_numbers_gives_the_same_images_again() -> None:
 
 
 def test_batches_cover_all_images_and_report_steps(net: Net) -> None:
-    steps: list[tuple[int, int]] = []
-    images = synthesize(
-        net, EXAMPLE, SyntheticImages(139, 2), lambda done, total: steps.append((done, total))
-    )
+    steps: list[tuple[float, float]] = []
+    with listening(lambda done, total: steps.append((done, total))):
+        images = synthesize(net, EXAMPLE, SyntheticImages(139, 2))
     assert len(images) == 139
     assert torch.equal(images[70:], images[:69].flip(-1))
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats, Ints
-from ss_pruning._utils.progress import Clock
+from ss_pruning._utils.progress import Clock, listening
 from ss_pruning.compensation.apply import cut_
 from ss_pruning.config import (
     COMPENSATIONS,
@@ -330,13 +330,13 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     def note(*step: int) -> None:
         steps.append((step[0], step[1]))
 
-    chosen = by_sensitivity(
-        TracedModel(model, x[:1], connectivity, coupling),
-        scores,
-        x,
-        Shrinking(method=method, taken=taken),
-        note,
-    )
+    with listening(note):
+        chosen = by_sensitivity(
+            TracedModel(model, x[:1], connectivity, coupling),
+            scores,
+            x,
+            Shrinking(method=method, taken=taken),
+        )
     assert steps[0] == (0, 2 * len(scores))
     assert steps[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(steps) == steps
@@ -436,13 +436,8 @@ def test_the_order_within_a_group_is_that_of_the_scores() -> None:
     generator = np.random.default_rng(0)
     scores = [[generator.random(subgroup.size) for subgroup in group.subgroups] for group in coupling.groups]
     steps: list[tuple[int, int]] = []
-    found = by_sensitivity(
-        TracedModel(model, x[:1], connectivity, coupling),
-        scores,
-        x,
-        Shrinking(),
-        lambda *step: steps.append(step),
-    )
+    with listening(lambda *step: steps.append(step)):
+        found = by_sensitivity(TracedModel(model, x[:1], connectivity, coupling), scores, x, Shrinking())
     assert (steps[0], steps[-1]) == ((0, len(scores)), (len(scores), len(scores)))
     for group, measured in zip(scores, found, strict=True):
         ranks = zip(ranks_of(group), ranks_of(measured), strict=True)
