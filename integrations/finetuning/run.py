@@ -38,9 +38,9 @@ from ss_pruning.integrations.finetuning.inputs import (
     with_file_opened,
 )
 from ss_pruning.integrations.finetuning.options import Options
-from ss_pruning.io.distributed import broadcast_plan, check_agreement, fingerprint
+from ss_pruning.io.distributed import check_agreement, fingerprint, sparsify_
 from ss_pruning.sources.models import build_model
-from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
+from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, zero_masks
 from ss_pruning.sparsity.penalty import StrengthPenalty, warm_up
 
 
@@ -91,31 +91,18 @@ class Run:
             self.teacher = copied(self.model).requires_grad_(False).eval()
             dense = self.teacher
             self.on_first(lambda: ss_pruning.save(dense, options.out / "dense.safetensors", self.spec))
-        for model in models:
-            merge_masks_(model)
-        if options.sparsity:
-            masks = synapse_masks(self.scores(), fraction=options.sparsity)
-            for model in models:
-                merge_masks_(mask_(model, masks))
+        self.plan = sparsify_(
+            models,
+            self.example,
+            sparsity=options.sparsity or None,
+            planned=self.planned if options.cuts else None,
+            keep_zeros=options.keep_zeros,
+        )
         if options.cuts:
-            self.plan = broadcast_plan(self.planned)
-            for model in models:
-                check_agreement(model)
-                self.plan.apply_(model)
-                check_agreement(model)
             digest = fingerprint(self.model).hex()[:16]
             # In one piece with the end of the line: torchrun has processes write unbuffered, to one pipe.
             print(f"process {self.accelerator.process_index} was cut to {digest}\n", end="", flush=True)
-        if options.sparsity or options.keep_zeros:
-            masks = zero_masks(self.model)
-            for model in models:
-                mask_(model, masks)
         self.sparsified = True
-
-    def scores(self) -> dict[str, Tensor]:
-        """Strengths of all synapses but those of first layers and classifiers."""
-        strengths = ss_pruning.synaptic_strength(self.model, self.example)
-        return {path: strengths[path] for path in StrengthPenalty(self.model, self.example).paths}
 
     def planned(self) -> ss_pruning.Plan:
         """Which channels stay."""

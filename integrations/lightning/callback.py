@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ss_pruning.errors import InputError
-from ss_pruning.importance.strength import synaptic_strength
 from ss_pruning.integrations.lightning.modules import (
     Callback,
     DDPStrategy,
@@ -26,9 +25,9 @@ from ss_pruning.integrations.lightning.modules import (
     moved_to,
     network_of,
 )
-from ss_pruning.io.distributed import broadcast_plan, check_agreement
+from ss_pruning.io.distributed import sparsify_
 from ss_pruning.pruning import plan
-from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, synapse_masks, zero_masks
+from ss_pruning.sparsity.masks import mask_, masks_of
 from ss_pruning.sparsity.penalty import Form, StrengthPenalty, warm_up
 from ss_pruning.surgery.plan import Plan
 
@@ -151,19 +150,17 @@ class StrengthPruning(Callback):  # type: ignore[misc]
     def _prune(self, network: nn.Module) -> None:
         """Mask the weakest synapses, cut channels; what is zero stays zero."""
         inputs = moved_to(network, self.example_inputs)
-        masked = bool(masks_of(network)) or self.sparsity is not None
-        merge_masks_(network)
-        if self.sparsity is not None:
-            strengths = synaptic_strength(network, inputs)
-            scores = {path: strengths[path] for path in self._new_penalty(network).paths}
-            merge_masks_(mask_(network, synapse_masks(scores, fraction=self.sparsity)))
-        if self.macs is not None:
-            self.plan = broadcast_plan(lambda: plan(network, inputs, macs=self.macs, **self.options)[0])
-            check_agreement(network)
-            self.plan.apply_(network)
-        check_agreement(network)
-        if masked:
-            mask_(network, zero_masks(network))
+
+        def planned() -> Plan:
+            return plan(network, inputs, macs=self.macs, **self.options)[0]
+
+        self.plan = sparsify_(
+            [network],
+            inputs,
+            sparsity=self.sparsity,
+            planned=None if self.macs is None else planned,
+            keep_zeros=bool(masks_of(network)),
+        )
         self.pruned = True
 
 

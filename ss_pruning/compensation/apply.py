@@ -93,6 +93,27 @@ def calibration_images(calibration: Any, model: nn.Module, example_inputs: Any) 
     return channels_last(model, fitting)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A cut model, ready to be swapped in.
+
+    Attributes:
+        model: The copy.
+        plan: The plan, with the biases that layers got.
+        outcome: What the compensation did.
+        fidelity: On the held-out inputs; None without any.
+        uncompensated: The same of the cut alone.
+        dropped: The compensation was left out: the cut alone is nearer to the dense model.
+    """
+
+    model: nn.Module
+    plan: Plan
+    outcome: Outcome
+    fidelity: Fidelity | None = None
+    uncompensated: Fidelity | None = None
+    dropped: bool = False
+
+
 def cut_(
     traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
 ) -> tuple[Plan, Outcome]:
@@ -101,25 +122,20 @@ def cut_(
     Returns:
         The plan with the biases that layers got, and what the compensation did.
     """
-    ready, plan, outcome = prepared(traced, plan, compensation, images)
-    adopt_(traced.model, ready)
-    return plan, outcome
+    made = prepared(traced, plan, compensation, images)
+    adopt_(traced.model, made.model)
+    return made.plan, made.outcome
 
 
-def prepared(
-    traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None
-) -> tuple[nn.Module, Plan, Outcome]:
+def prepared(traced: TracedModel, plan: Plan, compensation: Compensation, images: Batch | None) -> Prepared:
     """A copy of the model, cut and compensated, for `adopt_`: whatever fails, the model is as it was.
-
-    Returns:
-        The copy, the plan with the biases that layers got, and what the compensation did.
 
     Raises:
         ModelError: The compensation or the recalibration failed.
     """
     model, method = traced.model, compensation.method
     if method == "none" and not compensation.recalibrate:
-        return plan.cut_copy(model), plan, Outcome()
+        return Prepared(plan.cut_copy(model), plan, Outcome())
     small = plan.cut_copy(copied(model))
     try:
         with part(0.0, 0.5 if compensation.recalibrate else 1.0):
@@ -137,7 +153,7 @@ def prepared(
             "calibration inputs are what the model takes"
         ) from error
     plan = replace(plan, biases=tuple(outcome.biases))
-    return plan.cut_copy(model, small), plan, outcome
+    return Prepared(plan.cut_copy(model, small), plan, outcome)
 
 
 @dataclass(frozen=True)
@@ -164,27 +180,6 @@ class Calibration:
             return cls(images, None)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A cut model, ready to be swapped in.
-
-    Attributes:
-        model: The copy.
-        plan: The plan, with the biases that layers got.
-        outcome: What the compensation did.
-        fidelity: On the held-out inputs; None without any.
-        uncompensated: The same of the cut alone.
-        dropped: The compensation was left out: the cut alone is nearer to the dense model.
-    """
-
-    model: nn.Module
-    plan: Plan
-    outcome: Outcome
-    fidelity: Fidelity | None = None
-    uncompensated: Fidelity | None = None
-    dropped: bool = False
-
-
 def prepared_best(
     traced: TracedModel, plan: Plan, compensation: Compensation, calibration: Calibration
 ) -> Prepared:
@@ -192,12 +187,12 @@ def prepared_best(
     made = prepared(traced, plan, compensation, calibration.fitted)
     reference = calibration.reference
     if reference is None:
-        return Prepared(*made)
+        return made
     alone = prepared(traced, plan, NoCompensation(), None)
-    plain = reference.fidelity(alone[0])
+    plain = reference.fidelity(alone.model)
     if compensation == NoCompensation():
-        return Prepared(*made, plain, plain)
-    found = reference.fidelity(made[0])
+        return replace(made, fidelity=plain, uncompensated=plain)
+    found = reference.fidelity(made.model)
     if found.error <= plain.error:
-        return Prepared(*made, found, plain)
-    return Prepared(*alone, plain, plain, dropped=True)
+        return replace(made, fidelity=found, uncompensated=plain)
+    return replace(alone, fidelity=plain, uncompensated=plain, dropped=True)

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ss_pruning.errors import InputError, PlanError
+from ss_pruning.importance.strength import synaptic_strength
+from ss_pruning.sparsity.masks import mask_, merge_masks_, synapse_masks, zero_masks
+from ss_pruning.sparsity.penalty import StrengthPenalty
 from ss_pruning.surgery.plan import Plan, plan_of
 
 
@@ -76,6 +80,54 @@ def check_agreement(model: nn.Module) -> None:
             "cut by another plan. Start from the same model, and make the plan once "
             "(ss_pruning.io.distributed.broadcast_plan)"
         )
+
+
+def sparsify_(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    sparsity: float | None,
+    planned: Callable[[], Plan] | None,
+    keep_zeros: bool,
+) -> Plan:
+    """Mask the weakest synapses of alike models, and cut channels, in all processes alike.
+
+    Args:
+        models: The first says which synapses are weak; the others, such as averages of its weights, follow.
+        example_inputs: What `forward` takes.
+        sparsity: Share of the synapses to mask, those of first layers and classifiers aside; they stay 0.
+        planned: Makes the plan in process 0; None cuts nothing.
+        keep_zeros: Kernels that are 0 now stay 0 in any case.
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        PlanError: The models of two processes differ, or process 0 has made no plan.
+    """
+    first, plan = models[0], Plan()
+    for model in models:
+        merge_masks_(model)
+    if sparsity is not None:
+        strengths, paths = (
+            synaptic_strength(first, example_inputs),
+            StrengthPenalty(first, example_inputs).paths,
+        )
+        masks = synapse_masks({path: strengths[path] for path in paths}, fraction=sparsity)
+        for model in models:
+            merge_masks_(mask_(model, masks))
+    if planned is not None:
+        plan = broadcast_plan(planned)
+    for model in models:
+        check_agreement(model)
+        if planned is not None:
+            plan.apply_(model)
+            check_agreement(model)
+    if keep_zeros or sparsity is not None:
+        masks = zero_masks(first)
+        for model in models:
+            mask_(model, masks)
+    return plan
 
 
 def fingerprint(model: nn.Module) -> bytes:

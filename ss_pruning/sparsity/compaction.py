@@ -40,7 +40,7 @@ from ss_pruning.surgery.agreement import certified, compare
 from ss_pruning.surgery.decisions import Recording
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan, adopt_
-from ss_pruning.surgery.precision import TOLERANCE
+from ss_pruning.surgery.precision import TOLERANCE, stirred
 from ss_pruning.surgery.verification import Verifier
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"
@@ -132,10 +132,8 @@ class _MaskedVerifier(Verifier):
     def __init__(
         self, model: nn.Module, example_inputs: Any, connectivity: Connectivity, coupling: Coupling
     ) -> None:
-        super().__init__(model, example_inputs, connectivity)
+        super().__init__(model, example_inputs, connectivity, copied=_revived)
         self.run()
-        self.dense = _revived(self.dense)
-        self.twin = self.precise(self.dense)
         self.masked = copied(model)
         if self.tolerance == TOLERANCE:
             self.masked.double()
@@ -210,7 +208,7 @@ class DeadChannels:
 
 
 def _revived(model: nn.Module) -> nn.Module:
-    """Noise in the place of zeros: a wrong cut of channels that are dead anyway would not show in the structure."""
+    """Stirred, with noise in the place of zeros, too: a wrong cut of dead channels would not show in the structure."""
     generator = torch.Generator().manual_seed(0)
 
     def revive(tensor: Tensor) -> Tensor:
@@ -220,7 +218,7 @@ def _revived(model: nn.Module) -> nn.Module:
         scale = tensor[~dead].square().mean().sqrt()
         return torch.where(dead, scale * normal_like(tensor, generator), tensor)
 
-    return retyped(model, revive, ("_parameters",))
+    return retyped(stirred(model), revive, ("_parameters",))
 
 
 def _named(counts: Mapping[str, Mapping[str, int]]) -> list[Excluded]:

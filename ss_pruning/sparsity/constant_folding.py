@@ -20,12 +20,12 @@ from ss_pruning.graph.groups import Coupling, Member, Subgroup
 from ss_pruning.graph.layers import channel_axis, mixes_channels, weight_of
 from ss_pruning.sparsity.dead_channels import (
     Liveness,
-    by_input,
     has_no_border,
     is_consumer,
     living_outputs,
     reading,
     response,
+    wanted_inputs,
 )
 from ss_pruning.surgery.plan import Plan
 
@@ -71,7 +71,7 @@ class Folding:
         subgroups = [subgroup for group in coupling.groups for subgroup in group.subgroups]
         outputs = living_outputs(connectivity, model, liveness.kernels, subgroups, self.mixing)
         self.wanted = {
-            path: by_input(model.get_submodule(path), rows, outputs[path])
+            path: wanted_inputs(model.get_submodule(path), rows, outputs[path])
             for path, rows in liveness.kernels.items()
         }
         self.shapes = {

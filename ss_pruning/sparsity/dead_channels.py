@@ -23,6 +23,7 @@ from ss_pruning._utils.running import output_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import channel_axis, groups_of, is_linear_in_weight, mixes_channels, weight_of
+from ss_pruning.importance.strength import at_synapses, by_input_channel, kernel_powers
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
 _AMPLITUDES = (1.0, 1000.0, -1000.0)
@@ -33,26 +34,12 @@ _COARSE_ROUNDING = 1e-5
 
 def living_kernels(module: nn.Module) -> Tensor:
     """True for every 2-D kernel (or single weight) with an entry other than 0, `[out, in // groups]`."""
-    weight = weight_of(module)
-    alive = weight.detach().ne(0)
-    alive = alive.flatten(2).any(2) if alive.dim() > 2 else alive
-    if isinstance(module, _ConvNd) and module.transposed:
-        g = module.groups
-        alive = alive.reshape(g, len(alive) // g, -1).transpose(1, 2).reshape(-1, len(alive) // g)
-    return alive
+    return kernel_powers(module, weight_of(module).detach().ne(0).float()) > 0
 
 
-def by_input(module: nn.Module, alive: Tensor, outputs: Tensor | None = None) -> Tensor:
-    """`[in]`: the input channels that some living kernel reads, for outputs that count.
-
-    Args:
-        module: The layer.
-        alive: `[out, in // groups]`.
-        outputs: `[out]`, True for outputs that count; all by default.
-    """
-    if outputs is not None:
-        alive = alive & outputs[:, None]
-    return alive.reshape(groups_of(module), -1, alive.shape[1]).any(1).reshape(-1)
+def wanted_inputs(module: nn.Module, alive: Tensor, outputs: Tensor) -> Tensor:
+    """`[in]`: the input channels that a living kernel (`alive`, `[out, in // groups]`) reads for outputs that count."""
+    return by_input_channel(module, alive & outputs[:, None]).any(1)
 
 
 def reading(module: nn.Module, channel: int) -> Tensor:
@@ -140,7 +127,8 @@ def living_outputs(
     while changed:
         changed = False
         wanted = {
-            path: by_input(model.get_submodule(path), rows, alive[path]) for path, rows in kernels.items()
+            path: wanted_inputs(model.get_submodule(path), rows, alive[path])
+            for path, rows in kernels.items()
         }
         for subgroup in subgroups:
             read = reads(subgroup, wanted, connectivity, mixing)
@@ -257,9 +245,7 @@ def _dead_outputs(
     alive = kernels[path]
     if still is None:
         return ~alive.any(1)
-    groups = groups_of(module)
-    varying = ~still.reshape(groups, -1).repeat_interleave(len(alive) // groups, 0)
-    return ~(alive & varying).any(1)
+    return ~(alive & at_synapses(module, ~still, len(alive))).any(1)
 
 
 def _run_on_noise(

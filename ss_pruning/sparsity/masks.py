@@ -24,6 +24,7 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import kind_of, weight_of
 from ss_pruning.importance.strength import by_kernel, kernel_powers, share
+from ss_pruning.sparsity.dead_channels import living_kernels
 
 Masks = Mapping[str, Tensor]
 Scope = Literal["global", "layer"]
@@ -196,7 +197,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 def zero_masks(model: nn.Module) -> dict[str, Tensor]:
     """Masks for `mask_` that keep zero what is zero now, after `merge_masks_` and a cut, say."""
     layers = {path: module for path, module in modules_of(model).items() if kind_of(module) == "synaptic"}
-    alive = {path: kernel_powers(module).detach() > 0 for path, module in layers.items()}
+    alive = {path: living_kernels(module) for path, module in layers.items()}
     return {path: mask for path, mask in alive.items() if not mask.all()}
 
 

@@ -70,14 +70,15 @@ class Verifier:
         example_inputs: Any,
         connectivity: Connectivity,
         watch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        copied: Callable[[nn.Module], nn.Module] = stirred,
     ) -> None:
-        """Copy `model`.
+        """Copy `model`, by `copied`.
 
         `watch` is entered for each verification, to time it.
         """
         self.connectivity, self.watch = connectivity, watch
         self.examples = example_inputs
-        self.dense = stirred(model)  # in the precision of the model, and never run as it is
+        self.dense = copied(model)  # in the precision of the model, and never run as it is
         self.precisions = iter(PRECISIONS)
         self._next_precision()
         self.arrivals: dict[str, list[tuple[int, ...]]] = {}

@@ -61,11 +61,11 @@ def test_a_compensation_that_leads_away_is_left_out(monkeypatch: pytest.MonkeyPa
     real = apply.prepared
 
     def spoiled(traced: Any, plan: Any, compensation: Any, images: Any) -> Any:
-        model, plan, outcome = real(traced, plan, compensation, images)
+        made = real(traced, plan, compensation, images)
         if isinstance(compensation, FoldMean):
             with torch.no_grad():
-                model[8].weight.add_(100 * torch.randn(model[8].weight.shape))
-        return model, plan, outcome
+                made.model[8].weight.add_(100 * torch.randn(made.model[8].weight.shape))
+        return made
 
     plain, _ = pruned("none", allocation="global")
     monkeypatch.setattr(apply, "prepared", spoiled)
