@@ -15,7 +15,7 @@ from ss_pruning.errors import VerificationError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.planning.allocation import to_plan
-from ss_pruning.planning.group_bisection import GroupBisection
+from ss_pruning.planning.search import GroupBisection
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Attribute, Plan
 from ss_pruning.surgery.verification import Verifier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -192,8 +191,3 @@ def components(total: int, ties: Ints) -> Ints:
             label = label[label]
         if np.array_equal(before, label):
             return label
-
-
-def pattern(path: str) -> str:
-    """A path without its numbers: alike layers of repeated blocks have the same."""
-    return re.sub(r"\d+", "#", path)

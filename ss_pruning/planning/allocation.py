@@ -182,6 +182,14 @@ def select(plan: Schedule, groups: Sequence[PruningGroup], steps: Ints, coupling
     return selection
 
 
+def plan_for(
+    order: Schedule, steps: Ints, coupling: Coupling, connectivity: Connectivity
+) -> tuple[Plan, Selection]:
+    """The cut in which each group takes so many steps, and the channels that stay by layer side."""
+    selection = select(order, coupling.groups, steps, coupling)
+    return to_plan(selection, coupling, connectivity), selection
+
+
 def pruned_of(group: PruningGroup, ranks: Sequence[Ints], steps: int) -> dict[Key, Ints]:
     """By layer side, the channels that go with the first `steps` of a group."""
     pruned: dict[Key, list[Ints]] = {}

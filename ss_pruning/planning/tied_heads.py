@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ss_pruning.errors import SSPruningError
-from ss_pruning.graph.connectivity import components, pattern
+from ss_pruning.graph.connectivity import components
 from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.planning.allocation import schedule, select, to_plan
-from ss_pruning.planning.group_bisection import GroupBisection
-from ss_pruning.surgery.fewest_numbers import Verified
-from ss_pruning.surgery.size_attributes import Number
+from ss_pruning.planning.allocation import plan_for, schedule
+from ss_pruning.planning.search import GroupBisection
+from ss_pruning.surgery.size_attributes import Number, pattern
 from ss_pruning.surgery.verification import Verifier
 
 #: By number of a group of heads, those of the groups of the stream that they read.
@@ -99,13 +98,13 @@ class _Trials:
         groups = coupling.groups
         flat = [[np.zeros(subgroup.size) for subgroup in group.subgroups] for group in groups]
         steps = np.array([number in numbers and group.steps > 1 for number, group in enumerate(groups)])
-        selection = select(schedule(groups, flat), groups, steps.astype(np.int64), coupling)
-        plan = to_plan(selection, coupling, self.verifier.connectivity)
-
-        def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
-            return self.verifier.verify_shapes(plan, selection, groups, fixed)
-
-        together = GroupBisection([_merged([groups[number] for number in numbers])], attempt, self.fixed)
+        order = schedule(groups, flat)
+        plan, selection = plan_for(order, steps.astype(np.int64), coupling, self.verifier.connectivity)
+        together = GroupBisection(
+            [_merged([groups[number] for number in numbers])],
+            lambda _, fixed, __: self.verifier.verify_shapes(plan, selection, groups, fixed),
+            self.fixed,
+        )
         together.search([0])  # a number that happens to equal a width is told from one that follows
         return not together.failed
 

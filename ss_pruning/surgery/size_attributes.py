@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -11,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.connectivity import Connectivity, pattern
+from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Key, PruningGroup, Selection, Subgroup
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
@@ -31,6 +32,11 @@ class Number(NamedTuple):
     name: str
     position: int | None = None
     by_heads: bool = False
+
+
+def pattern(path: str) -> str:
+    """A path without its numbers: alike layers of repeated blocks have the same."""
+    return re.sub(r"\d+", "#", path)
 
 
 def alike(number: Number) -> Number:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_pruning import prune_
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.groups import Member, PruningGroup, Subgroup
-from ss_pruning.planning.group_bisection import GroupBisection
+from ss_pruning.planning.search import GroupBisection
 from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number
@@ -29,7 +29,7 @@ class Verifier:
         self.groups, self.wrong, self.tells = groups, set(wrong), tells
         self.trials = 0
 
-    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+    def __call__(self, part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
         self.trials += 1
         bad = sorted(self.wrong & {self.groups[i].name for i in part})
         if bad:
@@ -75,7 +75,7 @@ def test_alike_ones_of_another_width_are_tried() -> None:
 
 
 def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
-    def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+    def attempt(part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
         raise VerificationError("differs")
 
     with pytest.raises(VerificationError, match="differs"):
@@ -85,7 +85,7 @@ def test_a_model_that_is_not_the_same_twice_is_refused() -> None:
 class Coincidence(Verifier):
     """In every block a number equals a width by coincidence: the cut is right only if it stays."""
 
-    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+    def __call__(self, part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
         self.trials += 1
         paths = [self.groups[i].name.rpartition(".")[0] for i in sorted(part)]
         loose = [
@@ -107,7 +107,7 @@ def test_a_number_fixed_in_one_block_is_fixed_in_its_likes() -> None:
 class Stacked(Verifier):
     """The width may follow, layer numbers that equal it may not: the net then takes another layer's output."""
 
-    def __call__(self, part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+    def __call__(self, part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
         self.trials += 1
         followed = [n for n in (Number("net.0", "width"), Number("net.3", "index")) if n not in fixed]
         if followed != [Number("net.0", "width")]:
@@ -127,7 +127,7 @@ def test_the_reason_is_what_is_wrong_nearest_to_the_cut() -> None:
     """A width that only happens to be stored elsewhere fails there first; that is not why the group stays."""
     chance = Number("other", "limit")
 
-    def attempt(part: Collection[int], fixed: Collection[Number], *, locate: bool) -> Verified:
+    def attempt(part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
         if not part:
             return Verified(Plan(), 0.0)
         if chance in fixed:
