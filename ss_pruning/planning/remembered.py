@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -67,24 +68,21 @@ def remembered(
     begin = time.perf_counter()
     result = measure()
     if key is not None and time.perf_counter() - begin > WORTH:
-        parts = ((f"{g}.{s}", part) for g, group in enumerate(result) for s, part in enumerate(group))
-        files.write(key, {name: torch.from_numpy(part) for name, part in parts})
+        files.write(
+            key, {"values": torch.from_numpy(np.concatenate([part for group in result for part in group]))}
+        )
     return result
 
 
 def _unpacked(tensors: dict[str, Tensor], shapes: Sequence[Sequence[Floats]]) -> Measured | None:
     """As it was measured; None where the file holds something else."""
-    found: Measured = []
-    for g, group in enumerate(shapes):
-        found.append([])
-        for s, part in enumerate(group):
-            tensor = tensors.get(f"{g}.{s}")
-            if (
-                tensor is None
-                or tensor.dtype != torch.float64
-                or tensor.shape != part.shape
-                or bool(tensor.isnan().any())
-            ):
-                return None
-            found[-1].append(tensor.numpy())
-    return found
+    values, sizes = tensors.get("values"), [len(part) for group in shapes for part in group]
+    if (
+        values is None
+        or values.dtype != torch.float64
+        or values.shape != (sum(sizes),)
+        or values.isnan().any()
+    ):
+        return None
+    parts = iter(np.split(values.numpy(), np.cumsum(sizes)[:-1]))
+    return [[next(parts) for _ in group] for group in shapes]

@@ -47,14 +47,15 @@ from ss_pruning.surgery.agreement import (
 )
 from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
-from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, stirred
 from ss_pruning.surgery.size_attributes import (
+    FewestNumbers,
     Number,
     Parts,
     SizeAttributes,
+    Verified,
     head_numbers,
     never_named,
     part_sizes,

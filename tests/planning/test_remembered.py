@@ -118,8 +118,8 @@ def test_a_damaged_file_costs_time_and_nothing_else(counted: list[int], tmp_path
     )
     for damage in (
         {},
-        {"0.0": torch.zeros(3, dtype=torch.float64)},
-        {"0.0": torch.full((12,), torch.nan).double()},
+        {"values": torch.zeros(3, dtype=torch.float64)},
+        {"values": torch.full((12,), torch.nan).double()},
     ):
         save_file(damage, path)
         assert widths() == first
