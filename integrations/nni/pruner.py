@@ -39,7 +39,6 @@ from ss_pruning.importance.strength import (
     by_kernel,
     kernel_powers,
     share,
-    synaptic_paths,
     synaptic_power,
 )
 from ss_pruning.integrations.nni.masks import bake, compact, speedup, symbolic_graph
@@ -179,7 +178,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
 
     def _variances(self) -> dict[str, Tensor]:
         """By layer, `[in_channels]`: the variance of what arrives."""
-        model, connectivity, paths = self.bound_model, self.connectivity, synaptic_paths(self.connectivity)
+        model, connectivity, paths = self.bound_model, self.connectivity, self.connectivity.weighted
         statistics = measure(model, connectivity, self.statistics, self.example_inputs, paths)
         return {path: found.variance for path, found in statistics.items()}
 
@@ -199,7 +198,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         super()._fuse_preprocess(evaluator)
         if self.penalty:
-            paths = [path for path in synaptic_paths(self.connectivity) if path in self._target_spaces]
+            paths = [path for path in self.connectivity.weighted if path in self._target_spaces]
             evaluator.patch_loss(
                 lambda loss, batch: (
                     loss

@@ -158,8 +158,3 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
     return mean, (variance + float(getattr(norm, "eps", 0.0))).sqrt()
-
-
-def before_norm(other: Tensor, norm: nn.Module | None) -> Tensor:
-    """What a layer's output is added to, in units of that output, that is before the norm that scales it."""
-    return other / slope(norm, other)

@@ -99,6 +99,11 @@ class Connectivity:
     uncalled: tuple[str, ...] = ()
     single: set[str] = field(default_factory=set)
 
+    @property
+    def weighted(self) -> list[str]:
+        """Paths of the convolutions (depthwise ones included) and linear layers, in the order in which they run."""
+        return [path for path, layer in self.layers.items() if layer.kind in ("synaptic", "depthwise")]
+
     def sources(self, path: str) -> list[list[tuple[str, int]]]:
         """The (layer path, output channel) pairs that feed each input channel of the layer `path`.
 

@@ -53,9 +53,7 @@ class BatchedAblation:
 
     def __post_init__(self) -> None:
         self.modules = modules_of(self.model)
-        self.fitted = [
-            p for p, layer in self.connectivity.layers.items() if layer.kind in ("synaptic", "depthwise")
-        ]
+        self.fitted = self.connectivity.weighted
         #: Those that follow; what reaches one that runs several times is not told apart.
         self.norms = {
             p: m for p in self.connectivity.layers if self.follow and has_statistics(m := self.modules[p])

@@ -117,22 +117,15 @@ def powers_along(
     All of a model of 1x1 kernels together would take as much memory as the model.
     """
     modules = modules_of(model)
-    for path, m in measure(
-        model, connectivity, statistics, example_inputs, synaptic_paths(connectivity)
-    ).items():
+    for path, m in measure(model, connectivity, statistics, example_inputs, connectivity.weighted).items():
         yield path, synaptic_power(modules[path], m.variance), m
 
 
-def synaptic_paths(connectivity: Connectivity) -> list[str]:
-    """The convolutions (depthwise ones included) and linear layers that ran, in the order in which they did."""
-    return [path for path, layer in connectivity.layers.items() if layer.kind in ("synaptic", "depthwise")]
-
-
 def inner_paths(connectivity: Connectivity) -> list[str]:
-    """Those without first layers (that read the model's input) and classifiers (whose output is the model's)."""
+    """The weighted layers but first ones (that read the model's input) and classifiers (whose output is the model's)."""
     return [
         path
-        for path in synaptic_paths(connectivity)
+        for path in connectivity.weighted
         if all(edge.source != INPUT for edge in connectivity.edges[path])
         and not len(connectivity.reaches_output.get(path, ()))
     ]

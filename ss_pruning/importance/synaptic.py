@@ -21,7 +21,7 @@ from ss_pruning.graph.layers import groups_of
 from ss_pruning.importance.activation_stats import ActivationStatistics, StatisticsSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
-from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_paths, synaptic_power
+from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_power
 
 Reduction = Literal["sum", "mean", "max"]
 Normalizer = Literal["mean", "max", "sum"]
@@ -103,7 +103,7 @@ class SynapticImportance:
         held = self._measured
         if held is None or held.connectivity is not connectivity or not unchanged(numbers, held.numbers):
             needed = None if self.statistics == "batchnorm" else inputs()
-            paths, covariance = synaptic_paths(connectivity), self.conditional > 0
+            paths, covariance = connectivity.weighted, self.conditional > 0
             found = measure(model, connectivity, self.statistics, needed, paths, covariance=covariance)
             held = self._measured = _Measured(connectivity, numbers, found)
         return LayerScores(self, model, connectivity, held.statistics)

@@ -72,8 +72,7 @@ class Layer:
 def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
     """By path, the layers with weights, in the order in which they run."""
     found: dict[str, tuple[int, float]] = {}
-    kinds = {path: layer.kind for path, layer in traced.connectivity.layers.items()}
-    weighted = {p: traced.modules[p] for p, kind in kinds.items() if kind in ("synaptic", "depthwise")}
+    weighted = {path: traced.modules[path] for path in traced.connectivity.weighted}
     count = max(len(Batch.of(traced.example_inputs)), 1)
 
     def note(path: str, _: nn.Module, x: Any, y: Any) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ss_pruning._utils.modules import device_of
 from ss_pruning._utils.progress import Progress
+from ss_pruning._utils.running import preserved
 from ss_pruning.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -25,19 +26,13 @@ def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None)
         ModelError: the model does not run on these images.
     """
     device = device_of(model)
-    modes = {module: module.training for module in model.modules()}
     right, seen, total = 0, 0, len(loader.dataset)  # type: ignore[arg-type]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for images, labels in batches(loader):
-                right += _right(model, images.to(device), labels.to(device))
-                seen += len(labels)
-                if progress is not None:
-                    progress("accuracy", seen, total)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with preserved(model, training=False), torch.inference_mode():
+        for images, labels in batches(loader):
+            right += _right(model, images.to(device), labels.to(device))
+            seen += len(labels)
+            if progress is not None:
+                progress("accuracy", seen, total)
     if not seen:
         raise InputError("no images to measure accuracy on.")
     return right / seen

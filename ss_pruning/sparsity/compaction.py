@@ -271,12 +271,11 @@ def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
 
 def _layer_reports(before: nn.Module, after: nn.Module, connectivity: Connectivity) -> list[LayerReport]:
     reports = []
-    for path, layer in connectivity.layers.items():
-        if layer.kind in ("synaptic", "depthwise"):
-            old, new = before.get_submodule(path), after.get_submodule(path)
-            widths = (layer.inputs, width(new, "in"), layer.outputs, width(new, "out"))
-            synapses = living_kernels(old).numel()
-            reports.append(
-                LayerReport(path, type(old).__name__, *widths, synapses, int(living_kernels(new).sum()))
-            )
+    for path in connectivity.weighted:
+        layer, old, new = connectivity.layers[path], before.get_submodule(path), after.get_submodule(path)
+        widths = (layer.inputs, width(new, "in"), layer.outputs, width(new, "out"))
+        synapses = living_kernels(old).numel()
+        reports.append(
+            LayerReport(path, type(old).__name__, *widths, synapses, int(living_kernels(new).sum()))
+        )
     return reports

@@ -74,13 +74,12 @@ class Liveness:
 def measure_liveness(model: nn.Module, connectivity: Connectivity, example_inputs: Any) -> Liveness:
     """Look at the kernels, and run the network on noise until no further constant is found."""
     kernels, opaque = {}, set()
-    for path, layer in connectivity.layers.items():
-        if layer.kind in ("synaptic", "depthwise"):
-            module = model.get_submodule(path)
-            kernels[path] = living_kernels(module).cpu()
-            if not is_linear_in_weight(module):
-                opaque.add(path)
-                kernels[path] = torch.ones_like(kernels[path])
+    for path in connectivity.weighted:
+        module = model.get_submodule(path)
+        kernels[path] = living_kernels(module).cpu()
+        if not is_linear_in_weight(module):
+            opaque.add(path)
+            kernels[path] = torch.ones_like(kernels[path])
     fed = {path: _fed(connectivity, path) for path in connectivity.layers}
     still: dict[str, Tensor] = {}
     while True:

@@ -32,7 +32,6 @@ from ss_pruning.importance.strength import (
     by_kernel,
     inner_paths,
     kernel_powers,
-    synaptic_paths,
     synaptic_power,
 )
 from ss_pruning.sparsity.reparametrization import explicit_strength
@@ -78,7 +77,7 @@ class StrengthPenalty:
         unknown = sorted(set(ignore) - set(self.connectivity.layers))
         if unknown:
             raise InputError(f"ignore names no layer that ran: {', '.join(unknown)}")
-        paths = synaptic_paths(self.connectivity) if whole else inner_paths(self.connectivity)
+        paths = self.connectivity.weighted if whole else inner_paths(self.connectivity)
         self.paths = tuple(path for path in paths if path not in ignore)
         if not self.paths:
             raise InputError("no layer is left to penalise; with whole=True first and last layers count, too")
@@ -147,7 +146,7 @@ def strength_penalty(
         >>> strength_penalty(net, trace(net, torch.zeros(2, 2))).item()
         7.0
     """
-    return _penalty(model, connectivity, synaptic_paths(connectivity) if paths is None else paths, torch.sum)
+    return _penalty(model, connectivity, connectivity.weighted if paths is None else paths, torch.sum)
 
 
 def _penalty(

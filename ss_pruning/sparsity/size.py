@@ -131,9 +131,7 @@ def size_of(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(t.nbytes for t in tensors)
     synapses = living = living_macs = saved = 0
-    for path, layer in connectivity.layers.items():
-        if layer.kind not in ("synaptic", "depthwise"):
-            continue
+    for path in connectivity.weighted:
         module = model.get_submodule(path)
         weight, alive = weight_of(module), living_kernels(module)
         here = int(alive.sum())

@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ss_pruning import prune_
 from ss_pruning.compensation.folding import norms_behind
 from ss_pruning.compensation.reconstruction import reconstruct_
-from ss_pruning.compensation.residual_sums import Sum, before_norm, find_sums, slope
+from ss_pruning.compensation.residual_sums import Sum, find_sums, slope
 from ss_pruning.graph import trace
 from ss_pruning.graph.traced import TracedModel
 from tests.support.snapshot import snapshot
@@ -152,8 +152,8 @@ def test_what_is_added_is_told_in_units_before_the_norm() -> None:
     norm = randomise(nn.BatchNorm2d(5), 1).double().eval()
     y, other = torch.randn(2, 2, 5, 3, 3, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(norm(y) + other, norm(y + before_norm(other, norm)))
-        assert torch.equal(before_norm(other, None), other)
+        torch.testing.assert_close(norm(y) + other, norm(y + other / slope(norm, other)))
+        assert torch.equal(other / slope(None, other), other)
 
 
 def test_the_stream_is_nearer_to_the_dense_one_than_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.dataflow import Dataflow
 from ss_pruning.compensation.passes.memory import memory_bound
 from ss_pruning.compensation.passes.partial import PartialPasses, Paused, Side, Stops, tried
-from ss_pruning.compensation.residual_sums import Sum, before_norm
+from ss_pruning.compensation.residual_sums import Sum, slope
 from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
 
@@ -111,14 +111,13 @@ class Lockstep:
             raise ModelError(f"'{path}' does not run in the dense model on the calibration images")
         others = None
         if path in self.sums:
-            norm = self.sums[path].norm
-            sides = ((self.small, part.small), (self.large, part.large))
-            small, large = (
-                before_norm(paused.aside.pop(path), None if norm is None else passes.modules[norm])
-                for passes, paused in sides
-            )
-            others = small, large
+            others = self._other(path, self.small, part.small), self._other(path, self.large, part.large)
         return Meeting(torch.arange(part.first, part.first + len(part.images)), x, wanted, others)
+
+    def _other(self, path: str, passes: PartialPasses, paused: Paused) -> Tensor:
+        """What the output of a layer is added to, in units of that output: before the norm that scales it."""
+        norm, other = self.sums[path].norm, paused.aside.pop(path)
+        return other / slope(None if norm is None else passes.modules[norm], other)
 
 
 def _parts(batch: Batch, size: int) -> list[_Part]:
