@@ -122,7 +122,7 @@ def powers_along(
 
 
 def inner_paths(connectivity: Connectivity) -> list[str]:
-    """The weighted layers but first ones (that read the model's input) and classifiers (whose output is the model's)."""
+    """The weighted layers but first ones (that read the input) and classifiers (whose output is the model's)."""
     return [
         path
         for path in connectivity.weighted
