@@ -24,16 +24,15 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import output_of, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, couple
+from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup
 from ss_pruning.graph.layers import width
 from ss_pruning.graph.refusals import check_bare, check_finite
-from ss_pruning.graph.tracing import trace
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import Schedule, schedule
 from ss_pruning.planning.search import find_verified_plan
 from ss_pruning.report.records import LayerReport
 from ss_pruning.sparsity.constant_folding import Dead, Folding
-from ss_pruning.sparsity.dead_channels import living_kernels, measure_liveness
+from ss_pruning.sparsity.dead_channels import living_kernels
 from ss_pruning.sparsity.masks import check_unmasked
 from ss_pruning.sparsity.size import Compaction, size_of
 from ss_pruning.surgery.agreement import certified, compare
@@ -89,20 +88,20 @@ def _compacted(model: nn.Module, example_inputs: Any) -> tuple[Compaction, nn.Mo
     begin = time.perf_counter()
     check_finite(model)
     check_unmasked(model)
-    connectivity = trace(model, example_inputs)
-    before = size_of(model, example_inputs, connectivity)
-    first = this = _Round(model, example_inputs, connectivity)
+    traced = TracedModel.of(model, example_inputs)
+    before = size_of(traced)
+    first = this = _Round(traced)
     plan, stays = this.plan, this.stays
     while this.plan.cuts:  # what was cut may have been all that kept something else alive
-        this = _Round(this.small, first.verifier.inputs)
+        this = _Round(TracedModel.of(this.small, first.verifier.inputs))
         plan, stays = plan.then(this.plan), _later(stays, this.stays)
     error = first.verifier.difference(this.small)
-    layers = _layer_reports(model, this.small, connectivity)
+    layers = _layer_reports(traced, this.small)
     ready = plan.cut_copy(model, this.small) if plan.cuts else model
     compaction = Compaction(
         model=type(model).__name__,
         before=before,
-        after=size_of(ready, example_inputs, connectivity),
+        after=size_of(replace(traced, model=ready)),
         layers=layers,
         excluded=stays,
         max_error=error,
@@ -115,13 +114,11 @@ def _compacted(model: nn.Module, example_inputs: Any) -> tuple[Compaction, nn.Mo
 class _Round:
     """One search for dead channels: a plan, and a copy that it was applied to."""
 
-    def __init__(self, model: nn.Module, inputs: Any, connectivity: Connectivity | None = None) -> None:
-        connectivity = connectivity or trace(model, inputs)
-        coupling = couple(connectivity, model)
-        self.verifier = _MaskedVerifier(model, inputs, connectivity, coupling)
+    def __init__(self, traced: TracedModel) -> None:
+        self.verifier = _MaskedVerifier(traced)
         dead = DeadChannels(self.verifier.folding)
-        found = find_verified_plan(self.verifier, coupling, dead.allocate)
-        self.stays = [*dead.stays(coupling, found.coupling), *found.failed, *_dead_but_fixed(model, coupling)]
+        found = find_verified_plan(self.verifier, traced.coupling, dead.allocate)
+        self.stays = [*dead.stays(traced.coupling, found.coupling), *found.failed, *_dead_but_fixed(traced)]
         self.small, outcome = self.verifier.compacted(found.verified.plan)
         self.plan = replace(found.verified.plan, biases=tuple(outcome.biases))
 
@@ -129,17 +126,14 @@ class _Round:
 class _MaskedVerifier(Verifier):
     """Where plans are tried twice: for their structure as ever, and for the values of the masked model itself."""
 
-    def __init__(
-        self, model: nn.Module, example_inputs: Any, connectivity: Connectivity, coupling: Coupling
-    ) -> None:
-        super().__init__(model, example_inputs, connectivity, copied=_revived)
+    def __init__(self, traced: TracedModel) -> None:
+        super().__init__(traced.model, traced.example_inputs, traced.connectivity, copied=_revived)
         self.run()
-        self.masked = copied(model)
+        self.masked = copied(traced.model)
         if self.tolerance == TOLERANCE:
             self.masked.double()
         self.noise = normal_like(self.inputs, torch.Generator().manual_seed(0))
-        liveness = measure_liveness(self.masked, connectivity, self.inputs)
-        self.folding = Folding(self.masked, connectivity, coupling, liveness, self.arrivals)
+        self.folding = Folding(replace(traced, model=self.masked, example_inputs=self.inputs), self.arrivals)
         recording = Recording()
         self.expected = output_of(self.masked, self.noise, recording)
         self.decisions = recording.decisions
@@ -251,9 +245,9 @@ def _later(before: list[Excluded], now: list[Excluded]) -> list[Excluded]:
     return now + [left for left in before if left.reason == LAST_REASON and not named & set(left.paths)]
 
 
-def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
+def _dead_but_fixed(traced: TracedModel) -> list[Excluded]:
     """Output channels without a living kernel that the channel graph does not allow to go at all."""
-    free: dict[str, list[int]] = defaultdict(list)
+    free, coupling = defaultdict[str, list[int]](list), traced.coupling
     for member in (m for group in coupling.groups for subgroup in group.subgroups for m in subgroup.members):
         if member.side == "out":
             free[member.path] += member.index.reshape(-1).tolist()
@@ -261,7 +255,7 @@ def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
     seen = set[str]()
     for whole in coupling.excluded:
         for path in whole.paths:
-            dead = ~living_kernels(model.get_submodule(path)).any(1)
+            dead = ~living_kernels(traced.modules[path]).any(1)
             dead[free[path]] = False
             if path not in seen:
                 stays[f"dead, but {whole.reason}"][path] += int(dead.sum())
@@ -269,10 +263,10 @@ def _dead_but_fixed(model: nn.Module, coupling: Coupling) -> list[Excluded]:
     return _named(stays)
 
 
-def _layer_reports(before: nn.Module, after: nn.Module, connectivity: Connectivity) -> list[LayerReport]:
+def _layer_reports(traced: TracedModel, after: nn.Module) -> list[LayerReport]:
     reports = []
-    for path in connectivity.weighted:
-        layer, old, new = connectivity.layers[path], before.get_submodule(path), after.get_submodule(path)
+    for path in traced.connectivity.weighted:
+        layer, old, new = traced.connectivity.layers[path], traced.modules[path], after.get_submodule(path)
         widths = (layer.inputs, width(new, "in"), layer.outputs, width(new, "out"))
         synapses = living_kernels(old).numel()
         reports.append(

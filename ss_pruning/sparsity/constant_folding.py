@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning.compensation.folding import Outcome, add_bias, norms_behind
-from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Member, Subgroup
+from ss_pruning.graph.groups import Member, Subgroup
 from ss_pruning.graph.layers import channel_axis, mixes_channels, weight_of
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.sparsity.dead_channels import (
-    Liveness,
     has_no_border,
     is_consumer,
-    living_outputs,
+    measure_liveness,
     reading,
     response,
     wanted_inputs,
@@ -54,33 +53,23 @@ class Dead:
 class Folding:
     """Decides which channel sets are dead, and moves constants before they are cut."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        connectivity: Connectivity,
-        coupling: Coupling,
-        liveness: Liveness,
-        shapes: Mapping[str, list[tuple[int, ...]]],
-    ) -> None:
-        """Look at the layers of a masked model; the model is only read."""
-        self.connectivity, self.liveness, self.norms = connectivity, liveness, norms_behind(connectivity)
+    def __init__(self, traced: TracedModel, shapes: Mapping[str, list[tuple[int, ...]]]) -> None:
+        """Look at the layers of a masked model, and at the `shapes` that arrive there; the model is only read."""
+        self.modules, self.connectivity = traced.modules, traced.connectivity
+        self.liveness, self.norms = measure_liveness(traced), norms_behind(traced.connectivity)
+        layers = self.connectivity.layers
         self.mixing = {
-            p for p, layer in connectivity.layers.items() if layer.kind == "positional"
-        } | liveness.opaque
-        self.mixing |= {p for p in connectivity.layers if mixes_channels(model.get_submodule(p))}
-        subgroups = [subgroup for group in coupling.groups for subgroup in group.subgroups]
-        outputs = living_outputs(connectivity, model, liveness.kernels, subgroups, self.mixing)
-        self.wanted = {
-            path: wanted_inputs(model.get_submodule(path), rows, outputs[path])
-            for path, rows in liveness.kernels.items()
-        }
+            path
+            for path, layer in layers.items()
+            if layer.kind == "positional" or mixes_channels(self.modules[path])
+        } | self.liveness.opaque
+        self.wanted = wanted_inputs(traced, self.liveness.kernels, self.mixing)
         self.shapes = {
             path: [
                 s for s in shapes.get(path, []) if len(s) > layer.in_axis and s[layer.in_axis] == layer.inputs
             ]
-            for path, layer in connectivity.layers.items()
+            for path, layer in layers.items()
         }
-        self.modules = {path: model.get_submodule(path) for path in connectivity.layers}
         self._borderless: dict[str, bool] = {}
         self.carriers: dict[str, dict[int, int]] = {}
 

@@ -8,9 +8,8 @@ Zero kernels, norms without scale, residual sums, gates and borders are all seen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from ss_pruning._utils.running import output_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import channel_axis, groups_of, is_linear_in_weight, mixes_channels, weight_of
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.strength import at_synapses, by_input_channel, kernel_powers
 
 # Amplitudes of the noise, one run each. Small: gates stay open. Large, both ways: rectifiers open whatever the shift.
@@ -35,11 +35,6 @@ _COARSE_ROUNDING = 1e-5
 def living_kernels(module: nn.Module) -> Tensor:
     """True for every 2-D kernel (or single weight) with an entry other than 0, `[out, in // groups]`."""
     return kernel_powers(module, weight_of(module).detach().ne(0).float()) > 0
-
-
-def wanted_inputs(module: nn.Module, alive: Tensor, outputs: Tensor) -> Tensor:
-    """`[in]`: the input channels that a living kernel (`alive`, `[out, in // groups]`) reads for outputs that count."""
-    return by_input_channel(module, alive & outputs[:, None]).any(1)
 
 
 def reading(module: nn.Module, channel: int) -> Tensor:
@@ -71,25 +66,22 @@ class Liveness:
     opaque: set[str] = field(default_factory=set)
 
 
-def measure_liveness(model: nn.Module, connectivity: Connectivity, example_inputs: Any) -> Liveness:
+def measure_liveness(traced: TracedModel) -> Liveness:
     """Look at the kernels, and run the network on noise until no further constant is found."""
-    kernels, opaque = {}, set()
-    for path in connectivity.weighted:
-        module = model.get_submodule(path)
+    kernels, opaque, layers = {}, set(), traced.connectivity.layers
+    for path in traced.connectivity.weighted:
+        module = traced.modules[path]
         kernels[path] = living_kernels(module).cpu()
         if not is_linear_in_weight(module):
             opaque.add(path)
             kernels[path] = torch.ones_like(kernels[path])
-    fed = {path: _fed(connectivity, path) for path in connectivity.layers}
+    fed = {path: _fed(traced.connectivity, path) for path in layers}
     still: dict[str, Tensor] = {}
     while True:
-        seen = {path: _Arrivals(layer.inputs) for path, layer in connectivity.layers.items()}
-        dead = {
-            path: _dead_outputs(model, connectivity, path, kernels, still.get(path))
-            for path in connectivity.layers
-        }
+        seen = {path: _Arrivals(layer.inputs) for path, layer in layers.items()}
+        dead = {path: _dead_outputs(traced, path, kernels.get(path), still.get(path)) for path in layers}
         for amplitude in _AMPLITUDES:
-            _run_on_noise(model, connectivity, example_inputs, seen, dead, amplitude)
+            _run_on_noise(traced, seen, dead, amplitude)
         before = still
         # What was found stays found: unions make this end.
         still = {
@@ -102,21 +94,16 @@ def measure_liveness(model: nn.Module, connectivity: Connectivity, example_input
     return Liveness(kernels, still, constant, value, opaque)
 
 
-def living_outputs(
-    connectivity: Connectivity,
-    model: nn.Module,
-    kernels: dict[str, Tensor],
-    subgroups: Iterable[Subgroup],
-    mixing: Collection[str] = (),
+def wanted_inputs(
+    traced: TracedModel, kernels: Mapping[str, Tensor], mixing: Collection[str]
 ) -> dict[str, Tensor]:
-    """By layer, `[out]`: the channels from which a path of living kernels leads to the model's output.
+    """By layer, `[in]`: the channels from which a path of living `kernels` leads to the model's output.
 
     Starts with nothing read and works back from the output, so that blocks that only feed themselves are found too.
-
     Channels that no subgroup may cut count as read, as does all that layers see which look at several channels together
     (`mixing`).
     """
-    subgroups = list(subgroups)
+    subgroups = [subgroup for group in traced.coupling.groups for subgroup in group.subgroups]
     alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
     for member in (
         m for subgroup in subgroups for m in subgroup.members if m.side == "out" and m.path in alive
@@ -126,11 +113,11 @@ def living_outputs(
     while changed:
         changed = False
         wanted = {
-            path: wanted_inputs(model.get_submodule(path), rows, alive[path])
+            path: by_input_channel(traced.modules[path], rows & alive[path][:, None]).any(1)
             for path, rows in kernels.items()
         }
         for subgroup in subgroups:
-            read = reads(subgroup, wanted, connectivity, mixing)
+            read = _reads(subgroup, wanted, traced.connectivity, mixing)
             for member in subgroup.members:
                 if member.side != "out" or member.path not in alive:
                     continue
@@ -139,10 +126,10 @@ def living_outputs(
                 if bool(new.any()):
                     changed = True
                     alive[member.path][index[new]] = True
-    return alive
+    return wanted
 
 
-def reads(
+def _reads(
     subgroup: Subgroup, wanted: dict[str, Tensor], connectivity: Connectivity, mixing: Collection[str]
 ) -> Tensor:
     """`[channel sets]`: True where some consumer wants one of the channel set's channels."""
@@ -227,39 +214,29 @@ def _rounding(x: Tensor) -> float:
 
 
 def _dead_outputs(
-    model: nn.Module, connectivity: Connectivity, path: str, kernels: dict[str, Tensor], still: Tensor | None
+    traced: TracedModel, path: str, alive: Tensor | None, still: Tensor | None
 ) -> Tensor | None:
     """`[out]`: the output channels that depend on nothing that varies; None for a layer that is let run."""
-    layer, module = connectivity.layers[path], model.get_submodule(path)
-    if layer.kind in ("positional", "response"):
-        return None
+    layer, module = traced.connectivity.layers[path], traced.modules[path]
     if layer.kind == "norm":
         weight = getattr(module, "weight", None)
-        dead = (
-            torch.zeros(layer.outputs, dtype=torch.bool)
-            if weight is None
-            else weight.detach().eq(0).flatten().cpu()
-        )
+        dead = torch.zeros(layer.outputs).bool() if weight is None else weight.detach().eq(0).flatten().cpu()
         return dead if still is None or mixes_channels(module) else dead | still
-    alive = kernels[path]
+    if alive is None:
+        return None
     if still is None:
         return ~alive.any(1)
     return ~(alive & at_synapses(module, ~still, len(alive))).any(1)
 
 
 def _run_on_noise(
-    model: nn.Module,
-    connectivity: Connectivity,
-    example_inputs: Any,
-    seen: dict[str, _Arrivals],
-    dead: dict[str, Tensor | None],
-    amplitude: float,
+    traced: TracedModel, seen: dict[str, _Arrivals], dead: dict[str, Tensor | None], amplitude: float
 ) -> None:
     """One pass: record what arrives at every layer, and replace what leaves it alive."""
-    generator = torch.Generator().manual_seed(int(abs(amplitude)))
+    generator, layers = torch.Generator().manual_seed(int(abs(amplitude))), traced.connectivity.layers
 
     def before(path: str, _: nn.Module, x: Tensor) -> None:
-        seen[path].add(x, connectivity.layers[path].in_axis)
+        seen[path].add(x, layers[path].in_axis)
 
     def after(path: str, module: nn.Module, _: Tensor, y: Tensor) -> Tensor | None:
         pruned = dead[path]
@@ -271,9 +248,10 @@ def _run_on_noise(
 
     sign = 1 if amplitude > 0 else -1
     noisy = pytree.tree_map_only(
-        Tensor, lambda t: sign * t if t.is_floating_point() else t, normal_like(example_inputs, generator)
+        Tensor,
+        lambda t: sign * t if t.is_floating_point() else t,
+        normal_like(traced.example_inputs, generator),
     )
-    for path in connectivity.layers:
-        seen[path].calls = 0
-    modules = {path: model.get_submodule(path) for path in connectivity.layers}
-    output_of(model, noisy, hooked(modules, before, after))
+    for arrivals in seen.values():
+        arrivals.calls = 0
+    output_of(traced.model, noisy, hooked({path: traced.modules[path] for path in layers}, before, after))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ss_pruning._utils.files import write_text
-from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Excluded
 from ss_pruning.graph.layers import weight_of
+from ss_pruning.graph.traced import TracedModel
 from ss_pruning.profiling.macs import count_macs
 from ss_pruning.report.formatting import aligned, count, jsonable, percent, rich_table
 from ss_pruning.report.records import LayerReport
@@ -125,14 +123,14 @@ class Compaction:
         write_text(path, self.to_json())
 
 
-def size_of(model: nn.Module, example_inputs: Any, connectivity: Connectivity) -> Size:
-    """Count `model`, of which `connectivity` names the layers."""
-    macs, by_path = count_macs(model, example_inputs)
-    tensors = [*model.parameters(), *model.buffers()]
-    total = sum(t.nbytes for t in tensors)
+def size_of(traced: TracedModel) -> Size:
+    """Count a model, of which the connectivity may be that of the model before a cut."""
+    model = traced.model
+    macs, by_path = count_macs(model, traced.example_inputs)
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     synapses = living = living_macs = saved = 0
-    for path in connectivity.weighted:
-        module = model.get_submodule(path)
+    for path in traced.connectivity.weighted:
+        module = traced.modules[path]
         weight, alive = weight_of(module), living_kernels(module)
         here = int(alive.sum())
         synapses, living = synapses + alive.numel(), living + here
