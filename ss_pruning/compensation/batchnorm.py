@@ -25,7 +25,6 @@ from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep
-from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import has_statistics
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch, sizes_that_run
@@ -56,8 +55,11 @@ def recalibrate_(
     less well than those of `fold_means_`.
     """
     dense, connectivity, inputs = traced.model, traced.connectivity, traced.example_inputs
-    norms, first = _norms(dense, connectivity), _first_cut(plan, connectivity)
-    behind = [path for number, path in norms.items() if number >= first]
+    order, cut = list(connectivity.layers), {cut.path for cut in plan.cuts}
+    first = next((number for number, path in enumerate(order) if path in cut), len(order))
+    norms, behind = (
+        [path for path in paths if has_statistics(traced.modules[path])] for paths in (order, order[first:])
+    )
     if not behind:
         return []
     kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side != "in"}
@@ -66,7 +68,7 @@ def recalibrate_(
         return _moved_in_parts(small, dense, behind, kept, Batch.of(images), means)
     on_noise = images is None
     # Noise has to be brought to the statistics of the first norms, too.
-    paths = list(norms.values()) if on_noise else behind
+    paths = norms if on_noise else behind
     batch = noise_like(inputs, *sizes_that_run(dense, inputs)) if on_noise else _fitting(Batch.of(images))
     wanted = _watched(dense, paths, batch, on_noise)
     seen: dict[str, list[_Sample]] = defaultdict(list)
@@ -188,24 +190,6 @@ def _positions(inputs: Any) -> int:
 def _fitting(images: Batch) -> Batch:
     """As many as may run at once."""
     return images.at_most(max(_AT_ONCE // _positions(images.inputs), _LEAST))
-
-
-def _norms(model: nn.Module, connectivity: Connectivity) -> dict[int, str]:
-    """Batch norms with running statistics, by their place in the order in which layers run."""
-    return {
-        number: path
-        for number, path in enumerate(connectivity.layers)
-        if has_statistics(model.get_submodule(path))
-    }
-
-
-def _first_cut(plan: Plan, connectivity: Connectivity) -> int:
-    """The place of the first layer that was cut."""
-    cut = {cut.path for cut in plan.cuts}
-    return min(
-        (number for number, path in enumerate(connectivity.layers) if path in cut),
-        default=len(connectivity.layers),
-    )
 
 
 def _added(seen: list[_Sample], x: Tensor) -> _Sample:
