@@ -15,6 +15,7 @@ from ss_pruning.errors import InputError
 Method = Literal["none", "mean", "linear", "reconstruct"]
 Scope = Literal["global", "local", "sensitivity"]
 Score = Literal["share", "strength", "entropy", "relevance"]
+Statistics = Literal["batchnorm", "gaussian", "data"]
 
 #: The word for calibration images that are made from the model.
 SYNTHETIC = "synthetic"
@@ -294,13 +295,13 @@ class Synaptic:
         InputError: A value is unknown or out of range.
     """
 
-    statistics: Literal["batchnorm", "gaussian", "data"] | None = None
+    statistics: Statistics | None = None
     score: Score | None = None
     conditional: float | None = None
 
     def __post_init__(self) -> None:
         if self.statistics is not None:
-            _check_one_of("statistics", self.statistics, ("batchnorm", "gaussian", "data"))
+            _check_one_of("statistics", self.statistics, get_args(Statistics))
         if self.score is not None:
             _check_one_of("score", self.score, get_args(Score))
         if self.conditional is not None and not (is_number(self.conditional) and 0 <= self.conditional <= 1):

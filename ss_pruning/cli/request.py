@@ -350,7 +350,7 @@ class Scored:
         out: Write all strengths (.safetensors) or the summary (.json).
     """
 
-    statistics: Literal["batchnorm", "gaussian", "data"] = option("batchnorm", CRITERION, metavar=None)
+    statistics: config.Statistics = option("batchnorm", CRITERION, metavar=None)
     weakest: int = option(10, OUTPUT, metavar="N", min=0)
     out: Path | None = option(None, OUTPUT, metavar="FILE")
     as_json: Json = False

@@ -18,7 +18,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Subgroup
 from ss_pruning.graph.layers import groups_of
-from ss_pruning.importance.activation_stats import ActivationStatistics, StatisticsSource, measure
+from ss_pruning.importance.activation_stats import SOURCES, ActivationStatistics, StatisticsSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
 from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_power
@@ -69,7 +69,7 @@ class SynapticImportance:
         if not 0 <= conditional <= 1:
             raise InputError(f"conditional={conditional!r} must lie in [0, 1]")
         if isinstance(statistics, str):
-            _check("statistics", statistics, ("batchnorm", "gaussian"))
+            _check("statistics", statistics, tuple(SOURCES))
             if conditional:
                 raise InputError(
                     f"conditional={conditional!r} needs covariances; {statistics!r} has none: give batches"

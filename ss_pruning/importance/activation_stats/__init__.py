@@ -5,7 +5,7 @@ A file a source: `norms`, `noise`, `observed`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +17,23 @@ from ss_pruning.importance.activation_stats.norms import from_norms, norm_scales
 from ss_pruning.importance.activation_stats.observed import ActivationStatistics, Products, Sums, observe
 from ss_pruning.importance.calibration import Batch, stream
 
-__all__ = ["ActivationStatistics", "StatisticsSource", "from_norms", "measure", "norm_scales"]
+__all__ = ["SOURCES", "ActivationStatistics", "StatisticsSource", "from_norms", "measure", "norm_scales"]
 
-#: "batchnorm", "gaussian", or an iterable of batches, see `ss_pruning.importance.calibration`.
+#: A name in `SOURCES`, or an iterable of batches, see `ss_pruning.importance.calibration`.
 StatisticsSource = str | Iterable[Any]
+
+
+def _of_norms(
+    model: nn.Module, connectivity: Connectivity, _: Any, paths: Sequence[str]
+) -> dict[str, ActivationStatistics]:
+    scales = norm_scales(model, connectivity)
+    return {path: from_norms(connectivity, path, scales) for path in paths}
+
+
+#: By name, what needs no batches: called with a model, its connectivity, example inputs and the paths of layers.
+SOURCES: Mapping[
+    str, Callable[[nn.Module, Connectivity, Any, Sequence[str]], dict[str, ActivationStatistics]]
+] = {"batchnorm": _of_norms, "gaussian": on_noise}
 
 
 def measure(
@@ -42,15 +55,11 @@ def measure(
         ModelError: The model does not run on a batch.
     """
     if isinstance(source, str):
-        if source == "batchnorm":
-            scales = norm_scales(model, connectivity)
-            return {path: from_norms(connectivity, path, scales) for path in paths}
-        if source == "gaussian":
-            found = on_noise(model, connectivity, example_inputs, paths)
-        else:
+        if source not in SOURCES:
             raise InputError(
-                f"unknown statistics {source!r}; use 'batchnorm', 'gaussian', or batches of inputs"
+                f"unknown statistics {source!r}; use {', '.join(map(repr, SOURCES))}, or batches of inputs"
             )
+        found = SOURCES[source](model, connectivity, example_inputs, paths)
     elif isinstance(source, Tensor):
         raise InputError(
             "statistics must be an iterable of batches; wrap a single one in a list: statistics=[x]"
@@ -60,8 +69,9 @@ def measure(
         seen = observe(model, connectivity, batches, paths, Products if covariance else Sums, _count(source))
         found = {path: s.statistics for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
-    scales = norm_scales(model, connectivity) if len(found) < len(paths) else {}
-    return {path: found[path] if path in found else from_norms(connectivity, path, scales) for path in paths}
+    unseen = [path for path in paths if path not in found]
+    found |= _of_norms(model, connectivity, None, unseen) if unseen else {}
+    return {path: found[path] for path in paths}
 
 
 def _count(source: Iterable[Any]) -> int:
