@@ -14,6 +14,9 @@ from ss_pruning.errors import ModelError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.report.records import Fidelity
 
+#: One of so many inputs is not fitted on.
+HELD_OUT = 5
+
 
 class Reference:
     """The outputs of the dense model on held-out inputs, to compare small models with.
@@ -61,10 +64,10 @@ class Reference:
         return torch.stack(parts).mean(0)
 
 
-def held_out(batch: Batch, share: int = 5) -> tuple[Batch, Batch]:
-    """Each `share`-th of the inputs, and the others; whole units of both."""
+def held_out(batch: Batch) -> tuple[Batch, Batch]:
+    """Each fifth of the inputs (`HELD_OUT`), and the others; whole units of both."""
     units = torch.arange(len(batch) // batch.unit)
-    chosen = units % share == share - 1
+    chosen = units % HELD_OUT == HELD_OUT - 1
     return batch.of_units(units[chosen]), batch.of_units(units[~chosen])
 
 

@@ -23,6 +23,7 @@ from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.progress import in_words
 from ss_pruning._utils.running import output_of
 from ss_pruning.compensation.apply import LEAST_HELD_OUT
+from ss_pruning.compensation.fidelity import HELD_OUT
 from ss_pruning.compensation.reconstruction import rows_wanted
 from ss_pruning.config import Config, NoCompensation, Synaptic
 from ss_pruning.graph.layers import groups_of
@@ -258,7 +259,7 @@ def work_within(
 
     def work(config: Config, inputs: int, effort: Effort, traded: Sequence[str] = ()) -> Work:
         duration = Duration(traced, config.resolve(inputs), layers, rates)
-        held_out = inputs // 5 if inputs >= LEAST_HELD_OUT else 0
+        held_out = inputs // HELD_OUT if inputs >= LEAST_HELD_OUT else 0
         expected = duration.seconds(inputs - held_out, held_out, effort)
         return Work(config, inputs, effort, expected, tuple(traded))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.importance.activation_stats.noise import on_noise
-from ss_pruning.importance.activation_stats.norms import from_norms, norm_scales
+from ss_pruning.importance.activation_stats.norms import from_norms, norm_scales, on_scales
 from ss_pruning.importance.activation_stats.observed import ActivationStatistics, Products, Sums, observe
 from ss_pruning.importance.calibration import Batch, stream
 
@@ -23,17 +23,10 @@ __all__ = ["SOURCES", "ActivationStatistics", "StatisticsSource", "from_norms", 
 StatisticsSource = str | Iterable[Any]
 
 
-def _of_norms(
-    model: nn.Module, connectivity: Connectivity, _: Any, paths: Sequence[str]
-) -> dict[str, ActivationStatistics]:
-    scales = norm_scales(model, connectivity)
-    return {path: from_norms(connectivity, path, scales) for path in paths}
-
-
 #: By name, what needs no batches: called with a model, its connectivity, example inputs and the paths of layers.
 SOURCES: Mapping[
     str, Callable[[nn.Module, Connectivity, Any, Sequence[str]], dict[str, ActivationStatistics]]
-] = {"batchnorm": _of_norms, "gaussian": on_noise}
+] = {"batchnorm": on_scales, "gaussian": on_noise}
 
 
 def measure(
@@ -70,7 +63,7 @@ def measure(
         found = {path: s.statistics for path, s in seen.items()}
     # Auxiliary heads run in training only: the norms have to tell.
     unseen = [path for path in paths if path not in found]
-    found |= _of_norms(model, connectivity, None, unseen) if unseen else {}
+    found |= on_scales(model, connectivity, None, unseen) if unseen else {}
     return {path: found[path] for path in paths}
 
 

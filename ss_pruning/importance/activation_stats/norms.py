@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.importance.activation_stats.observed import ActivationStatistics
+
+
+def on_scales(
+    model: nn.Module, connectivity: Connectivity, _: Any, paths: Sequence[str]
+) -> dict[str, ActivationStatistics]:
+    """By layer, see `from_norms`; nothing is run."""
+    scales = norm_scales(model, connectivity)
+    return {path: from_norms(connectivity, path, scales) for path in paths}
 
 
 def norm_scales(model: nn.Module, connectivity: Connectivity) -> dict[str, Tensor]:
