@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.copying import copied
+from ss_pruning._utils.progress import Progress
 from ss_pruning.cli import delivery, jobs
-from ss_pruning.cli.console import ProgressCallback
 from ss_pruning.cli.request import Compared
 from ss_pruning.compensation.fidelity import Reference
 from ss_pruning.errors import InputError, ModelError
@@ -212,7 +212,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def measure(
-    wanted: Compared, settings: Sequence[Setting], device: str | None, progress: ProgressCallback
+    wanted: Compared, settings: Sequence[Setting], device: str | None, progress: Progress
 ) -> Measured:
     """Open what is to be measured, and measure it in each setting."""
     models, sizes, preprocess = _opened(wanted)

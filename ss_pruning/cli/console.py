@@ -6,8 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from typing import NoReturn, TextIO
 
 import typer
@@ -23,10 +23,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ss_pruning._utils.progress import in_words, seconds_left
+from ss_pruning._utils import progress
+from ss_pruning._utils.progress import in_words, listening, seconds_left
 from ss_pruning.report.formatting import printable
-
-ProgressCallback = Callable[[str, int, int], None]
 
 PRUNING = "pruning"
 
@@ -110,7 +109,7 @@ def not_interrupted() -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
+def progress_bars() -> Iterator[progress.Progress]:
     """Show one bar per job while the block runs; nothing at all where stderr is not a terminal.
 
     What follows a colon names the stage that the job is at: it changes the bar's label, not the bar. The work of
@@ -142,6 +141,11 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
     with bars:
         yield update
+
+
+def shown_as(name: str, update: progress.Progress) -> AbstractContextManager[None]:
+    """The steps of the work within are those of a job of that name."""
+    return listening(lambda done, total: update(name, int(done), int(total)))
 
 
 def _left(job: str, passed: float, done: int, total: int) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ss_pruning._utils.files import check_apart
+from ss_pruning._utils.progress import Progress
 from ss_pruning.cli import jobs
-from ss_pruning.cli.console import ProgressCallback, not_interrupted, note
+from ss_pruning.cli.console import not_interrupted, note
 from ss_pruning.cli.request import Calibrated, Exporting, Rebuilt, Recovering, Request
 from ss_pruning.config import NoCompensation
 from ss_pruning.errors import FileFormatError, InputError
@@ -24,7 +25,6 @@ from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.settings import Recovery
 from ss_pruning.report.formatting import percent
-from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.architecture_names import build_named, without_weights
 from ss_pruning.sources.models import build_model, input_of
 from ss_pruning.sources.preprocessing import Preprocess, random_inputs
@@ -81,7 +81,7 @@ def request_of(wanted: Recovering, seed: int) -> Request:
     return Request(model=model, weights=weights, seed=seed, **own)
 
 
-def export(wanted: Exporting, progress: ProgressCallback) -> str:
+def export(wanted: Exporting, progress: Progress) -> str:
     """Write a model for other runtimes; what there is to say of it.
 
     Raises:
@@ -121,7 +121,7 @@ def _to_export(wanted: Exporting) -> tuple[str, nn.Module, Preprocess]:
 
 
 def recover(
-    wanted: Recovering, request: Request, training: Recovery, progress: ProgressCallback
+    wanted: Recovering, request: Request, training: Recovery, progress: Progress
 ) -> tuple[RecoveryReport, dict[str, Any]]:
     """Recover and write; what was done, and what more there is to say."""
     pruned = load(wanted.file, None if wanted.model is None else lambda: build_model(request.model))
@@ -150,12 +150,10 @@ def recover(
     return report, {**facts, "written": str(wanted.target)}
 
 
-def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: ProgressCallback) -> dict[str, str]:
+def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: Progress) -> dict[str, str]:
     """Of the images that were named with labels, if there are any."""
-    if job.data is None:
-        return {}
-    right = accuracy(model, job.data.evaluation, lambda _, done, total: progress(name, done, total))
-    return {name: percent(right, 2)}
+    right = jobs.accuracy_of(name, model, job, progress)
+    return {} if right is None else {name: percent(right, 2)}
 
 
 def _target(wanted: Exporting) -> Path:

@@ -14,8 +14,8 @@ import torch
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning._utils.progress import in_words, listening
-from ss_pruning.cli.console import PRUNING, ProgressCallback, banner, note
+from ss_pruning._utils.progress import Progress, in_words
+from ss_pruning.cli.console import PRUNING, banner, note, shown_as
 from ss_pruning.cli.request import DATA, Rebuilt, Request, Source
 from ss_pruning.config import SYNTHETIC, Compensation, Synaptic, SyntheticImages
 from ss_pruning.errors import InputError, ModelError
@@ -67,7 +67,7 @@ def check_statistics(request: Request, synaptic: Synaptic) -> None:
         raise InputError("--statistics data reads images: say where they are with --data.")
 
 
-def prepare(request: Request, progress: ProgressCallback) -> Job:
+def prepare(request: Request, progress: Progress) -> Job:
     """Build the model, load the weights and open the data."""
     model = build(request)
     if is_function(request.model) and not known_weights(request):
@@ -193,7 +193,7 @@ def _taken_of_data(request: Request) -> int:
 
 
 def calibration_images(
-    request: Request, repair: Compensation, job: Job, progress: ProgressCallback
+    request: Request, repair: Compensation, job: Job, progress: Progress
 ) -> tuple[list[Tensor] | Tensor | None, dict[str, str]]:
     """Unlabelled images, if there are any or an option needs some, and what to say of them in the report."""
     said = {} if request.calibration is None else {"calibration": request.calibration}
@@ -201,9 +201,7 @@ def calibration_images(
         from ss_pruning.compensation.synthetic_data import synthetic_images
 
         wanted = SyntheticImages(request.calibration_images, seed=request.seed)
-        with listening(
-            lambda done, total: progress("synthesizing calibration images", int(done), int(total))
-        ):
+        with shown_as("synthesizing calibration images", progress):
             return synthetic_images(job.model, job.example, wanted), said
     if request.photos is not None:
         images, which = _photos_of(request.photos, request, job)
@@ -263,12 +261,13 @@ def _timed_on(job: Job, batch: int) -> Tensor:
     return random_inputs(batch, job.preprocess.size).to(job.device)
 
 
-def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallback) -> Report:
+def run(job: Job, options: dict[str, Any], batch: int, progress: Progress) -> Report:
     """Measure, prune in place, measure again."""
     from ss_pruning import prune_
 
     size, dense = _tensor_bytes(job.model), copied(job.model)
-    before, images = _measure("accuracy, dense", job, progress)
+    before = accuracy_of("accuracy, dense", job.model, job, progress)
+    _note_classes(job)
 
     stage = partial(_stage, progress, list[int]())
     timed_on = _timed_on(job, batch)
@@ -276,20 +275,20 @@ def run(job: Job, options: dict[str, Any], batch: int, progress: ProgressCallbac
     report: Report = prune_(job.model, job.example, progress=stage, **options)
     report.settings.update({"ignore": options["ignore"], "batch": batch, "timed on": _place(job.device)})
     times = {} if report.latency_before is not None else _times(dense, job.model, timed_on, progress)
-    after, _ = _measure("accuracy, pruned", job, progress)
+    after = accuracy_of("accuracy, pruned", job.model, job, progress)
     return dataclasses.replace(
         report,
         model=job.spec,
         accuracy_before=before,
         accuracy_after=after,
-        images=images,
+        images=None if job.data is None else len(job.data.evaluation.dataset),  # type: ignore[arg-type]
         bytes_before=size,
         bytes_after=_tensor_bytes(job.model),
         **times,
     )
 
 
-def _stage(progress: ProgressCallback, told: list[int], name: str, done: int, total: int) -> None:
+def _stage(progress: Progress, told: list[int], name: str, done: int, total: int) -> None:
     """Show how far pruning is; what it is expected to take is said once, where it is worth saying."""
     if not told and total >= 1000 * _WORTH_SAYING:
         told.append(total)
@@ -297,7 +296,7 @@ def _stage(progress: ProgressCallback, told: list[int], name: str, done: int, to
     progress(f"{PRUNING}: {name}", done, total)
 
 
-def _times(dense: nn.Module, pruned: nn.Module, inputs: Tensor, progress: ProgressCallback) -> dict[str, Any]:
+def _times(dense: nn.Module, pruned: nn.Module, inputs: Tensor, progress: Progress) -> dict[str, Any]:
     """Fewer multiply-accumulates need not mean less time: whoever prunes sees both."""
     progress("time, dense and pruned", 0, 1)
     timings = measure_latency([dense, pruned], inputs, precision=0.01, rounds=(5, 25), seconds=5)
@@ -311,22 +310,21 @@ def _place(device: torch.device) -> str:
     return f"{found['name']}{threads}"
 
 
-def _measure(name: str, job: Job, progress: ProgressCallback) -> tuple[float | None, int | None]:
-    """Return the accuracy and the number of images; neither without data."""
+def accuracy_of(name: str, model: nn.Module, job: Job, progress: Progress) -> float | None:
+    """Of the images that were named with labels, shown under a name while it is measured; None without any."""
     if job.data is None:
-        return None, None
-    loader = job.data.evaluation
-    right = accuracy(job.model, loader, lambda _, done, total: progress(name, done, total))
-    if name.endswith("dense"):
-        _note_classes(job)
-    return right, len(loader.dataset)  # type: ignore[arg-type]
+        return None
+    with shown_as(name, progress):
+        return accuracy(model, job.data.evaluation)
 
 
 def _note_classes(job: Job) -> None:
     """Warn where the accuracy may mean nothing: a label is only an index into the model's outputs."""
+    if job.data is None:
+        return
     with torch.inference_mode():
         outputs = job.model(job.example).shape[1]
-    if job.data is not None and outputs > job.data.classes:
+    if outputs > job.data.classes:
         note(
             f"The model has {outputs} outputs, the data {job.data.classes} classes: accuracy only means "
             "something if these are the model's first classes, in this order."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ss_pruning._utils.modules import device_of
-from ss_pruning._utils.progress import Progress
+from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import preserved
 from ss_pruning.errors import InputError, ModelError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Loader = DataLoader[Any]
 
 
-def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None) -> float:
+def accuracy(model: nn.Module, loader: Loader) -> float:
     """Return the fraction of images whose largest output is their label (top-1).
 
     Raises:
@@ -31,8 +31,7 @@ def accuracy(model: nn.Module, loader: Loader, progress: Progress | None = None)
         for images, labels in batches(loader):
             right += _right(model, images.to(device), labels.to(device))
             seen += len(labels)
-            if progress is not None:
-                progress("accuracy", seen, total)
+            step(seen, total)
     if not seen:
         raise InputError("no images to measure accuracy on.")
     return right / seen

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ss_pruning._utils.progress import listening
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.sources import data
 from ss_pruning.sources.accuracy import accuracy
@@ -380,9 +381,10 @@ def test_accuracy_restores_the_model_after_an_error() -> None:
 
 
 def test_accuracy_reports_progress() -> None:
-    calls: list[tuple[str, int, int]] = []
-    accuracy(nn.Identity(), loader(torch.eye(5), [0] * 5), lambda *call: calls.append(call))
-    assert calls == [("accuracy", 2, 5), ("accuracy", 4, 5), ("accuracy", 5, 5)]
+    calls: list[tuple[float, float]] = []
+    with listening(lambda *call: calls.append(call)):
+        accuracy(nn.Identity(), loader(torch.eye(5), [0] * 5))
+    assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_accuracy_refuses_what_it_cannot_count() -> None:
