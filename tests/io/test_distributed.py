@@ -34,7 +34,7 @@ def net(seed: int) -> nn.Sequential:
 def test_the_weakest_synapses_of_the_first_model_go_in_all() -> None:
     models = [net(0), net(1)]
     strength = {
-        (o, i): float(models[0][1].weight[i].abs() * models[0][3].weight[o, i].norm())
+        (o, i): float((models[0][1].weight[i].abs() * models[0][3].weight[o, i].norm()).detach())
         for o in range(8)
         for i in range(6)
     }
