@@ -110,6 +110,8 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             outcome.skipped[path] = "transposed convolutions are not solved"
         elif trained and not any(weight.requires_grad for weight in module.parameters()):
             outcome.skipped[path] = "it is frozen, while other layers are not"
+        elif _counts(module.weight):
+            outcome.skipped[path] = "its weight counts 0, 1, 2, ...: it decodes, nothing was learned"
         elif module._parameters.keys() - {"weight", "bias"}:
             outcome.skipped[path] = "it has parameters beside weight and bias"
         elif not is_weighted_sum(module):
@@ -117,6 +119,12 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
         else:
             paths.append(path)
     return paths
+
+
+def _counts(weight: Any) -> bool:
+    """Whether it is whole numbers one after another, as detectors decode distances with; no training leaves those."""
+    numbers = weight.detach().flatten().double()
+    return len(numbers) > 2 and bool((numbers == torch.arange(len(numbers)).to(numbers)).all())
 
 
 def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | None) -> NormalEquations:

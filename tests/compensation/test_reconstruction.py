@@ -200,6 +200,27 @@ def test_what_is_frozen_while_other_layers_are_not_is_not_solved(all_frozen: boo
     assert outcome.skipped == ({} if all_frozen else {"9": "it is frozen, while other layers are not"})
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("last", [9.0, 8.5])
+def test_weights_that_count_stay(last: float, frozen: bool) -> None:
+    """They decode, as distances in a detector, also where a file has everything frozen, or code has thawed it."""
+    weight = torch.arange(16.0).reshape(16, 1)
+    weight[-1] += last - 9
+
+    def decoding() -> nn.Sequential:
+        head = nn.Linear(16, 1, bias=False)
+        head.weight = nn.Parameter(weight.T.clone())
+        return net(nn.Identity())[:-1].append(head).requires_grad_(not frozen)
+
+    model, x = decoding(), images(24)
+    small = plan_of_half().apply_(decoding())
+    outcome = reconstruct_(small, TracedModel.of(model, x[:1]), plan_of_half(), x)
+    counts = last == 9
+    assert torch.equal(small[9].weight, weight.T) == counts
+    assert (small[9].bias is None) == counts
+    assert outcome.skipped.keys() == ({"9"} if counts else set())
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_both_models_run_in_the_context_of_the_caller(enabled: bool, mode: Any) -> None:

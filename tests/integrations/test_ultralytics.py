@@ -293,6 +293,20 @@ def test_the_decoding_of_distances_stays_as_it_is() -> None:
     assert not any(w.requires_grad for name, w in small.model.named_parameters() if name in flags)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_decoding_stays_also_without_the_adapter(frozen: bool) -> None:
+    """Ultralytics' own examples thaw every parameter; its files have none thawed."""
+    network = made().model.requires_grad_(not frozen)
+    pictures = torch.rand(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    options: Any = {"compensation": "reconstruct", "allocation": "local"}
+    report = ss_pruning.prune_(network, pictures[:1], macs=0.8, calibration=pictures, **options)
+    decoding: Any = network.model[-1].dfl.conv
+    assert decoding.weight.flatten().tolist() == list(range(16))
+    assert decoding.bias is None
+    assert "counts" in report.not_compensated[f"model.{len(network.model) - 1}.dfl.conv"]
+
+
 def test_recovery_without_labels_comes_nearer(tmp_path: Path) -> None:
     """By the features of a network that was read from a file, where Ultralytics has its weights frozen."""
     folder = photos(tmp_path / "photos", 20, (SIDE, SIDE))
