@@ -65,10 +65,11 @@ tests_of() {
         cli) names="cli/test_app cli/test_doctor report/test_comparison" ;;
         demo) names="sources/test_demo sources/test_data" ;;
         lightning | nni) names=integrations/test_$1 ;;
-        onnx) names=io/test_export ;;
+        onnx | openvino) names=io/test_export ;;
         plot) names=benchmarks/test_accuracy ;;
         sweep) names=benchmarks/test_sweep ;;
         timm) names="sources/test_models sources/test_data" ;;
+        torchao) names=io/test_int8_program ;;
         train) names=examples/test_finetune ;;
         ultralytics) names=integrations/test_ultralytics ;;
         *) echo "no tests are named here for the extra $1" >&2; return 1 ;;

@@ -161,10 +161,10 @@ def finetune(options: Options) -> None:
 @app.command(epilog=texts.EXPORT_EXAMPLES)
 @grouped
 def export(wanted: ask.Exporting, results: TextIO) -> None:
-    """Write a pruned model for other runtimes, ONNX or torch.export, with a free batch size.
+    """Write a pruned model for other runtimes, ONNX, OpenVINO or torch.export, with a free batch size.
 
-    The file is run, ONNX in onnxruntime, and must put out what the model does, or it is not kept. With --int8 it
-    computes in eight bits, and how far it is from the model is said.
+    The file is run, in onnxruntime, OpenVINO or torch, and must put out what the model does, or it is not kept. With
+    --int8 it computes in eight bits, and how far it is from the model is said.
     """
     with progress_bars() as progress:
         from ss_pruning.cli import delivery as _delivery

@@ -21,8 +21,9 @@ from ss_pruning.compensation.fidelity import Reference
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.importance.calibration import gather
 from ss_pruning.io.checkpoint import packed
+from ss_pruning.profiling.exported_model import ExportedModel
 from ss_pruning.profiling.latency import Timing, machine, measure_latency, peak_memory
-from ss_pruning.profiling.onnx_model import OnnxModel
+from ss_pruning.profiling.runtimes import RUNTIMES
 from ss_pruning.report.formatting import count, percent, rich_table
 from ss_pruning.report.records import TOO_NOISY, Fidelity, crosses_one
 from ss_pruning.sources.accuracy import accuracy
@@ -164,13 +165,13 @@ def compare(
     x = random_inputs(setting.batch, size)
     if setting.layout == "channels_last" and x.dim() != 4:
         raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")
-    if any(isinstance(model, OnnxModel) for model in models.values()):
+    if any(isinstance(model, ExportedModel) for model in models.values()):
         _check_as_they_are(setting, device)
     x = x.to(device, DTYPES[setting.dtype], memory_format=LAYOUTS[setting.layout])
     ready = {name: _prepared(model, setting, device) for name, model in models.items()}
     try:
         peaks = {
-            name: None if isinstance(model, OnnxModel) else peak_memory(model, x)
+            name: None if isinstance(model, ExportedModel) else peak_memory(model, x)
             for name, model in ready.items()
         }
         runs = [torch.compile(model) if setting.compiled else model for model in ready.values()]
@@ -197,7 +198,7 @@ def _check_as_they_are(setting: Setting, device: torch.device) -> None:
 
 
 def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
-    if isinstance(model, OnnxModel):
+    if isinstance(model, ExportedModel):
         return model
     model = copied(model).eval().requires_grad_(False).to(device, DTYPES[setting.dtype])
     return model.to(memory_format=LAYOUTS[setting.layout])
@@ -237,8 +238,8 @@ def _opened(wanted: Compared) -> tuple[dict[str, nn.Module], dict[str, int], Pre
             load_weights(opened.dense, wanted.weights)
         models, preprocess = {"dense": opened.dense, "pruned": opened.pruned}, opened.preprocess
     sizes = {name: file_bytes(model) for name, model in models.items()}
-    exported = {name: OnnxModel(path) for name, path in _named(wanted.exported)}
-    sizes |= {name: model.path.stat().st_size for name, model in exported.items()}
+    exported = {name: RUNTIMES[path.suffix](path) for name, path in _named(wanted.exported)}
+    sizes |= {name: model.bytes for name, model in exported.items()}
     models |= exported
     return models, sizes, preprocess or _preprocess(wanted, next(iter(exported.values())))
 
@@ -249,7 +250,7 @@ def _named(files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     return ((file.name if alone else str(file), file) for file in files)
 
 
-def _preprocess(wanted: Compared, model: OnnxModel) -> Preprocess:
+def _preprocess(wanted: Compared, model: ExportedModel) -> Preprocess:
     """Of files alone: what the user says, and the size that is in the file."""
     if model.inputs != 1:
         raise InputError(f"{model.path.name} takes {model.inputs} inputs, and files of one are compared.")

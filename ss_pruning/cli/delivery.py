@@ -21,6 +21,8 @@ from ss_pruning.io import export as exporting
 from ss_pruning.io.checkpoint import architecture_of, load, open_report, save
 from ss_pruning.io.dense import check_dense
 from ss_pruning.io.int8 import export_int8
+from ss_pruning.io.writers import WRITERS
+from ss_pruning.profiling.runtimes import RUNTIMES
 from ss_pruning.recovery.recover import recover_
 from ss_pruning.recovery.report import RecoveryReport
 from ss_pruning.recovery.settings import Recovery
@@ -87,10 +89,10 @@ def export(wanted: Exporting, progress: Progress) -> str:
     Raises:
         InputError: The file is one of another runtime already.
     """
-    if wanted.file.suffix == ".onnx":
+    if wanted.file.suffix in RUNTIMES:
         raise InputError(
-            f"'{wanted.file}' is exported already: give the .safetensors file it was made from, or in Python, for "
-            f"eight bits, ss_pruning.io.int8.export_int8('{wanted.file}', 'int8.onnx', images)"
+            f"'{wanted.file}' is exported already: give the .safetensors file it was made from. In eight bits a file "
+            "in ONNX can be written in Python: ss_pruning.export_int8('float.onnx', 'int8.onnx', images)"
         )
     target = _target(wanted)
     check_apart(target, wanted.file, wanted.weights)
@@ -108,7 +110,7 @@ def export(wanted: Exporting, progress: Progress) -> str:
         )
     job = jobs.Job(spec, model, example, preprocess, None, example.device)
     images, _ = jobs.calibration_images(request, NoCompensation(), job, progress)
-    return str(export_int8(model, target, images))
+    return str(export_int8(model, target, images, wanted.format))  # type: ignore[arg-type]
 
 
 def _to_export(wanted: Exporting) -> tuple[str, nn.Module, Preprocess]:
@@ -158,8 +160,8 @@ def _accuracy(name: str, model: nn.Module, job: jobs.Job, progress: Progress) ->
 
 def _target(wanted: Exporting) -> Path:
     """The file to write."""
-    if wanted.int8 and wanted.format not in (None, "onnx"):
-        raise InputError("--int8 writes onnx: leave --format out.")
+    if wanted.int8 and wanted.format not in (None, "onnx", "pt2"):
+        raise InputError("--int8 writes onnx, which OpenVINO reads as well, or pt2: say one of these.")
     if wanted.int8 and wanted.calibration is None:
         raise InputError(
             "--int8 takes the ranges of activations from images without labels: say where they are with "
@@ -171,8 +173,11 @@ def _target(wanted: Exporting) -> Path:
         raise InputError(f"{str(wanted.file)!r} holds its own weights: leave --weights out.")
     if wanted.out is not None:
         return wanted.out
-    if not wanted.int8 and wanted.format not in ("onnx", "pt2"):
-        raise InputError("say what to write: --format onnx, --format pt2, or --out with such an ending.")
+    if not wanted.int8 and wanted.format not in WRITERS:
+        raise InputError(
+            "say what to write: --format onnx, --format openvino, --format pt2, or --out with such an ending."
+        )
     if not wanted.is_pruned:
         raise InputError("say where to write: --out FILE.")
-    return wanted.file.with_suffix(".int8.onnx" if wanted.int8 else f".{wanted.format}")
+    ending = WRITERS[wanted.format or "onnx"].endings[0]  # type: ignore[index]
+    return wanted.file.with_suffix(f".int8{ending}" if wanted.int8 else ending)

@@ -22,6 +22,8 @@ PURPOSES = {
     "demo": "the digits that the demo network reads",
     "lightning": "training towards sparse synapses in Lightning",
     "onnx": "writing and checking ONNX files",
+    "openvino": "writing, checking and measuring OpenVINO's files",
+    "torchao": "INT8 as programs of torch.export",
     "sweep": "sweeps over options with Ray Tune",
     "train": "ss-prune finetune: with labels, in many processes, by accelerate",
     "plot": "pictures of the benchmarks",

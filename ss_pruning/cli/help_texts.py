@@ -80,11 +80,15 @@ EXPORT_EXAMPLES = """
 
     ss-prune export runs/digits/model.safetensors --format onnx
 
+    ss-prune export runs/digits/model.safetensors --format openvino
+
     ss-prune export runs/net/model.safetensors --model net.py:build --input-size 3x32x32 --out net.pt2
 
 In eight bits, with ranges from photos without labels; and the dense model, to compare with:
 
     ss-prune export runs/r50/model.safetensors --int8 --calibration photos
+
+    ss-prune export runs/r50/model.safetensors --int8 --calibration photos --format pt2
 
     ss-prune export timm:resnet50 --weights resnet50.safetensors --int8 --calibration photos --out dense.int8.onnx
 """

@@ -21,6 +21,7 @@ from ss_pruning.cli.options import (
     option,
 )
 from ss_pruning.errors import InputError
+from ss_pruning.profiling.runtimes import RUNTIMES
 
 #: The importance by default, with options of its own.
 SYNAPTIC = "synaptic"
@@ -260,8 +261,8 @@ class Exporting(PrunedFile, Weighted):
 
     Attributes:
         file: A model.safetensors of ss-prune prune; or a MODEL as there, which is exported as it is.
-        format: onnx, or pt2 (torch.export).
-        int8: Compute in eight bits (onnx). Ranges come from --calibration.
+        format: onnx, openvino, or pt2 (torch.export).
+        int8: Compute in eight bits (onnx, pt2). Ranges come from --calibration.
         calibration: Images for --int8: a folder with images anywhere below it, without labels, or synthetic (made from
             the model's batch norms).
         calibration_images: Take so many of them at most, drawn at random.
@@ -269,7 +270,7 @@ class Exporting(PrunedFile, Weighted):
     """
 
     file: Path = argument("FILE")
-    format: str | None = option(None, OUTPUT, metavar="onnx|pt2", show_default="by the name of --out")
+    format: str | None = option(None, OUTPUT, metavar="onnx|openvino|pt2", show_default="by the name of --out")
     int8: bool = option(False, OUTPUT, "--int8", metavar="")
     calibration: str | None = option(None, IMAGES, metavar="synthetic|DIR")
     calibration_images: int | None = option(
@@ -288,8 +289,8 @@ class Compared(Rebuilt, Labelled):
     """The files that are measured, and the images that their outputs are compared on.
 
     Attributes:
-        files: A model.safetensors of ss-prune prune (dense and pruned are measured), exported files (.onnx), or both;
-            the others are compared with the first.
+        files: A model.safetensors of ss-prune prune (dense and pruned are measured), exported files (.onnx, .xml), or
+            both; the others are compared with the first.
         weights: The dense model's trained weights: then its outputs are compared, too.
         images: Measure accuracy on so many of the images, drawn at random.
         photos: Compare outputs on images of this folder and all below it, without labels.
@@ -303,18 +304,18 @@ class Compared(Rebuilt, Labelled):
     @property
     def exported(self) -> list[Path]:
         """The files for other runtimes."""
-        return [file for file in self.files if file.suffix == ".onnx"]
+        return [file for file in self.files if file.suffix in RUNTIMES]
 
     def pruned(self) -> Path | None:
         """The file of ours, if there is one."""
-        ours = [file for file in self.files if file.suffix != ".onnx"]
+        ours = [file for file in self.files if file.suffix not in RUNTIMES]
         if len(ours) > 1:
             raise InputError(
-                f"of files that are no .onnx one at a time is measured, not {len(ours)}: export the others "
+                f"of files that are not exported one at a time is measured, not {len(ours)}: export the others "
                 "(ss-prune export FILE --format onnx)."
             )
         if not ours and self.weights:
-            raise InputError("--weights belong to a model.safetensors: files in ONNX hold their own.")
+            raise InputError("--weights belong to a model.safetensors: exported files hold their own.")
         return ours[0] if ours else None
 
 

@@ -1,16 +1,12 @@
-"""Models for other runtimes: ONNX and `torch.export` programs, with any batch size, run and compared as written."""
+"""Models for other runtimes, ONNX, OpenVINO and `torch.export`, with any batch size, run and compared as written."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +18,9 @@ from ss_pruning._utils.files import check_writable, replacing
 from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.graph.refusals import check_module
-from ss_pruning.profiling.onnx_model import OnnxModel, require
+from ss_pruning.io.writers import WRITERS, Format, Runner, quiet
+from ss_pruning.profiling.exported_model import require
 
-Format = Literal["onnx", "pt2"]
 #: Largest difference between what the file and the model put out, relative to the largest output.
 TOLERANCE = 1e-4
 _BATCHES = 2, 3  # exported with the first, tried with both
@@ -36,8 +32,8 @@ class Exported:
 
     Attributes:
         path: The file.
-        format: "onnx" or "pt2".
-        bytes: Its size.
+        format: "onnx", "openvino" or "pt2".
+        bytes: Its size; with OpenVINO's, that of the weights beside it, too.
         max_error: Largest difference between its outputs and the model's, relative to the largest output, at two
             batch sizes.
     """
@@ -56,49 +52,63 @@ def export(
 ) -> Exported:
     """Write `model` in eval mode for other runtimes, whole or not at all, and check the file against the model.
 
-    The first axis of every input is the batch and stays free; all other sizes are fixed. The check runs the file, ONNX
-    in onnxruntime, on two batch sizes.
+    The first axis of every input is the batch and stays free; all other sizes are fixed. The check runs the file, in
+    onnxruntime, OpenVINO or torch, on two batch sizes.
 
     Args:
         model: Any model that `torch.export` can follow; not changed.
-        path: File to write, usually `*.onnx` or `*.pt2`.
+        path: File to write: `*.onnx`, `*.pt2`, or `*.xml` for OpenVINO, with the weights in `*.bin` beside it.
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
-        format: "onnx" or "pt2"; by default what the file's name ends in.
+        format: "onnx", "openvino" or "pt2"; by default what the file's name ends in.
 
     Raises:
-        InputError: The format is unknown, the file cannot be written, or ONNX is not installed.
+        InputError: The format is unknown, the file cannot be written, or what the format needs is not installed.
         ModelError: `torch.export` cannot follow the model.
         VerificationError: The file puts out something else than the model; it was not kept.
     """
     check_module(model, "export")
     check_writable(path)
     chosen = _format(path, format)
-    if chosen == "onnx":
-        require("onnxruntime", "onnxscript")
+    files = _files(path, chosen)
+    for file in files[1:]:
+        check_writable(file)
+    if WRITERS[chosen].needs:
+        require(*WRITERS[chosen].needs)
         if any(tensor.dtype is torch.bfloat16 for tensor in tensors_among(example_inputs)):
-            raise InputError("onnxruntime takes no bfloat16 inputs: export model.float(), with float inputs")
+            raise InputError(f"{chosen} takes no bfloat16 inputs: export model.float(), with float inputs")
     small, large = (_with_batch(example_inputs, batch) for batch in _BATCHES)
     with quiet_hooks(model, example_inputs), preserved(model, training=False), quiet():
-        program = _followed(model, small)
-        with replacing(path) as temporary:
-            run = _WRITERS[chosen](program, temporary)
+        program = followed(copied(model).eval().requires_grad_(False), small)
+        with contextlib.ExitStack() as stack:
+            # The last takes its place first: what will be opened comes when all else is there.
+            run = WRITERS[chosen].write(program, *(stack.enter_context(replacing(file)) for file in files))
             error = max(_difference(run, model, inputs) for inputs in (small, large))
             if not error <= TOLERANCE:  # NaN, too
                 raise VerificationError(
                     f"the {chosen} file's outputs differ from the model's by {error:.1e} of the largest; it was not "
                     "kept"
                 )
-    written = Path(path)
-    return Exported(written, chosen, written.stat().st_size, error)
+    return Exported(files[0], chosen, sum(file.stat().st_size for file in files), error)
 
 
 def _format(path: str | os.PathLike[str], given: str | None) -> Format:
-    chosen = given or Path(path).suffix.removeprefix(".")
-    if chosen not in get_args(Format):
+    ending = Path(path).suffix
+    by_name = next((known for known, writer in WRITERS.items() if writer.endings[0] == ending), ending[1:])
+    chosen = given or by_name
+    if chosen not in WRITERS:
         raise InputError(
-            f"format={chosen!r} is unknown; use 'onnx' or 'pt2', or name the file *.onnx or *.pt2"
+            f"format={chosen!r} is unknown; use 'onnx', 'openvino' or 'pt2', or name the file *.onnx, *.xml or *.pt2"
+        )
+    if chosen == "openvino" != by_name:
+        raise InputError(
+            f"OpenVINO reads *.xml, with the weights in *.bin beside it: {str(path)!r} ends otherwise"
         )
     return chosen  # type: ignore[return-value]
+
+
+def _files(path: str | os.PathLike[str], chosen: Format) -> list[Path]:
+    """All that is written."""
+    return [Path(path), *(Path(path).with_suffix(ending) for ending in WRITERS[chosen].endings[1:])]
 
 
 def _with_batch(inputs: Any, batch: int) -> Any:
@@ -116,60 +126,29 @@ def _with_batch(inputs: Any, batch: int) -> Any:
     return pytree.tree_map_only(Tensor, repeat, inputs)
 
 
-def _followed(model: nn.Module, inputs: Any) -> torch.export.ExportedProgram:
-    """The model as a program with a free batch size."""
+def followed(model: nn.Module, inputs: Any, strict: bool = False) -> torch.export.ExportedProgram:
+    """The model as a program with a free batch size.
+
+    Args:
+        model: In eval mode.
+        inputs: Two of them or more.
+        strict: Follow its Python code, not only what that computes.
+
+    Raises:
+        ModelError: `torch.export` cannot follow the model.
+    """
     args, kwargs = as_arguments(inputs)
     batch = torch.export.Dim("batch")
     free = pytree.tree_map_only(Tensor, lambda _: {0: batch}, inputs)
     shapes = free if isinstance(free, (dict, tuple)) and not isinstance(inputs, Tensor) else (free,)
-    frozen = copied(model).eval().requires_grad_(False)
     try:
-        return torch.export.export(frozen, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(
             f"torch.export cannot follow the model with a free batch size ({type(error).__name__}: {first}); see "
             "https://docs.pytorch.org/docs/stable/export.html for what it needs"
         ) from error
-
-
-Runner = Callable[[Any], list[Tensor]]
-
-
-def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Runner:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    path.write_bytes(buffer.getbuffer())
-    read = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    return lambda inputs: tensors_among(call(read, inputs))
-
-
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Runner:
-    try:
-        written = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert written is not None
-        written.save(path, external_data=False)
-        model = OnnxModel(path)
-    except OSError:
-        raise  # the disk is full, say: nothing is wrong with the model
-    except Exception as error:
-        cause = _innermost(error)
-        first = str(cause).strip().split("\n")[0]
-        raise ModelError(f"the model cannot be written as ONNX ({type(cause).__name__}: {first})") from error
-    return lambda inputs: tensors_among(call(model, inputs))
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """Where it began: torch's exporter wraps an error again and again, and says what to do about the exporter."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-_WRITERS: dict[Format, Callable[[torch.export.ExportedProgram, Path], Runner]] = {
-    "onnx": _write_onnx,
-    "pt2": _write_pt2,
-}
 
 
 def _difference(run: Runner, model: nn.Module, inputs: Any) -> float:
@@ -184,17 +163,3 @@ def _difference(run: Runner, model: nn.Module, inputs: Any) -> float:
         if a.numel()
     ]
     return max(errors, default=0.0)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what the exporters say to their own developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,8 +1,6 @@
-"""Models in eight bits: ONNX files whose convolutions compute in INT8, by onnxruntime's static quantisation.
+"""Models in eight bits, whose convolutions compute in INT8: ONNX by onnxruntime, programs of `torch.export` by torchao.
 
-Ranges come from calibration images; weights have a scale for each output channel, activations one for each tensor
-(unsigned, which the kernels for x86 are fastest with), as onnxruntime's documentation advises for CPUs
-(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). Batch norms are folded before.
+Ranges come from calibration images; the file is compared with the model on others.
 """
 
 from __future__ import annotations
@@ -10,27 +8,32 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
+from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_apart, check_writable, replacing
+from ss_pruning._utils.running import preserved, quiet_hooks
 from ss_pruning.compensation.fidelity import Reference, held_out
-from ss_pruning.errors import InputError, ModelError, VerificationError
+from ss_pruning.errors import InputError, VerificationError
+from ss_pruning.graph.refusals import check_module
 from ss_pruning.importance.calibration import Batch, gather
-from ss_pruning.io.export import export, quiet
-from ss_pruning.profiling.onnx_model import OnnxModel, require
+from ss_pruning.io.export import export
+from ss_pruning.io.int8_onnx import quantise_file
+from ss_pruning.io.int8_program import quantised_program
+from ss_pruning.io.writers import quiet, write_program
+from ss_pruning.profiling.exported_model import require
+from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.report.formatting import percent
 from ss_pruning.report.records import Fidelity
 
 #: Fewer calibration images say too little of ranges; every fifth of them is held out.
 LEAST_IMAGES = 10
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -60,44 +63,80 @@ class Int8Exported:
 
 
 def export_int8(
-    model: nn.Module | str | os.PathLike[str], path: str | os.PathLike[str], calibration: Any
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    calibration: Any,
+    format: Literal["onnx", "pt2"] | None = None,  # noqa: A002 - as in export
 ) -> Int8Exported:
-    """Write a model as ONNX in INT8, whole or not at all, and compare the file with the model.
+    """Write a model in INT8, whole or not at all, and compare the file with the model.
 
     What follows the last layers, such as the decoding of a detector's boxes, stays in float: pixels beside
     probabilities share no scale.
 
     Args:
-        model: A model of one input, not changed, written with a free batch size; or an ONNX file in float, also of
+        model: A model of one input, not changed, written with a free batch size; or, for ONNX, a file in float, also of
             another exporter (its notes are kept).
-        path: File to write, usually `*.onnx`.
+        path: File to write, usually `*.onnx` or `*.pt2`.
         calibration: Unlabelled inputs as the model will see them, ten or more, some hundred as a rule: a tensor, or
             batches; labels beside them are ignored.
+        format: "onnx", or "pt2" for a program of `torch.export`; by default "pt2" if the file's name ends so.
 
     Raises:
-        InputError: onnxruntime or the images are missing, images have another size than the file takes, or the file
-            cannot be written.
+        InputError: What the format needs is not installed, images are missing or have another size than the file takes,
+            or the file cannot be written.
         ModelError: The model cannot be exported, or quantised.
         VerificationError: The file puts out NaN or Inf; it was not kept.
 
     Warns:
         UserWarning: The file's outputs say nothing of the model's.
     """
-    require("onnx", "onnxruntime", *(["onnxscript"] if isinstance(model, nn.Module) else []))
     check_writable(path)
+    chosen = format or ("pt2" if Path(path).suffix == ".pt2" else "onnx")
+    if chosen not in _WAYS:
+        raise InputError(
+            f"format={chosen!r} is unknown for INT8; use 'onnx', which OpenVINO reads as well, or 'pt2'"
+        )
+    with quiet():
+        _check_packages(chosen, model)
     images = gather(calibration, None)
     if len(images) < LEAST_IMAGES:
         raise InputError(
             f"{len(images)} calibration images say too little of the ranges of activations; give {LEAST_IMAGES} or "
             "more, some hundred as a rule"
         )
+    found = _WAYS[chosen](model, path, images)
+    if found.fidelity.error >= 1:
+        warnings.warn(
+            f"the INT8 file's output error is {percent(found.fidelity.error)}, no better than a constant's: the model "
+            "is untrained, or calibrated on too few images, or on others than it was trained on",
+            stacklevel=2,
+        )
+    return found
+
+
+def _check_packages(chosen: str, model: Any) -> None:
+    if chosen == "pt2":
+        require("INT8 as a program of torch.export", "torchao", "torchao")
+    else:
+        require("INT8 as ONNX", "onnx", "onnx", "onnxruntime", *["onnxscript"] * isinstance(model, nn.Module))
+
+
+def _as_onnx(model: Any, path: str | os.PathLike[str], images: Batch) -> Int8Exported:
     with TemporaryDirectory() as folder:
-        source = _as_file(model, images, Path(folder))
+        source = _in_float(model, images, Path(folder))
         check_apart(path, source)
-        return _quantised(source, path, images)
+        in_float = OnnxModel(source)
+        images = images.mapped(lambda x: x.cpu()).limited(in_float.batch or 1, in_float.batch)
+        others, seen = held_out(images)
+
+        def write(temporary: Path) -> nn.Module:
+            quantise_file(source, temporary, seen)
+            return OnnxModel(temporary)
+
+        return _compared(path, len(seen), Reference(in_float, others), write)
 
 
-def _as_file(model: nn.Module | str | os.PathLike[str], images: Batch, folder: Path) -> Path:
+def _in_float(model: nn.Module | str | os.PathLike[str], images: Batch, folder: Path) -> Path:
     """The model in float, as a file."""
     if not isinstance(model, nn.Module):
         return Path(model)
@@ -106,105 +145,32 @@ def _as_file(model: nn.Module | str | os.PathLike[str], images: Batch, folder: P
     return export(model, folder / "float.onnx", example, "onnx").path
 
 
-def _quantised(source: Path, path: str | os.PathLike[str], images: Batch) -> Int8Exported:
-    in_float = OnnxModel(source)
-    images = images.mapped(lambda x: x.cpu()).limited(in_float.batch or 1, in_float.batch)
+def _as_program(model: Any, path: str | os.PathLike[str], images: Batch) -> Int8Exported:
+    if isinstance(model, (str, os.PathLike)):
+        raise InputError(
+            f"a program is made of a model, not of the file {str(model)!r}: give the module, or write ONNX"
+        )
+    check_module(model, "export")
+    images = images.mapped(lambda x: x.cpu())
     others, seen = held_out(images)
-    reference = Reference(in_float, others)
+    with quiet_hooks(model, images[:1].inputs), preserved(model, training=False), quiet():
+        on_cpu = copied(model).cpu().requires_grad_(False)
+        reference, program = Reference(on_cpu, others), quantised_program(on_cpu, seen)
+        return _compared(path, len(seen), reference, lambda temporary: write_program(program, temporary))
+
+
+_WAYS: dict[str, Callable[..., Int8Exported]] = {"onnx": _as_onnx, "pt2": _as_program}
+
+
+def _compared(
+    path: str | os.PathLike[str], images: int, reference: Reference, write: Callable[[Path], nn.Module]
+) -> Int8Exported:
+    """Write a file, and keep it if it puts out numbers."""
     with replacing(path) as temporary:
-        _quantise(source, temporary, seen)
-        fidelity = reference.fidelity(OnnxModel(temporary))
-        _check(fidelity)
-    return Int8Exported(Path(path), Path(path).stat().st_size, len(seen), fidelity)
-
-
-def _check(fidelity: Fidelity) -> None:
-    if not math.isfinite(fidelity.error):
-        raise VerificationError(
-            "the INT8 file puts out NaN or Inf; it was not kept. Calibrate on images prepared as those that the model "
-            "was trained on"
-        )
-    if fidelity.error >= 1:
-        warnings.warn(
-            f"the INT8 file's output error is {percent(fidelity.error)}, no better than a constant's: the model is "
-            "untrained, or calibrated on too few images, or on others than it was trained on",
-            stacklevel=4,
-        )
-
-
-def _quantise(source: Path, target: Path, images: Batch) -> None:
-    """Fold what can be folded, and quantise the rest."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    try:
-        with TemporaryDirectory() as folder, quiet():
-            prepared = Path(folder) / "prepared.onnx"
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            network = onnx.load(prepared)
-            for number, node in enumerate(network.graph.node):
-                node.name = node.name or f"node_{number}"
-            quantize_static(
-                network,
-                str(target),
-                _Reader(network.graph.input[0].name, images),
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=_decoding(network.graph),
+        fidelity = reference.fidelity(write(temporary))
+        if not math.isfinite(fidelity.error):
+            raise VerificationError(
+                "the INT8 file puts out NaN or Inf; it was not kept. Calibrate on images prepared as those that the "
+                "model was trained on"
             )
-    except (OSError, ModelError):
-        raise
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"onnxruntime cannot quantise the model ({type(error).__name__}: {first}); if sizes other than the batch "
-            "are free in the file, export it with fixed ones"
-        ) from error
-
-
-class _Reader:
-    """Calibration images, as onnxruntime asks for them."""
-
-    def __init__(self, name: str, images: Batch) -> None:
-        self.name = name
-        self.parts: Iterator[Batch] = iter(images.split(_AT_ONCE))
-
-    def get_next(self) -> dict[str, Any] | None:
-        part = next(self.parts, None)
-        return None if part is None else {self.name: _only(part.tensors()).numpy()}
-
-
-def _only(tensors: Sequence[Tensor]) -> Tensor:
-    if len(tensors) != 1:
-        raise ModelError(f"INT8 export takes models of one input; this one has {len(tensors)}")
-    return tensors[0]
-
-
-def _decoding(graph: Any) -> list[str]:
-    """Names of the nodes that lead to no layer: pixels beside probabilities, say, which no common scale fits."""
-    constants = {tensor.name for tensor in graph.initializer}
-    made_by = {name: node for node in graph.node for name in node.output}
-    wanted: set[str] = set()
-    names = []
-    for node in reversed(graph.node):
-        is_layer = node.op_type in _LAYERS and node.input[1] in constants and not _is_mean(node, made_by)
-        if is_layer or wanted.intersection(node.output):
-            wanted.update(node.input)
-        else:
-            names.append(node.name)
-    if len(names) == len(graph.node):
-        raise ModelError(
-            "the model has no layer with weights in float32, so that there is nothing to quantise; of one in half "
-            "precision give model.float()"
-        )
-    return names
-
-
-def _is_mean(node: Any, made_by: dict[str, Any]) -> bool:
-    """Whether it weighs the probabilities of a softmax, as detectors do to decode distances: no learned layer."""
-    before = made_by.get(node.input[0])
-    while before is not None and before.op_type in ("Reshape", "Transpose"):
-        before = made_by.get(before.input[0])
-    return before is not None and before.op_type == "Softmax"
+    return Int8Exported(Path(path), Path(path).stat().st_size, images, fidelity)

@@ -1,135 +1,35 @@
-"""An ONNX file as a module that onnxruntime runs: it is called, timed and compared as models are."""
+"""An ONNX file as a module that onnxruntime runs."""
 
 from __future__ import annotations
 
-import importlib
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from ss_pruning._utils.arrays import tensors_among
-from ss_pruning.errors import FileFormatError, InputError
+from ss_pruning.errors import FileFormatError
+from ss_pruning.profiling.exported_model import ExportedModel, first_line, require
 
 
-class OnnxModel(nn.Module):
-    """Runs a file on the CPU, with as many threads as torch has when this is made.
+class OnnxModel(ExportedModel):
+    """Runs a file in onnxruntime, see `ExportedModel`."""
 
-    Attributes:
-        path: The file.
-        batch: So many inputs run at once; None for any number.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a file; no code is run from it.
-
-        Args:
-            path: What `ss_pruning.export` or any other exporter wrote.
-
-        Raises:
-            InputError: There is no such file, or onnxruntime is not installed.
-            FileFormatError: It is no ONNX file, takes nothing, or onnxruntime cannot run it.
-        """
-        super().__init__()
-        require("onnxruntime")
+    def _open(self) -> dict[str, list[Any]]:
+        require("ONNX", "onnx", "onnxruntime")
         import onnxruntime
 
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"there is no file {str(path)!r}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(self.path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise FileFormatError(f"onnxruntime cannot open {str(path)!r}: {_first_line(error)}") from error
-        self._inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
-        sizes = [shape[0] for shape in self._inputs.values() if shape]
-        self.batch: int | None = next((size for size in sizes if isinstance(size, int)), None)
-        if self.batch == 0:
             raise FileFormatError(
-                f"{str(path)!r} takes batches of no inputs; export it with a free batch size"
-            )
-
-    @property
-    def inputs(self) -> int:
-        """How many tensors it takes."""
-        return len(self._inputs)
-
-    @property
-    def size(self) -> tuple[int, ...] | None:
-        """Of one input; None where there are several, or sizes are free."""
-        shapes = list(self._inputs.values())
-        if len(shapes) == 1 and all(isinstance(size, int) for size in shapes[0][1:]):
-            return tuple(shapes[0][1:])
-        return None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """The outputs, one tensor or several, for the tensors among the arguments, taken in order.
-
-        Raises:
-            InputError: Their number, type or a size is another than the file takes, or it puts out no tensors.
-        """
-        values = tensors_among((args, kwargs))
-        if len(values) != len(self._inputs):
-            raise InputError(f"{self.path.name} takes {len(self._inputs)} tensors, not {len(values)}")
-        columns = [self._split(x, name) for x, name in zip(values, self._inputs, strict=True)]
-        parts = [self._run(part) for part in zip(*columns, strict=True)]
-        outputs = parts[0] if len(parts) == 1 else [torch.cat(same) for same in zip(*parts, strict=True)]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def _split(self, values: Tensor, name: str) -> list[Tensor]:
-        """Parts as large as the file takes."""
-        given, taken = list(values.shape), self._inputs[name]
-        fits = [a == b or not isinstance(b, int) for a, b in zip(given[1:], taken[1:], strict=False)]
-        if len(given) != len(taken) or not all(fits):
-            raise InputError(f"{self.path.name} takes inputs of shape {taken}, not {given}")
-        if self.batch is None or given[0] == self.batch:
-            return [values]
-        if given[0] % self.batch:
-            raise InputError(
-                f"{self.path.name} takes {self.batch} inputs at a time, and {given[0]} are no multiple of that; "
-                f"export it with a free batch size, as ss_pruning.export does, or take a batch of {self.batch}"
-            )
-        return list(values.split(self.batch))
-
-    def _run(self, values: tuple[Tensor, ...]) -> list[Tensor]:
-        arrays = {name: x.detach().cpu().numpy() for name, x in zip(self._inputs, values, strict=True)}
-        try:
-            outputs = self._session.run(None, arrays)
-        except Exception as error:  # onnxruntime's own, for numbers of another type, say
-            raise InputError(
-                f"{self.path.name} does not run on these inputs: {_first_line(error)}"
+                f"onnxruntime cannot open {str(self.path)!r}: {first_line(error)}"
             ) from error
-        odd = next((output for output in outputs if not isinstance(output, np.ndarray)), None)
-        if odd is not None:
-            raise InputError(
-                f"{self.path.name} puts out a {type(odd).__name__}, where tensors can be compared: export it without "
-                "what makes that of them"
-            )
-        return [torch.from_numpy(output) for output in outputs]
+        return {entry.name: entry.shape for entry in self._session.get_inputs()}
 
-
-def require(*packages: str) -> None:
-    """Refuse unless the packages are there that files in ONNX need.
-
-    Raises:
-        InputError: Names the extra.
-    """
-    try:
-        for package in packages:
-            importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(
-            f"ONNX needs a package that is not installed ({error.name}): pip install 'ss-pruning[onnx]'"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    def _outputs(self, arrays: dict[str, Any]) -> list[Any]:
+        outputs: list[Any] = self._session.run(None, arrays)
+        return outputs

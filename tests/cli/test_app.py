@@ -916,18 +916,32 @@ def test_bench_compares_files_with_the_model_that_has_weights(pruned_digits: Pat
     assert "name the model as for ss-prune prune" in refused("bench", exported, "--data", "digits")
 
 
+def test_bench_runs_openvinos_files_beside_others(pruned_digits: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra: pip install 'ss-pruning[openvino]'")
+    assert run("export", pruned_digits / "model.safetensors", "--format", "openvino").exit_code == 0
+    files = [pruned_digits / "model.onnx", pruned_digits / "model.xml"]
+    found = json.loads(run("bench", *files, "--json").stdout)
+    assert found["file_bytes"]["model.xml"] > (pruned_digits / "model.bin").stat().st_size
+    assert list(found["comparisons"][0]["ratios"]) == ["model.onnx", "model.xml"]
+    assert found["outputs"]["fidelity"]["model.xml"]["error"] < 1e-8
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (("export", "FILE", "--int8"), "say where they are with --calibration DIR, or make some"),
         (("export", "FILE", "--int8", "--calibration", "absent"), "there is no folder 'absent'"),
-        (("export", "FILE", "--int8", "--calibration", "synthetic", "--format", "pt2"), "leave --format out"),
+        (
+            ("export", "FILE", "--int8", "--calibration", "synthetic", "--format", "openvino"),
+            "say one of these",
+        ),
         (("export", "FILE", "--format", "onnx", "--calibration", "synthetic"), "belongs to --int8"),
         (("export", "FILE", "--format", "onnx", "--weights", "a.pth"), "holds its own weights"),
         (("export", "NET", "--format", "onnx"), "say where to write: --out FILE"),
         (("export", "model.onnx", "--int8", "--calibration", "synthetic"), "is exported already"),
         (("bench", "absent.onnx"), "there is no file 'absent.onnx'"),
-        (("export", "FILE"), "say what to write: --format onnx, --format pt2"),
+        (("bench", "absent.xml"), "there is no file 'absent.xml'"),
+        (("export", "FILE"), "say what to write: --format onnx, --format openvino, --format pt2"),
         (
             ("export", "FILE", "--format", "pt2"),
             "does not name its architecture: say what was pruned, as in --model",

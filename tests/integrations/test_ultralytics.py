@@ -27,6 +27,7 @@ from ss_pruning.integrations.ultralytics import PrunedYOLO, calibration_images, 
 from ss_pruning.integrations.ultralytics.networks import build, name_of, stock_file, thawed
 from ss_pruning.integrations.ultralytics.trainers import NOTE
 from ss_pruning.profiling.onnx_model import OnnxModel
+from ss_pruning.profiling.openvino_model import OpenVinoModel
 from ss_pruning.report.records import Report
 from ss_pruning.sources.models import build_model
 from ss_pruning.surgery.plan import plan_of
@@ -190,6 +191,25 @@ def test_exported_it_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     expected = expected[0] if isinstance(expected, tuple) else expected
     expected = expected.numpy()
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["yolov8n", *(pytest.param(n, marks=pytest.mark.slow) for n in ("yolo11n-seg", "yolo12n", "yolo26n"))],
+)
+def test_openvino_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra: pip install 'ss-pruning[openvino]'")
+    small = cut(name)[1]
+    small.save(tmp_path / "small.pt")
+    folder = Path(small.export(format="openvino", imgsz=SIDE))
+    assert folder == tmp_path / "small_openvino_model"
+    found = OpenVinoModel(folder / "small.xml")(image())
+    found = found[0] if isinstance(found, tuple) else found
+    with torch.no_grad():
+        expected = copy.deepcopy(small.model).eval()(image())[0]
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert YOLO(folder, task=small.task).predict(np.zeros((SIDE, SIDE, 3), np.uint8), imgsz=SIDE)
 
 
 # ---------------------------------------------------------------- what counts

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError, VerificationError
-from ss_pruning.io import export as exporting
 from ss_pruning.io.export import export
+from ss_pruning.io.writers import WRITERS
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 
@@ -74,34 +76,47 @@ def run_pt2(path: Path, *inputs: Tensor) -> list[Tensor]:
     return list(found.values()) if isinstance(found, dict) else [found]
 
 
-RUNNERS = {"onnx": run_onnx, "pt2": run_pt2}
+def run_openvino(path: Path, *inputs: Tensor) -> list[Tensor]:
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [torch.from_numpy(value) for value in compiled([x.numpy() for x in inputs]).values()]
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+RUNNERS = {"onnx": run_onnx, "openvino": run_openvino, "pt2": run_pt2}
+OPENVINO = pytest.mark.skipif(
+    find_spec("openvino") is None, reason="needs the extra: pip install 'ss-pruning[openvino]'"
+)
+KINDS = ["onnx", pytest.param("openvino", marks=OPENVINO), "pt2"]
+ENDINGS = {"onnx": ["onnx"], "openvino": ["bin", "xml"], "pt2": ["pt2"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pruned_net_runs_elsewhere_with_any_batch(kind: str, tmp_path: Path) -> None:
     model = pruned(Tiny, X)
     before = snapshot(model)
-    written = export(model, tmp_path / f"net.{kind}", X)
+    written = export(model, tmp_path / f"net.{ENDINGS[kind][-1]}", X)
     assert snapshot(model) == before
     assert written.format == kind
-    assert written.bytes == (tmp_path / f"net.{kind}").stat().st_size
+    assert written.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert written.max_error < 1e-5
-    assert os.listdir(tmp_path) == [f"net.{kind}"]
+    assert sorted(os.listdir(tmp_path)) == [f"net.{ending}" for ending in ENDINGS[kind]]
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 16, 16)
         (found,) = RUNNERS[kind](written.path, images)
         torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_inputs_and_outputs(kind: str, tmp_path: Path) -> None:
     a, b = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
     model = pruned(TwoWays, (a, b))
-    export(model, tmp_path / "net", (a, b), kind)  # type: ignore[arg-type]
+    path = tmp_path / ("net.xml" if kind == "openvino" else "net")
+    export(model, path, (a, b), kind)  # type: ignore[arg-type]
     images = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
-    for found, right in zip(RUNNERS[kind](tmp_path / "net", *images), model(*images).values(), strict=True):
+    for found, right in zip(RUNNERS[kind](path, *images), model(*images).values(), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
-    export(model, tmp_path / "named", {"a": a, "b": b}, kind)  # type: ignore[arg-type]
+    export(model, path, {"a": a, "b": b}, kind)  # type: ignore[arg-type]
 
 
 def test_a_training_model_is_exported_as_it_will_be_used(tmp_path: Path) -> None:
@@ -113,25 +128,26 @@ def test_a_training_model_is_exported_as_it_will_be_used(tmp_path: Path) -> None
     torch.testing.assert_close(found, model.eval()(images))
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_computes_something_else_is_not_kept(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / f"net.{kind}"
-    path.write_bytes(b"an older file")
-    writer = exporting._WRITERS[kind]  # type: ignore[index]
+    files = [tmp_path / f"net.{ending}" for ending in ENDINGS[kind]]
+    for file in files:
+        file.write_bytes(b"an older file")
+    writer = WRITERS[kind]  # type: ignore[index]
 
-    def wrong(program: Any, temporary: Path) -> Any:
-        run = writer(program, temporary)
+    def wrong(program: Any, *temporary: Path) -> Any:
+        run = writer.write(program, *temporary)
         return lambda inputs: [tensor * 1.001 for tensor in run(inputs)]
 
-    monkeypatch.setitem(exporting._WRITERS, kind, wrong)  # type: ignore[arg-type]
+    monkeypatch.setitem(WRITERS, kind, writer._replace(write=wrong))  # type: ignore[arg-type]
     with pytest.raises(
         VerificationError, match=r"differ from the model's by 1\.0e-03 of the largest; it was not kept"
     ):
-        export(pruned(Tiny, X), path, X)
-    assert path.read_bytes() == b"an older file"
-    assert os.listdir(tmp_path) == [path.name]
+        export(pruned(Tiny, X), files[-1], X)
+    assert sorted(tmp_path.iterdir()) == files
+    assert [file.read_bytes() for file in files] == [b"an older file"] * len(files)
 
 
 class Branches(nn.Module):
@@ -181,7 +197,7 @@ def test_the_exporters_first_error_is_told_and_not_how_to_mend_the_exporter(
 
 
 def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"format='tflite' is unknown; use 'onnx' or 'pt2'"):
+    with pytest.raises(InputError, match=r"format='tflite' is unknown; use 'onnx', 'openvino' or 'pt2'"):
         export(Tiny(), tmp_path / "net.tflite", X)
     with pytest.raises(InputError, match="does not exist; create it first"):
         export(Tiny(), tmp_path / "absent" / "net.pt2", X)
@@ -189,12 +205,19 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
         export(Tiny(), tmp_path / "net.pt2", torch.tensor(1.0))
     with pytest.raises(InputError, match=r"export model\.float\(\), with float inputs"):
         export(Tiny().bfloat16(), tmp_path / "net.onnx", X.bfloat16())
+    with pytest.raises(InputError, match=r"OpenVINO reads \*\.xml, .*net\.onnx' ends otherwise"):
+        export(Tiny(), tmp_path / "net.onnx", X, "openvino")
 
 
-def test_missing_onnx_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"pip install 'ss-pruning\[onnx\]'"):
-        export(Tiny(), tmp_path / "net.onnx", X)
+@pytest.mark.parametrize(
+    ("missing", "ending", "extra"), [("onnxruntime", "onnx", "onnx"), ("openvino", "xml", "openvino")]
+)
+def test_what_is_missing_names_the_extra(
+    missing: str, ending: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=rf"pip install 'ss-pruning\[{extra}\]'"):
+        export(Tiny(), tmp_path / f"net.{ending}", X)
 
 
 # ---------------------------------------------------------------- real architectures
@@ -225,11 +248,11 @@ LARGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_export(name: str, kind: str, tmp_path: Path) -> None:
     model = pruned(ARCHITECTURES[name], LARGE)
-    written = export(model, tmp_path / f"net.{kind}", LARGE)
+    written = export(model, tmp_path / f"net.{ENDINGS[kind][-1]}", LARGE)
     assert written.max_error <= 1e-4
     images = torch.randn(3, 3, 64, 64)
     right = model(images)

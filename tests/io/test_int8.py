@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,21 +171,24 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
         export_int8(tmp_path / "text.onnx", target, IMAGES)
     with pytest.raises(ModelError, match="no layer with weights"):
         export_int8(nn.Sequential(nn.ReLU(), nn.Flatten()), target, IMAGES)
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match=r"pip install 'ss-pruning\[onnx\]'"):
         export_int8(model, target, IMAGES)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(InputError, match=r"torch\.export needs .*pip install 'ss-pruning\[torchao\]'"):
+        export_int8(model, tmp_path / "a.pt2", IMAGES)
     assert os.listdir(tmp_path) == ["text.onnx"]
 
 
 def test_a_file_that_says_nothing_of_the_model_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantise = int8._quantise
+    quantise = int8.quantise_file
 
     def wrong(source: Path, path: Path, images: Any) -> None:
         quantise(source, path, images.mapped(lambda x: x * 1e-3))
 
-    monkeypatch.setattr(int8, "_quantise", wrong)
+    monkeypatch.setattr(int8, "quantise_file", wrong)
     with pytest.warns(UserWarning, match="no better than a constant's: the model is untrained"):
         export_int8(randomise(Classifier(), 0).eval(), tmp_path / "a.onnx", IMAGES)
 

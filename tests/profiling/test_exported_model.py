@@ -12,6 +12,7 @@ from ss_pruning.cli.bench import _preprocess
 from ss_pruning.cli.request import Compared
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.profiling.onnx_model import OnnxModel
+from ss_pruning.profiling.openvino_model import OpenVinoModel
 
 onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
@@ -65,3 +66,30 @@ def test_files_of_several_inputs_are_no_files_of_images(tmp_path: Path) -> None:
     model = written(tmp_path / "sum.onnx", "Add", ["B", 3, 8, 8], inputs=2)
     with pytest.raises(InputError, match=r"sum.onnx takes 2 inputs, and files of one are compared"):
         _preprocess(Compared(files=[tmp_path / "sum.onnx"]), model)
+
+
+@pytest.fixture
+def in_openvino(tmp_path: Path) -> OpenVinoModel:
+    """A file that takes two inputs at a time; written by OpenVINO itself."""
+    openvino = pytest.importorskip("openvino", reason="needs the extra: pip install 'ss-pruning[openvino]'")
+    source = written(tmp_path / "two.onnx", "Relu", [2, 3]).path
+    openvino.save_model(openvino.Core().read_model(source), tmp_path / "two.xml")
+    return OpenVinoModel(tmp_path / "two.xml")
+
+
+def test_openvino_runs_batches_that_a_file_takes(in_openvino: OpenVinoModel) -> None:
+    assert torch.equal(in_openvino(X), X.relu())
+    assert (in_openvino.inputs, in_openvino.batch, in_openvino.size) == (1, 2, (3,))
+    sizes = [in_openvino.path.with_suffix(ending).stat().st_size for ending in (".xml", ".bin")]
+    assert in_openvino.bytes == sum(sizes)
+    with pytest.raises(InputError, match=r"takes inputs of shape \[2, 3\], not \[4, 2\]"):
+        in_openvino(X[:, :2])
+
+
+def test_files_that_openvino_cannot_open_are_named(in_openvino: OpenVinoModel) -> None:
+    in_openvino.path.write_text("<net")
+    with pytest.raises(FileFormatError, match=r"OpenVINO cannot open .*two\.xml"):
+        OpenVinoModel(in_openvino.path)
+    in_openvino.path.with_suffix(".bin").unlink()
+    with pytest.raises(InputError, match=r"there is no file .*two\.bin"):
+        OpenVinoModel(in_openvino.path)
