@@ -1,75 +1,98 @@
 """Turn benchmarks/results/yolo.json into docs/yolo.md: no figure is typed in by hand.
 
 Run `python examples/yolo/prune.py --out runs/yolo`, then
-`python -m benchmarks.accuracy.yolo_page runs/yolo/results.json [the same of further runs]`.
+`python -m benchmarks.accuracy.yolo_page runs/yolo/results.json [the same of further shares and draws]`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.common import DOCS, RESULTS
+from benchmarks.pages import spread, table
 
 PAGE = DOCS / "yolo.md"
 RESULT = RESULTS / "yolo.json"
+Run = dict[str, Any]
 
 INTRODUCTION = """# A YOLO, end to end
 
 A YOLOv8n trained from nothing for {epochs} epochs on {training} photographs of 160 x 160 with handwritten digits on \
 them, pruned, and repaired.{one} mAP is \
 Ultralytics' own, in %, on {validation} images that share neither digits nor backgrounds with those trained on. It is \
-one run with one seed, of a detector whose training is far from its end: it shows that the road can be walked, not \
-what a YOLO trained on COCO would lose, which has 80 things to find.
+one dense detector, whose training is far from its end: it shows that the road can be walked, not \
+what a YOLO trained on COCO would lose, which has 80 things to find. All after the dense detector was done several \
+times, with draws of calibration images, of recovery's batches and of the order of training of its own: mean ± \
+standard deviation over these draws.
 """
 
-TABLE = """## To {macs:.0%} of the multiply-accumulates, {params:.0%} of the parameters
-
-| | mAP50-95 | against dense | mAP50 | parameters | seconds |
-|---|---:|---:|---:|---:|---:|"""
+TABLE = """## To {macs:.0%} of the multiply-accumulates, {params:.0%} of the parameters, {draws}
+"""
 
 NOTES = """
 Calibration: 64 training images without labels. Recovery: {steps} steps on up to 256 of them. Trained on for \
 {tuning_epochs} epochs, as the dense one was for comparison. Cut and masked network differ by at most {max_error:.0e} \
-in float64. Seconds are those of a busy CPU, one thread. These runs were made while detectors had a rate of their own; \
-what recovery brings since one rate serves all was not run through this script.
+in float64. Seconds are those of a busy CPU, one thread.
 
-Made by `python examples/yolo/prune.py {command}` for each share `--macs`, and \
+Made by `python examples/yolo/prune.py {command}` for each share `--macs` and each `--draw`, and \
 `python -m benchmarks.accuracy.yolo_page`. How to do it with yours: [I have a YOLO](yolo_how.md)."""
 
 
-def write_page(runs: list[dict[str, Any]], page: Path = PAGE) -> Path:
-    """A table for each run of the same dense network, a line for each station."""
+def write_page(runs: Sequence[Run], page: Path = PAGE) -> Path:
+    """A table for each share of the same dense network, a line for each station."""
     options = runs[0]["options"]
     one = " Digits are found, not told apart." if options["one_class"] else ""
-    lines = [INTRODUCTION.format(**options, one=one)]
-    for run in runs:
-        lines += [
-            TABLE.format(**run),
-            *(_line(station, run["stations"][0]) for station in run["stations"]),
-            "",
-        ]
+    parts = [INTRODUCTION.format(**options, one=one)]
+    for share in dict.fromkeys(run["options"]["macs"] for run in runs):
+        parts += [*_section([run for run in runs if run["options"]["macs"] == share]), ""]
     worst = max(run["max_error"] for run in runs)
-    lines += [NOTES.strip().format(**options, max_error=worst, command=_command(options))]
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    parts += [NOTES.strip().format(**options, max_error=worst, command=_command(options))]
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
-def _line(station: dict[str, Any], dense: dict[str, Any]) -> str:
-    change = "" if station is dense else f"{100 * (station['map50_95'] - dense['map50_95']):+.1f}"
-    params = f"{station['params'] / 1e6:.2f} M" if "params" in station else ""
-    figures = (f"{100 * station['map50_95']:.1f}", change, f"{100 * station['map50']:.1f}", params)
-    seconds = f"{station['seconds']:.0f}" if station["seconds"] > 5 else ""  # less: read from a file
-    return f"| {station['name']} | {' | '.join(figures)} | {seconds} |"
+def _section(draws: Sequence[Run]) -> list[str]:
+    """The draws of one share."""
+    count = f"{len(draws)} draws" if len(draws) > 1 else "one draw"
+    facts = {key: mean(run[key] for run in draws) for key in ("macs", "params")}
+    heads = ["", "mAP50-95", "against dense", "mAP50", "parameters", "seconds"]
+    stations = zip(*(run["stations"] for run in draws), strict=True)
+    dense = [run["stations"][0] for run in draws]
+    return [TABLE.format(**facts, draws=count), table(heads, (_row(same, dense) for same in stations))]
+
+
+def _row(draws: Sequence[Run], dense: Sequence[Run]) -> list[str]:
+    """One station, of all draws."""
+    name = draws[0]["name"]
+
+    def share(key: str) -> str:
+        values = [100 * run[key] for run in draws]
+        values = values[:1] if name.startswith("dense") else values  # the same in all draws
+        return spread(values, 1, len(values))
+
+    change = [now["map50_95"] - before["map50_95"] for now, before in zip(draws, dense, strict=True)]
+    params = f"{mean(run['params'] for run in draws) / 1e6:.2f} M" if "params" in draws[0] else ""
+    seconds = mean(run["seconds"] for run in draws)
+    return [
+        name,
+        share("map50_95"),
+        "" if name == "dense" else f"{100 * mean(change):+.1f}",
+        share("map50"),
+        params,
+        f"{seconds:.0f}" if seconds > 5 else "",  # less: read from a file
+    ]
 
 
 def _command(options: dict[str, Any]) -> str:
     words = [
         f"--{key.replace('_', '-')} {value}"
         for key, value in options.items()
-        if key not in ("one_class", "macs")
+        if key not in ("one_class", "macs", "draw")
     ]
     return " ".join([*words, *["--one-class"] * options["one_class"]])
 

@@ -23,7 +23,7 @@ import torch
 from ultralytics import YOLO
 
 import ss_pruning
-from ss_pruning.integrations.ultralytics import PrunedYOLO, prune_yolo, recover_yolo_
+from ss_pruning.integrations.ultralytics import PrunedYOLO, calibration_images, prune_yolo, recover_yolo_
 
 sys.path.insert(0, str(Path(__file__).parent))
 from digits_on_photos import SIDE, write_data
@@ -54,7 +54,7 @@ class Road:
     def fit(self, yolo: YOLO, name: str, epochs: int, **options: Any) -> YOLO:
         """Train with labels, through Ultralytics."""
         close = {"close_mosaic": epochs // 3, "val": False, "exist_ok": True, "verbose": False}
-        yolo.train(epochs=epochs, name=name, **self.settings, **self.training, **close, **options)
+        yolo.train(epochs=epochs, name=name, **{**self.settings, **self.training, **close, **options})
         return yolo
 
     def dense(self, name: str, yolo: YOLO, epochs: int, **options: Any) -> YOLO:
@@ -81,7 +81,7 @@ class Road:
         options, started = self.options, time.time()
         dense = self.dense("dense", YOLO("yolov8n.yaml"), options.epochs)
         self.measure("dense", dense, time.time() - started)
-        tuning = {"lr0": 5e-4, "optimizer": "AdamW", "warmup_epochs": 0.0}
+        tuning: dict[str, Any] = {"lr0": 5e-4, "optimizer": "AdamW", "warmup_epochs": 0.0}
         started = time.time()
         longer = YOLO(dense.overrides["model"])
         longer = self.dense("dense_longer", longer, options.tuning_epochs, **tuning)
@@ -102,11 +102,12 @@ class Road:
             dense,
             str(self.data),
             steps=options.steps,
-            settings=ss_pruning.Recovery(flip=False, batch=32),
+            settings=ss_pruning.Recovery(flip=False, batch=32, seed=options.draw),
         )
         self.measure("and recovered, without labels", small, time.time() - started)
         small.save(self.out / "recovered.pt")
         started = time.time()
+        tuning["seed"] = options.draw
         tuned = self.fit(PrunedYOLO(self.out / "recovered.pt"), "pruned", options.tuning_epochs, **tuning)
         self.measure("and trained on, with labels", tuned, time.time() - started)
         tuned.save(self.out / "pruned.pt")
@@ -117,7 +118,8 @@ class Road:
 
     def budget(self, compensation: str) -> dict[str, Any]:
         """How to prune."""
-        return {"macs": self.options.macs, "calibration": str(self.data), "compensation": compensation}
+        images = calibration_images(self.data, SIDE, seed=self.options.draw)
+        return {"macs": self.options.macs, "calibration": images, "compensation": compensation}
 
 
 def main() -> None:
@@ -133,10 +135,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of recovery")
     parser.add_argument("--training", type=int, default=320, help="images")
     parser.add_argument("--validation", type=int, default=128, help="images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the data and the dense network")
+    parser.add_argument("--draw", type=int, default=0, help="seed of all that comes after the dense network")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed + options.draw)
     Road(options.out, options).walk()
 
 

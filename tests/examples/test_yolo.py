@@ -80,14 +80,29 @@ def test_the_page_says_how_far_each_station_is_from_the_dense_one(tmp_path: Path
         {"name": "dense", "map50_95": 0.5, "map50": 0.8, "seconds": 60.0, "params": 2_000_000},
         {"name": "as ONNX", "map50_95": 0.487, "map50": 0.81, "seconds": 0.0},
     ]
+    more = [stations[0], {**stations[1], "map50_95": 0.447, "map50": 0.79}]
     options = {"epochs": 3, "tuning_epochs": 1, "steps": 2, "training": 8, "validation": 4, "one_class": True}
     runs = [
-        {"options": options, "macs": m, "params": 0.4, "max_error": e, "stations": stations}
-        for m, e in ((0.6, 1e-16), (0.3, 3e-16))
+        {
+            "options": {**options, "macs": macs, "draw": draw},
+            "macs": macs,
+            "params": 0.4,
+            "max_error": error,
+            "stations": found,
+        }
+        for macs, draw, error, found in (
+            (0.6, 0, 1e-16, stations),
+            (0.6, 1, 2e-16, more),
+            (0.3, 0, 3e-16, stations),
+        )
     ]
     page = write_page(runs, tmp_path / "page.md").read_text()
     assert page.count("| dense | 50.0 |  | 80.0 | 2.00 M | 60 |") == 2
-    assert page.count("| as ONNX | 48.7 | -1.3 | 81.0 |  |  |") == 2
-    assert "To 60% of the multiply-accumulates, 40% of the parameters" in page
+    assert "| as ONNX | 48.7 | -1.3 | 81.0 |  |  |" in page
+    # 46.7 is the mean of 48.7 and 44.7, which are 4 apart: the deviation is 4 / sqrt(2).
+    assert "| as ONNX | 46.7 ± 2.8 | -3.3 | 80.0 ± 1.4 |  |  |" in page
+    assert "To 60% of the multiply-accumulates, 40% of the parameters, 2 draws" in page
+    assert "To 30% of the multiply-accumulates, 40% of the parameters, one draw" in page
     assert "at most 3e-16" in page
     assert "--steps 2 --training 8 --validation 4 --one-class` for each share" in page
+    assert "--draw 0" not in page
