@@ -26,9 +26,9 @@ A YOLOv8n trained from nothing for {epochs} epochs on {training} photographs of 
 them, pruned, and repaired.{one} mAP is \
 Ultralytics' own, in %, on {validation} images that share neither digits nor backgrounds with those trained on. It is \
 one dense detector, whose training is far from its end: it shows that the road can be walked, not \
-what a YOLO trained on COCO would lose, which has 80 things to find. All after the dense detector was done several \
-times, with draws of calibration images, of recovery's batches and of the order of training of its own: mean ± \
-standard deviation over these draws.
+what a YOLO trained on COCO would lose, which has 80 things to find. What comes after it has draws of its own, of \
+calibration images, of recovery's batches and of the order of training: mean ± standard deviation over them, where \
+there are several.
 """
 
 TABLE = """## To {macs:.0%} of the multiply-accumulates, {params:.0%} of the parameters, {draws}
@@ -37,7 +37,8 @@ TABLE = """## To {macs:.0%} of the multiply-accumulates, {params:.0%} of the par
 NOTES = """
 Calibration: 64 training images without labels. Recovery: {steps} steps on up to 256 of them. Trained on for \
 {tuning_epochs} epochs, as the dense one was for comparison. Cut and masked network differ by at most {max_error:.0e} \
-in float64. Seconds are those of a busy CPU, one thread.
+in float64. Seconds are those of a busy CPU, one thread. These runs were made while detectors had a rate of their own; \
+what recovery brings since one rate serves all was not run through this script.
 
 Made by `python examples/yolo/prune.py {command}` for each share `--macs` and each `--draw`, and \
 `python -m benchmarks.accuracy.yolo_page`. How to do it with yours: [I have a YOLO](yolo_how.md)."""
