@@ -19,8 +19,8 @@ HEADS = ("", "file", "of dense", "time", "of dense", "middle half")
 BOTH = VARIANTS[-1]
 
 
-def make_page(found: dict[str, Any], page: Path = PAGE) -> Path:
-    """Write a table for each net, and where both together are no gain."""
+def make_page(found: dict[str, Any], page: Path = PAGE, programs: dict[str, Any] | None = None) -> Path:
+    """Write a table for each net, where both together are no gain, and torchao's programs beside onnxruntime."""
     nets = found["nets"]
     return write_page(
         page,
@@ -30,6 +30,8 @@ def make_page(found: dict[str, Any], page: Path = PAGE) -> Path:
         nets=[{"name": name, "table": net_table(net), **net} for name, net in nets.items()],
         gains=[gain(name, net) for name, net in nets.items()],
         widths=widths_table(found["widths"]) if "widths" in found else "",
+        programs=programs_table(programs["nets"]) if programs else "",
+        torchao=programs["torchao"] if programs else "",
         versions=made_on(
             [{"versions": found["versions"], "machine": net["machine"]} for net in nets.values()]
         ),
@@ -71,6 +73,39 @@ def widths_table(found: dict[str, Any]) -> str:
     return table(["width", f"multiply-accumulates, of {last}", f"time, of {last}", "middle half"], rows, "r")
 
 
+def programs_table(nets: dict[str, Any]) -> str:
+    """Files of both kinds of the same nets."""
+    heads = [
+        "net",
+        "",
+        "ONNX",
+        ".pt2",
+        "error",
+        "error",
+        "same class",
+        "same class",
+        "time of .pt2",
+        "middle half",
+    ]
+    rows = []
+    for name, net in nets.items():
+        for variant, found in net["variants"].items():
+            kinds = found["onnx"], found["pt2"]
+            low, high = found["of_onnx_spread"]
+            rows.append(
+                [
+                    name if net["trained"] else f"{name} (random weights)",
+                    variant,
+                    *(f"{kind['bytes'] / 1e6:.2f} MB" for kind in kinds),
+                    *(f"{100 * kind['error']:.2f}" for kind in kinds),
+                    *(f"{100 * kind['agreement']:.1f}" for kind in kinds),
+                    TOO_NOISY if crosses_one((low, high)) else f"{found['of_onnx']:.2f}",
+                    f"{low:.2f} to {high:.2f}",
+                ]
+            )
+    return table(heads, rows, "ll")
+
+
 def gain(name: str, net: dict[str, Any]) -> str:
     """Whether both together are smaller and faster than either alone, in words."""
     lines, lacks = net["variants"], []
@@ -86,4 +121,6 @@ def gain(name: str, net: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(make_page(json.loads((RESULTS / "int8.json").read_text())))
+    more = RESULTS / "int8_program.json"
+    programs = json.loads(more.read_text()) if more.is_file() else None
+    print(make_page(json.loads((RESULTS / "int8.json").read_text()), programs=programs))

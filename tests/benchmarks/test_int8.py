@@ -50,6 +50,25 @@ def test_the_page_has_all_figures(tmp_path: Path) -> None:
     assert "| dense | 4.00 MB | 1.00 | 10.0 ms |  |  | 91.0 | 100.0 |" in text
 
 
+def test_programs_stand_beside_files_in_onnx(tmp_path: Path) -> None:
+    kinds = {
+        "onnx": {"bytes": 2_000_000, "error": 0.01, "agreement": 0.98, "seconds": 0.01},
+        "pt2": {"bytes": 2_100_000, "error": 0.012, "agreement": 0.97, "seconds": 0.012},
+    }
+    found = {**kinds, "of_onnx": 1.2, "of_onnx_spread": (1.1, 1.3)}
+    unclear = {**found, "of_onnx_spread": (0.9, 1.3)}
+    nets = {"small": {"trained": False, "variants": {"dense": found, "pruned": unclear}}}
+    page = int8_page.make_page(
+        {"nets": {"small": net()}, "macs": 0.5, "versions": {"torch": "2"}, "onnxruntime": "1"},
+        tmp_path / "int8.md",
+        {"nets": nets, "torchao": "0.18"},
+    ).read_text()
+    row = "| small (random weights) | {} | 2.00 MB | 2.10 MB | 1.00 | 1.20 | 98.0 | 97.0 | {} |"
+    assert row.format("dense", "1.20 | 1.10 to 1.30") in page
+    assert row.format("pruned", f"{TOO_NOISY} | 0.90 to 1.30") in page
+    assert "with torchao 0.18" in page
+
+
 def test_where_both_together_are_no_gain_is_said() -> None:
     found = net(
         pruned={"both_of_this_spread": (0.9, 1.1)}, INT8={"both_of_this_spread": (1.0, 1.2), "bytes": 9}
