@@ -270,7 +270,9 @@ class Exporting(PrunedFile, Weighted):
     """
 
     file: Path = argument("FILE")
-    format: str | None = option(None, OUTPUT, metavar="onnx|openvino|pt2", show_default="by the name of --out")
+    format: str | None = option(
+        None, OUTPUT, metavar="onnx|openvino|pt2", show_default="by the name of --out"
+    )
     int8: bool = option(False, OUTPUT, "--int8", metavar="")
     calibration: str | None = option(None, IMAGES, metavar="synthetic|DIR")
     calibration_images: int | None = option(
