@@ -22,7 +22,7 @@ from ss_pruning.recovery.report import Fidelity, Measured
 from ss_pruning.recovery.training import Training
 
 _KEY = "ss_pruning_recovery"
-_NUMBERS = ("step", "seconds", "best_step", "stopped", "turns")
+_NUMBERS = ("step", "seconds", "best_step", "stopped", "turns", "first_loss")
 
 
 class Checkpoint:

@@ -25,9 +25,9 @@ from ss_pruning.recovery.views import another_view
 MOMENTS, FEWEST, MEASURING = 20, 4, 0.15
 # The rate grows over this share of the training, from a little: Adam's first steps know little of the gradients.
 _WARM, _FIRST = 0.05, 0.002
-#: Steps are too large where the error on held-out images is so many times what it was at first, or in the last
-#: quarter no smaller than it was: training goes back to the best weights, and on with so small a share of the rate.
-TOO_FAR, SLOWER = 5.0, 1 / 4
+#: Steps are too large where a batch's loss, or the error on held-out images, is so many times what it was at first, or
+#: that error in the last quarter no smaller: training goes back to the best weights, with so small a share of the rate.
+LOSS_TOO_FAR, TOO_FAR, SLOWER = 2.0, 5.0, 1 / 4
 #: Trainings of fewer steps have as much less of the rate: their last steps are to be as small beside the first.
 FULL_RATE = 400
 #: Images a step, unless told: fewer than the most, but no fewer than the least, where not as many steps would fit.
@@ -79,6 +79,7 @@ class State:
         weights: The parameters that are trained, by name; those of the model.
         best: The best weights so far.
         best_step: When that was.
+        first_loss: Before the first step; None until then.
         before: Fidelity at first.
         after: Fidelity of the best weights.
         history: Its course.
@@ -93,6 +94,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     best_step: int = 0
+    first_loss: float | None = None
     history: list[Measured] = field(default_factory=list)
     stopped: str | None = None
     turns: int = 0
@@ -170,6 +172,10 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.detach())
+        if state.first_loss is None:
+            state.first_loss = float(loss.detach())
+        elif float(loss.detach()) > LOSS_TOO_FAR * state.first_loss:
+            self._go_back()
 
     def _set_rate(self) -> None:
         """Each tensor moves in proportion to its size at the start, so that one rate suits wide and narrow layers."""
