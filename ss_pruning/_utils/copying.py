@@ -39,7 +39,30 @@ def shell(model: nn.Module) -> nn.Module:
         except RuntimeError:  # it keeps a tensor with a history, such as features for a loss
             return _shell(model, modules, memo | _without_history(model))
     except Exception as error:
-        raise ModelError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
+        raise ModelError(
+            f"the model cannot be copied, because of {_culprit(model)} ({type(error).__name__}: {error}); take that "
+            "off it until it is pruned"
+        ) from error
+
+
+def _culprit(model: nn.Module) -> str:
+    """The module that refuses to be copied by itself, and which of its attributes does."""
+    modules = modules_of(model)
+    known = {id(held): held for held in (*modules.values(), *tensors_of(model).values())}
+    known |= _without_history(model)
+    for path, module in modules.items():
+        if not _copies(module, {key: held for key, held in known.items() if key != id(module)}):
+            names = [name for name, value in vars(module).items() if not _copies(value, known)]
+            return repr(".".join([path, *names[:1]]).strip(".") or type(module).__name__)
+    return f"its {type(model).__name__}"
+
+
+def _copies(thing: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(thing, dict(memo))
+    except Exception:  # whatever a class of the user's raises
+        return False
+    return True
 
 
 def _shell(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:

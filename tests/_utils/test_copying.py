@@ -116,5 +116,20 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.lock = (i for i in range(3))
     with pytest.raises(TypeError):
         copy.deepcopy(model)
-    with pytest.raises(ModelError, match="cannot be copied"):
+    with pytest.raises(ModelError, match=r"cannot be copied, because of 'lock' \(TypeError"):
+        shell(model)
+
+
+class Refusing(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Refusing:
+        raise RuntimeError("no")
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(Tangled(), Refusing(4, 4)))
+    with pytest.raises(ModelError, match=r"because of '1\.1' \(RuntimeError: no\)"):
+        shell(model)
+    model[1][1] = nn.Linear(4, 4)
+    model[1][0].seen = {"rows": (i for i in range(3))}
+    with pytest.raises(ModelError, match=r"because of '1\.0\.seen'"):
         shell(model)
