@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,8 @@ RECIPE = Recipe(epochs=4, rate=0.1, batch=128)
 WITH_ATTENTION = Recipe(
     epochs=12, rate=2e-3, batch=128, weight_decay=0.05, warm_up=0.2, bf16=True, optimiser="adamw"
 )
+#: Nets that take another recipe than the others.
+RECIPES = {"vit6": WITH_ATTENTION, "conv_swin4": replace(WITH_ATTENTION, epochs=6)}
 WEIGHTS = Path("runs")
 Norm = Callable[[int], nn.Module]
 
@@ -205,7 +207,7 @@ SMALL_NETS = CHOOSING | CONFIRMING | ATTENTION_NETS
 
 
 def recipe_of(name: str) -> Recipe:
-    return WITH_ATTENTION if name in ATTENTION_NETS else RECIPE
+    return RECIPES.get(name, RECIPE)
 
 
 def main() -> None:

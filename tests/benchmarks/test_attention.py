@@ -113,13 +113,12 @@ def test_the_page_says_how_far_ours_is_ahead(tmp_path: Path) -> None:
         json.dumps({"vit6": {"recipe": {"epochs": 3}, "cpu_seconds": 600, "parameters": 1000}})
     )
     text = write(lines, tmp_path / "page.md", tmp_path / "trained.json").read_text()
-    assert (
-        "`reconstruct` is 5.5 points ahead of the best of the others (Torch-Pruning, magnitude, global)"
-        in text
-    )
+    assert "`reconstruct` loses 8.0 points. It is 11.0 points ahead of the closed form" in text
+    assert "5.5 points ahead of the best of the others (Torch-Pruning, magnitude, global)" in text
+    assert "The aim was 3 points.\n" in text  # the best of the others is far below the dense net
     assert "72.00 ± 2.00" in text
     assert "3 epochs in 10 CPU-minutes" in text
     (tmp_path / "how.md").write_text("# How\n<!-- attention -->\nold\n<!-- /attention -->\n")
     told = write_summary(lines, tmp_path / "how.md").read_text()
-    assert "| `vit6` | 80.0 |  | 72.0 |  | 66.5 (Torch-Pruning, magnitude, global) |" in told
+    assert "| `vit6` | 50% | 80.0 |  | 72.0 |  | 66.5 (Torch-Pruning, magnitude, global) |" in told
     assert "old" not in told

@@ -104,7 +104,7 @@ def main() -> int:
         point = {"net": net, "macs": macs, "way": way, "seed": seed, "split": options.split}
         if key(point) in done or (seed and not WAYS[way].draws):
             continue
-        tested = scored(options.split, train, options.data, seed)
+        tested = draw(scored(options.split, train, options.data, seed), options.images, seed=0)
         if net not in models or options.split == "train":
             model = load_net(net, options.data, options.weights)
             models[net] = model, top1(model, tested)
@@ -132,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of images")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="images to measure on")
+    parser.add_argument("--images", type=int, default=4000, help="measure on so many, from a fixed shuffle")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--weights", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=PATH)

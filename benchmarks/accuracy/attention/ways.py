@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.common import RESULTS
 
 PATH = RESULTS / "attention.jsonl"
-BUDGETS = (0.7, 0.5)
+BUDGETS = (0.7, 0.5, 0.3)
 #: Of recovery.
-STEPS = 1000
+STEPS = 500
 Line = dict[str, Any]
 
 
