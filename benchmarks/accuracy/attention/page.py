@@ -81,7 +81,8 @@ def _section(net: str, lines: Sequence[Line], trained: dict[str, Any]) -> dict[s
         "minutes": trained["cpu_seconds"] / 60,
         "parameters": trained["parameters"],
         "table": table(
-            ["", *head, "parameters left", "heads left", "s"], [_row(way, lines) for way in WAYS], align="l"
+            ["", *head, "parameters left", "heads left", "s"],
+            [_row(way, lines) for way in WAYS if any(line["way"] == way for line in lines)],
         ),
         "leads": [lead for macs in BUDGETS if (lead := _lead(lines, macs)) is not None],
         "draws": max(line["seed"] for line in lines) + 1,
