@@ -99,7 +99,7 @@ def _outputs(model: nn.Module, example_inputs: Any, which: str) -> _Shapes:
     except Exception as error:
         raise InputError(
             f"the {which} model does not run on these images ({type(error).__name__}: {error}); give images of the "
-            "size, type and device that it takes"
+            "size, type and device that it takes, and example_inputs= where it takes just so many at once"
         ) from error
     outermost = {id(output): path for path, output in returned.items()}
     return {p: output.shape for p, output in returned.items() if calls[p] == 1 and outermost[id(output)] == p}

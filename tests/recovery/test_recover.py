@@ -484,6 +484,29 @@ class Built(nn.Module):
         return scores
 
 
+class Pairs(nn.Module):
+    """Takes two images at once, and no other number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Detector().body
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.body(x.view(2, 3, 12, 12))
+        return maps.mean((2, 3))
+
+
+def test_a_model_of_one_batch_size_needs_examples() -> None:
+    model, x = Pairs().eval(), torch.randn(13, 3, 12, 12)
+    dense = copy.deepcopy(model)
+    prune_(model, x[:2], ratio=0.4)
+    with pytest.raises(InputError, match="example_inputs= where it takes just so many at once"):
+        recover_(model, dense, x, steps=1)
+    report = recover_(model, dense, x, example_inputs=x[:2], steps=6)
+    assert report.images + report.held_out == 12
+    assert report.after.error <= report.before.error
+
+
 def test_what_is_made_in_the_first_pass_is_refused() -> None:
     model, x = Built().eval(), torch.randn(8, 3, 8, 8)
     dense = copy.deepcopy(model)
