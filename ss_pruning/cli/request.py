@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -181,7 +181,7 @@ class Method:
     """
 
     importance: str = option(SYNAPTIC, CRITERION)
-    compensation: Literal["none", "mean", "linear", "reconstruct"] = option("none", COMPENSATION)
+    compensation: config.Method = option("none", COMPENSATION)
     recalibrate: bool | None = option(
         None, COMPENSATION, "--recalibrate/--no-recalibrate", show_default="with mean and linear", metavar=""
     )
