@@ -117,8 +117,8 @@ def by_sensitivity(
         scores: By group and subgroup, one score a channel set; those with an infinite one stay.
         images: Calibration inputs.
         shrinking: How groups are going to shrink.
-        known: Statistics of what layers read, with covariances, if they are at hand; else they are measured on the
-            images that output error is not measured on.
+        known: Statistics of what layers read, with covariances, if they are at hand: of images that output error is
+            not measured on, see `set_aside`; else they are measured on those.
 
     Returns:
         By group and subgroup, the output error of each channel set as a share of the output's variance.
@@ -132,7 +132,7 @@ def by_sensitivity(
     model, connectivity, groups = traced.model, traced.connectivity, traced.coupling.groups
     consumers = dict.fromkeys(path for group in groups for path in _consumers(group, connectivity))
     effort = shrinking.effort or effort_for(shrinking.method, images)
-    held, others = _held_out(images, effort.images)
+    held, others = set_aside(images, effort.images)
     with preserved(model, training=False), torch.no_grad():
         statistics = known or {}
         if not consumers.keys() <= statistics.keys():
@@ -182,7 +182,7 @@ def _check(images: Batch) -> None:
         )
 
 
-def _held_out(images: Any, count: int) -> tuple[Batch, Batch]:
+def set_aside(images: Any, count: int) -> tuple[Batch, Batch]:
     """Images to measure on and the others, on which the regressions are fitted: few rows explain themselves."""
     batch = Batch.of(images)
     units = len(batch) // batch.unit

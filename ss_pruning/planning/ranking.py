@@ -10,14 +10,14 @@ import numpy as np
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock
-from ss_pruning.config import METHODS, Config, Reconstruct, Synaptic
+from ss_pruning.config import METHODS, Config, Method, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
-from ss_pruning.importance.sensitivity import Effort, Scores, Shrinking, by_sensitivity
+from ss_pruning.importance.sensitivity import Effort, Scores, Shrinking, by_sensitivity, effort_for, set_aside
 from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot, divided
 from ss_pruning.planning.costs import Costs
@@ -99,7 +99,7 @@ class Ranker:
         scorer = self._synaptic(importance)
         if importance.statistics != "data" or self.images is None:
             return self._scored(traced, scorer)
-        key = key_of(traced, self.images.inputs, (), importance)
+        key = key_of(traced, self._seen_by(importance, self.images).inputs, (), importance)
         shapes = [[np.empty(s.size) for s in group.subgroups] for group in traced.coupling.groups]
         return remembered(key, lambda: self._scored(traced, scorer), shapes)
 
@@ -118,11 +118,31 @@ class Ranker:
             if statistics == "data":
                 if self.images is None:
                     raise InputError("statistics='data' needs calibration=, inputs to measure variances on")
-                statistics = self.images.split(BATCH)
+                statistics = self._seen_by(options, self.images).split(BATCH)
             self._importances[options] = SynapticImportance(
                 statistics, score=options.score or "share", conditional=options.conditional or 0.0
             )
         return self._importances[options]
+
+    def _seen_by(self, options: Synaptic, images: Batch) -> Batch:
+        """What an importance takes its statistics of: where sensitivity is told by them, not what that is measured on.
+
+        A wide layer with few positions explains what it has seen, and would seem to lose little.
+        """
+        if not self._shares(options):
+            return images
+        return set_aside(images, (self.effort or effort_for(self._method, images)).images)[1]
+
+    def _shares(self, options: Synaptic) -> bool:
+        """Whether sensitivity takes the covariances of an importance: of so many images that a few less are as good."""
+        enough = self.images is not None and len(self.images) >= BATCH
+        return enough and (options.conditional or 0.0) > 0
+
+    @property
+    def _method(self) -> Method:
+        """How the cut will be compensated; what one of the user's own makes up for is not known."""
+        method = self.config.compensation.method
+        return method if method in METHODS else "none"
 
     def _by_sensitivity(self, traced: TracedModel, config: Config) -> Scores:
         """In the order of the scores within a layer."""
@@ -136,9 +156,7 @@ class Ranker:
         def taken(scores: Scores) -> Ints:
             return allot(traced.coupling.groups, scores, self.costs, config)[1]
 
-        method = config.compensation.method
-        if method not in METHODS:  # what one of the user's own makes up for is not known
-            method = "none"
+        method = self._method
 
         def measure() -> Scores:
             shrinking = Shrinking(
@@ -174,10 +192,11 @@ class Ranker:
         return [divided(rival, costs, exponent - power) for exponent in EXPONENTS for rival in rivals]
 
     def _known(self, importance: Any) -> Mapping[str, ActivationStatistics] | None:
-        """What the importance has measured with covariances, on so many images that a few make no difference."""
-        made = self._importances.get(importance) if isinstance(importance, Synaptic) else None
-        enough = self.images is not None and len(self.images) >= BATCH
-        return made.known if enough and made is not None and made.conditional > 0 else None
+        """The covariances that the importance has measured, if it shares them."""
+        if not isinstance(importance, Synaptic) or not self._shares(importance):
+            return None
+        made = self._importances.get(importance)
+        return None if made is None else made.known
 
     def _key(self, traced: TracedModel, config: Config, scores: Scores) -> str | None:
         """What sensitivities are kept under; none where they depend on times, which are never the same twice."""

@@ -27,6 +27,7 @@ from ss_pruning.config import (
     Config,
     FoldMean,
     Method,
+    Reconstruct,
 )
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.connectivity import Connectivity
@@ -42,7 +43,6 @@ from ss_pruning.importance.sensitivity import (
     THOROUGH,
     Scores,
     Shrinking,
-    _held_out,
     _hull,
     _joined,
     _measured,
@@ -50,6 +50,7 @@ from ss_pruning.importance.sensitivity import (
     _shrinkage,
     added_by,
     by_sensitivity,
+    set_aside,
 )
 from ss_pruning.importance.shared_prefix import Prefix
 from ss_pruning.importance.synaptic import SynapticImportance as Synaptic
@@ -342,7 +343,7 @@ def test_of_two_measurements_and_their_sum_the_one_whose_cut_loses_least_is_take
     assert told[-1] == (2 * len(scores), 2 * len(scores))
     assert sorted(told) == told
     assert not any(done for done, _ in steps[: len(steps) - len(told)])
-    held, others = _held_out(x, THOROUGH.images)
+    held, others = set_aside(x, THOROUGH.images)
     paths = [path for path, layer in connectivity.layers.items() if layer.kind == "synaptic"]
     statistics = measure(model, connectivity, others.split(BATCH), None, paths, covariance=True)
     ablation = BatchedAblation(model, connectivity, held, statistics, method)
@@ -550,6 +551,39 @@ def test_a_model_whose_images_see_each_other_is_told_why() -> None:
     assert "depends on the others in its batch" in (report.sensitivity_not_measured or "")
 
 
+@pytest.mark.parametrize("count", [80, 40])
+def test_what_sensitivity_is_told_has_not_seen_what_it_is_measured_on(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The covariance of what the last layer reads, from the images left over, by its definition."""
+    model, x = chain(), images(count)
+    traced, config = (
+        TracedModel.of(model, images(1)),
+        Config(Budget("macs", 0.7), Allocation(), Reconstruct()),
+    )
+    ranker = Ranker(traced, config, Costs(traced), Batch.of(x), Clock(lambda *_: None))
+    told: list[Any] = []
+
+    def listen(_: TracedModel, scores: Scores, on: Batch, __: Shrinking, known: Any) -> Scores:
+        told.append(known)
+        assert len(on) == count
+        return scores
+
+    monkeypatch.setattr("ss_pruning.planning.ranking.by_sensitivity", listen)
+    ranker.ranked(traced.coupling)
+
+    (known,) = told
+    if count < 64:  # all are wanted for the scores
+        assert known is None
+        return
+    chosen = torch.linspace(0, count - 1, 8).long()
+    left = x[[n for n in range(count) if n not in chosen.tolist()]]
+    with torch.no_grad():
+        read = model[:-1](left).double().numpy()
+    assert len(left) == count - 8
+    assert known["10"].covariance.numpy() == pytest.approx(np.cov(read.T, bias=True), rel=1e-4, abs=1e-7)
+
+
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -657,7 +691,7 @@ def test_that_is_taken_whose_cut_loses_least(monkeypatch: pytest.MonkeyPatch) ->
 
 def _whole(traced: TracedModel, scores: Scores, x: Tensor, steps: Ints) -> float:
     """What a cut loses on the images that are measured on, with channels set to zero where they are read."""
-    held, _ = _held_out(x, THOROUGH.images)
+    held, _ = set_aside(x, THOROUGH.images)
     model = copy.deepcopy(traced.model)
     for group, subgroups, count in zip(traced.coupling.groups, scores, steps.tolist(), strict=True):
         for key, channels in pruned_of(group, ranks_of(subgroups), count).items():
@@ -856,10 +890,10 @@ def test_few_rows_do_not_explain_a_wide_layer() -> None:
 
 def test_what_is_measured_on_is_not_what_is_fitted_on() -> None:
     x = torch.arange(20.0)[:, None]
-    held, others = _held_out(x, 16)
+    held, others = set_aside(x, 16)
     assert sorted(torch.cat([held.inputs, others.inputs]).flatten().tolist()) == x.flatten().tolist()
     assert (len(held), len(others)) == (10, 10)
-    assert [len(part) for part in _held_out(torch.zeros(100, 1), 16)] == [16, 84]
+    assert [len(part) for part in set_aside(torch.zeros(100, 1), 16)] == [16, 84]
 
 
 def test_a_covariance_that_rounding_left_indefinite_still_has_an_inverse() -> None:
