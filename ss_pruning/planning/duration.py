@@ -108,10 +108,14 @@ class Duration:
         Statistics and fits are of `fitted` inputs, of noise if that is 0; on those held out models are compared.
         """
         sensitivity = self.config.allocation.scope == "sensitivity"
-        known = self._is_known(fitted)
+        left = (
+            fitted - effort.images
+        )  # as `Ranker` leaves them to scores that sensitivity takes covariances of
+        ordered = self._is_ordered(fitted)
+        shared = ordered and sensitivity and left >= BATCH
         return {
-            "score": self._scored(fitted, known) + held_out * self.rates.one,
-            "measure": self._measured(effort, fitted, known) if sensitivity else 0.0,
+            "score": self._scored(left if shared else fitted, ordered) + held_out * self.rates.one,
+            "measure": self._measured(effort, fitted, shared) if sensitivity else 0.0,
             "verify": _VERIFIED * self.rates.one * max(len(Batch.of(self.traced.example_inputs)), 1),
             "cut": self._cut(fitted) + self._compared(held_out),
         }
@@ -122,8 +126,8 @@ class Duration:
         budget = self.config.budget
         return (1 - budget.value) ** 2 if budget.kind == "ratio" else budget.value
 
-    def _is_known(self, fitted: int) -> bool:
-        """Whether scores bring the covariances that sensitivity needs."""
+    def _is_ordered(self, fitted: int) -> bool:
+        """Whether scores need covariances: of channels, each counts for what stronger ones do not tell."""
         importance = self.config.importance
         return bool(fitted and isinstance(importance, Synaptic) and (importance.conditional or 0.0) > 0)
 

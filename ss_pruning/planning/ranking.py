@@ -129,14 +129,16 @@ class Ranker:
 
         A wide layer with few positions explains what it has seen, and would seem to lose little.
         """
-        if not self._shares(options):
-            return images
+        return self._left_over(images) if self._shares(options) else images
+
+    def _left_over(self, images: Batch) -> Batch:
         return set_aside(images, (self.effort or effort_for(self._method, images)).images)[1]
 
     def _shares(self, options: Synaptic) -> bool:
         """Whether sensitivity takes the covariances of an importance: of so many images that a few less are as good."""
-        enough = self.images is not None and len(self.images) >= BATCH
-        return enough and (options.conditional or 0.0) > 0
+        if self.images is None or self.config.allocation.scope not in (None, "sensitivity"):
+            return False
+        return (options.conditional or 0.0) > 0 and len(self._left_over(self.images)) >= BATCH
 
     @property
     def _method(self) -> Method:

@@ -551,7 +551,7 @@ def test_a_model_whose_images_see_each_other_is_told_why() -> None:
     assert "depends on the others in its batch" in (report.sensitivity_not_measured or "")
 
 
-@pytest.mark.parametrize("count", [80, 40])
+@pytest.mark.parametrize("count", [80, 70])
 def test_what_sensitivity_is_told_has_not_seen_what_it_is_measured_on(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +573,7 @@ def test_what_sensitivity_is_told_has_not_seen_what_it_is_measured_on(
     ranker.ranked(traced.coupling)
 
     (known,) = told
-    if count < 64:  # all are wanted for the scores
+    if count - 8 < 64:  # all are wanted for the scores
         assert known is None
         return
     chosen = torch.linspace(0, count - 1, 8).long()
@@ -911,7 +911,7 @@ def test_it_is_measured_beside_other_cuts_where_no_layer_behind_takes_back(
     compensation: Any, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[float, float]] = []
-    monkeypatch.setattr("ss_pruning.planning.ranking.step", lambda *at: steps.append(at))
+    monkeypatch.setattr("ss_pruning.importance.sensitivity.step", lambda *at: steps.append(at))
     prune_(chain(), images(1), macs=0.7, compensation=compensation, calibration=images())
     assert steps[-1] == (3 * times, 3 * times)  # three layers whose channels may go
 
