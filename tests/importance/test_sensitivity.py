@@ -1095,7 +1095,7 @@ def test_statistics_that_the_importance_has_measured_are_not_measured_again(
         raise AssertionError("measured again")
 
     monkeypatch.setattr("ss_pruning.importance.sensitivity.measure", fail)
-    x = images(80)  # a fifth is held out
+    x = images(100)  # a fifth is held out, and 8 are set aside
     report = prune_(chain(), x[:1], macs=0.7, compensation="reconstruct", calibration=x)
     assert report.settings["scope"] == "sensitivity"
     with pytest.raises(AssertionError, match="measured again"):  # few images say little of themselves
