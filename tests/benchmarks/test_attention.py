@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 from benchmarks.accuracy.attention import closed_form
 from benchmarks.accuracy.attention.closed_form import Moments, narrow_attention, predicted, prune_uniformly
 from benchmarks.accuracy.attention.page import write, write_summary
+from benchmarks.accuracy.attention.ways import OutOfReachError
 from benchmarks.data.attention_nets import ATTENTION_NETS, ConvSwin, vit
 from ss_pruning.profiling.macs import count_macs
 
@@ -75,6 +76,11 @@ def test_the_budget_is_met(name: str, values: bool) -> None:
     small = prune_uniformly(model, 0.5, x, values)
     assert 0.46 < count_macs(small, x[:1])[0] / dense <= 0.5
     assert count_macs(model, x[:1])[0] == dense
+
+
+def test_a_budget_below_what_stays_is_out_of_reach() -> None:
+    with pytest.raises(OutOfReachError, match="5% of the multiply-accumulates"):
+        prune_uniformly(vit(24, 3, 1), 0.05, torch.randn(4, 3, 32, 32))
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters:UserWarning")

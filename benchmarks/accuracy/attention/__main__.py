@@ -27,7 +27,7 @@ import ss_pruning
 from benchmarks.accuracy.attention import page
 from benchmarks.accuracy.attention.closed_form import prune_uniformly
 from benchmarks.accuracy.attention.magnitude import prune_by_magnitude
-from benchmarks.accuracy.attention.ways import BUDGETS, PATH, STEPS, WAYS, Line, key
+from benchmarks.accuracy.attention.ways import BUDGETS, PATH, STEPS, WAYS, Line, OutOfReachError, key
 from benchmarks.accuracy.recovery import scored
 from benchmarks.common import DATA, add_line, read_lines, versions
 from benchmarks.data.attention_nets import ATTENTION_NETS
@@ -109,7 +109,11 @@ def main() -> int:
             model = load_net(net, options.data, options.weights)
             models[net] = model, top1(model, tested)
         model, dense = models[net]
-        small, found = run(model, macs, way, as_input(draw(train, IMAGES, seed)[0]), seed)
+        try:
+            small, found = run(model, macs, way, as_input(draw(train, IMAGES, seed)[0]), seed)
+        except OutOfReachError as error:
+            print(f"{net}, {way}: {error}", flush=True)
+            continue
         line = {**point, "top1": top1(small, tested), "dense": dense, **found, "images": len(tested[1])}
         line |= {"machine": machine(torch.device("cpu")), "versions": versions()}
         add_line(line, options.results)

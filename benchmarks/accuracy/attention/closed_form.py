@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from benchmarks.accuracy.attention.ways import OutOfReachError
 from ss_pruning.profiling.macs import count_macs
 
 #: As a share of the mean diagonal.
@@ -95,7 +96,7 @@ def prune_uniformly(model: nn.Module, macs: float, images: Tensor, values: bool 
         values: Whether dimensions of values go, too.
 
     Raises:
-        ValueError: Even without what may go it multiplies more.
+        OutOfReachError: Even without what may go it multiplies more.
     """
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -110,7 +111,7 @@ def prune_uniformly(model: nn.Module, macs: float, images: Tensor, values: bool 
             else:
                 low = sparsity
     if best is None:
-        raise ValueError(f"{macs:.0%} of the multiply-accumulates cannot be reached")
+        raise OutOfReachError(f"{macs:.0%} of the multiply-accumulates cannot be reached")
     return best
 
 

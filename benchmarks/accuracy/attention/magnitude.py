@@ -12,6 +12,7 @@ import torch_pruning as tp
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
+from benchmarks.accuracy.attention.ways import OutOfReachError
 from benchmarks.coverage.heads_by_torch_pruning import prune
 from ss_pruning.graph.layers import width
 from ss_pruning.profiling.macs import count_macs
@@ -31,13 +32,13 @@ def prune_by_magnitude(model: nn.Module, macs: float, x: Tensor, everywhere: boo
         everywhere: Rank all channels together ("global pruning"); else each layer loses the same share.
 
     Raises:
-        ValueError: No ratio meets the budget.
+        OutOfReachError: No ratio meets the budget.
     """
     goal = macs * count_macs(model, x)[0]
     tried = [_cut(model, x, ratio, everywhere) for ratio in _RATIOS]
     within = [(count, small) for small in tried if (count := count_macs(small, x)[0]) <= goal]
     if not within:
-        raise ValueError(f"{macs:.0%} of the multiply-accumulates cannot be reached")
+        raise OutOfReachError(f"{macs:.0%} of the multiply-accumulates cannot be reached")
     return max(within, key=lambda pair: pair[0])[1]
 
 

@@ -14,6 +14,10 @@ STEPS = 500
 Line = dict[str, Any]
 
 
+class OutOfReachError(ValueError):
+    """Even without all that may go, more is left than the budget."""
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to make a net smaller.
