@@ -49,6 +49,7 @@ def write_summary(lines: Sequence[Line], page: Path = DOCS / "transformers.md") 
         "net",
         "MACs kept",
         "dense",
+        "no images",
         "`mean`, no images",
         "`reconstruct`",
         "then `recover_`",
@@ -65,7 +66,8 @@ def _at(lines: Sequence[Line], net: str, macs: float) -> list[Line]:
 def _summary(net: str, macs: float, lines: Sequence[Line]) -> list[str]:
     means = _means(lines, macs)
     best = _best_of_others(means)
-    values = (f"{means[way]:.1f}" if way in means else "" for way in ("mean", "reconstruct", "recovered"))
+    shown = ("none", "mean", "reconstruct", "recovered")
+    values = (f"{means[way]:.1f}" if way in means else "" for way in shown)
     rival = f"{means[best]:.1f} ({WAYS[best].title})" if best else ""
     return [f"`{net}`", f"{macs:.0%}", f"{mean(line['dense'] for line in lines):.1f}", *values, rival]
 
