@@ -172,6 +172,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.detach())
+        if len(batch) < LEAST:  # losses of a few images differ by more than that anyway
+            return
         if state.first_loss is None:
             state.first_loss = float(loss.detach())
         elif float(loss.detach()) > LOSS_TOO_FAR * state.first_loss:

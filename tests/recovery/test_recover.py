@@ -404,6 +404,14 @@ def test_a_loss_that_has_doubled_ends_a_road_at_once(
     assert (training.state.turns, same_again) == (turns, bool(turns))
 
 
+def test_batches_of_a_few_images_do_not_end_a_road(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
+    """Images that are hard are no steps that were too large: the rate came down to nothing."""
+    model = copy.deepcopy(nets[1])
+    report = recover_(model, nets[0], images, steps=60, settings=Recovery(batch=2, rate=0.01))
+    assert not any("too large" in note for note in report.notes)
+    assert report.after.error < 0.7 * report.before.error
+
+
 def test_after_compaction(nets: tuple[nn.Module, nn.Module], images: Tensor) -> None:
     """Kernels pruned without repair, their channels cut: what is gone is what recovery makes up for."""
     dense, model = nets[0], copy.deepcopy(nets[0])
