@@ -218,7 +218,10 @@ class NoCompensation(Compensation):
 
 @dataclass(frozen=True)
 class FoldMean(Compensation):
-    """Means of removed channels go into biases; needs no data. See `ss_pruning.compensation.folding`."""
+    """Means of removed channels go into biases; without data those that batch norms tell.
+
+    See `ss_pruning.compensation.folding`.
+    """
 
     recalibrate: bool = True
     method: ClassVar[Method] = "mean"

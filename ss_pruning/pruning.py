@@ -71,7 +71,7 @@ def prune_(
             "magnitude", "magnitude-l1", "bn-scale", "lamp", "fpgm", "random", or one of your own, see
             `ss_pruning.register_importance`. By default synaptic strength with the score and the statistics that suit
             compensation and scope.
-        compensation: Move what removed channels carried onto what stays: "mean" (needs no data), "linear" or
+        compensation: Move what removed channels carried onto what stays: "mean" (batch norms will do), "linear" or
             "reconstruct", or one of `ss_pruning.config` with settings of its own, such as
             `FoldMean(recalibrate=False)`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs, to measure sensitivity on and to compensate by: a tensor, or an iterable of

@@ -2,7 +2,8 @@
 
 Three methods, each for any importance:
 
-* **mean**: what a removed channel carries on average becomes part of the consumer's bias. No data needed.
+* **mean**: what a removed channel carries on average becomes part of the consumer's bias. No data needed where a batch
+  norm tells it; without data, other channels are left alone unless they always put out the same.
 * **linear**: removed channels are regressed on the kept ones over calibration pixels, `x_r ~ A x_k + b`, and folded:
   `W[:, k] += W[:, r] A`. Exact if the removed channels are linear in the kept ones.
 * **reconstruct**: see `ss_pruning.compensation.reconstruction`.
@@ -29,7 +30,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.compensation.normal_equations import is_weighted_sum
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import groups_of, is_depthwise, layer_type_of
+from ss_pruning.graph.layers import groups_of, has_statistics, is_depthwise, layer_type_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
 from ss_pruning.importance.calibration import BATCH, Batch
@@ -41,6 +42,10 @@ from ss_pruning.surgery.plan import Plan
 REGISTERED = "only layers of torch's types are compensated, not registered ones"
 NO_WEIGHTED_SUM = "its output is not its weight times what it reads, plus a bias"
 IDLE = "it does not run on the calibration inputs"
+UNKNOWN_MEANS = "no batch norm tells the mean of what it lost; give calibration images, or 'synthetic' ones"
+
+# Of a channel that always puts out the same, the variance is this share of its squared mean at most.
+_CONSTANT = 1e-9
 
 
 @dataclass
@@ -93,17 +98,22 @@ def _fold_(
     statistics = measure(
         traced.model, traced.connectivity, source, inputs, list(consumers), covariance=linear
     )
+    guessed = _not_told(traced) if source == "gaussian" else frozenset()
     kept_outputs = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
     for path, cut in consumers.items():
         module, seen, kept_out = traced.modules[path], statistics[path], kept_outputs.get(path)
         if seen.mean is None:
             outcome.skipped[path] = IDLE
             continue
+        mean = _constants(seen.mean, seen.variance) if path in guessed else seen.mean
+        if path in guessed and not bool(mean[list(cut.removed)].any()):
+            outcome.skipped[path] = UNKNOWN_MEANS
+            continue
         inverse = seen.covariance if cut.removed else None
         if inverse is not None:
             inverse = precision(inverse, groups_of(module), seen.rows)
         kept, removed = (torch.tensor(side, dtype=torch.long) for side in (cut.kept, cut.removed))
-        predicted = Predicted.of(seen.mean, inverse, kept, removed)
+        predicted = Predicted.of(mean, inverse, kept, removed)
         if predicted.slope is not None:
             _add_inputs(pruned.get_submodule(path), module, predicted, kept_out)
         constant = predicted.constants()
@@ -113,6 +123,23 @@ def _fold_(
         if _is_padded(module) and bool(constant.ne(0).any()):
             outcome.inexact.append(path)
     return outcome
+
+
+def _not_told(traced: TracedModel) -> frozenset[str]:
+    """The layers that read channels of a group without a batch norm: their means on noise are a guess."""
+    subgroups = [subgroup for group in traced.coupling.groups for subgroup in group.subgroups]
+    return frozenset(
+        member.path
+        for subgroup in subgroups
+        if not any(m.side == "through" and has_statistics(traced.modules[m.path]) for m in subgroup.members)
+        for member in subgroup.members
+        if member.side == "in"
+    )
+
+
+def _constants(mean: Tensor, variance: Tensor) -> Tensor:
+    """What is known of means without any image: those of channels that always put out the same; 0 for others."""
+    return mean.where(variance <= _CONSTANT * mean.square(), 0.0)
 
 
 def _consumers(traced: TracedModel, plan: Plan, outcome: Outcome) -> dict[str, Cut]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,41 @@ def test_masks_may_hold_infinity_where_the_example_does(method: str) -> None:
     )
     assert report.fidelity is None or report.fidelity.error < 1
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+class TestWithoutImagesAndBatchNorms:
+    """Means on noise are a guess where no batch norm tells them."""
+
+    def model(self, norm: Any) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(216, 4)
+        ).eval()
+
+    @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.GroupNorm(1, 8)])
+    def test_the_cut_stays_a_plain_one(self, norm: Any) -> None:
+        model, x = self.model(norm), torch.randn(1, 3, 8, 8)
+        plain, folded = copy.deepcopy(model), copy.deepcopy(model)
+        prune_(plain, x, ratio=0.5, importance="magnitude")
+        report = prune_(folded, x, ratio=0.5, importance="magnitude", compensation="mean")
+        assert report.not_compensated["3"].startswith("no batch norm tells")
+        assert torch.equal(plain(x), folded(x))
+
+    def test_what_always_puts_out_the_same_is_known(self) -> None:
+        """Dead channels go without a trace, as in pruned models."""
+        model, x = self.model(nn.Identity), torch.randn(5, 3, 8, 8)
+        with torch.no_grad():
+            model[0].weight[:4] = 0.0
+            model[0].bias[:4] = torch.arange(1.0, 5.0)
+            wanted = model(x)
+            prune_(model, x[:1], ratio=0.5, importance="magnitude", compensation="mean", ignore=["3"])
+            assert model[0].out_channels == 4
+            torch.testing.assert_close(model(x), wanted)
+
+    def test_a_batch_norm_tells(self) -> None:
+        model, x = self.model(lambda: nn.BatchNorm2d(8)), torch.randn(1, 3, 8, 8)
+        plain, folded = copy.deepcopy(model), copy.deepcopy(model)
+        prune_(plain, x, ratio=0.5, importance="magnitude")
+        report = prune_(folded, x, ratio=0.5, importance="magnitude", compensation="mean")
+        assert "3" not in report.not_compensated
+        assert not torch.allclose(plain(x), folded(x))
