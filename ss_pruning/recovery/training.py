@@ -122,7 +122,7 @@ class Training:
         self.measurements = length.measurements(time.perf_counter() - begin)
         self.state = State(weights, _copies(weights), fidelity, fidelity)
         self.losses: list[Tensor] = []
-        #: Images a step; None before the first, which has the fewest and tells how many there is time for.
+        #: Images a step; None before a step of the fewest has told how many there is time for.
         self.batch = settings.batch or (MOST if length.seconds is None else None)
         self.sizes = list(map(_size, weights.values()))
         groups = [{"params": [weight]} for weight in weights.values()]
@@ -138,19 +138,23 @@ class Training:
         state, begin = self.state, time.perf_counter() - self.state.seconds
         if state.stopped is None:
             self._end()
+        warm = False  # the first step takes longer, on a GPU above all
         while state.stopped is None:
-            moment, since = (
-                int(self.measurements * self.length.done(state.step, state.seconds)),
-                time.perf_counter(),
-            )
+            moment, since = self._moment(), time.perf_counter()
             self._step()
             state.step += 1
             state.seconds = time.perf_counter() - begin
-            self.batch = self.batch or self.length.batch(time.perf_counter() - since)
+            if warm:
+                self.batch = self.batch or self.length.batch(time.perf_counter() - since)
+            warm = True
             at_step(state)
-            if int(self.measurements * self.length.done(state.step, state.seconds)) > moment:
+            if self._moment() > moment:
                 self._measure()
                 at_moment(state)
+
+    def _moment(self) -> int:
+        """How many measurements are due by now."""
+        return int(self.measurements * self.length.done(self.state.step, self.state.seconds))
 
     def _step(self) -> None:
         state, settings = self.state, self.settings

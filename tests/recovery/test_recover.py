@@ -336,7 +336,7 @@ def test_short_of_time_steps_are_of_few_images(
 
     monkeypatch.setattr(Training, "_drawn", drawn)
     recover_(copy.deepcopy(nets[1]), nets[0], images, minutes=0.01)
-    assert counts[0] == 8
+    assert counts[:2] == [8, 8]
     assert max(counts) < 64
     counts.clear()
     recover_(copy.deepcopy(nets[1]), nets[0], images, minutes=0.01, settings=Recovery(batch=24))
