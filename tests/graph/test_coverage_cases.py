@@ -190,7 +190,7 @@ def test_a_plan_that_does_not_run_costs_no_pass_with_data(monkeypatch: pytest.Mo
     passes.clear()
     prune_(model, x, ratio=0.5, allocation="local")
     assert passes.count("meta") >= 4
-    assert passes.count("cpu") < 14  # three of them to estimate the time, one to count what attention computes
+    assert passes.count("cpu") < 14  # three estimate the time, one counts attention
 
 
 class Peeking(Hybrid):
