@@ -108,9 +108,8 @@ class Duration:
         Statistics and fits are of `fitted` inputs, of noise if that is 0; on those held out models are compared.
         """
         sensitivity = self.config.allocation.scope == "sensitivity"
-        left = (
-            fitted - effort.images
-        )  # as `Ranker` leaves them to scores that sensitivity takes covariances of
+        # As `Ranker` leaves them to scores that sensitivity takes covariances of.
+        left = fitted - effort.images
         ordered = self._is_ordered(fitted)
         shared = ordered and sensitivity and left >= BATCH
         return {

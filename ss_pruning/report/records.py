@@ -257,6 +257,9 @@ class Report:
             return "The cut model was not compared with the masked one."
         method = self.settings.get("compensation", "none")
         after = "" if method == "none" else f" Then the remaining weights were compensated ({method})."
+        if self.not_compensated:
+            reasons = "; ".join(dict.fromkeys(self.not_compensated.values()))
+            after += f" Layers not compensated, of those that lost inputs: {len(self.not_compensated)} ({reasons})."
         if self.compensation_dropped:
             after = f" The cut alone is nearer to the dense model than with {method}, which was left out."
         elif self.settings.get("recalibrate"):

@@ -409,6 +409,7 @@ class TestWithoutImagesAndBatchNorms:
         prune_(plain, x, ratio=0.5, importance="magnitude")
         report = prune_(folded, x, ratio=0.5, importance="magnitude", compensation="mean")
         assert report.not_compensated["3"].startswith("no batch norm tells")
+        assert "lost inputs: 2 (no batch norm tells" in report.verification()
         assert torch.equal(plain(x), folded(x))
 
     def test_what_always_puts_out_the_same_is_known(self) -> None:

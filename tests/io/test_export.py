@@ -21,7 +21,7 @@ from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.io.export import export
 from ss_pruning.io.writers import WRITERS
 from tests.support.snapshot import snapshot
-from tests.support.zoo import randomise
+from tests.support.zoo import Branches, randomise
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'ss-pruning[onnx]'")
@@ -148,18 +148,6 @@ def test_a_file_that_computes_something_else_is_not_kept(
         export(pruned(Tiny, X), files[-1], X)
     assert sorted(tmp_path.iterdir()) == files
     assert [file.read_bytes() for file in files] == [b"an older file"] * len(files)
-
-
-class Branches(nn.Module):
-    """Decides by what it sees, which no exporter can follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x) if x.sum() > 0 else -self.conv(x)
-        return y
 
 
 class OneImage(nn.Module):

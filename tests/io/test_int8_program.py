@@ -17,7 +17,7 @@ from ss_pruning.errors import InputError, ModelError
 from ss_pruning.io.export import export
 from ss_pruning.io.int8 import export_int8
 from tests.support.snapshot import snapshot
-from tests.support.zoo import randomise
+from tests.support.zoo import Branches, randomise
 
 pytest.importorskip("torchao", reason="needs the extra: pip install 'ss-pruning[torchao]'")
 
@@ -131,18 +131,6 @@ def test_decoding_stays_in_float(tmp_path: Path) -> None:
     assert (found[:, 1] - right[:, 1]).abs().max() < 0.03
     types = {t.dtype for t in torch.export.load(written.path).state_dict.values() if t.shape == (1, 4, 1, 1)}
     assert types == {torch.float32}
-
-
-class Branches(nn.Module):
-    """Decides by what it sees, which no exporter can follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x) if x.sum() > 0 else -self.conv(x)
-        return y
 
 
 def test_bad_requests_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
