@@ -45,7 +45,7 @@ from ss_pruning.graph.channel_labels import Arrival, Labels, Leaf
 from ss_pruning.graph.connectivity import INPUT, Connectivity, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
 from ss_pruning.graph.refusals import check_bare, usable_inputs
-from ss_pruning.graph.vjp_probe import SEED, pull, pull_output
+from ss_pruning.graph.vjp_probe import SEED, pull, pull_output, unseen
 
 #: The path of a layer (or the name of a loose tensor) and one of its channels.
 Source = tuple[str, int]
@@ -191,6 +191,11 @@ class _Recorder:
         x = given(module, *call)
         if not isinstance(x, Tensor):
             raise ModelError(f"layer '{path}' was called without a tensor")
+        if torch._C._functorch.is_batchedtensor(x):
+            raise ModelError(
+                f"'{path}' runs inside torch.vmap, where channels cannot be followed: call it on the whole batch, "
+                "without vmap"
+            )
         kind = kind_of(module)
         assert kind is not None
         axis = channel_axis(module, x)
@@ -234,18 +239,22 @@ def _probe(
     *,
     training: bool,
 ) -> None:
-    """One labelled pass; adds what it finds to `connectivity`."""
+    """One labelled pass; adds what it finds to `connectivity`.
+
+    Between layers that are known already, evaluation counts. What else feeds them in training, such as a branch that
+    only runs there, is tied to what feeds them in evaluation: the same channels of both are cut.
+    """
     recorder, output = _labelled(model, example_inputs, paths, training)
     if not training and _reads_more(model, example_inputs, recorder.layers):
         recorder, output = _labelled(model, example_inputs, paths, training)
-    new = {path: layer for path, layer in recorder.layers.items() if path not in connectivity.layers}
+    known = {INPUT, *connectivity.layers, *connectivity.loose} if training else frozenset[str]()
+    new = {path: layer for path, layer in recorder.layers.items() if path not in known}
     connectivity.layers |= new
     connectivity.single |= recorder.single
     connectivity.edges |= {path: [] for path in new}
     labels, leaves = Labels(recorder.generator), {id(leaf.tensor): leaf for leaf in recorder.leaves}
-    arrivals = [arrival for arrival in recorder.arrivals if arrival.path in new]
     try:
-        pull(arrivals, leaves, labels, connectivity)
+        pull(unseen(recorder.arrivals, leaves, known), leaves, labels, connectivity, known)
         for tensor in tensors_in(output).values():
             if tensor.requires_grad:
                 pull_output(
@@ -282,6 +291,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         torch.enable_grad(),
         preserved(model, training, replaced=True),
         TiedIndices(),
+        PlainStatistics(),
         KeptDouble() if recorder.double else contextlib.nullcontext(),
         hooked(layers, recorder.before, recorder.after, whole=True),
         hooked(slopes, after=_sloped),
@@ -366,6 +376,33 @@ class TiedIndices(TorchFunctionMode):
                 values = self.pooled[id(indices)][0].to(x)
                 result = result + func(values, indices, *rest, **kwargs)
         return result
+
+
+class PlainStatistics(TorchFunctionMode):
+    """While it is entered, `F.batch_norm` is what it computes: so gradients reach the statistics, and labels do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        compute = _normalised if func is F.batch_norm else func
+        return compute(*args, **(kwargs or {}))
+
+
+def _normalised(
+    input: Tensor,  # noqa: A002 - as torch names it
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`, whose own form has no gradient with respect to statistics."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    result = (input - running_mean.reshape(shape)) * scale.reshape(shape)
+    return result if bias is None else result + bias.reshape(shape)
 
 
 _CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))

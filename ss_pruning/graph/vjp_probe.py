@@ -79,10 +79,28 @@ def _horizons(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf]) -> list[_
     return horizons
 
 
+def unseen(arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], known: Collection[str]) -> list[Arrival]:
+    """What arrived at layers that are not among the `known`, or comes from others than those."""
+    if not known:
+        return [*arrivals]
+    horizons = _horizons(arrivals, leaves)
+    return [
+        arrival
+        for arrival, horizon in zip(arrivals, horizons, strict=True)
+        if arrival.path not in known or any(leaf.source not in known for leaf in horizon.all.values())
+    ]
+
+
 def pull(
-    arrivals: Sequence[Arrival], leaves: Mapping[int, Leaf], labels: Labels, connectivity: Connectivity
+    arrivals: Sequence[Arrival],
+    leaves: Mapping[int, Leaf],
+    labels: Labels,
+    connectivity: Connectivity,
+    noted: Collection[str] = (),
 ) -> None:
     """Pull labels from what arrived at layers back to the leaves, and note who feeds whom.
+
+    Between layers (and loose tensors) that are `noted` it is known already.
 
     A pull ends at what arrived at an earlier layer, if it is handed on channel by channel: its sources are known then.
     """
@@ -96,6 +114,8 @@ def pull(
         for inflow in inflows:
             leaf = inflow.source
             assert isinstance(leaf, Leaf)
+            if arrival.path in noted and leaf.source in noted:
+                continue
             if leaf.axis < 0:
                 size = leaf.tensor.shape[inflow.axis]
                 connectivity.loose.setdefault(leaf.source, LooseTensor(leaf.source, inflow.axis, size))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ss_pruning import prune_
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import INPUT
 from ss_pruning.graph.tracing import trace
@@ -270,6 +271,58 @@ def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
     assert torch.equal(model.bn.running_mean, statistics)
 
 
+class Statistics(nn.Module):
+    """A batch norm in functional form, whose tensors have names of their own."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 5, 3, bias=False), nn.Linear(5, 2)
+        self.register_buffer("centre", torch.randn(5))
+        self.register_buffer("spread", torch.rand(5) + 0.5)
+        self.gain, self.shift = (nn.Parameter(torch.rand(5)) if affine else None for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(
+            self.conv(x), self.centre, self.spread, self.gain, bias=self.shift, training=self.training
+        )
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_that_code_normalises_by_lie_along_channels(affine: bool) -> None:
+    model, x = Statistics(affine).train(), torch.randn(2, 3, 8, 8)
+    before = snapshot(model)
+    connectivity = trace(model, x)
+    assert snapshot(model) == before
+    assert connectivity.sources("fc") == [[("conv", channel)] for channel in range(5)]
+    names = {"centre", "spread"} | ({"gain", "shift"} if affine else set())
+    assert {name: tensor.axis for name, tensor in connectivity.loose.items()} == dict.fromkeys(names, 0)
+
+
+def test_statistics_that_code_normalises_by_are_cut_with_their_channels() -> None:
+    model, x = Statistics(True).eval(), torch.randn(2, 3, 8, 8)
+    dense = copy.deepcopy(model).double()
+    report = prune_(model, x[:1], ratio=0.4, allocation="local")
+    (cut,) = (cut for cut in model.ss_pruning_plan.cuts if cut.path == "fc")
+    dense.fc.weight.data[:, list(cut.removed)] = 0
+    assert len(model.centre) == len(model.spread) == len(model.gain) == model.conv.out_channels == 3
+    assert report.max_error < 1e-10
+    assert (dense(x.double()) - model.double()(x.double())).abs().max() < 1e-10
+
+
+def test_layers_that_run_in_vmap_are_named() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.vmap(self.conv)(x).mean((2, 3)))
+
+    with pytest.raises(ModelError, match=r"'conv' runs inside torch\.vmap.*without vmap"):
+        trace(Mapped(), torch.randn(2, 3, 8, 8))
+
+
 class Shuffled(nn.Module):
     """Between its two layers a permutation by a matrix that is neither parameter nor buffer, in single precision."""
 
@@ -377,6 +430,35 @@ def test_where_training_is_wired_otherwise_evaluation_counts() -> None:
     assert connectivity.sources("fc2") == [[("fc1", channel)] for channel in range(4)]
     assert connectivity.sources("head") == [[("aux", channel)] for channel in range(5)]
     assert {edge.call for edges in connectivity.edges.values() for edge in edges} == {0}
+
+
+class OwnBranch(nn.Module):
+    """Has a branch that runs in training only, beside the other, whose channels run backwards then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.drilled, self.used = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = self.drilled(x) * self.scale + self.used(x).flip(1) if self.training else self.used(x)
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+def test_what_a_layer_reads_in_training_only_feeds_it_too() -> None:
+    connectivity = trace(OwnBranch(), torch.randn(1, 3, 8, 8))
+    both = [{("used", channel), ("drilled", channel)} for channel in range(4)]
+    assert [set(sources) for sources in connectivity.sources("fc")] == both
+    assert connectivity.loose["scale"].axis == 0
+
+
+def test_a_model_with_a_branch_for_training_trains_after_a_cut() -> None:
+    model = OwnBranch()
+    prune_(model, torch.randn(1, 3, 8, 8), ratio=0.5, allocation="local")
+    assert model.used.out_channels == model.drilled.out_channels == len(model.scale) == 2
+    model.train()(torch.randn(2, 3, 8, 8)).sum().backward()
 
 
 def test_a_head_that_refuses_its_input_is_uncalled_as_a_whole() -> None:
