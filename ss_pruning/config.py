@@ -14,6 +14,7 @@ from ss_pruning.errors import InputError
 
 Method = Literal["none", "mean", "linear", "reconstruct"]
 Scope = Literal["global", "local", "sensitivity"]
+HeadsChoice = Literal["whole", "narrow"]
 Score = Literal["share", "strength", "entropy", "relevance"]
 Statistics = Literal["batchnorm", "gaussian", "data"]
 
@@ -103,6 +104,8 @@ class Allocation:
             calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`. By
             default, with 8 calibration inputs or more, "sensitivity" and "global" compete: that is taken whose cut is
             seen to lose less (with `Reconstruct`, "sensitivity" is taken); with fewer, or none, "global".
+        heads: What goes of attention: "whole" heads, or dimensions of all of them, so that they become "narrow", where
+            that is right.
         max_ratio: No layer loses a larger share of its channels than this.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
@@ -121,6 +124,7 @@ class Allocation:
     """
 
     scope: Scope | None = None
+    heads: HeadsChoice = "whole"
     max_ratio: float = 0.9
     round_to: int | Literal["measured"] | None = None
     cost_exponent: float | None = None
@@ -130,6 +134,7 @@ class Allocation:
     def __post_init__(self) -> None:
         if self.scope is not None:
             _check_one_of("scope", self.scope, get_args(Scope))
+        _check_one_of("heads", self.heads, get_args(HeadsChoice))
         if not is_number(self.max_ratio) or not 0 < self.max_ratio <= 1:
             raise InputError(f"max_ratio={self.max_ratio!r} must be a number in (0, 1]")
         exponent, multiple = self.cost_exponent, self.round_to

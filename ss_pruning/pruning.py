@@ -25,6 +25,7 @@ from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.duration import work_within
 from ss_pruning.planning.latency_target import LatencyPlan, find_latency_plan, stopwatch
+from ss_pruning.planning.narrow_heads import with_narrow_heads
 from ss_pruning.planning.ranking import Ranker
 from ss_pruning.planning.search import SearchResult, find_verified_plan
 from ss_pruning.planning.tied_heads import with_tied_heads
@@ -105,7 +106,10 @@ def prune_(
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace"):
             dense = with_prunable_attention(model, example_inputs)
-            traced = with_tied_heads(TracedModel.of(dense, example_inputs, paths_of(model, ignore)))
+            traced = TracedModel.of(dense, example_inputs, paths_of(model, ignore))
+            if config.allocation.heads == "narrow":
+                traced = with_narrow_heads(traced)
+            traced = with_tied_heads(traced)
             costs = Costs(traced)
         with listening(clock.steps("synthesize")):
             images = calibration_images(calibration, model, example_inputs)

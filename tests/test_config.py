@@ -36,6 +36,7 @@ HALF = Budget("macs", 0.5)
     [
         ({"scope": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
         ({"scope": ["local"]}, r"scope=\['local'\] is unknown"),
+        ({"heads": "half"}, "heads='half' is unknown"),
         ({"max_ratio": 0.0}, r"max_ratio=0.0 must be a number in \(0, 1\]"),
         ({"max_ratio": 1.5}, "max_ratio=1.5"),
         ({"max_ratio": True}, "max_ratio=True must be a number"),
@@ -166,6 +167,7 @@ def test_a_report_stores_the_effective_settings() -> None:
         "score": "share",
         "conditional": 1.0,
         "scope": "sensitivity",
+        "heads": "whole",
         "max_ratio": 0.9,
         "round_to": None,
         "cost_exponent": 1.0,

@@ -14,6 +14,7 @@ What passes hold while they wait is bounded: those that do not fit begin anew at
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ from ss_pruning.graph.layers import layer_type_of
 from ss_pruning.graph.refusals import infinite_numbers
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.factors import gains
 from ss_pruning.surgery.plan import Plan
 
 # Of so many images (or positions of a single one) one chooses the ridge, and is not fitted on.
@@ -64,7 +67,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
     paths = _solvable(pruned, connectivity, plan, outcome)
     found = find_sums(dense, batch[: batch.unit].inputs, norms)
     sums = {path: found[path] for path in paths if path in found}
-    kept = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
+    wanted = {cut.path: _Wanted.of(plan, cut) for cut in plan.cuts if cut.side == "out"}
     solved = map(pruned.get_submodule, connectivity.layers)
     with (
         torch.no_grad(),
@@ -75,7 +78,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
     ):
         models = Lockstep(small, large, batch, paths, sums)
         for path in models.order:
-            equations = _equations(models, path, pruned.get_submodule(path), kept.get(path))
+            equations = _equations(models, path, pruned.get_submodule(path), wanted.get(path))
             if not equations.rows:
                 continue
             weight, bias = equations.solve()
@@ -127,18 +130,35 @@ def _counts(weight: Any) -> bool:
     return len(numbers) > 2 and bool((numbers == torch.arange(len(numbers)).to(numbers)).all())
 
 
-def _equations(models: Lockstep, path: str, module: nn.Module, kept: Tensor | None) -> NormalEquations:
+@dataclass(frozen=True)
+class _Wanted:
+    """Of a layer that lost outputs: those that stay, and what they are multiplied by."""
+
+    kept: Tensor
+    gains: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, cut: Cut) -> _Wanted:
+        return cls(torch.tensor(cut.kept), gains(plan.factors, cut))
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Of `[..., outputs]` of the dense layer."""
+        y = y.index_select(-1, self.kept.to(y.device))
+        return y if bool((self.gains == 1).all()) else y * self.gains.to(y)
+
+
+def _equations(models: Lockstep, path: str, module: nn.Module, wanted: _Wanted | None) -> NormalEquations:
     """Of one layer, from as many images as it needs."""
     equations, total = NormalEquations(module), max(len(models.batch), 1)
     each = models.sizes[path] / len(models.large.modules[path].weight)  # type: ignore[arg-type]
     rows, images = rows_wanted(equations.parameters, each, total)
     share = rows / (images * each)
     for meeting in models.at(path, images):
-        x, wanted = with_images(module, meeting.x), with_images(module, meeting.wanted)
+        x, dense = with_images(module, meeting.x), with_images(module, meeting.wanted)
         drawn = torch.Generator().manual_seed(int(meeting.numbers[0]) if len(meeting.numbers) else 0)
-        count = positions_of(module, wanted)
+        count = positions_of(module, dense)
         positions = torch.randperm(count, generator=drawn)[: math.ceil(share * count)].to(x.device)
-        y = _targets(module, meeting, positions, kept)
+        y = _targets(module, meeting, positions, wanted)
         alone = total == len(x) == 1
         numbers = torch.arange(len(positions)) if alone else _numbers(meeting.numbers, len(x), total)
         for held_out in (False, True):
@@ -163,7 +183,7 @@ def _numbers(images: Tensor, rows: int, total: int) -> Tensor:
     return torch.arange(rows) if rest or total < 2 else images.repeat_interleave(each)
 
 
-def _targets(module: nn.Module, meeting: Meeting, positions: Tensor, kept: Tensor | None) -> Tensor:
+def _targets(module: nn.Module, meeting: Meeting, positions: Tensor, wanted: _Wanted | None) -> Tensor:
     """`[images, positions, outputs]`: what the layer shall put out, also to make up for what it is added to."""
 
     def at(y: Tensor) -> Tensor:
@@ -171,5 +191,5 @@ def _targets(module: nn.Module, meeting: Meeting, positions: Tensor, kept: Tenso
 
     small, large = meeting.others or (None, None)
     y = at(meeting.wanted) if large is None else at(meeting.wanted).float() + at(large).float()
-    y = y if kept is None else y.index_select(2, kept.to(y.device))
+    y = y if wanted is None else wanted(y)
     return y if small is None else y.float() - at(small).float()

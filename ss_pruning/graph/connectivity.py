@@ -155,8 +155,8 @@ class Slots:
         self.channel_of: Ints = np.arange(self.total) - np.repeat(starts[:-1], sizes)
 
 
-def ties_of(connectivity: Connectivity, slots: Slots) -> Ints:
-    """`[n, 2]`: slots that must be cut together."""
+def ties_of(connectivity: Connectivity, slots: Slots, *, whole_heads: bool = True) -> Ints:
+    """`[n, 2]`: slots that must be cut together; those of a head only with `whole_heads`."""
     ties: list[Ints] = [np.empty((0, 2), dtype=np.int64)]
     for path, edges in connectivity.edges.items():
         into = slots.start[slots.in_key[path]]
@@ -166,7 +166,7 @@ def ties_of(connectivity: Connectivity, slots: Slots) -> Ints:
             pairs = edge.pairs.numpy()
             source = slots.start[slots.out_key[edge.source]]
             ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
-            if edge.heads is not None:
+            if edge.heads is not None and whole_heads:
                 ties += _head_ties(edge.heads, source, into)
     for path, layer in connectivity.layers.items():
         if layer.kind == "depthwise":

@@ -61,9 +61,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Channel sets with the same pattern, in the order of the first producer's channels."""
+    """Channel sets with the same pattern, in the order of the first producer's channels.
+
+    Attributes:
+        members: Where they lie.
+        head: Of dimensions within a head, what the layer behind reads of it.
+    """
 
     members: tuple[Member, ...]
+    head: Member | None = None
 
     @property
     def size(self) -> int:
@@ -83,6 +89,14 @@ class Subgroup:
         return 1 + int(np.append(np.diff(head) != 1, True).argmax()) if read else 1
 
     @property
+    def unread(self) -> tuple[Member, ...]:
+        """Where dimensions of queries and keys are made, behind a norm if there is one; empty for all else."""
+        if self.head is None or any(member.side == "in" for member in self.members):
+            return ()
+        norms = tuple(member for member in self.members if member.side == "through")
+        return norms or tuple(member for member in self.members if member.side == "out")
+
+    @property
     def of_heads(self) -> bool:
         """Whether its channel sets are heads."""
         return self.head_width > 1
@@ -95,10 +109,12 @@ class PruningGroup:
     Attributes:
         subgroups: The subgroups.
         least: Steps that always stay.
+        by_width: Sides of queries and keys whose products are divided by the root of their width: they make up for it.
     """
 
     subgroups: tuple[Subgroup, ...]
     least: int = 1
+    by_width: frozenset[Key] = frozenset()
 
     @property
     def steps(self) -> int:

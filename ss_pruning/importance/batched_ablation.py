@@ -36,6 +36,16 @@ _SAME = 1e-3
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
+def output_key(path: str) -> str:
+    """Under which channels are named that are missing from what a layer puts out, not from what it reads."""
+    return f"{path}()"
+
+
+def is_output(key: str) -> bool:
+    """Whether it is such a key."""
+    return key.endswith("()")
+
+
 @dataclass
 class BatchedAblation:
     """Runs copies of the dense model that miss channels, all in one batch; with `follow` batch norms follow the cut.
@@ -97,9 +107,9 @@ class BatchedAblation:
         """`[cuts]`: the share of the output's variance that is lost with each."""
         paths = dict.fromkeys(path for cut in cuts for path in cut)
         consumers = [
-            path for path in paths if self.statistics[path].mean is not None
+            path for path in paths if is_output(path) or self.statistics[path].mean is not None
         ]  # the others do not run
-        strange = [path for path in consumers if path not in self.fitted]
+        strange = [path for path in map(_layer, consumers) if path not in self.fitted]
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
         if self.method == "reconstruct":
@@ -123,22 +133,29 @@ class BatchedAblation:
         copies = len(cuts)
         pruned = {path: [cut.get(path, _NOTHING) for cut in cuts] for path in consumers}
         differ = [path for path, each in pruned.items() if len({g.tobytes() for g in each}) > 1]
-        begin = min((self.prefix.begin(path) for path in differ), default=0)
+        begin = min((self.prefix.begin(_layer(path)) for path in differ), default=0)
         fitted = self.fitted if self.method == "reconstruct" else ()
         # One that runs once reads one copy, all of whose parts miss the same.
         gone = {
-            path: [self._stand_in(path, g) if len(g) else None for g in pruned[path]] for path in consumers
+            path: [self._stand_in(path, g) if len(g) else None for g in pruned[path]]
+            for path in consumers
+            if not is_output(path)
         }
+        silent = {_layer(path): pruned[path] for path in consumers if is_output(path)}
         with (
             self.prefix.run_once(begin, copies),
             hooked(
-                {path: self.modules[path] for path in consumers},
+                {path: self.modules[path] for path in gone},
                 lambda path, layer, x: _replaced(layer, x, gone[path]),
                 lambda path, layer, _, output: _shift_(layer, output, gone[path]),
             ),
             hooked(
                 {path: self.modules[path] for path in fitted if self.prefix.begin(path) >= begin},
                 after=lambda _, layer, __, output: _refit_(layer, output, copies),
+            ),
+            hooked(
+                {path: self.modules[path] for path in silent},
+                after=lambda path, layer, _, output: _silence_(layer, output, silent[path]),
             ),
             hooked(
                 {path: self.norms[path] for path in self.reached},
@@ -200,7 +217,7 @@ class BatchedAblation:
 
     def begin(self, path: str) -> int:
         """When a layer runs for the first time, counted in calls that began or ended; 0 for one that does not."""
-        return self.prefix.begin(path) if path in self.prefix.calls else 0
+        return self.prefix.begin(_layer(path)) if _layer(path) in self.prefix.calls else 0
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,16 @@ def _shift_(layer: nn.Module, output: Tensor, stand_ins: Sequence[_StandIn | Non
     for one, copy in zip(stand_ins, output.tensor_split(len(stand_ins)), strict=True):
         if one is not None and one.shift is not None:
             copy.movedim(channel_axis(layer, output), -1).add_(one.shift.to(output))
+
+
+def _layer(key: str) -> str:
+    return key.removesuffix("()")
+
+
+def _silence_(layer: nn.Module, output: Tensor, channels: Sequence[Ints]) -> None:
+    """Zero what a layer puts out on channels of each of the copies."""
+    for pruned, copy in zip(channels, output.tensor_split(len(channels)), strict=True):
+        copy.movedim(channel_axis(layer, output), -1)[..., torch.from_numpy(pruned)] = 0
 
 
 def _refit_(layer: nn.Module, output: Tensor, copies: int) -> None:

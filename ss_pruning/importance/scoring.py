@@ -157,7 +157,8 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
     """
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, subgroup in enumerate(subgroups):
-        alike[tuple((m.path, m.side, m.index.shape[1]) for m in subgroup.members)].append(i)
+        own = i if subgroup.unread else -1  # products of queries and keys are of one head
+        alike[own, tuple((m.path, m.side, m.index.shape[1]) for m in subgroup.members)].append(i)
     wholes = [(numbers, _joined([subgroups[i] for i in numbers])) for numbers in alike.values()]
     score = _scorer(importance, graph)
     scores: dict[int, Tensor] = {}
@@ -188,6 +189,8 @@ def _knows_subgroups(importance: Any) -> bool:
 
 def _joined(subgroups: Sequence[Subgroup]) -> Subgroup:
     """Subgroups of the same layers as one."""
+    if len(subgroups) == 1:
+        return subgroups[0]
     columns = zip(*(subgroup.members for subgroup in subgroups), strict=True)
     return Subgroup(
         tuple(Member(c[0].path, c[0].side, np.concatenate([m.index for m in c])) for c in columns)

@@ -44,7 +44,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup, ranks_of, step_scores
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics, measure
-from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation
+from ss_pruning.importance.batched_ablation import OTHERWISE, BatchedAblation, is_output, output_key
 from ss_pruning.importance.calibration import BATCH, Batch
 
 # What is small, so many numbers an input at most, can be measured thoroughly.
@@ -192,7 +192,7 @@ def set_aside(images: Any, count: int) -> tuple[Batch, Batch]:
 
 
 def _consumers(group: PruningGroup, connectivity: Connectivity) -> list[str]:
-    """The layers that mix channels of the group."""
+    """The layers that read channels of the group and mix them."""
     members = (m for subgroup in group.subgroups for m in subgroup.members if m.side == "in")
     return list(dict.fromkeys(m.path for m in members if connectivity.layers[m.path].kind == "synaptic"))
 
@@ -204,7 +204,8 @@ class _Shrinkage:
     Attributes:
         ranks: By subgroup, the channel sets in the order in which they go.
         scores: `[steps]`, what goes with each step.
-        order: By consumer, `[steps, channels a step]`, the channels that go with each step.
+        order: By consumer, `[steps, channels a step]`, the channels that go with each step; those that no layer reads
+            by `output_key` of the one that makes them.
         most: So many steps may go.
         error: `[most]`, the local error after each of them.
         shares: Of the most that may go: where output error is measured.
@@ -256,19 +257,22 @@ def _shrinkage(
     scores = step_scores(group, subgroups, ranks)  # they are ascending: what is kept comes last
     most = min(int(max_ratio * group.steps + 1e-9), group.steps - group.least, int(np.isfinite(scores).sum()))
     order = _order(group, ranks, _consumers(group, ablation.connectivity)) if most > 0 else {}
-    error = np.zeros(max(most, 0))
-    for path, channels in order.items():
+    read = {path: channels for path, channels in order.items() if not is_output(path)}
+    error = np.zeros(max(most, 0)) if read else scores[: max(most, 0)].copy()
+    for path, channels in read.items():
         error += ablation.removal_errors(path, channels[:most].ravel()).reshape(most, -1).sum(1)
     return _Shrinkage(ranks, scores, order, most, np.cumsum(error).clip(0), shares)
 
 
 def _order(group: PruningGroup, ranks: Sequence[Ints], consumers: Sequence[str]) -> dict[str, Ints]:
-    """By consumer, `[steps, channels a step]`: the input channels that go with each step."""
+    """By consumer, `[steps, channels a step]`: the channels that go with each step, see `_Shrinkage`."""
     parts: dict[str, list[Ints]] = {path: [] for path in consumers}
     for subgroup, rank in zip(group.subgroups, ranks, strict=True):
         for member in subgroup.members:
             if member.side == "in" and member.path in parts:
                 parts[member.path].append(member.index[rank].reshape(group.steps, -1))
+        for member in subgroup.unread:
+            parts.setdefault(output_key(member.path), []).append(member.index[rank].reshape(group.steps, -1))
     return {path: np.concatenate(columns, 1) for path, columns in parts.items()}
 
 

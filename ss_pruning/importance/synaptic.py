@@ -16,7 +16,7 @@ from ss_pruning._utils.modules import checksums, modules_of, tensors_of, unchang
 from ss_pruning.config import Score
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Subgroup
+from ss_pruning.graph.groups import Member, Subgroup
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.importance.activation_stats import SOURCES, ActivationStatistics, StatisticsSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
@@ -153,6 +153,8 @@ class LayerScores:
 
     def __call__(self, subgroup: Subgroup) -> Tensor | None:
         """`[size]`, not negative: the score of each channel set; None where nothing reads them."""
+        if subgroup.head is not None and subgroup.unread:
+            return self._of_products(subgroup, subgroup.head)
         reads = (
             Reads(m.path, m.index.reshape(-1), np.repeat(np.arange(subgroup.size), m.index.shape[1]))
             for m in subgroup.members
@@ -175,6 +177,27 @@ class LayerScores:
             total.index_add_(0, places, scores[channels].to(total))
         normalizer = self.importance.normalizer
         return total if total is None or normalizer is None else _normalized(total, normalizer)
+
+    def _of_products(self, subgroup: Subgroup, head: Member) -> Tensor | None:
+        """Of dimensions of queries and keys: what their head delivers, by shares in the variance of its logits."""
+        powers = torch.ones(subgroup.size)
+        for member in subgroup.members:
+            layer = self.connectivity.layers.get(member.path)
+            if member.side == "out" and layer is not None and layer.kind == "synaptic":
+                made = self._variance_of_outputs(member.path)
+                powers = powers * made[torch.from_numpy(member.index)].prod(1).to(powers)
+        channels = head.index.reshape(-1)
+        delivered = self.added([Reads(head.path, channels, np.zeros_like(channels))], 1)
+        return None if delivered is None else share(powers[None])[0].to(delivered) * delivered
+
+    @torch.no_grad()
+    def _variance_of_outputs(self, path: str) -> Tensor:
+        """`[out_channels]`, by what the layer reads."""
+        module, seen = self._modules[path], self._statistics[path]
+        if seen.covariance is None or not isinstance(module, nn.Linear):
+            return synaptic_power(module, seen.variance).sum(1)
+        weight = module.weight.double()
+        return (weight @ seen.covariance.to(weight) * weight).sum(1)
 
     def of(self, path: str) -> Tensor:
         """`[in_channels]` scores of what a synaptic layer reads."""

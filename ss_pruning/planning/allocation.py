@@ -6,7 +6,7 @@ a prefix of it is taken: the shortest that meets the budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, ranks_of, step_scores
 from ss_pruning.planning.costs import Cost, Costs
 from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.factors import Factor
 from ss_pruning.surgery.plan import Plan
 
 
@@ -210,4 +211,14 @@ def to_plan(selection: Selection, coupling: Coupling, connectivity: Connectivity
             continue
         axis = connectivity.loose[path].axis if side == "tensor" else 0
         cuts.append(Cut(path, side, coupling.widths[path, side], selection[path, side], axis))
-    return Plan(tuple(cuts))
+    return Plan(tuple(cuts), factors=tuple(_factors(selection, coupling)))
+
+
+def _factors(selection: Selection, coupling: Coupling) -> Iterator[Factor]:
+    """What queries and keys are multiplied by: the fourth root each, as two of them make a product."""
+    for subgroup, key in ((s, key) for g in coupling.groups for s in g.subgroups for key in g.by_width):
+        for member in subgroup.members if key in selection else ():
+            if subgroup.unread and (member.path, member.side) == key:
+                stays = np.isin(member.index, selection[key]).all(1)
+                by = (float(stays.sum()) / subgroup.size) ** 0.25
+                yield Factor(*key, tuple(member.index[stays].ravel().tolist()), by)

@@ -135,7 +135,26 @@ def gather_(module: nn.Module, name: str, axis: int, kept: tuple[int, ...]) -> N
     _replace(module, name, lambda tensor: tensor.index_select(axis, index.to(tensor.device)))
 
 
-def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -> None:
+def scale_(module: nn.Module, name: str, axis: int, rows: list[int], by: float) -> None:
+    """Replace a parameter or buffer by one in which some rows along `axis` are multiplied; its gradient by the inverse.
+
+    A transposed convolution with groups is multiplied wrongly: its outputs lie in two axes.
+    """
+
+    def scaled(tensor: Tensor, number: float) -> Tensor:
+        factors = torch.ones(tensor.shape[axis], dtype=tensor.dtype, device=tensor.device)
+        factors[rows] = number
+        return tensor * factors.reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
+
+    _replace(module, name, lambda tensor: scaled(tensor, by), lambda grad: scaled(grad, 1 / by))
+
+
+def _replace(
+    module: nn.Module,
+    name: str,
+    select: Callable[[Tensor], Tensor],
+    of_gradient: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Replace a parameter or buffer (and its gradient) by a selection from it, in the same memory format."""
     tensor = getattr(module, name)
     selected = _formatted(select(tensor.detach()), tensor)
@@ -144,7 +163,7 @@ def _replace(module: nn.Module, name: str, select: Callable[[Tensor], Tensor]) -
         return
     parameter = parameter_like(tensor, selected)
     if tensor.grad is not None:
-        parameter.grad = _formatted(select(tensor.grad), tensor.grad)
+        parameter.grad = _formatted((of_gradient or select)(tensor.grad), tensor.grad)
     setattr(module, name, parameter)
     if isinstance(module, nn.PReLU):
         module.num_parameters = parameter.numel()

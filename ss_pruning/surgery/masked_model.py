@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.hooks import given, hooked, replaced, replaced_forward
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.connectivity import Connectivity, Side
 from ss_pruning.graph.groups import Selection
 from ss_pruning.graph.layers import channel_axis, is_depthwise, mixes_channels
 from ss_pruning.surgery.cut import Cut, cut_layer
@@ -21,11 +22,18 @@ from ss_pruning.surgery.cut import Cut, cut_layer
 
 @contextlib.contextmanager
 def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -> Iterator[None]:
-    """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone."""
+    """Zero what arrives on removed channels while a block runs; layers that mix channels run on the kept ones alone.
+
+    Queries and keys arrive at no layer: of heads that stay in part, removed channels are zeroed where they are made.
+    """
     modules, removed = modules_of(model), dict[str, list[int]]()
+    unread = removed_unread(selection, connectivity)
 
     def zeroed(path: str, module: nn.Module, x: Tensor) -> Tensor:
         return x.index_fill(channel_axis(module, x), torch.tensor(removed[path], device=x.device), 0)
+
+    def silenced(path: str, module: nn.Module, _: Tensor, y: Tensor) -> Tensor:
+        return y.index_fill(channel_axis(module, y), torch.tensor(unread[path], device=y.device), 0)
 
     with contextlib.ExitStack() as undo:
         for (path, side), kept in selection.items():
@@ -44,7 +52,23 @@ def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -
                 forward = _on_kept_channels(module, cut, layer.in_axis)
                 undo.enter_context(replaced_forward(module, forward))
         undo.enter_context(hooked({path: modules[path] for path in removed}, zeroed))
+        undo.enter_context(hooked({path: modules[path] for path in unread}, after=silenced))
         yield
+
+
+def removed_unread(selection: Selection, connectivity: Connectivity) -> dict[str, list[int]]:
+    """By layer, the removed outputs that mix within heads of which a part stays."""
+    found: dict[str, list[int]] = {}
+    for edge in (edge for edges in connectivity.edges.values() for edge in edges if edge.heads is not None):
+        layer = connectivity.layers.get(edge.source)
+        side: Side = "out" if layer is not None and layer.kind in ("synaptic", "depthwise") else "through"
+        if layer is None or edge.heads is None or (edge.source, side) not in selection:
+            continue
+        channels, heads = edge.heads.pairs.numpy().T
+        stays = np.isin(channels, selection[edge.source, side])
+        partly = np.isin(heads, heads[stays]) & ~stays
+        found.setdefault(edge.source, []).extend(channels[partly].tolist())
+    return {path: channels for path, channels in found.items() if channels}
 
 
 def _on_kept_channels(module: nn.Module, cut: Cut, axis: int) -> Callable[..., Tensor]:

@@ -21,6 +21,7 @@ from ss_pruning.graph.groups import Key, Side
 from ss_pruning.graph.layers import is_depthwise, layer_type_of, width
 from ss_pruning.graph.refusals import check_whole
 from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
+from ss_pruning.surgery.factors import Factor, multiply_
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
@@ -48,11 +49,15 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Plan:
-    """Immutable, serialisable: which channels stay, which stored numbers follow, and which layers get a bias."""
+    """Immutable, serialisable: which channels stay, which stored numbers follow, and which layers get a bias.
+
+    `factors` multiply channels that stay, see `ss_pruning.surgery.factors`.
+    """
 
     cuts: tuple[Cut, ...] = ()
     attributes: tuple[Attribute, ...] = ()
     biases: tuple[str, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Plan:
         """Itself, as it never changes: copies of a model that carries it need not copy all numbers in it."""
@@ -96,6 +101,7 @@ class Plan:
         modules = modules_of(model)
         for cut in _in_order(self.cuts, modules):
             _cut(modules, cut)
+        multiply_(modules, self.factors, self.cuts)
         for attribute in self.attributes:
             set_number(modules[attribute.path], attribute)
         for path in self.biases:
@@ -119,7 +125,9 @@ class Plan:
             before = numbers[key].before if key in numbers else a.before
             numbers[key] = Attribute(a.path, a.name, a.position, before, a.after)
         biases = (*self.biases, *(path for path in later.biases if path not in self.biases))
-        return Plan(tuple(cuts.values()), tuple(numbers.values()), biases)
+        own = {(cut.path, cut.side): cut for cut in self.cuts}
+        factors = (*self.factors, *(f.before(own.get((f.path, f.side))) for f in later.factors))
+        return Plan(tuple(cuts.values()), tuple(numbers.values()), biases, factors)
 
     def to_json(self) -> str:
         """A JSON text that `from_json` reads."""
@@ -140,7 +148,8 @@ class Plan:
                 )
             cuts = tuple(_cut_from(c) for c in data["cuts"])
             attributes = tuple(_attribute_from(a) for a in data["attributes"])
-            return Plan(cuts, attributes, tuple(str(path) for path in data["biases"]))
+            factors = tuple(_factor_from(f) for f in data.get("factors", ()))
+            return Plan(cuts, attributes, tuple(str(path) for path in data["biases"]), factors)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise PlanError(f"this is not a pruning plan ({type(error).__name__}: {error})") from error
 
@@ -161,6 +170,10 @@ class Plan:
         for path in self.biases:
             if getattr(modules.get(path), "bias", 0) is not None:
                 raise PlanError(f"the plan expects a layer without a bias at '{path}'")
+        made = {(cut.path, cut.side): cut.width for cut in self.cuts}
+        for factor in self.factors:
+            if not set(factor.channels) <= set(range(made.get((factor.path, factor.side), 0))):
+                raise PlanError(f"the plan multiplies channels of '{factor.path}' that it does not cut")
         for attribute in self.attributes:
             if _number(modules.get(attribute.path), attribute) != attribute.before:
                 raise PlanError(
@@ -305,6 +318,14 @@ def _cut_from(data: Mapping[str, Any]) -> Cut:
     if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= cut.width:
         raise PlanError(f"the kept channels of '{cut.path}' are not distinct numbers below {cut.width}")
     return cut
+
+
+def _factor_from(data: Mapping[str, Any]) -> Factor:
+    channels = tuple(int(i) for i in data["channels"])
+    factor = Factor(str(data["path"]), data["side"], channels, float(data["by"]))
+    if factor.side not in ("out", "through", "tensor") or not 0 < factor.by < float("inf"):
+        raise PlanError(f"'{factor.path}' cannot be multiplied by {factor.by} on side {factor.side!r}")
+    return factor
 
 
 def _attribute_from(data: Mapping[str, Any]) -> Attribute:

@@ -236,7 +236,8 @@ class Parts:
 
     Attributes:
         splits: By layer that touches an output that splits: of each part of it, and of the whole.
-        heads: By module that holds a layer of attention: of how many heads, and of the width that they have there.
+        heads: By module that holds a layer of attention: of how many heads, and of the width that they have there, each
+            and together.
         by_head: Layer sides and tables with one channel a head: their widths are not those of channels elsewhere.
     """
 
@@ -249,13 +250,16 @@ def part_sizes(groups: Sequence[PruningGroup], selection: Selection, connectivit
     """What the cut makes of parts of outputs and of heads."""
     parts = Parts()
     for group in groups:
-        sizes = []
+        sizes, heads = [], len({int(s.head.index[0, 0]) for s in group.subgroups if s.head is not None})
         for subgroup in group.subgroups:
             path, side = subgroup.root.path, subgroup.root.side
             if (path, side) in selection and subgroup.size < connectivity.layers[path].outputs:
                 left = int(np.isin(subgroup.root.index[:, 0], selection[path, side]).sum())
                 if subgroup.of_heads:
                     _add_heads(parts, subgroup, left)
+                    continue
+                if subgroup.head is not None:
+                    _add_dimensions(parts, subgroup, left, heads)
                     continue
                 sizes.append((subgroup.size, left))
                 sizes.append((connectivity.layers[path].outputs, len(selection[path, side])))
@@ -273,6 +277,14 @@ def _add_heads(parts: Parts, subgroup: Subgroup, left: int) -> None:
         sizes += [(subgroup.size * width, left * width) for width in widths]
         if len(head) == 1:
             parts.by_head.add((member.path, member.side))
+
+
+def _add_dimensions(parts: Parts, subgroup: Subgroup, left: int, heads: int) -> None:
+    """Of queries, keys or values of one head, and of all."""
+    for member in subgroup.members:
+        counts = {1, member.index.shape[1]}
+        sizes = parts.heads.setdefault(member.path.rpartition(".")[0], [])
+        sizes += [(subgroup.size * n * m, left * n * m) for n in counts for m in (1, heads)]
 
 
 @dataclass(frozen=True)

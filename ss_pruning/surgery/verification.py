@@ -47,6 +47,7 @@ from ss_pruning.surgery.agreement import (
 )
 from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.decisions import Decision, Holding, Recording
+from ss_pruning.surgery.factors import multiply_
 from ss_pruning.surgery.masked_model import masked
 from ss_pruning.surgery.plan import Plan, set_number
 from ss_pruning.surgery.precision import PRECISIONS, stirred
@@ -161,8 +162,9 @@ class Verifier:
         if self.masked_run is None:
             self.masked_run = self._masked(selection)
         expected, decisions = self.masked_run
-        small = _cut(self.dense, plan)
+        small = _cut(self.dense, replace(plan, factors=()))
         twin = self.precise(small)
+        multiply_(modules_of(twin), plan.factors, plan.cuts)  # in the precision that is compared in
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         found, holding = _run_cut(twin, self.inputs, sizes_that_follow, self.holding(decisions))
         try:
@@ -315,7 +317,8 @@ def _verified(
     plan: Plan, sizes_that_follow: SizeAttributes, error: float = 0.0, by_decisions: bool = False
 ) -> Verified:
     found = sizes_that_follow.found
-    return Verified(Plan(plan.cuts, tuple(found.values())), error, frozenset(found), by_decisions)
+    plan = Plan(plan.cuts, tuple(found.values()), factors=plan.factors)
+    return Verified(plan, error, frozenset(found), by_decisions)
 
 
 def _to_meta(inputs: Any) -> Any:

@@ -261,6 +261,47 @@ class Gated(Fused):
         return self.join(F.scaled_dot_product_attention(q, k, v) * gate)
 
 
+class Apart(nn.Module):
+    """Layers and numbers of their own for queries and keys, and for values; products are divided by a stored number."""
+
+    def __init__(self, dim: int = 12, heads: int = 3, width: int = 4, value_width: int = 6) -> None:
+        super().__init__()
+        self.heads, self.key_width, self.value_width = heads, width, value_width
+        self.scale = width**-0.5
+        self.q, self.k = nn.Linear(dim, heads * width), nn.Linear(dim, heads * width)
+        self.v, self.proj = nn.Linear(dim, heads * value_width), nn.Linear(heads * value_width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (f(x).unflatten(-1, (self.heads, self.key_width)).transpose(1, 2) for f in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (self.heads, self.value_width)).transpose(1, 2)
+        return self.proj(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Turned(Fused):
+    """Queries meet keys in reverse, which is not how the places of their channels pair them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.join(F.scaled_dot_product_attention(q, k.flip(-1), v))
+
+
+class Rotary(Fused):
+    """Queries and keys are turned in pairs of channels, by angles that are stored for a whole head."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.register_buffer("angles", torch.rand(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.join(F.scaled_dot_product_attention(self.turned(q), self.turned(k), v))
+
+    def turned(self, x: Tensor) -> Tensor:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = self.angles.cos(), self.angles.sin()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
 class Block(nn.Module):
     """Attention and a perceptron on one residual stream, with an image's patches in and two classes out."""
 

@@ -23,6 +23,7 @@ from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.factors import Factor
 from ss_pruning.surgery.plan import Attribute
 from ss_pruning.surgery.verification import Verifier
 from tests.support.chain import Chain, chain
@@ -123,6 +124,7 @@ def test_plans_that_make_no_sense_are_not_read(change: dict[str, object], messag
         (Plan((Cut("conv9", "out", 8, (0,), 0),)), "the model has no such layer"),
         (Plan((Cut("loose", "tensor", 8, (0,), 0),)), "the model has no such layer"),
         (Plan(biases=("conv1",)), "expects a layer without a bias at 'conv1'"),
+        (Plan(factors=(Factor("conv1", "out", (0,), 2.0),)), "channels of 'conv1' that it does not cut"),
         (Plan(attributes=(Attribute("conv1", "stride", 0, 7, 3),)), "expects the number 7 in 'conv1.stride'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "plan",

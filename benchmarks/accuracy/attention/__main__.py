@@ -68,6 +68,7 @@ CUTS: dict[str, Cut] = {
     "mean, images": ours("mean"),
     "reconstruct, local": ours("reconstruct", allocation="local"),
     "reconstruct": ours("reconstruct"),
+    "reconstruct, narrow": ours("reconstruct", allocation=ss_pruning.Allocation(heads="narrow")),
     "recovered": recovered,
     "closed form": lambda model, macs, x, seed: prune_uniformly(model, macs, x),
     "closed form, values": lambda model, macs, x, seed: prune_uniformly(model, macs, x, values=True),

@@ -40,6 +40,7 @@ WAYS = {
     "mean, images": Way("`prune_`, `mean`, images"),
     "reconstruct, local": Way("`prune_`, `reconstruct`, every layer alike"),
     "reconstruct": Way("`prune_`, `reconstruct`"),
+    "reconstruct, narrow": Way("`prune_`, `reconstruct`, dimensions within heads"),
     "closed form": Way("uniform closed form (MLPs, queries and keys)", ours=False),
     "closed form, values": Way("uniform closed form (values, too)", ours=False),
     "magnitude, uniform": Way("Torch-Pruning, magnitude, uniform", draws=False, ours=False),
