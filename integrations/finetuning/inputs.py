@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 import ss_pruning
+from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.finetuning.options import Options
 from ss_pruning.io.checkpoint import architecture_of
 from ss_pruning.sources.architecture_names import build_named
+from ss_pruning.sources.labelled_folder import LabelledFolder, class_names
 from ss_pruning.sources.models import build_model, input_of
 from ss_pruning.sources.preprocessing import Preprocess, transform
 
@@ -47,7 +48,7 @@ class Draws(Sampler[int]):
 class Augmented(Dataset[Any]):
     """Images by the numbers of `Draws`: what chance does to one depends on seed and number, not on who loads it."""
 
-    def __init__(self, folder: ImageFolder, seed: int) -> None:
+    def __init__(self, folder: LabelledFolder, seed: int) -> None:
         self.folder, self.seed = folder, seed
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ def loaders(options: Options, preprocess: Preprocess) -> tuple[DataLoader[Any], 
         ]
     )
     train, val = (
-        ImageFolder(str(options.data / part), change)
+        LabelledFolder(options.data / part, change)
         for part, change in (("train", augment), ("val", transform(preprocess)))
     )
     if train.classes != val.classes:
@@ -104,7 +105,7 @@ def spec_of(options: Options) -> str:
             raise InputError(
                 f"'{options.data}' needs the folders train and val, with one folder for each class"
             )
-    classes = sum(entry.is_dir() for entry in (options.data / "train").iterdir())
+    classes = len(class_names(options.data / "train"))
     name = named(options)
     takes_classes = name.startswith(("timm:", "torchvision:")) and "num_classes=" not in name
     return f"{name},num_classes={classes}" if takes_classes else name
@@ -159,6 +160,24 @@ def is_ours(path: Path) -> bool:
             return "ss_pruning" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def check_outputs(model: nn.Module, example: Tensor, data: Path) -> None:
+    """See that the model tells as many classes apart as there are folders.
+
+    Raises:
+        InputError: It has fewer outputs, or outputs of another kind.
+        ModelError: It does not run on the images.
+    """
+    with preserved(model, training=False), torch.no_grad():
+        outputs = checked_call(model, example)
+    classes = len(class_names(data / "train"))
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < classes:
+        what = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"'{data / 'train'}' has {classes} classes, and the model puts out {what} for one image, not "
+            f"[1, {classes}]: give its architecture so many classes, as in MODEL,num_classes={classes}"
+        )
 
 
 def preprocess_of(options: Options, spec: str, model: nn.Module) -> Preprocess:

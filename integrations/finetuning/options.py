@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ss_pruning.config import Allocation, Budget, check_seed
 from ss_pruning.errors import InputError
 
 #: What may change between a run and its continuation.
 _ELSEWHERE = ("out", "workers", "cpu", "data", "export")
+#: The smallest and the largest value of numbers that nobody else checks before the training begins.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch", "size"), (1, math.inf)),
+    **dict.fromkeys(("warm_up", "penalty_warm_up", "prune_epoch", "workers"), (0, math.inf)),
+    **dict.fromkeys(("rate", "weight_decay", "penalty"), (0, math.inf)),
+    **dict.fromkeys(("smoothing", "crop", "ema", "distill"), (0, 1)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +120,23 @@ class Options(Sparsifying, Training, Task):
     """
 
     def __post_init__(self) -> None:
-        if self.macs and self.latency:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (least <= value <= most and math.isfinite(value)):
+                wanted = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a number, {wanted}")
+        check_seed(self.seed)
+        if self.macs is not None and self.latency is not None:
             raise InputError("give --macs or --latency, not both")
+        if self.cuts:
+            Budget.of(macs=self.macs, latency=self.latency)
+        Allocation(round_to=self.round_to)
+        if not 0 <= self.sparsity < 1:
+            raise InputError(f"--sparsity {self.sparsity}: give a share, from 0 to less than 1")
+        if self.prune_epoch is not None and self.prune_epoch >= self.epochs:
+            raise InputError(
+                f"--prune-epoch {self.prune_epoch} is never reached in --epochs {self.epochs}: give a smaller one"
+            )
         if self.prune_epoch is not None and not self.prunes:
             raise InputError("--prune-epoch needs --macs, --latency or --sparsity")
         if self.distill and not (self.prunes or self.teacher):
@@ -123,7 +148,7 @@ class Options(Sparsifying, Training, Task):
     @property
     def cuts(self) -> bool:
         """Whether channels are cut."""
-        return bool(self.macs or self.latency)
+        return self.macs is not None or self.latency is not None
 
     @property
     def prunes(self) -> bool:

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 
 import ss_pruning
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import make_writable_folder, replacing, write_text
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.integrations.finetuning.inputs import (
+    check_outputs,
     dense_model,
     loaders,
     preprocess_of,
@@ -39,6 +42,7 @@ from ss_pruning.integrations.finetuning.inputs import (
 )
 from ss_pruning.integrations.finetuning.options import Options
 from ss_pruning.io.distributed import check_agreement, fingerprint, sparsify_
+from ss_pruning.sources.accuracy import batches
 from ss_pruning.sources.models import build_model
 from ss_pruning.sparsity.masks import mask_, masks_of, merge_masks_, zero_masks
 from ss_pruning.sparsity.penalty import StrengthPenalty, warm_up
@@ -66,9 +70,13 @@ class Run:
         """Build what belongs to this set of parameters: optimiser, penalty and the model for all processes."""
         options = self.options
         check_agreement(self.model)
-        optimizer = create_optimizer_v2(
-            self.model, opt=options.opt, lr=options.rate, weight_decay=options.weight_decay
-        )
+        try:
+            optimizer = create_optimizer_v2(
+                self.model, opt=options.opt, lr=options.rate, weight_decay=options.weight_decay
+            )
+        except (ValueError, AssertionError) as error:
+            known = "timm.optim.list_optimizers() names those that there are"
+            raise InputError(f"--opt {options.opt}: {error}; {known}") from error
         wanted = options.penalty and not self.sparsified
         self.penalty = StrengthPenalty(self.model, self.example, form=options.form) if wanted else None
         if self.teacher is not None:
@@ -139,7 +147,7 @@ class Run:
         if not path.is_file():
             self.wrap()
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(path)
         if saved["recipe"] != self.options.recipe():
             raise InputError(f"'{path}' is of a run with other options: choose another --out, or delete it")
         self.sparsified, self.plan, self.log = (
@@ -242,7 +250,26 @@ class Run:
     def watched(self, loader: DataLoader[Any], what: str) -> Any:
         """The batches, with a progress bar in the first process if it has a terminal."""
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
-        return track(loader, what, total=len(loader), disable=not shown, transient=True)
+        return track(batches(loader), what, total=len(loader), disable=not shown, transient=True)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What `Run.save` has written.
+
+    Raises:
+        InputError: It is damaged, or something else.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = isinstance(saved, dict) and saved.keys() >= {"recipe", "plan", "masks", "model", "log"}
+        why = "" if found else "it holds something else"
+    except Exception as error:  # torch has one for each way in which a file can be damaged
+        why = f"{type(error).__name__}: {error}"[:200]
+    if why:
+        raise InputError(
+            f"'{path}' is no checkpoint of a run, or damaged ({why}): delete it to begin anew, or choose another --out"
+        )
+    return saved
 
 
 def cosine(step: int, steps: int, rising: int) -> float:
@@ -265,6 +292,7 @@ def start(options: Options, accelerator: Accelerator) -> tuple[Run, DataLoader[A
     model = starting_model(options, spec)
     train, val = accelerator.prepare(*loaders(options, preprocess_of(options, spec, model)))
     here = Run(options, accelerator, model, spec, len(train))
+    check_outputs(here.model, here.example, options.data)
     if options.teacher is not None:
         teacher = dense_model(options, spec, options.teacher)
         here.teacher = teacher.to(accelerator.device).requires_grad_(False)
@@ -304,8 +332,6 @@ def board_of(options: Options, accelerator: Accelerator, done: int) -> Any:
     """TensorBoard's writer in the first process, None in the others."""
     if not accelerator.is_main_process:
         return None
-    from torch.utils.tensorboard import SummaryWriter
-
     return SummaryWriter(options.out / "tensorboard", purge_step=done + 1)
 
 

@@ -229,22 +229,12 @@ def _digits(preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 def _folders(root: Path, preprocess: Preprocess) -> tuple[Dataset[Any], Dataset[Any] | None, int]:
-    from torchvision.datasets import ImageFolder
+    from ss_pruning.sources.labelled_folder import LabelledFolder
 
     testing, training = (split_folder(root, split) for split in ("test", "train"))
-    evaluation = testing or training or root
     change = transform(preprocess)
-    try:
-        test, train = (
-            None if place is None else ImageFolder(str(place), transform=change, loader=open_rgb)
-            for place in (evaluation, training if testing else None)
-        )
-    except FileNotFoundError as error:
-        raise InputError(
-            f"no images by class in {str(evaluation)!r}: {error}. One folder of images per class is needed; images "
-            "without classes can be calibrated on (--calibration)."
-        ) from error
-    assert test is not None
+    test = LabelledFolder(testing or training or root, change)
+    train = LabelledFolder(training, change) if testing and training else None
     return test, train, len(test.classes)
 
 

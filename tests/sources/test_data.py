@@ -240,6 +240,22 @@ def test_val_is_a_test_split(tmp_path: Path) -> None:
     assert torch.equal(batches(opened.evaluation)[1], expected("test")[1])
 
 
+def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path: Path) -> None:
+    for name in ("a/0.png", "b/0.png", "b/1.PNG"):
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(png(pixels("test", 0, 0)))
+    for name in ("a/._0.png", "a/.thumbs/0.png", "b/notes.txt", ".cache/0.png", "Thumbs.db"):
+        (tmp_path / "x" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"no image")
+    opened = open_data(str(tmp_path / "x"), Preprocess(size=(3, 4, 4)), calibration_size=0)
+    _, labels = batches(opened.evaluation)
+    assert opened.classes == 2
+    assert sorted(labels.tolist()) == [0, 1, 1]
+    (tmp_path / "x" / "c").mkdir()
+    with pytest.raises(InputError, match=r"no images by class in .*classes c\b"):
+        open_data(str(tmp_path / "x"), Preprocess())
+
+
 def test_folder_images_are_resized_and_cropped(tmp_path: Path) -> None:
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = 255  # the middle square is white
