@@ -17,6 +17,7 @@ from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning._utils.progress import Clock, Progress, listening, reporter
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import Calibration, calibration_images, prepared_best
+from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Config, Scope, SyntheticImages
 from ss_pruning.graph.refusals import check_bare, check_finite, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
@@ -111,6 +112,7 @@ def prune_(
                 traced = with_narrow_heads(traced)
             traced = with_tied_heads(traced)
             costs = Costs(traced)
+        give_back()
         with listening(clock.steps("synthesize")):
             images = calibration_images(calibration, model, example_inputs)
         with clock("estimate"):
@@ -119,7 +121,6 @@ def prune_(
         config = work.config
         with clock("score"):
             inputs = Calibration.of(model, work.of(images), synthetic)
-            del images  # which are held once more by now
             strengths = _strengths(traced)
         if latency is not None or config.allocation.round_to == "measured":
             with clock("time layers"):
@@ -128,6 +129,7 @@ def prune_(
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)
         clock.over(but="cut")
+        give_back()
         with clock("cut"):
             cut = prepared_best(traced, found.verified.plan, config.compensation, inputs)
         report = Report(

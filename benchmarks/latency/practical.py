@@ -42,7 +42,8 @@ from ss_pruning._utils.progress import in_words, seconds_left
 from ss_pruning.compensation.synthetic_data import _natural_noise
 
 MACS, IMAGES, CIFAR_IMAGES = 0.5, 240, 512
-WAYS = ("none", "mean", "linear", "reconstruct")
+BLIND = "mean-without-images"
+WAYS = ("none", BLIND, "mean", "linear", "reconstruct")
 STAGES = ("trace", "estimate", "score", "measure", "plan", "verify", "cut")
 MIB = 2**20
 
@@ -127,7 +128,7 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
     give_back()
     before, peaks, used = resident("VmRSS"), Peaks(), cpu_seconds()
     waiting = Waiting(time.perf_counter())
-    calibration = None if way == "none" else images
+    calibration, compensation = None if way in ("none", BLIND) else images, way.split("-")[0]
 
     def progress(stage: str, done: int, total: int) -> None:
         if die_at == stage:
@@ -136,12 +137,12 @@ def measured(net: str, way: str, die_at: str = "") -> dict[str, Any]:
         waiting.note(done / 1000, total / 1000)
 
     report = prune_(
-        model, images[:1], macs=MACS, compensation=way, calibration=calibration, progress=progress
+        model, images[:1], macs=MACS, compensation=compensation, calibration=calibration, progress=progress
     )
     peaks("")
     return {
         "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
-        "images": len(images),
+        "images": 0 if calibration is None else len(images),
         "side": images.shape[-1],
         "macs": report.macs_after / report.macs_before,
         "seconds": peaks.seconds,
@@ -268,7 +269,7 @@ def page(result: dict[str, Any]) -> str:
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
         f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
-        "resident memory above what the process held before. Plain cuts see no images. *Cut* is the cut with its "
+        "resident memory above what the process held before, the images that it was given among that. *Cut* is the cut with its "
         "compensation. What was made earlier is of the code as it was then.",
         "",
         *expectations(runs),

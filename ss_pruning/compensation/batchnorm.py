@@ -189,7 +189,7 @@ def _positions(inputs: Any) -> int:
 
 def _fitting(images: Batch) -> Batch:
     """As many as may run at once."""
-    return images.at_most(max(_AT_ONCE // _positions(images.inputs), _LEAST))
+    return images.at_most(max(_AT_ONCE // _positions(images[:1].inputs), _LEAST))
 
 
 def _added(seen: list[_Sample], x: Tensor) -> _Sample:

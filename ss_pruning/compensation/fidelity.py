@@ -92,11 +92,19 @@ def _variances(outputs: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     found = {}
     for name, first in outputs[0].items():
         if all(name in part and part[name].shape[1:] == first.shape[1:] for part in outputs):
-            whole = torch.cat([part[name].double().cpu() for part in outputs])
-            variance = float((whole - whole.mean(0)).square().mean())
+            variance = _variance([part[name] for part in outputs])
             if 0 < variance < float("inf"):
                 found[name] = variance
     return found
+
+
+def _variance(parts: Sequence[Tensor]) -> float:
+    """Of `[inputs, ...]` in parts, over the inputs; mean over all else."""
+    count = sum(map(len, parts))
+    total = sum(part.double().sum(0) for part in parts)
+    mean = torch.as_tensor(total) / count
+    squares = sum(float((part.double() - mean).square().sum()) for part in parts)
+    return squares / max(count * mean.numel(), 1)
 
 
 def _are_classes(outputs: dict[str, Tensor]) -> bool:

@@ -88,7 +88,7 @@ class BatchedAblation:
         self.norms = {path: norm for path, norm in self.norms.items() if self.prefix.runs_once(path)}
         pairs = zip(map(length, alone), map(length, outputs), strict=False)
         self.grow = [two == 2 * one > 0 for one, two in pairs]
-        if _lost(self._heard(outputs), 2)[0] > _SAME:
+        if _lost(*_first(self._heard(outputs), 2))[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
                 f"by side; {OTHERWISE}"
@@ -113,10 +113,9 @@ class BatchedAblation:
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")
         if self.method == "reconstruct":
-            return _lost(self._run(consumers, [{}, *cuts]), len(cuts) + 1)
+            return _lost(*_first(self._run(consumers, [{}, *cuts]), len(cuts) + 1))
         dense = self.dense  # first: copies follow what reaches its norms
-        joined = map(torch.cat, zip(dense, self._run(consumers, cuts), strict=True))
-        return _lost(list(joined), len(cuts) + 1)
+        return _lost(dense, self._run(consumers, cuts))
 
     @cached_property
     def dense(self) -> list[Tensor]:
@@ -299,14 +298,22 @@ def _followed(x: Tensor, dense: _Reached, eps: float) -> Tensor:
     return found
 
 
-def _lost(outputs: Sequence[Tensor], copies: int) -> Floats:
-    """`[copies - 1]`: mean squared difference from the first copy over its variance, mean over the outputs."""
+def _first(outputs: Sequence[Tensor], copies: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What the first of so many copies put out, and all others."""
+    sizes = [len(output) // copies for output in outputs]
+    pairs = list(zip(outputs, sizes, strict=True))
+    return [output[:size] for output, size in pairs], [output[size:] for output, size in pairs]
+
+
+def _lost(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> Floats:
+    """`[copies]`: mean squared difference from the dense model over its variance, mean over the outputs."""
     found = []
-    for output in outputs:
-        parts = output.unflatten(0, (copies, -1)).double()
-        variance = (parts[0] - parts[0].mean(0)).square().mean()
+    for output, others in zip(dense, pruned, strict=True):
+        wanted = output.double()
+        variance = (wanted - wanted.mean(0)).square().mean()
         if bool(variance > 0):
-            found.append((parts[1:] - parts[0]).flatten(1).square().mean(1) / variance)
+            errors = [(copy.double() - wanted).square().mean() for copy in others.split(len(wanted))]
+            found.append(torch.stack(errors) / variance)
     if not found:
         raise ModelError(f"no output of the model varies from image to image; {OTHERWISE}")
     lost = torch.stack(found).mean(0)

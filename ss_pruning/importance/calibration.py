@@ -29,21 +29,23 @@ _AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """Many inputs of a model at once.
+    """Many inputs of a model at once: some of those that somebody holds, copied only for as long as they run.
 
     Attributes:
-        inputs: In the form in which the model takes them.
+        source: What holds them, in the form in which the model takes it.
         batched: By entry (tensor, list of images, or other), whether it has one row a sample.
-        count: How many samples there are.
+        rows: `[count]`, which of the samples these are.
         unit: Only multiples of so many samples run, as where a batch holds the frames of clips.
         most: No more run at once; None for any number.
+        channels_last: Images are laid out so.
     """
 
-    inputs: Any
+    source: Any = field(repr=False)
     batched: tuple[bool, ...] = field(repr=False)
-    count: int
+    rows: Tensor
     unit: int = 1
     most: int | None = None
+    channels_last: bool = False
 
     @staticmethod
     def of(inputs: Any) -> Batch:
@@ -54,23 +56,25 @@ class Batch:
         lengths = [_rows(entry) for entry in entries]
         first = next((length for length in lengths if length is not None), None)
         batched = tuple(length is not None and length == first for length in lengths)
-        return Batch(inputs, batched, first or 0)
+        return Batch(inputs, batched, torch.arange(first or 0))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """Some of the samples."""
+        return replace(self, rows=self.rows[index])
 
-        def taken(entry: Any) -> Any:
-            if isinstance(index, slice):
-                return entry[index]
-            if isinstance(entry, list):
-                return [entry[i] for i in index.tolist()]
-            return entry[index.to(entry.device)]
+    @property
+    def inputs(self) -> Any:
+        """In the form in which the model takes them: a copy, in which it may write."""
+        return self._mapped(self._taken)
 
-        count = len(range(self.count)[index]) if isinstance(index, slice) else len(index)
-        return replace(self, inputs=self._mapped(taken), count=count)
+    @property
+    def numbers(self) -> int:
+        """How many a sample has, in all entries; the mean of those that differ in size."""
+        held = [x for entry in self._held() for x in (entry if isinstance(entry, list) else [entry])]
+        return sum(x.numel() for x in held) // max(self._held_rows(), 1)
 
     def of_units(self, numbers: Tensor) -> Batch:
         """Some of the samples, those that must run together by the number that they have together."""
@@ -79,12 +83,11 @@ class Batch:
     def split(self, size: int) -> list[Batch]:
         """Parts of about so many samples, and no more than run at once."""
         size = self.most or max(size // self.unit, 1) * self.unit
-        return [self[begin : begin + size] for begin in range(0, self.count, size)]
+        return [self[begin : begin + size] for begin in range(0, len(self), size)]
 
     def parts(self) -> list[Batch]:
         """All samples, as many at once as run fast."""
-        numbers = sum(x.numel() for x in self.tensors())
-        return self.split(max(_AT_ONCE * self.count // max(numbers, 1), 1))
+        return self.split(max(_AT_ONCE // max(self.numbers, 1), 1))
 
     def at_most(self, size: int) -> Batch:
         """The first samples, of which no more run at once."""
@@ -92,33 +95,48 @@ class Batch:
 
     def repeated(self, copies: int) -> Batch:
         """The same samples so many times, one copy behind the other."""
-        inputs = self._mapped(lambda x: x * copies if isinstance(x, list) else torch.cat([x] * copies))
-        return replace(self, inputs=inputs, count=self.count * copies)
+        return replace(self, rows=self.rows.repeat(copies))
 
     def resized(self, count: int) -> Batch:
         """So many samples, the same again and again."""
-        return self.repeated(-(-count // max(self.count, 1)))[:count]
+        return self.repeated(-(-count // max(len(self), 1)))[:count]
 
     def limited(self, unit: int, most: int | None) -> Batch:
         """Of which only such numbers run; what is left over is dropped."""
-        return replace(self, unit=unit, most=most)[: self.count // unit * unit]
+        return replace(self, unit=unit, most=most)[: len(self) // unit * unit]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """With each tensor that goes by samples changed."""
+        whole = self.rows.equal(torch.arange(self._held_rows()))
 
-        def changed(x: Any) -> Any:
+        def changed(entry: Any) -> Any:
+            x = entry if whole else self._taken(entry)
             return [change(one) for one in x] if isinstance(x, list) else change(x)
 
-        return replace(self, inputs=self._mapped(changed))
+        return replace(self, source=self._mapped(changed), rows=torch.arange(len(self)))
 
     def tensors(self) -> list[Tensor]:
         """What goes by samples."""
-        entries, _ = _flat(self.inputs)
-        rows = (entry for entry, by_row in zip(entries, self.batched, strict=True) if by_row)
-        return [x for entry in rows for x in (entry if isinstance(entry, list) else [entry])]
+        taken = map(self._taken, self._held())
+        return [x for entry in taken for x in (entry if isinstance(entry, list) else [entry])]
+
+    def _held(self) -> list[Any]:
+        """The entries that go by samples, with all of them."""
+        entries, _ = _flat(self.source)
+        return [entry for entry, by_row in zip(entries, self.batched, strict=True) if by_row]
+
+    def _held_rows(self) -> int:
+        return len(next(iter(self._held()), ()))
+
+    def _taken(self, entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [entry[i] for i in self.rows.tolist()]
+        taken: Tensor = entry[self.rows.to(entry.device)]
+        laid_out = self.channels_last and taken.dim() == 4 and not taken.is_cuda
+        return taken.contiguous(memory_format=torch.channels_last) if laid_out else taken
 
     def _mapped(self, change: Callable[[Any], Any]) -> Any:
-        entries, spec = _flat(self.inputs)
+        entries, spec = _flat(self.source)
         pairs = zip(entries, self.batched, strict=True)
         return pytree.tree_unflatten([change(entry) if by_row else entry for entry, by_row in pairs], spec)
 
@@ -184,11 +202,7 @@ def channels_last(model: nn.Module, batch: Batch) -> Batch:
 
     Code that asks for a view of what convolutions put out may not run.
     """
-
-    def laid_out(x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and not x.is_cuda else x
-
-    made = batch.mapped(laid_out)
+    made = replace(batch, channels_last=True)
     return made if _runs(model, made[: made.unit]) else batch
 
 
@@ -198,10 +212,10 @@ def sizes_that_run(model: nn.Module, example: Any) -> tuple[int, int | None]:
     Asked with one sample (or two where the example is one), and with twice as many as the example has.
     """
     batch = Batch.of(example)
-    if not batch.count or _runs(model, batch.resized(1 if batch.count > 1 else 2)):
+    if not len(batch) or _runs(model, batch.resized(1 if len(batch) > 1 else 2)):
         return 1, None
-    more = batch.count > 1 and _runs(model, batch.repeated(2))
-    return batch.count, None if more else batch.count
+    more = len(batch) > 1 and _runs(model, batch.repeated(2))
+    return len(batch), None if more else len(batch)
 
 
 def _runs(model: nn.Module, batch: Batch) -> bool:
@@ -345,10 +359,19 @@ def _check_finite(batch: Batch, example: Any, where: str) -> None:
     for entry, like in zip(entries, examples, strict=False):
         infinite = any(bool(x.isinf().any()) for x in _each(like))
         for number, x in _samples(entry):
+            if _is_sound(x, infinite):
+                continue
             bad = x.isnan() if infinite else ~x.isfinite()
-            if bool(bad.any()):
-                index = int(bad.reshape(len(x), -1).any(1).nonzero()[0]) if number is None else number
-                raise InputError(f"{where} holds NaN or Inf at index {index}; take it out or mend it")
+            index = int(bad.reshape(len(x), -1).any(1).nonzero()[0]) if number is None else number
+            raise InputError(f"{where} holds NaN or Inf at index {index}; take it out or mend it")
+
+
+def _is_sound(x: Tensor, infinite: bool) -> bool:
+    """Whether there is no NaN, nor Inf where that is no number to expect. Its ends tell, without a copy."""
+    if not x.numel():
+        return True
+    ends = torch.stack(x.aminmax())
+    return not bool((ends.isnan() if infinite else ~ends.isfinite()).any())
 
 
 def _each(entry: Any) -> Iterator[Tensor]:
@@ -373,7 +396,7 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     batched = tuple(map(all, zip(*(part.batched for part in parts), strict=True)))
     entries = [_join(column, by_row) for column, by_row in zip(columns, batched, strict=True)]
     _, spec = _flat(parts[0].inputs)
-    return Batch(pytree.tree_unflatten(entries, spec), batched, sum(map(len, parts)))
+    return Batch(pytree.tree_unflatten(entries, spec), batched, torch.arange(sum(map(len, parts))))
 
 
 def _join(column: Sequence[Any], by_row: bool) -> Any:

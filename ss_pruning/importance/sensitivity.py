@@ -32,8 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.progress import part, step
@@ -165,8 +163,7 @@ def effort_for(method: Method, images: Batch) -> Effort:
     """How output error is measured by default, when the cut is compensated so, on such images."""
     if method == "reconstruct":
         return REFITTED
-    tensors = [leaf for leaf in pytree.tree_leaves(images.inputs) if isinstance(leaf, Tensor)]
-    return THOROUGH if sum(t.numel() for t in tensors) <= _SMALL * len(images) else QUICK
+    return THOROUGH if images.numbers <= _SMALL else QUICK
 
 
 def _check(images: Batch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning._utils.progress import Clock
+from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.config import METHODS, Config, Method, Reconstruct, Synaptic
 from ss_pruning.errors import InputError, ModelError, NothingToPruneError
 from ss_pruning.graph.groups import Coupling, PruningGroup
@@ -99,7 +100,7 @@ class Ranker:
         scorer = self._synaptic(importance)
         if importance.statistics != "data" or self.images is None:
             return self._scored(traced, scorer)
-        key = key_of(traced, self._seen_by(importance, self.images).inputs, (), importance)
+        key = key_of(traced, self._seen_by(importance, self.images), (), importance)
         shapes = [[np.empty(s.size) for s in group.subgroups] for group in traced.coupling.groups]
         return remembered(key, lambda: self._scored(traced, scorer), shapes)
 
@@ -169,6 +170,7 @@ class Ranker:
                 lambda measured: self._rivals(measured, scores, traced, config),
                 self.effort,
             )
+            give_back()  # what scores took is not held beside what this takes
             with self.clock("measure"):
                 known = self._known(config.importance)
                 return by_sensitivity(traced, scores, images, shrinking, known)
@@ -212,7 +214,7 @@ class Ranker:
             if config.budget.kind == "latency" or config.allocation.round_to == "measured":
                 return None
         assert self.images is not None
-        return key_of(traced, self.images.inputs, scores, *given)
+        return key_of(traced, self.images, scores, *given)
 
 
 def _is_stream(group: PruningGroup) -> bool:

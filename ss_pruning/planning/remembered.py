@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from ss_pruning._utils.arrays import Floats, digest
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import output_of
 from ss_pruning.graph.traced import TracedModel
+from ss_pruning.importance.calibration import Batch
 
 #: Whatever took less than so many seconds is not worth a file.
 WORTH = 5.0
@@ -36,7 +36,7 @@ def _code() -> str:
     return whole.hexdigest()
 
 
-def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
+def key_of(traced: TracedModel, images: Batch, scores: Sequence[Sequence[Floats]], *settings: object) -> str:
     """A name for what is measured on a model: the same for the same weights, groups, images, scores and settings.
 
     Of the model its class, structure and outputs for the example inputs count, of settings what they print.
@@ -49,7 +49,7 @@ def key_of(traced: TracedModel, images: Any, scores: Sequence[Sequence[Floats]],
     outputs = tensors_in(output_of(traced.model, traced.example_inputs))
     tensors = [
         *traced.model.state_dict().items(),
-        *enumerate(pytree.tree_leaves(images)),
+        *enumerate(pytree.tree_leaves((images.source, images.rows))),
         *outputs.items(),
         *enumerate(torch.from_numpy(part) for subgroups in scores for part in subgroups),
     ]

@@ -43,8 +43,7 @@ class Rates:
     @classmethod
     def measured(cls, model: nn.Module, inputs: Batch) -> Rates:
         """Time a few passes and some algebra; takes as long as some dozen inputs."""
-        each = sum(x.numel() for x in inputs.tensors()) // max(len(inputs), 1)
-        wanted = min(max(_FEW, _NUMBERS_OF_FEW // max(each, 1)), _MOST_OF_FEW)
+        wanted = min(max(_FEW, _NUMBERS_OF_FEW // max(inputs.numbers, 1)), _MOST_OF_FEW)
         few = inputs.parts()[0].at_most(wanted)
         many = inputs.at_most(_TIMES * len(few)) if len(few) else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -140,25 +140,50 @@ def test_layers_find_what_they_find_in_an_undisturbed_pass(style: Any, side: Sid
         paused = [Paused(), Paused()]
         for path in LAYERS:
             for state, x, known in zip(paused, (second, third), wanted, strict=True):
-                found = passes.run(state, x.clone(), path)
+                found = passes.run(state, x.clone, path)
                 assert found is not None
                 torch.testing.assert_close(found, known[path])
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("style", [style for style in STYLES if style not in (stepwise, remembered)])
-def test_each_layer_runs_once_a_batch(style: Any) -> None:
+@pytest.mark.parametrize("style", [style for style in STYLES if style is not remembered])
+def test_each_layer_runs_once_a_batch_and_inputs_are_made_once(style: Any) -> None:
     torch.manual_seed(0)
     model = Net(style).eval()
     x, other = batches(2)
     with Calls(model) as calls:
         passes = PartialPasses(calls, stops_of(calls, LAYERS, "out", x, other), {})
         RUNS.clear()
-        state = Paused()
+        state, made = Paused(), list[Tensor]()
         for path in LAYERS:
-            passes.run(state, x, path)
+            passes.run(state, lambda: made.append(x) or x, path)  # type: ignore[func-returns-value]
     assert dict.fromkeys(LAYERS, 1) == RUNS
+    assert len(made) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steered", [False, True])
+def test_inputs_that_are_read_again_are_made_again(steered: bool) -> None:
+    """By a function outside of all modules, late; or to decide which way to go."""
+    torch.manual_seed(0)
+    model = Net(handed_on).eval()
+    plain = model.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if steered and float(x.sum()) > 1e6:
+            raise AssertionError("not what was given")
+        y = plain(x)
+        return y if steered else y + x[:, :1]
+
+    model.forward = forward  # type: ignore[method-assign]
+    x, other = batches(2)
+    with Calls(model) as calls:
+        passes = PartialPasses(calls, stops_of(calls, LAYERS, "out", x, other), {})
+        state, made = Paused(), list[Tensor]()
+        for path in LAYERS:
+            passes.run(state, lambda: made.append(x) or x, path)  # type: ignore[func-returns-value]
+    assert len(made) == len(LAYERS)
 
 
 @torch.no_grad()
@@ -171,7 +196,7 @@ def test_what_nobody_reads_any_more_is_not_held() -> None:
         stops = stops_of(calls, paths, "in", x, other)
         passes, state, held = PartialPasses(calls, stops, {}), Paused(), {}
         for path in paths:
-            passes.run(state, x, path)
+            passes.run(state, lambda: x, path)
             held[path] = state.bytes()
     bytes_of = {path: 4 * value.numel() for path, value in live.items()}
     assert held["layer1.1.conv1"] == bytes_of["layer1.0"]  # it is added later, and read now
@@ -189,11 +214,11 @@ def test_tensors_are_set_aside_on_the_way_and_only_until_they_are_wanted() -> No
             calls, stops_of(calls, LAYERS, "out", x, other), {"a": ("stem", "out"), "b": ("a", "out")}
         )
         state = Paused()
-        passes.run(state, x, "stem.0")
+        passes.run(state, lambda: x, "stem.0")
         assert not state.aside
-        passes.run(state, x, "a")
-        torch.testing.assert_close(state.aside.pop("a"), model.stem(x))
-        passes.run(state, x, "head")
+        passes.run(state, lambda: x, "a")
+        torch.testing.assert_close(state.aside["a"], model.stem(x))
+        passes.run(state, lambda: x, "head")
         assert "a" not in state.aside
 
 
@@ -204,7 +229,7 @@ def test_a_pass_that_does_not_reach_the_layer_says_so() -> None:
         stops = stops_of(calls, ["a", "b", "head"], "in", x, other)
         assert list(stops.over) == ["a", "head"]
         passes = PartialPasses(calls, stops, {})
-        assert passes.run(Paused(), torch.full_like(x, 1e9), "a") is None
+        assert passes.run(Paused(), lambda: torch.full_like(x, 1e9), "a") is None
 
 
 def test_what_a_model_raises_comes_through_and_nothing_stays() -> None:
@@ -213,7 +238,7 @@ def test_what_a_model_raises_comes_through_and_nothing_stays() -> None:
     with torch.no_grad(), Calls(model) as calls:
         passes = PartialPasses(calls, stops_of(calls, LAYERS, "in", x, other), {})
         with pytest.raises(RuntimeError, match="channels"):
-            passes.run(Paused(), x[:, :2], "head")
+            passes.run(Paused(), lambda: x[:, :2], "head")
         with pytest.raises(RuntimeError, match="channels"):
             model(x[:, :2])  # called by itself, it runs as ever
     assert not any("forward" in vars(module) for module in model.modules())

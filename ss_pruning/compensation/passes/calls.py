@@ -18,6 +18,8 @@ from ss_pruning._utils.running import call
 #: A call of a module: the calls that it is made in, from the model's own to itself, each as the module's path and how
 #: often that was called before within the same one. The same in each pass that takes the same way.
 Call = tuple[tuple[str, int], ...]
+#: In the place of a call where what the caller of the model gives is meant.
+INPUTS: Call = (("", -1),)
 #: Answers a call, given the arguments and what runs the module on them.
 Visit = Callable[[Call, tuple[Any, ...], dict[str, Any], Callable[[], Any]], Any]
 

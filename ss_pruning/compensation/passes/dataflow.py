@@ -2,8 +2,8 @@
 
 A pass is a list of events: a function read these tensors and made those, a module was called and gave those. When it
 is run again from some moment on, a module whose call was over by then need not run: it gives again what it gave.
-Functions outside of such calls do run again. Walking the events backwards tells which of these outputs reach anything
-to come; the others need no content.
+Functions outside of such calls do run again. Walking the events backwards tells which of these outputs, and of the
+inputs, reach anything to come, or steer the pass; the others need no content.
 """
 
 from __future__ import annotations
@@ -20,10 +20,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import tensors_among
-from ss_pruning.compensation.passes.calls import Call, Calls
+from ss_pruning.compensation.passes.calls import INPUTS, Call, Calls
 
 _PLAIN = (bool, int, float, str, type(None))
 _NONE: frozenset[int] = frozenset()
+# What functions make that ask a tensor for its numbers: they may steer the pass, so that it is always needed.
+_ANSWER = frozenset({-1})
+_ASK = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__bool__,
+        Tensor.__float__,
+        Tensor.__int__,
+        Tensor.__index__,
+        Tensor.equal,
+        Tensor.allclose,
+        Tensor.is_nonzero,
+        torch.equal,
+        torch.allclose,
+        torch.is_nonzero,
+        torch._assert,
+    }
+)
 
 
 class _Event(NamedTuple):
@@ -60,13 +80,14 @@ class Dataflow:
         """Watch one pass over a few inputs; the model has been entered."""
         watch = _Watch()
         with torch.inference_mode(False), torch.no_grad(), watch:  # there nobody counts what is written
+            watch.flow.ends[INPUTS] = watch.note(_NONE, watch.ids(inputs), gave=INPUTS)
             calls.run(inputs, watch.visit)
         watch.flow.alive.clear()
         return watch.flow
 
     def over(self, time: int) -> dict[Call, bool]:
-        """The outermost calls that are over by then, and of each whether anything to come reads what it gave."""
-        needed: set[int] = set()
+        """The outermost calls that are over by then, and `INPUTS`; of each whether what it gave will be read."""
+        needed = set(_ANSWER)
         found: dict[Call, bool] = {}
         for event in reversed(self.events):
             if event.time > time:
@@ -102,12 +123,12 @@ class _Watch(TorchFunctionMode):
 
     def visit(self, call: Call, args: Any, kwargs: Any, forward: Callable[[], Any]) -> Any:
         outer, self.within = self.within, call
-        read = self._ids((args, kwargs))
-        self.flow.begins[call] = self._note(read, _NONE)
+        read = self.ids((args, kwargs))
+        self.flow.begins[call] = self.note(read, _NONE)
         output = forward()
         self.within = outer
-        made = self._ids(output)
-        end = self._note(read, made, gave=call)
+        made = self.ids(output)
+        end = self.note(read, made, gave=call)
         leaves = pytree.tree_leaves(output)
         if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
             self.flow.ends[call] = end
@@ -118,26 +139,28 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = {id(x): _version(x) for x in tensors_among((args, kwargs))}
-        read = self._ids((args, kwargs))
+        read = self.ids((args, kwargs))
         result = func(*args, **kwargs)
         written = frozenset(id(x) for x in tensors_among((args, kwargs)) if _version(x) != before[id(x)])
-        made = self._ids(result) | written
+        made = _ANSWER if func in _ASK else self.ids(result) | written
         if made:
-            self._note(read, made, written)
+            self.note(read, made, written)
         return result
 
-    def _note(
+    def note(
         self,
         read: frozenset[int],
         made: frozenset[int],
         written: frozenset[int] = _NONE,
         gave: Call | None = None,
     ) -> int:
+        """Take note of an event; returns its time."""
         event = _Event(next(self.time), self.within, read, made, written, gave)
         self.flow.events.append(event)
         return event.time
 
-    def _ids(self, value: Any) -> frozenset[int]:
+    def ids(self, value: Any) -> frozenset[int]:
+        """Of the tensors in there, none of which anybody else will have."""
         tensors = tensors_among(value)
         self.flow.alive += tensors
         return frozenset(map(id, tensors))

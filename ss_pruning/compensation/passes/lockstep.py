@@ -103,8 +103,11 @@ class Lockstep:
             part.small, part.large, part.held = Paused(), Paused(), 0
 
     def _run(self, part: _Part, path: str) -> Meeting | None:
-        inputs = self.batch[part.images].inputs
-        x, wanted = self.small.run(part.small, inputs, path), self.large.run(part.large, inputs, path)
+        images = self.batch[part.images]
+        x, wanted = (
+            passes.run(paused, lambda: images.inputs, path)
+            for passes, paused in ((self.small, part.small), (self.large, part.large))
+        )
         if x is None:
             return None
         if wanted is None:

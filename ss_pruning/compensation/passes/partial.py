@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import given
 from ss_pruning._utils.modules import modules_of
-from ss_pruning.compensation.passes.calls import Call, Calls
+from ss_pruning.compensation.passes.calls import INPUTS, Call, Calls
 from ss_pruning.compensation.passes.dataflow import Dataflow
 
 #: Before a layer, with what it reads, or after it, with what it gives.
@@ -112,16 +112,19 @@ class PartialPasses:
         self.modules = modules_of(calls.model)
         self.order = {path: number for number, path in enumerate(stops.over)}
 
-    def run(self, paused: Paused, inputs: Any, path: str) -> Tensor | None:
+    def run(self, paused: Paused, inputs: Callable[[], Any], path: str) -> Tensor | None:
         """Go on to this layer; returns what it reads or gives, see `Stops`, or None if the pass does not reach it.
 
         Args:
             paused: Where the pass over these inputs stopped before; brought up to date.
-            inputs: What `forward` takes.
+            inputs: Makes what `forward` takes; not called where nothing reads it any more.
             path: Of the layer: this one or one behind that where it stopped.
         """
         over, after = self.stops.over[path], dict[Call, Any]()
         before = paused.given if over else {}
+        taken = _filled(before[INPUTS], self.fill) if INPUTS in before else inputs()
+        if not over.get(INPUTS, True):
+            after[INPUTS] = pytree.tree_map(_Unread.of, taken)
 
         def visit(call: Call, args: Any, kwargs: Any, forward: Callable[[], Any]) -> Any:
             here = call[-1][0]
@@ -144,9 +147,10 @@ class PartialPasses:
             return answer
 
         try:
-            self.calls.run(inputs, visit)
+            self.calls.run(taken, visit)
         except _Reached as reached:
             paused.given = after
+            paused.aside = {k: x for k, x in paused.aside.items() if self.order[k] >= self.order[path]}
             value: Tensor = reached.value
             return value
         return None
@@ -187,8 +191,8 @@ def tried(calls: Calls, stops: Stops, first: Any, second: Any) -> Stops:
     passes, one, two = PartialPasses(calls, stops, {}, fill=nan), Paused(), Paused()
     for path, known in wanted.items():
         try:
-            passes.run(two, second, path)
-            found = passes.run(one, first, path)
+            passes.run(two, lambda: second, path)
+            found = passes.run(one, lambda: first, path)
         except Exception:  # what the model's own code says to NaN
             found = None
         if found is None or not _agree(_few(found), known):
