@@ -18,7 +18,7 @@ _listener: ContextVar[Step] = ContextVar("listener", default=lambda done, total:
 _log = logging.getLogger("ss_pruning")
 
 # What was expected counts as much as having seen this share of the work.
-_TRUST = 0.2
+_TRUST = 0.05
 
 
 def reporter(progress: Progress | None) -> Progress:

@@ -74,7 +74,7 @@ class Batch:
     def numbers(self) -> int:
         """How many a sample has, in all entries; the mean of those that differ in size."""
         held = [x for entry in self._held() for x in (entry if isinstance(entry, list) else [entry])]
-        return sum(x.numel() for x in held) // max(self._held_rows(), 1)
+        return int(sum(x.numel() for x in held)) // max(self._held_rows(), 1)
 
     def of_units(self, numbers: Tensor) -> Batch:
         """Some of the samples, those that must run together by the number that they have together."""

@@ -73,7 +73,7 @@ def test_steps_are_told_to_nobody_without_a_clock() -> None:
     step(1, 2)  # the clock has stopped to listen
 
 
-@pytest.mark.parametrize("slower", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("slower", [0.4, 1.0, 4.0])
 @pytest.mark.parametrize("wrong", [0.6, 1.0, 1.6])
 def test_after_a_tenth_the_rest_is_known_within_a_factor_of_two(
     now: list[float], slower: float, wrong: float
