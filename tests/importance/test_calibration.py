@@ -16,7 +16,7 @@ from ss_pruning.config import NoCompensation
 from ss_pruning.errors import InputError
 from ss_pruning.graph import trace
 from ss_pruning.importance.activation_stats import measure
-from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 
@@ -394,3 +394,40 @@ def test_lists_of_images_are_gathered_as_detectors_take_them() -> None:
         found = gather(calibration, example)
         assert len(found) == 32
         assert torch.equal(torch.stack(found.inputs), IMAGES)
+
+
+def test_samples_are_chosen_without_a_copy_and_run_in_one() -> None:
+    batch = Batch.of((IMAGES, torch.arange(32)))
+    chosen = batch.limited(2, None).of_units(torch.tensor([3, 0])).repeated(2).split(4)[1]
+    assert chosen.source is batch.source
+    images, numbers = chosen.inputs
+    assert numbers.tolist() == [6, 7, 0, 1]
+    assert torch.equal(images, IMAGES[numbers])
+    assert chosen.numbers == 301
+    before = IMAGES.clone()
+    batch.inputs[0].zero_()  # as a model does that normalises in place
+    assert torch.equal(IMAGES, before)
+
+
+def test_images_are_laid_out_as_they_run() -> None:
+    def layout(batch: Batch) -> bool:
+        return bool(batch.inputs.is_contiguous(memory_format=torch.channels_last))
+
+    batch = Batch.of(IMAGES)
+    ready = channels_last(Net(), batch)
+    assert ready.source is IMAGES
+    assert layout(ready[torch.tensor([4, 1])])
+    assert not layout(batch)
+    assert torch.equal(ready.inputs, IMAGES)
+    flat = nn.Sequential(nn.Conv2d(3, 2, 3), Viewed())
+    assert not layout(channels_last(flat, batch))
+    moved = ready[torch.tensor([4, 1])].mapped(lambda x: x + 1)
+    assert layout(moved)
+    assert torch.equal(moved.inputs, IMAGES[[4, 1]] + 1)
+
+
+class Viewed(nn.Module):
+    """Does not run on what lies channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
