@@ -269,8 +269,8 @@ def page(result: dict[str, Any]) -> str:
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
         f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
-        "resident memory above what the process held before, the images that it was given among that. *Cut* is the cut with its "
-        "compensation. What was made earlier is of the code as it was then.",
+        "resident memory above what the process held before, the images that it was given among that. *Cut* is the "
+        "cut with its compensation. What was made earlier is of the code as it was then.",
         "",
         *expectations(runs),
         *interruptions(runs, result.get("killed", {})),
