@@ -136,7 +136,7 @@ class Run:
 
         def write() -> None:
             with replacing(self.options.out / "last.pt") as temporary:
-                torch.save(state, temporary)
+                write_checkpoint(state, temporary)
             write_text(self.options.out / "log.json", json.dumps(self.log, indent=2) + "\n")
 
         self.on_first(write)
@@ -251,6 +251,15 @@ class Run:
         """The batches, with a progress bar in the first process if it has a terminal."""
         shown = self.accelerator.is_main_process and sys.stderr.isatty()
         return track(batches(loader), what, total=len(loader), disable=not shown, transient=True)
+
+
+def write_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, but a full disk is an OSError as everywhere, not an error that names positions."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -314,7 +314,7 @@ class Report:
             raise FileFormatError(f"cannot read the report {str(path)!r}: it is no regular file.")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FileFormatError(f"cannot read the report {str(path)!r}: {error}.") from error
         if not isinstance(values, dict):
             raise FileFormatError(f"{str(path)!r} holds no report but a {type(values).__name__}.")

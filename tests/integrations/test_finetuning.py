@@ -64,8 +64,9 @@ def run(tmp_path: Path) -> Any:
 
     def call(factory: str = "net", **options: Any) -> Any:
         model = f"{tmp_path / 'nets.py'}:{factory}"
-        given: dict[str, Any] = {"epochs": 1, "batch": 8, "size": 16, "workers": 0, "cpu": True} | options
-        return finetune(Options(model=model, data=tmp_path, out=tmp_path / "out", **given))
+        given: dict[str, Any] = {"epochs": 1, "batch": 8, "size": 16, "workers": 0, "cpu": True}
+        given |= {"out": tmp_path / "out"} | options
+        return finetune(Options(model=model, data=tmp_path, **given))
 
     return call
 
@@ -95,6 +96,20 @@ def test_a_damaged_image_is_named(run: Any, tmp_path: Path, workers: int) -> Non
 def test_hidden_folders_are_no_classes(run: Any, tmp_path: Path) -> None:
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     assert len(run()) == 1
+
+
+def test_a_full_disk_is_named(run: Any, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="only Unix limits the size of files")
+    run()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    half = (tmp_path / "out" / "last.pt").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write '.*last\.pt': File too large"):
+            run(out=tmp_path / "small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["tensorboard"]
 
 
 @pytest.mark.parametrize(

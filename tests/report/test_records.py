@@ -195,6 +195,9 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     path.write_text(example().to_json()[:200])
     with pytest.raises(FileFormatError, match="cannot read the report"):
         Report.load_json(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(FileFormatError, match="cannot read the report"):
+        Report.load_json(path)
     path.write_text("[]")
     with pytest.raises(FileFormatError, match="holds no report but a list"):
         Report.load_json(path)
