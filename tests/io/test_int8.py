@@ -19,14 +19,13 @@ from ss_pruning.io import int8
 from ss_pruning.io.export import export
 from ss_pruning.io.int8 import export_int8
 from ss_pruning.profiling.onnx_model import OnnxModel
+from tests.support.eight_bits import IMAGES, STEP, Detector, bound, vectors
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 
 onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'ss-pruning[onnx]'")
-
-IMAGES = torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
 class Classifier(nn.Module):
@@ -40,38 +39,19 @@ class Classifier(nn.Module):
         return y
 
 
-class Detector(nn.Module):
-    """Puts out pixels beside probabilities, and distances as means over a softmax."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
-        self.mean = nn.Conv2d(4, 1, 1, bias=False)
-        self.mean.weight = nn.Parameter(torch.arange(4.0).reshape(1, 4, 1, 1), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        distance, score = self.head(F.relu(self.body(x))).split((4, 1), 1)
-        return torch.cat([200 * self.mean(distance.softmax(1)), score.sigmoid()], 1)
-
-
 def ops(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
 def test_the_error_is_that_of_eight_bits(tmp_path: Path) -> None:
     """Bounded by the steps of inputs, weights and outputs, as computed from their ranges."""
-    layer = nn.Linear(6, 3, bias=False)
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
-    x[4::5] /= 2  # those held out stay within the ranges of the others
-    weight = layer.weight.detach()
+    layer, x = nn.Linear(6, 3, bias=False), vectors()
     written = export_int8(layer, tmp_path / "a.onnx", x)
-    right, found = x @ weight.T, OnnxModel(written.path)(x)
-    step_x, step_w, step_y = 4 / 255, weight.abs().amax(1) / 127, (right.max() - right.min()) / 255
-    # The zero has a step of its own, so that one end of a range is off by up to a whole step.
-    bound = step_x * (weight.abs() + step_w[:, None] / 2).sum(1) + step_w / 2 * x.abs().sum(1)[:, None]
+    right, found = x @ layer.weight.detach().T, OnnxModel(written.path)(x)
+    step = (right.max() - right.min()) / 255
     off = (found - right).abs()
-    assert bool((off <= bound + step_y).all())
-    assert off.max() > step_x / 50  # and it was quantised
+    assert bool((off <= bound(layer, x) + step).all())
+    assert off.max() > STEP / 50  # and it was quantised
 
 
 def test_norms_are_folded_weights_are_bytes_and_the_model_is_left_alone(tmp_path: Path) -> None:

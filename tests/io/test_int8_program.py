@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.io.export import export
 from ss_pruning.io.int8 import export_int8
+from tests.support.eight_bits import IMAGES, STEP, Detector, bound, vectors
 from tests.support.snapshot import snapshot
 from tests.support.zoo import Branches, randomise
 
 pytest.importorskip("torchao", reason="needs the extra: pip install 'ss-pruning[torchao]'")
-
-IMAGES = torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
 class Residual(nn.Module):
@@ -38,18 +36,9 @@ class Residual(nn.Module):
         return y
 
 
-class Detector(nn.Module):
-    """Puts out pixels beside probabilities, and distances as means over a softmax."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
-        self.mean = nn.Conv2d(4, 1, 1, bias=False)
-        self.mean.weight = nn.Parameter(torch.arange(4.0).reshape(1, 4, 1, 1), requires_grad=False)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        distance, score = self.head(F.relu(self.body(x))).split((4, 1), 1)
-        return {"out": torch.cat([200 * self.mean(distance.softmax(1)), score.sigmoid()], 1)}
+class NamedDetector(Detector):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(x)}
 
 
 def loaded(path: Path) -> nn.Module:
@@ -62,18 +51,12 @@ def operators(path: Path) -> list[str]:
 
 def test_the_error_is_that_of_eight_bits(tmp_path: Path) -> None:
     """Bounded by the steps of inputs and weights, as computed from their ranges."""
-    layer = nn.Linear(6, 3, bias=False)
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
-    x[4::5] /= 2  # those held out stay within the ranges of the others
-    weight = layer.weight.detach()
+    layer, x = nn.Linear(6, 3, bias=False), vectors()
     written = export_int8(layer, tmp_path / "a.pt2", x)
-    right, found = x @ weight.T, loaded(written.path)(x)
-    step_x, step_w = 4 / 255, weight.abs().amax(1) / 127
-    # The zero has a step of its own, so that one end of a range is off by up to a whole step.
-    bound = step_x * (weight.abs() + step_w[:, None] / 2).sum(1) + step_w / 2 * x.abs().sum(1)[:, None]
+    right, found = x @ layer.weight.detach().T, loaded(written.path)(x)
     off = (found - right).abs()
-    assert bool((off <= bound).all())
-    assert off.max() > step_x / 50  # and it was quantised
+    assert bool((off <= bound(layer, x)).all())
+    assert off.max() > STEP / 50  # and it was quantised
 
 
 def test_norms_are_folded_weights_are_bytes_and_the_model_is_left_alone(tmp_path: Path) -> None:
@@ -123,7 +106,7 @@ def test_pruned_models_are_smaller_still_and_run_in_another_process(tmp_path: Pa
 
 def test_decoding_stays_in_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Detector().eval()
+    model = NamedDetector().eval()
     written = export_int8(model, tmp_path / "a.pt2", IMAGES)
     right, found = model(IMAGES)["out"].detach(), loaded(written.path)(IMAGES)["out"]
     # A common scale would have steps of 1, which is all of a probability.
