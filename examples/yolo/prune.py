@@ -59,9 +59,10 @@ class Road:
 
     def dense(self, name: str, yolo: YOLO, epochs: int, **options: Any) -> YOLO:
         """Train, or take what an earlier run has trained."""
-        if self.options.earlier is None:
+        file = (self.options.earlier or Path()) / name / "weights" / "best.pt"
+        if self.options.earlier is None or not file.exists():
             return self.fit(yolo, name, epochs, **options)
-        return YOLO(self.options.earlier / name / "weights" / "best.pt")
+        return YOLO(file)
 
     def measure(self, name: str, yolo: YOLO, seconds: float) -> None:
         """Note mAP, and what it took to get here from the station before."""
@@ -81,7 +82,8 @@ class Road:
         options, started = self.options, time.time()
         dense = self.dense("dense", YOLO("yolov8n.yaml"), options.epochs)
         self.measure("dense", dense, time.time() - started)
-        tuning: dict[str, Any] = {"lr0": 5e-4, "optimizer": "AdamW", "warmup_epochs": 0.0}
+        # What Ultralytics takes by default is for training from nothing, and undoes on few images what was recovered.
+        tuning: dict[str, Any] = {"lr0": 1e-4, "optimizer": "AdamW", "warmup_epochs": 0.0}
         started = time.time()
         longer = YOLO(dense.overrides["model"])
         longer = self.dense("dense_longer", longer, options.tuning_epochs, **tuning)
