@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -79,6 +80,14 @@ def test_no_folder_is_crowded_and_each_says_what_it_is_for() -> None:
         files = list(folder.glob("*.py"))
         assert len(files) <= 12, folder
         assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder
+
+
+def test_packages_name_files_that_they_have() -> None:
+    for package in CORE.rglob("__init__.py"):
+        said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+        named = re.findall(r"`(\w+)`", said)
+        there = {path.stem for path in package.parent.iterdir()}
+        assert not set(named) - there - {"digits"}, f"{package}: {named}"
 
 
 def test_integrations_load_by_their_full_name() -> None:
