@@ -104,8 +104,6 @@ class Allocation:
             calibration inputs, in the order of the scores within a layer, see `ss_pruning.importance.sensitivity`. By
             default, with 8 calibration inputs or more, "sensitivity" and "global" compete: that is taken whose cut is
             seen to lose less (with `Reconstruct`, "sensitivity" is taken); with fewer, or none, "global".
-        heads: What goes of attention: "whole" heads, or dimensions of all of them, so that they become "narrow", where
-            that is right.
         max_ratio: No layer loses a larger share of its channels than this.
         round_to: Remaining widths are multiples of this; with "measured", each of a multiple that its layers' times on
             this machine ask for.
@@ -118,18 +116,20 @@ class Allocation:
         budget_time: Seconds that pruning may take, by what is expected before it starts. What does not fit is traded:
             sensitivity is measured with less work, then on fewer calibration inputs, at last not at all, unless it was
             asked for; the report says so.
+        heads: What goes of attention: "whole" heads, or dimensions of all of them, so that they become "narrow", where
+            that is right.
 
     Raises:
         InputError: A value is unknown or out of range.
     """
 
     scope: Scope | None = None
-    heads: HeadsChoice = "whole"
     max_ratio: float = 0.9
     round_to: int | Literal["measured"] | None = None
     cost_exponent: float | None = None
     latency_inputs: Any = None
     budget_time: float | None = None
+    heads: HeadsChoice = "whole"
 
     def __post_init__(self) -> None:
         if self.scope is not None:
