@@ -117,7 +117,8 @@ class Allocation:
             sensitivity is measured with less work, then on fewer calibration inputs, at last not at all, unless it was
             asked for; the report says so.
         heads: What goes of attention: "whole" heads, or dimensions of all of them, so that they become "narrow", where
-            that is right.
+            that is right. By default "narrow" in the sensitivity scope, which measures what they are worth, else
+            "whole".
 
     Raises:
         InputError: A value is unknown or out of range.
@@ -129,12 +130,13 @@ class Allocation:
     cost_exponent: float | None = None
     latency_inputs: Any = None
     budget_time: float | None = None
-    heads: HeadsChoice = "whole"
+    heads: HeadsChoice | None = None
 
     def __post_init__(self) -> None:
         if self.scope is not None:
             _check_one_of("scope", self.scope, get_args(Scope))
-        _check_one_of("heads", self.heads, get_args(HeadsChoice))
+        if self.heads is not None:
+            _check_one_of("heads", self.heads, get_args(HeadsChoice))
         if not is_number(self.max_ratio) or not 0 < self.max_ratio <= 1:
             raise InputError(f"max_ratio={self.max_ratio!r} must be a number in (0, 1]")
         exponent, multiple = self.cost_exponent, self.round_to
@@ -364,7 +366,8 @@ class Config:
         if exponent is None:
             by_relevance = scope == "global" and is_relevance(importance)
             exponent = RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
-        allocation = replace(self.allocation, scope=scope, cost_exponent=exponent)
+        heads = self.allocation.heads or ("narrow" if scope == "sensitivity" else "whole")
+        allocation = replace(self.allocation, scope=scope, cost_exponent=exponent, heads=heads)
         return replace(self, allocation=allocation, importance=importance)
 
     def settings(self) -> dict[str, Any]:

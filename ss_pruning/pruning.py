@@ -108,13 +108,14 @@ def prune_(
         with clock("trace"):
             dense = with_prunable_attention(model, example_inputs)
             traced = TracedModel.of(dense, example_inputs, paths_of(model, ignore))
-            if config.allocation.heads == "narrow":
-                traced = with_narrow_heads(traced)
-            traced = with_tied_heads(traced)
-            costs = Costs(traced)
         give_back()
         with listening(clock.steps("synthesize")):
             images = calibration_images(calibration, model, example_inputs)
+        with clock("trace"):
+            heads = config.resolve(0 if images is None else len(images)).allocation.heads
+            config = replace(config, allocation=replace(config.allocation, heads=heads))
+            traced = with_tied_heads(with_narrow_heads(traced) if heads == "narrow" else traced)
+            costs = Costs(traced)
         with clock("estimate"):
             work = work_within(traced, config, costs, images, config.allocation.budget_time)
             clock.expect(work.seconds)

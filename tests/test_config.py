@@ -151,7 +151,9 @@ def test_defaults(
 
 
 def test_what_was_said_is_kept() -> None:
-    asked = Config(HALF, Allocation("local", cost_exponent=0.3), FoldMean(), Synaptic(score="entropy"))
+    asked = Config(
+        HALF, Allocation("local", cost_exponent=0.3, heads="whole"), FoldMean(), Synaptic(score="entropy")
+    )
     config = asked.resolve(100)
     assert config.allocation == asked.allocation
     assert config.importance == Synaptic("data", "entropy", 0.0)
@@ -167,7 +169,7 @@ def test_a_report_stores_the_effective_settings() -> None:
         "score": "share",
         "conditional": 1.0,
         "scope": "sensitivity",
-        "heads": "whole",
+        "heads": "narrow",
         "max_ratio": 0.9,
         "round_to": None,
         "cost_exponent": 1.0,

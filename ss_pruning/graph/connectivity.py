@@ -41,6 +41,8 @@ class Layer:
 class Heads:
     """Source channels that feed the channels of one head of a consumer and no other, as queries and keys do.
 
+    Where there is one head alone it cannot go, and its values are channels like others.
+
     Attributes:
         channels: `[heads, width]`, the consumer's channels by head.
         pairs: `[n, 2]`, source channel and number of the head.
@@ -48,6 +50,11 @@ class Heads:
 
     channels: Tensor
     pairs: Tensor
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others, so that each can go."""
+        return len(self.channels) > 1
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def ties_of(connectivity: Connectivity, slots: Slots, *, whole_heads: bool = Tru
             pairs = edge.pairs.numpy()
             source = slots.start[slots.out_key[edge.source]]
             ties.append(np.stack([pairs[:, 0] + source, pairs[:, 1] + into], 1))
-            if edge.heads is not None and whole_heads:
+            if edge.heads is not None and edge.heads.several and whole_heads:
                 ties += _head_ties(edge.heads, source, into)
     for path, layer in connectivity.layers.items():
         if layer.kind == "depthwise":

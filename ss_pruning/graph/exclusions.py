@@ -72,7 +72,7 @@ def _unconnected(connectivity: Connectivity, slots: Slots, mixed: str) -> list[t
             fed[pairs[:, 1] + into] |= edge.source not in connectivity.loose
             read[pairs[:, 0] + source] = True
             read[broadcast + source] = True
-            if edge.heads is not None:
+            if edge.heads is not None and edge.heads.several:
                 heads = edge.heads.pairs.numpy()
                 broadcast = np.setdiff1d(broadcast, heads[:, 0])
                 fed[edge.heads.channels.numpy()[heads[:, 1]] + into] |= edge.source not in connectivity.loose

@@ -57,9 +57,27 @@ def with_heads(
     return told + [_as_table(inflow, channels) for inflow in by_head if not len(inflow.broadcast)]
 
 
+def with_one_head(arrival: Arrival, inflows: Sequence[Inflow]) -> list[Inflow]:
+    """The same; where heads were not found, and something arrives channel by channel, what mixes is of one head."""
+    found = any(inflow.heads is not None for inflow in inflows)
+    if found or not any(len(inflow.pairs) for inflow in inflows):
+        return list(inflows)
+    channels = torch.arange(arrival.tensor.shape[arrival.axis])[None]
+
+    def told(inflow: Inflow) -> Inflow:
+        pairs = torch.stack([inflow.broadcast, torch.zeros_like(inflow.broadcast)], 1)
+        return replace(inflow, heads=Heads(channels, pairs)) if _may_mix(inflow) else inflow
+
+    return list(map(told, inflows))
+
+
 def _mixes(inflow: Inflow) -> bool:
+    return _may_mix(inflow) and not inflow.resolved
+
+
+def _may_mix(inflow: Inflow) -> bool:
     leaf = inflow.source
-    return isinstance(leaf, Leaf) and leaf.axis >= 0 and not inflow.resolved and len(inflow.broadcast) > 1
+    return isinstance(leaf, Leaf) and leaf.axis >= 0 and len(inflow.broadcast) > 1
 
 
 def _sharing(arrival: Arrival, mixing: Sequence[Inflow], labels: Labels) -> Sharing:

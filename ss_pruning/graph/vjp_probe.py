@@ -22,7 +22,7 @@ from ss_pruning.graph.channel_labels import (
     rows_along,
 )
 from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
-from ss_pruning.graph.heads import with_heads
+from ss_pruning.graph.heads import with_heads, with_one_head
 
 #: Of all randomness in the probe.
 SEED = 20181811
@@ -111,7 +111,7 @@ def pull(
         inflows = with_heads(arrival, _with_those_before(direct, known), horizon.leaves, labels)
         inflows = [_resolved(arrival, inflow, labels, inflows) for inflow in inflows]
         known[id(arrival)] = inflows = _apart_from_heads(inflows)
-        for inflow in inflows:
+        for inflow in with_one_head(arrival, inflows):
             leaf = inflow.source
             assert isinstance(leaf, Leaf)
             if arrival.path in noted and leaf.source in noted:

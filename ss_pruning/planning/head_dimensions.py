@@ -66,6 +66,21 @@ class HeadDimensions:
             found.append(Dimensions(within, self._mixing_sides(within[0])))
         return found
 
+    def of_one(self, path: str) -> list[Dimensions]:
+        """Of queries and keys, where the layer at `path` reads a single head."""
+        edges = [e for e in self.connectivity.edges[path] if e.heads is not None and not e.heads.several]
+        if not edges:
+            return []
+        numbers = np.concatenate([self._numbers(edge) for edge in edges])
+        head = Member(path, "in", np.arange(self.connectivity.layers[path].inputs)[None])
+        found = []
+        for channel_sets in self._by_sides(numbers).values():
+            subgroup = Subgroup(self._subgroup(channel_sets).members, head)
+            mixing = self._mixing_sides(subgroup)
+            if len(channel_sets[0]) > 1 < len(channel_sets) and subgroup.root.side == "out" and mixing:
+                found.append(Dimensions((subgroup,), mixing))
+        return found
+
     def _numbers(self, edge: Edge) -> Ints:
         assert edge.heads is not None
         numbers: Ints = edge.heads.pairs[:, 0].numpy() + self.slots.start[self.slots.out_key[edge.source]]
@@ -84,11 +99,14 @@ class HeadDimensions:
         return [tie for own in runs.values() for tie in _in_the_same_place(own)]
 
     def _kinds(self, heads: Subgroup, head: int) -> dict[tuple[int, ...], list[Ints]]:
-        """By the sides that they touch, the channel sets of a head as slots, in the order of the first."""
-        numbers = np.concatenate([self.slots.start[m.path, m.side] + m.index[head] for m in heads.members])
+        numbers = [self.slots.start[m.path, m.side] + m.index[head] for m in heads.members]
+        return self._by_sides(np.concatenate(numbers))
+
+    def _by_sides(self, numbers: Ints) -> dict[tuple[int, ...], list[Ints]]:
+        """By the sides that they touch, the channel sets of a head, each as its slots."""
         kinds: dict[tuple[int, ...], list[Ints]] = defaultdict(list)
         for label in np.unique(self.channel_set[numbers]):
-            own = np.sort(numbers[self.channel_set[numbers] == label])
+            own = np.flatnonzero(self.channel_set == label)
             kinds[tuple(self.slots.side_of[own].tolist())].append(own)
         return kinds
 

@@ -7,14 +7,15 @@ Whether products are divided by the root of their width, as it is then, shows in
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ss_pruning.errors import SSPruningError, VerificationError
-from ss_pruning.graph.groups import Coupling, PruningGroup, Selection
+from ss_pruning.graph.exclusions import Excluded, broadcast_reason
+from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import plan_for, schedule
 from ss_pruning.planning.head_dimensions import Dimensions, HeadDimensions
@@ -42,19 +43,35 @@ def with_narrow_heads(traced: TracedModel) -> TracedModel:
 
 
 Groups = Sequence[PruningGroup]
-#: Of alike layers: by number of a group of heads, of what dimensions they consist.
-Layers = Mapping[int, Sequence[Dimensions]]
+#: Of alike layers, of what dimensions they consist: by number of a group of heads, or where there is a single head, of
+#: which queries and keys are told here, by the layer that reads it.
+Layers = Mapping[int | str, Sequence[Dimensions]]
 
 
 def _layers_with_heads(traced: TracedModel) -> list[Layers]:
-    """Those that are not tied to other groups, alike ones together."""
+    """Alike ones together."""
+    if not any(edge.heads for edges in traced.connectivity.edges.values() for edge in edges):
+        return []
     found = HeadDimensions(traced.connectivity)
-    alike: dict[object, dict[int, Sequence[Dimensions]]] = defaultdict(dict)
+    alike: dict[object, dict[int | str, Sequence[Dimensions]]] = defaultdict(dict)
     for number, group in enumerate(traced.coupling.groups):
         if len(group.subgroups) == 1 and group.subgroups[0].of_heads:
             kinds = found.of(group.subgroups[0])
             alike[pattern(group.name), len(kinds)][number] = kinds
+    for path, products in _single_heads(traced, found):
+        alike[pattern(path), len(products)][path] = products
     return [layers for layers in alike.values() if all(layers.values())]
+
+
+def _single_heads(traced: TracedModel, found: HeadDimensions) -> Iterator[tuple[str, list[Dimensions]]]:
+    """Layers that read one, and its queries and keys that stay for no other reason than that they mix."""
+    reason = broadcast_reason(traced.modules)
+    stays = {path for left in traced.coupling.excluded if left.reason != reason for path in left.paths}
+    for path in traced.connectivity.layers:
+        products = found.of_one(path)
+        made = {member.path for d in products for s in d.subgroups for member in s.members}
+        if products and stays.isdisjoint(made):
+            yield path, products
 
 
 @dataclass
@@ -64,13 +81,13 @@ class _Trials:
     Attributes:
         verifier: Of the model.
         coupling: With groups of heads.
-        instead: By number of such a group, the groups of dimensions that can go instead.
+        instead: By what `Layers` go, the groups of dimensions that can go, instead of one if that is its number.
         fixed: Stored numbers that do not follow.
     """
 
     verifier: Verifier
     coupling: Coupling
-    instead: dict[int, list[PruningGroup]] = field(default_factory=dict)
+    instead: dict[int | str, list[PruningGroup]] = field(default_factory=dict)
     fixed: set[Number] = field(default_factory=set)
 
     def narrowed(self) -> Coupling:
@@ -78,14 +95,30 @@ class _Trials:
         groups = [
             part for n, group in enumerate(self.coupling.groups) for part in self.instead.get(n, [group])
         ]
-        return replace(self.coupling, groups=tuple(groups))
+        groups += [group for key, found in self.instead.items() if isinstance(key, str) for group in found]
+        freed = [s for group in groups for s in group.subgroups if s.unread]
+        excluded = (_without(left, freed) for left in self.coupling.excluded)
+        return replace(self.coupling, groups=tuple(groups), excluded=tuple(e for e in excluded if e.paths))
 
     def try_(self, layers: Layers) -> None:
         """Find what can go of alike layers: each kind of dimensions by itself, and together those that cannot."""
         kinds = range(len(next(iter(layers.values()))))
         stuck = [kind for kind in kinds if not self._taken(layers, [kind])]
-        if len(stuck) > 1:
+        if stuck and (joined := self._with_values(layers, stuck)):
+            self._taken(joined, range(len(stuck) + 1))
+        elif len(stuck) > 1:
             self._taken(layers, stuck)
+
+    def _with_values(self, layers: Layers, kinds: Sequence[int]) -> Layers:
+        """Of single heads, with their values, which have groups of their own; empty for others."""
+        found: dict[int | str, Sequence[Dimensions]] = {}
+        for path, dimensions in layers.items():
+            for number, group in enumerate(self.coupling.groups):
+                readers = {m.path for s in group.subgroups for m in s.members if m.side == "in"}
+                if readers == {path}:
+                    values = Dimensions(group.subgroups, frozenset())
+                    found[number] = [*(dimensions[kind] for kind in kinds), values]
+        return found if len(found) == len(layers) else {}
 
     def _taken(self, layers: Layers, kinds: Sequence[int]) -> bool:
         """Whether these can go together; if so, they are put down."""
@@ -138,6 +171,14 @@ class _Trials:
         steps = np.array([group.steps // 2 for group in groups])
         coupling = replace(self.coupling, groups=tuple(groups))
         return plan_for(schedule(groups, scores), steps, coupling, self.verifier.connectivity)
+
+
+def _without(left: Excluded, freed: Sequence[Subgroup]) -> Excluded:
+    """What is excluded, but for queries and keys that may go by now."""
+    made = Counter(m.path for s in freed for m in s.members if m.side == "out" for _ in m.index.flat)
+    gone = [path for path in left.paths if path in made]
+    paths = tuple(path for path in left.paths if path not in made)
+    return Excluded(paths, left.channels - sum(made[path] for path in gone), left.reason)
 
 
 def _tied(kinds: Sequence[Dimensions], by_width: bool) -> PruningGroup:

@@ -260,7 +260,6 @@ def part_sizes(groups: Sequence[PruningGroup], selection: Selection, connectivit
                     continue
                 if subgroup.head is not None:
                     _add_dimensions(parts, subgroup, left, heads)
-                    continue
                 sizes.append((subgroup.size, left))
                 sizes.append((connectivity.layers[path].outputs, len(selection[path, side])))
         for path in group.paths() if sizes else ():

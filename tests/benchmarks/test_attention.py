@@ -126,5 +126,5 @@ def test_the_page_says_how_far_ours_is_ahead(tmp_path: Path) -> None:
     assert "3 epochs in 10 CPU-minutes" in text
     (tmp_path / "how.md").write_text("# How\n<!-- attention -->\nold\n<!-- /attention -->\n")
     told = write_summary(lines, tmp_path / "how.md").read_text()
-    assert "| `vit6` | 50% | 80.0 |  |  | 72.0 |  | 66.5 (Torch-Pruning, magnitude, global) |" in told
+    assert "| `vit6` | 50% | 80.0 |  |  |  | 72.0 | 66.5 (Torch-Pruning, magnitude, global) |" in told
     assert "old" not in told

@@ -19,7 +19,7 @@ from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
 from ss_pruning.planning.narrow_heads import with_narrow_heads
 from ss_pruning.report.records import Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
-from tests.support.attention import EXAMPLE, Apart, Block, Rotary, Turned, block
+from tests.support.attention import EXAMPLE, Apart, Block, Fused, Rotary, Turned, block
 from tests.support.snapshot import snapshot
 
 OTHERS = ("embed", "fc1", "fc2")
@@ -107,6 +107,26 @@ def test_queries_and_keys_go_without_values_where_each_has_a_number() -> None:
     model, report, _ = pruned(of(Apart).double())
     assert report.max_error < 1e-10
     assert (model.attn.heads, model.attn.key_width, model.attn.value_width) == (3, 2, 3)
+
+
+@pytest.mark.parametrize("attention", [Fused, Apart])
+def test_a_single_head_becomes_narrower(attention: type[nn.Module]) -> None:
+    """Its queries and keys stay otherwise; its values are channels like others."""
+    torch.manual_seed(0)
+    model = Block(attention(heads=1)).eval().double()
+    report = prune_(model, EXAMPLE.double(), ratio=0.5, allocation=LOCAL)
+    assert report.max_error < 1e-10
+    assert [left.paths for left in report.excluded] == [("head",)]
+    made = model.attn.qkv if attention is Fused else model.attn.q  # type: ignore[union-attr]
+    assert made.out_features == (9 if attention is Fused else 2)  # type: ignore[union-attr]
+
+
+def test_ignored_layers_keep_their_width() -> None:
+    torch.manual_seed(0)
+    for model in (Block(Apart()).eval(), Block(Apart(heads=1)).eval()):
+        report = prune_(model, EXAMPLE, ratio=0.3, allocation=LOCAL, ignore=("attn.k",))
+        assert model.attn.key_width == 4
+        assert report.max_error < 1e-10
 
 
 def test_what_divides_by_the_root_of_the_width_is_made_up_for() -> None:

@@ -37,6 +37,7 @@ from ss_pruning.profiling.latency import machine
 from ss_pruning.profiling.macs import count_macs
 
 IMAGES = 512
+WHOLE = ss_pruning.Allocation(heads="whole")
 Cut = Callable[[nn.Module, float, Tensor, int], nn.Module]
 
 
@@ -54,7 +55,7 @@ def ours(compensation: str, images: bool = True, **options: Any) -> Cut:
 
 def recovered(model: nn.Module, macs: float, x: Tensor, seed: int) -> nn.Module:
     """Solved anew, then trained on the same images to imitate the dense net."""
-    small = ours("reconstruct")(model, macs, x, seed)
+    small = CUTS["reconstruct, whole heads"](model, macs, x, seed)
     ss_pruning.recover_(
         small, model, x, example_inputs=x[:1], steps=STEPS, settings=ss_pruning.Recovery(seed=seed)
     )
@@ -68,8 +69,8 @@ CUTS: dict[str, Cut] = {
     "mean, images": ours("mean"),
     "reconstruct, local": ours("reconstruct", allocation="local"),
     "reconstruct": ours("reconstruct"),
-    "reconstruct, narrow": ours("reconstruct", allocation=ss_pruning.Allocation(heads="narrow")),
-    "recovered": recovered,
+    "reconstruct, whole heads": ours("reconstruct", allocation=WHOLE),
+    "recovered, whole heads": recovered,
     "closed form": lambda model, macs, x, seed: prune_uniformly(model, macs, x),
     "closed form, values": lambda model, macs, x, seed: prune_uniformly(model, macs, x, values=True),
     "magnitude, uniform": lambda model, macs, x, seed: prune_by_magnitude(
@@ -85,11 +86,12 @@ def run(model: nn.Module, macs: float, way: str, x: Tensor, seed: int) -> tuple[
     small = CUTS[way](model, macs, x, seed).eval()
     counts = [count_macs(net, example)[0] for net in (model, small)]
     sizes = [sum(p.numel() for p in net.parameters()) for net in (model, small)]
-    heads = [module.num_heads for module in small.modules() if hasattr(module, "qkv")]
+    attention = [module for module in small.modules() if hasattr(module, "qkv")]
     return small, {
         "macs_kept": counts[1] / counts[0],
         "params_kept": sizes[1] / sizes[0],
-        "heads": heads,
+        "heads": [module.num_heads for module in attention],
+        "widths": [module.qkv.out_features // (3 * module.num_heads) for module in attention],
         "seconds": round(time.perf_counter() - began, 1),
     }
 

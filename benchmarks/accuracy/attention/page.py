@@ -51,8 +51,8 @@ def write_summary(lines: Sequence[Line], page: Path = DOCS / "transformers.md") 
         "dense",
         "no images",
         "`mean`, no images",
+        "`reconstruct`, whole heads",
         "`reconstruct`",
-        "then `recover_`",
         "best of others",
     ]
     said = "Top-1 in % on CIFAR-10, with 512 unlabelled training images where images are used:"
@@ -66,7 +66,7 @@ def _at(lines: Sequence[Line], net: str, macs: float) -> list[Line]:
 def _summary(net: str, macs: float, lines: Sequence[Line]) -> list[str]:
     means = _means(lines, macs)
     best = _best_of_others(means)
-    shown = ("none", "mean", "reconstruct", "recovered")
+    shown = ("none", "mean", "reconstruct, whole heads", "reconstruct")
     values = (f"{means[way]:.1f}" if way in means else "" for way in shown)
     rival = f"{means[best]:.1f} ({WAYS[best].title})" if best else ""
     return [f"`{net}`", f"{macs:.0%}", f"{mean(line['dense'] for line in lines):.1f}", *values, rival]
@@ -83,7 +83,7 @@ def _section(net: str, lines: Sequence[Line], trained: dict[str, Any]) -> dict[s
         "minutes": trained["cpu_seconds"] / 60,
         "parameters": trained["parameters"],
         "table": table(
-            ["", *head, "parameters left", "heads left", "s"],
+            ["", *head, "parameters left", "heads left", "width", "s"],
             [_row(way, lines) for way in WAYS if any(line["way"] == way for line in lines)],
         ),
         "leads": [lead for macs in BUDGETS if (lead := _lead(lines, macs)) is not None],
@@ -101,14 +101,15 @@ def _row(way: str, lines: Sequence[Line]) -> list[str]:
         title,
         *(spread([line["top1"] for line in found[macs]], seeds=seeds) for macs in BUDGETS),
         f"{mean(line['params_kept'] for line in half):.0%}" if half else "",
-        _heads(half),
+        _by_block(half, "heads"),
+        _by_block(half, "widths"),
         f"{mean(line['seconds'] for line in half):.0f}" if half else "",
     ]
 
 
-def _heads(lines: Sequence[Line]) -> str:
-    """How many heads are left, block by block, with the first images."""
-    return " ".join(map(str, lines[0]["heads"])) if lines else ""
+def _by_block(lines: Sequence[Line], what: str) -> str:
+    """How many heads are left, or how wide they are, block by block, with the first images."""
+    return " ".join(map(str, lines[0].get(what, ()))) if lines else ""
 
 
 def _lead(lines: Sequence[Line], macs: float) -> dict[str, Any] | None:
@@ -124,7 +125,7 @@ def _lead(lines: Sequence[Line], macs: float) -> dict[str, Any] | None:
         "ahead": ours - means[best],
         "best": WAYS[best].title,
         "room": dense - means[best],
-        "lost": dense - ours,
+        "lost": round(dense - ours, 1) + 0.0,  # no minus before a zero
     }
 
 

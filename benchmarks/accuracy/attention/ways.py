@@ -39,13 +39,13 @@ WAYS = {
     "none, images": Way("`prune_`, scores from images"),
     "mean, images": Way("`prune_`, `mean`, images"),
     "reconstruct, local": Way("`prune_`, `reconstruct`, every layer alike"),
+    "reconstruct, whole heads": Way("`prune_`, `reconstruct`, whole heads"),
     "reconstruct": Way("`prune_`, `reconstruct`"),
-    "reconstruct, narrow": Way("`prune_`, `reconstruct`, dimensions within heads"),
     "closed form": Way("uniform closed form (MLPs, queries and keys)", ours=False),
     "closed form, values": Way("uniform closed form (values, too)", ours=False),
     "magnitude, uniform": Way("Torch-Pruning, magnitude, uniform", draws=False, ours=False),
     "magnitude, global": Way("Torch-Pruning, magnitude, global", draws=False, ours=False),
-    "recovered": Way("`prune_`, `reconstruct`, then `recover_`"),
+    "recovered, whole heads": Way("`prune_`, `reconstruct`, whole heads, then `recover_`"),
 }
 
 
