@@ -107,8 +107,9 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
     known = {"Conv1d", "Conv2d", "Linear", "BatchNorm1d", "BatchNorm2d", "ConvTranspose2d"}
     names = {type(m).__name__ for m in modules.values() if kind_of(m) is not None} - known
     replacer = DefaultReplacer(dict.fromkeys(names, _cut_subclass))
-    quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.disabled = True
+    quiet = logging.getLogger("nni")
+    level = quiet.level
+    quiet.setLevel(logging.CRITICAL)
     given = {p: {n: m.clone() for n, m in t.items() if m is not None} for p, t in masks.items()}
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -125,6 +126,8 @@ def speedup(model: nn.Module, masks: Masks, example_inputs: Tensor | tuple[Tenso
         raise ModelError(
             f"NNI's ModelSpeedup fails on this model ({type(error).__name__}: {error})"
         ) from error
+    finally:
+        quiet.setLevel(level)
     flags = {path: module.training for path, module in model.named_modules()}
     for path, module in twin.named_modules():  # the layers that it has built anew are in train mode
         module.training = flags.get(path, model.training)

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.importance.scoring import subgroup_scores
+from ss_pruning.importance.scoring import importance_named, subgroup_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
     ROOT_TYPES,
     ChannelGraph,
@@ -57,7 +58,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     Args:
         model: Any CNN.
         example_inputs: What `forward` takes: a tensor, a sequence of positional or a dict of keyword arguments.
-        importance: Any Torch-Pruning importance.
+        importance: Any Torch-Pruning importance, or the name of one as for `ss_pruning.prune_`.
         global_pruning: Rank the channels of all layers together.
         pruning_ratio: Share of the channels to remove.
         pruning_ratio_dict: Ratios of its own for modules (all layers inside), or tuples of modules.
@@ -87,7 +88,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: Callable[[Any], Tensor | None],
+        importance: Callable[[Any], Tensor | None] | str,
         global_pruning: bool = False,
         pruning_ratio: float = 0.5,
         pruning_ratio_dict: Mapping[Any, float] | None = None,
@@ -106,7 +107,8 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         **found_by_the_graph: Any,
     ) -> None:
         _check_options(found_by_the_graph)
-        self.model, self.importance = model, importance
+        self.model = model
+        self.importance = importance_named(importance) if isinstance(importance, str) else importance
         self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
         self.root_module_types = root_module_types
         self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")
@@ -302,7 +304,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known = inspect.signature(tp.pruner.BasePruner.__init__).parameters
     for name in options:
         if name not in known:
-            raise TypeError(f"Torch-Pruning's pruners have no option {name!r}")
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"Torch-Pruning's pruners have no option {name!r}{meant}")
     if options.get("customized_pruners"):
         raise InputError(
             "customized_pruners is not supported here: all layers are cut as the channel graph says"

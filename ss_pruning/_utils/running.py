@@ -33,9 +33,15 @@ def checked_call(model: nn.Module, inputs: Any, what: str = "example inputs") ->
         return call(model, inputs)
     except Exception as error:
         raise ModelError(
-            f"the model does not run on the {what} ({type(error).__name__}: {error}); check their shape, dtype and "
-            "device: call the model on them yourself first"
+            f"the model does not run on the {what} ({type(error).__name__}: {error}); {advice(inputs)}"
         ) from error
+
+
+def advice(inputs: Any) -> str:
+    """What to do about inputs that a model does not run on."""
+    if isinstance(inputs, list):
+        return "a list is one argument: give several in a tuple"
+    return "check their shape, dtype and device: call the model on them yourself first"
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ss-prune",
-    help="Prune convolutional networks by synaptic strength.",
+    help="Make trained networks smaller and faster: prune, recover, fine-tune, export, measure.",
     epilog=texts.EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -127,8 +127,8 @@ def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json
     from ss_pruning._utils.files import check_apart, check_writable
     from ss_pruning.cli import delivery as _delivery
 
-    check_writable(wanted.target)
     request = _delivery.request_of(wanted, training.seed)
+    check_writable(wanted.target)
     check_apart(wanted.target, wanted.file, request.weights, wanted.checkpoint)
     with progress_bars() as progress:
         report, facts = _delivery.recover(wanted, request, training, progress)

@@ -238,12 +238,23 @@ class Recovering(PrunedFile, Calibrated, Weighted):
     """What is recovered, on which images, for how long, and where it goes.
 
     Attributes:
+        weights: The dense model's trained weights.
+        calibration: Images to train on; no labels are used: data (training images of --data), a folder with images
+            anywhere below it, or synthetic (made from the dense model's batch norms; kept for the next time).
+        calibration_images: Train on so many of them at most, drawn at random; synthetic: make so many.
         minutes: Train so long.
         steps: Train so many steps: the same result each time.
         checkpoint: Keep the training there; the same command goes on from it.
         out: File to write.
     """
 
+    weights: str | None = option(
+        None, MODEL, metavar="FILE", show_default="those that the report beside FILE names, else random"
+    )
+    calibration: str | None = option(None, IMAGES, metavar="IMAGES", show_default="data, if there is any")
+    calibration_images: int | None = option(
+        None, IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
+    )
     minutes: float | None = option(None, TRAINING, metavar="M", show_default="5, unless --steps is given")
     steps: int | None = option(None, TRAINING, metavar="N")
     checkpoint: Path | None = option(None, TRAINING, metavar="FILE")

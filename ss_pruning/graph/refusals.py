@@ -26,7 +26,7 @@ def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
     tensors = tensors_among(inputs)
     if not tensors:
         raise InputError(
-            f"{name}={example_inputs!r:.80} holds no tensor; give what the model's forward takes: {_FORMS}"
+            f"{name}={_shown(example_inputs)} holds no tensor; give what the model's forward takes: {_FORMS}"
         )
     if not any(tensor.dim() for tensor in tensors):
         raise InputError(
@@ -40,6 +40,12 @@ def usable_inputs(example_inputs: Any, name: str = "example_inputs") -> Any:
                 "as torch.randn of that shape"
             )
     return inputs
+
+
+def _shown(value: Any) -> str:
+    """In one line: arrays tell themselves in many."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__name__}>"
 
 
 def check_module(model: Any, verb: str = "prune") -> None:

@@ -38,7 +38,7 @@ from ss_pruning._utils.hooks import (
 )
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import as_arguments, output_of, preserved, quiet_hooks
+from ss_pruning._utils.running import advice, as_arguments, output_of, preserved, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention, all_mixed
 from ss_pruning.graph.channel_labels import Arrival, Labels, Leaf
@@ -315,7 +315,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             where = f"; the last layer reached was '{recorder.current}'" if recorder.current else ""
             raise ModelError(
                 f"the model does not run on the example inputs{where} ({type(error).__name__}: {error}); "
-                "check their shape, dtype and device: call model(*example_inputs) yourself first"
+                f"{advice(inputs)}"
             ) from error
 
 

@@ -69,7 +69,7 @@ class SynapticImportance:
         if not 0 <= conditional <= 1:
             raise InputError(f"conditional={conditional!r} must lie in [0, 1]")
         if isinstance(statistics, str):
-            _check("statistics", statistics, tuple(SOURCES))
+            _check("statistics", statistics, tuple(SOURCES), ", or batches of inputs")
             if conditional:
                 raise InputError(
                     f"conditional={conditional!r} needs covariances; {statistics!r} has none: give batches"
@@ -225,9 +225,9 @@ class LayerScores:
         return relevance(self._model, self.connectivity, variances)
 
 
-def _check(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _check(name: str, value: Any, allowed: tuple[Any, ...], more: str = "") -> None:
     if value not in allowed:
-        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}")
+        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}{more}")
 
 
 def _scored(power: Tensor, score: Score) -> Tensor:

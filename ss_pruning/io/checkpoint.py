@@ -28,6 +28,7 @@ from ss_pruning.surgery.plan import Plan, cut_like, plan_of
 _KEY = "ss_pruning"
 _FORMAT = 2
 _READ = (1, 2)  # the first had no checksum
+_OTHER_MODEL = "; name the dense model with its arguments, as in load(path, 'timm:resnet18,num_classes=10')"
 
 Architecture = str | Callable[[], nn.Module]
 
@@ -276,11 +277,14 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[
     state = model.state_dict()
     if set(state) != set(tensors):
         odd = sorted(set(state) ^ set(tensors))
-        raise PlanError(f"'{path}' and the architecture differ in {len(odd)} tensors, first '{odd[0]}'")
+        raise PlanError(
+            f"'{path}' and the architecture differ in {len(odd)} tensors, first '{odd[0]}'{_OTHER_MODEL}"
+        )
     for name, tensor in tensors.items():
         if state[name].shape != tensor.shape:
             raise PlanError(
                 f"'{name}' has shape {tuple(tensor.shape)} in '{path}', {tuple(state[name].shape)} in the architecture"
+                f"{_OTHER_MODEL}"
             )
         if _number_kind(state[name]) != _number_kind(tensor):
             raise PlanError(

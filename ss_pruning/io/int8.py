@@ -91,7 +91,7 @@ def export_int8(
         UserWarning: The file's outputs say nothing of the model's.
     """
     check_writable(path)
-    chosen = format or ("pt2" if Path(path).suffix == ".pt2" else "onnx")
+    chosen = format or {".pt2": "pt2", ".xml": "openvino"}.get(Path(path).suffix, "onnx")
     if chosen not in _WAYS:
         raise InputError(
             f"format={chosen!r} is unknown for INT8; use 'onnx', which OpenVINO reads as well, or 'pt2'"

@@ -214,9 +214,11 @@ def _notes(a: Report, b: Report) -> list[str]:
         notes.append(f"The models are called differently: {a.model} and {b.model}.")
     if a.macs_before != b.macs_before:
         notes.append("The multiply-accumulates are those of inputs of different sizes: they do not compare.")
-    if a.images != b.images:
+    if (a.accuracy_before is None) != (b.accuracy_before is None):
+        notes.append(f"Accuracy was measured of {'B' if a.accuracy_before is None else 'A'} only (--data).")
+    elif a.images != b.images:
         notes.append(f"The accuracies were measured on {a.images} and {b.images} images.")
-    if a.accuracy_before != b.accuracy_before:
+    elif a.accuracy_before != b.accuracy_before:
         notes.append("The dense accuracies differ: other weights, or other images.")
     if a.latency_before and b.latency_before and abs(b.latency_before / a.latency_before - 1) > _SAME_TIME:
         notes.append(

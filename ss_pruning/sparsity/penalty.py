@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.layers import width
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
 from ss_pruning.importance.strength import (
@@ -89,7 +90,12 @@ class StrengthPenalty:
             )
 
     def __call__(self) -> Tensor:
-        """The penalty now, a scalar, differentiable in the weights and in the scales of the norms."""
+        """The penalty now, a scalar, differentiable in the weights and in the scales of the norms.
+
+        Raises:
+            ModelError: The model was cut since it was traced.
+        """
+        self._check_widths()
         reduce = torch.sum if self.form == "strength" else concentration
         return _penalty(self.model, self.connectivity, self.paths, reduce)
 
@@ -102,11 +108,13 @@ class StrengthPenalty:
 
         Raises:
             InputError: A negative amount, or form "share", which has no such step.
+            ModelError: The model was cut since it was traced.
         """
         if not amount >= 0 or self.form != "strength":
             raise InputError(
                 f"amount={amount} with form={self.form!r}: give an amount >= 0 and form='strength'"
             )
+        self._check_widths()
         scales = norm_scales(self.model, self.connectivity)
         modules = {path: self.model.get_submodule(path) for path in self.paths}
         weights = {path: trainable_weight(m) for path, m in modules.items() if explicit_strength(m) is None}
@@ -119,6 +127,15 @@ class StrengthPenalty:
             deviation = from_norms(self.connectivity, path, scales).variance.sqrt()
             step = amount * at_synapses(module, deviation.to(norms), len(norms))
             weight.mul_(by_kernel(module, weight, torch.where(norms > step, 1 - step / norms, 0.0)))
+
+    def _check_widths(self) -> None:
+        """Who feeds whom was found out for the widths of then."""
+        for path in self.paths:
+            layer, module = self.connectivity.layers[path], self.model.get_submodule(path)
+            if (width(module, "in"), width(module, "out")) != (layer.inputs, layer.outputs):
+                raise ModelError(
+                    f"'{path}' has other widths than when the penalty was made: after a cut make it anew"
+                )
 
     def add_gradients_(self, weight: float) -> None:
         """Add the gradient of `weight` times the penalty to what `backward` has left in `.grad`."""

@@ -787,6 +787,7 @@ def test_help_of_the_later_commands_teaches(command: str) -> None:
     text = " ".join(result.stdout.replace("│", " ").split())
     assert f"ss-prune {command} runs/digits/model.safetensors" in text
     assert "A .py file is executed" in text
+    assert ("Images to train on" in text) == (command == "recover")
 
 
 @pytest.mark.parametrize("command", ["prune", "score"])

@@ -183,12 +183,17 @@ def test_options() -> None:
         ({"pruning_ratio_dict": {nn.Conv2d(1, 1, 1): 2}}, InputError, "holds 2"),
         ({"customized_pruners": {nn.Conv2d: object()}}, InputError, "customized_pruners"),
         ({"forward_fn": print}, InputError, "forward_fn"),
-        ({"pruning_ration": 0.5}, TypeError, "pruning_ration"),
+        ({"pruning_ration": 0.5}, TypeError, "'pruning_ration'; did you mean 'pruning_ratio'"),
+        (
+            {"importance": "magnitud"},
+            InputError,
+            "importance='magnitud' is unknown; use 'synaptic', 'magnitude'",
+        ),
     ]:
         with pytest.raises(error, match=message):
             pruner_of(net.make(), net.example, **options)
     model = net.make()
-    pruner_of(model, net.example, ch_sparsity=0.25).step()
+    pruner_of(model, net.example, importance="lamp", ch_sparsity=0.25).step()
     assert model.conv1.out_channels == 6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import subprocess
 import sys
@@ -474,12 +475,15 @@ def test_subclasses_of_a_named_type_are_selected() -> None:
     assert list(compress(SynapticStrengthPruner(subclasses(), config, IMAGES))) == ["conv1"]
 
 
-def test_speedup_runs_nnis_own() -> None:
-    """With fresh norms, and masks of inputs behind them, its result equals the masked model."""
+def test_speedup_runs_nnis_own(caplog: pytest.LogCaptureFixture) -> None:
+    """With fresh norms, and masks of inputs behind them, its result equals the masked model; NNI tells nothing."""
     model = subclasses()
     config = [{"op_names": ["conv2"], "sparse_ratio": 0.5, "granularity": IN}]
     masks = compress(SynapticStrengthPruner(model, config, IMAGES))
+    level = logging.getLogger("nni").level
     fast = speedup(model, masks, IMAGES)
+    assert not [record for record in caplog.records if record.name.startswith("nni")]
+    assert logging.getLogger("nni").level == level
     assert isinstance(fast.conv2, Own)
     assert fast.conv2.in_channels == fast.conv1.out_channels == fast.n1.num_features == 4
     assert not any(module.training for module in fast.modules())

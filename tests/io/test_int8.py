@@ -142,6 +142,8 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model, target = Classifier().eval(), tmp_path / "a.onnx"
     with pytest.raises(InputError, match=r"9 calibration images say too little .* give 10 or more"):
         export_int8(model, target, IMAGES[:9])
+    with pytest.raises(InputError, match="'openvino' is unknown for INT8; use 'onnx', which OpenVINO reads"):
+        export_int8(model, tmp_path / "a.xml", IMAGES)
     with pytest.raises(InputError, match="calibration inputs are empty"):
         export_int8(model, target, [])
     with pytest.raises(InputError, match="there is no file"):

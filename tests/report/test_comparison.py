@@ -109,6 +109,7 @@ def test_a_comparison_with_itself_has_no_note_and_no_difference() -> None:
         ({"macs_before": 4000}, "inputs of different sizes"),
         ({"images": 50}, "measured on 100 and 50 images"),
         ({"accuracy_before": 0.7}, "dense accuracies differ"),
+        ({"accuracy_before": None, "images": None}, "Accuracy was measured of A only"),
         ({"random_weights": True}, "B has random weights"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import synaptic_strength
+from ss_pruning import prune_, synaptic_strength
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph import trace
 from ss_pruning.graph.layers import groups_of
@@ -304,3 +304,16 @@ def test_the_pruner_adds_the_gradient_of_the_penalty_and_follows_its_own_cuts() 
         pruner.step()  # the second round meets a smaller model
     assert model[3].weight.shape == (2, 2, 3, 3)
     pruner.regularize(model, reg=0.0)
+
+
+@pytest.mark.parametrize("form", ["strength", "share"])
+def test_a_penalty_from_before_a_cut_is_refused(form: Any) -> None:
+    net = BY_NAME["plain"]
+    model = net.make()
+    penalty = StrengthPenalty(model, net.example, form=form, whole=True)
+    prune_(model, net.example, ratio=0.5)
+    with pytest.raises(ModelError, match=r"'conv1' has other widths.* after a cut make it anew"):
+        penalty()
+    if form == "strength":
+        with pytest.raises(ModelError, match="after a cut"):
+            penalty.shrink_(0.1)

@@ -47,6 +47,19 @@ def refused(model: nn.Module, message: str, example: Any = X, **options: Any) ->
     assert snapshot(model) == before
 
 
+def test_an_array_is_not_told_in_many_lines() -> None:
+    refused(net(), f"<ndarray> holds no tensor; .*{SHAPE}", X.numpy())
+
+
+def test_a_list_of_several_arguments_is_told_from_a_tuple() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + other)
+
+    with pytest.raises(ModelError, match=r"missing 1 required .*'other'.*give several in a tuple"):
+        prune_(Two(), [X, X], ratio=0.3)
+
+
 @pytest.mark.parametrize("example", [None, "image.jpg", (), {}, [], 3, (1, "a"), {"x": None}])
 def test_examples_without_a_tensor_are_refused(example: Any) -> None:
     refused(net(), f"holds no tensor; .*{SHAPE}", example)
