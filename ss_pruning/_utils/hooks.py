@@ -6,6 +6,8 @@ user's model notes all such things at the start, and puts them back at the end (
 
 Some attention computes `F.linear(x, layer.weight, bias)` and never calls the layer. Once such weights are known
 (`find_weights_read_by_code`), hooks see that as a call.
+
+At the end are modes in which labels pass through code that would blur or stop them.
 """
 
 from __future__ import annotations
@@ -266,3 +268,62 @@ def _set_stack(
         pop()
     for mode in wanted[len(stack) :]:
         push(mode)
+
+
+class PlainStatistics(overrides.TorchFunctionMode):
+    """While it is entered, `F.batch_norm` is what it computes: so gradients reach the statistics, and labels do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        compute = _normalised if func is F.batch_norm else func
+        return compute(*args, **(kwargs or {}))
+
+
+def _normalised(
+    input: Tensor,  # noqa: A002 - as torch names it
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`, whose own form has no gradient with respect to statistics."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    result = (input - running_mean.reshape(shape)) * scale.reshape(shape)
+    return result if bias is None else result + bias.reshape(shape)
+
+
+_CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
+
+
+class KeptDouble(overrides.TorchFunctionMode):
+    """While it is entered, what is double stays so where code asks for another floating-point type.
+
+    Code that computes in single precision, as linear attention often does, would blur labels.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _CASTS and args[0].dtype == torch.float64 and isinstance(result, Tensor):
+            return args[0].to(result.device) if result.is_floating_point() else result
+        return result
+
+
+_DETACHING = frozenset((Tensor.detach, torch.detach, Tensor.data.__get__))  # type: ignore[attr-defined]
+
+
+class KeptGradients(overrides.TorchFunctionMode):
+    """While it is entered, `torch.no_grad` and `detach` do nothing: labels pass through parts that are not trained."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None
+        if func in _DETACHING:
+            return args[0].view_as(args[0])
+        if func in (Tensor.numpy, Tensor.__array__):  # refuse what has a gradient
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **(kwargs or {}))

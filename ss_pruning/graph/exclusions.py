@@ -17,7 +17,10 @@ from ss_pruning.graph.layers import kind_of, width
 OUTPUT_REASON = "reaches the model's output"
 BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attention)"
 UNCALLED_REASON = "did not run on the example inputs; whatever it reads or writes must not change width"
-UNREAD_REASON = "no layer that ran reads it (at most decisions do, such as top-k or suppression)"
+UNREAD_REASON = (
+    "no layer that ran reads it (at most decisions do, such as top-k or suppression, or code that lets no gradient "
+    "through, such as NumPy's)"
+)
 NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
 WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"
 UNEVEN_REASON = (

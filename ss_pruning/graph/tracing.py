@@ -30,6 +30,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import (
+    KeptDouble,
+    KeptGradients,
+    PlainStatistics,
     find_weights_read_by_code,
     given,
     hooked,
@@ -163,8 +166,9 @@ def check_unwrapped(model: nn.Module) -> None:
 class _Recorder:
     """Forward hooks that cut every layer loose and remember what arrived at it."""
 
-    def __init__(self, paths: Mapping[nn.Module, str], double: bool) -> None:
-        self.paths, self.double = paths, double
+    def __init__(self, paths: Mapping[nn.Module, str], double: bool, kept: bool = False) -> None:
+        """With `double`, labels pass in float64; with `kept`, they pass where code switches gradients off."""
+        self.paths, self.double, self.kept = paths, double, kept
         self.layers: dict[str, Layer] = {}
         self.leaves: list[Leaf] = []
         self.arrivals: list[Arrival] = []
@@ -182,6 +186,10 @@ class _Recorder:
         tensor = (centre + jitter).to(like.device, self.precision(like)).requires_grad_()
         self.leaves.append(Leaf(source, tensor, axis))
         return tensor.clone()
+
+    def unlabelled(self) -> int:
+        """How often something arrived at a layer to which no label goes back."""
+        return sum(arrival.end is None for arrival in self.arrivals)
 
     def precision(self, like: Tensor) -> torch.dtype:
         return torch.float64 if self.double else like.dtype
@@ -273,10 +281,17 @@ def _labelled(
     """What a pass with all layers cut loose has left, and its output."""
     recorder = _Recorder(paths, double=True)
     try:
-        return recorder, _run(model, example_inputs, recorder, training)
+        output = _run(model, example_inputs, recorder, training)
     except ModelError:  # some code between layers insists on the precision it was written for
         recorder = _Recorder(paths, double=False)
-        return recorder, _run(model, example_inputs, recorder, training)
+        output = _run(model, example_inputs, recorder, training)
+    if recorder.unlabelled() and not training:  # no_grad or detach on the way
+        again = _Recorder(paths, recorder.double, kept=True)
+        with contextlib.suppress(ModelError):
+            other = _run(model, example_inputs, again, training)
+            if again.unlabelled() < recorder.unlabelled():
+                return again, other
+    return recorder, output
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: bool) -> Any:
@@ -293,6 +308,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
         TiedIndices(),
         PlainStatistics(),
         KeptDouble() if recorder.double else contextlib.nullcontext(),
+        KeptGradients() if recorder.kept else contextlib.nullcontext(),
         hooked(layers, recorder.before, recorder.after, whole=True),
         hooked(slopes, after=_sloped),
     ):
@@ -300,8 +316,9 @@ def _run(model: nn.Module, example_inputs: Any, recorder: _Recorder, training: b
             undo.enter_context(replaced_forward(module, partial(all_mixed, module)))
         for name, tensor in _loose_tensors(model, [*recorder.paths, *attention]):
             replaced[name] = recorder.leaf(name, tensor, -1)
-        if training:  # the pass must not update running statistics, and batch norms refuse a single value
+        if training or recorder.kept:  # the pass must not update running statistics
             replaced |= {name: b.clone() for name, b in model.named_buffers() if name not in replaced}
+        if training:  # batch norms refuse a single value
             example_inputs = pytree.tree_map_only(
                 Tensor, lambda t: torch.cat([t, t]) if t.shape[:1] == (1,) else t, example_inputs
             )
@@ -375,47 +392,4 @@ class TiedIndices(TorchFunctionMode):
             if id(indices) in self.pooled:
                 values = self.pooled[id(indices)][0].to(x)
                 result = result + func(values, indices, *rest, **kwargs)
-        return result
-
-
-class PlainStatistics(TorchFunctionMode):
-    """While it is entered, `F.batch_norm` is what it computes: so gradients reach the statistics, and labels do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        compute = _normalised if func is F.batch_norm else func
-        return compute(*args, **(kwargs or {}))
-
-
-def _normalised(
-    input: Tensor,  # noqa: A002 - as torch names it
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm`, whose own form has no gradient with respect to statistics."""
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
-    shape = [1, -1, *[1] * (input.dim() - 2)]
-    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
-    result = (input - running_mean.reshape(shape)) * scale.reshape(shape)
-    return result if bias is None else result + bias.reshape(shape)
-
-
-_CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
-
-
-class KeptDouble(TorchFunctionMode):
-    """While it is entered, what is double stays so where code asks for another floating-point type.
-
-    Code that computes in single precision, as linear attention often does, would blur labels.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _CASTS and args[0].dtype == torch.float64 and isinstance(result, Tensor):
-            return args[0].to(result.device) if result.is_floating_point() else result
         return result

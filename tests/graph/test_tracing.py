@@ -323,6 +323,67 @@ def test_layers_that_run_in_vmap_are_named() -> None:
         trace(Mapped(), torch.randn(2, 3, 8, 8))
 
 
+class Frozen(nn.Module):
+    """Does not train its first layers, in one of the ways in which people say so."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc = how, nn.Linear(5, 2)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x)).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                x = self.features(x)
+                self.seen.add_(x.mean())
+        elif self.how == "detach":
+            x = self.features(x).detach()
+        elif self.how == "data":
+            x = self.features(x).data
+        elif self.how == "numpy":
+            x = torch.from_numpy(self.features(x).detach().numpy())
+        else:
+            x = torch.no_grad()(self.features)(x)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "decorator", "detach", "data"])
+def test_labels_pass_where_gradients_are_switched_off(how: str) -> None:
+    model, x = Frozen(how).eval(), torch.randn(2, 3, 8, 8)
+    before = snapshot(model)
+    connectivity = trace(model, x)
+    after = snapshot(model)
+    for seen in (before, after):
+        del seen["seen: tensor"]  # written to and taken back
+    assert after == before
+    assert model.seen == 0
+    assert not model.seen.requires_grad
+    assert torch.is_grad_enabled()
+    assert connectivity.sources("body.3") == [[("body.1", channel)] for channel in range(6)]
+    assert connectivity.sources("fc") == [[("body.3", channel)] for channel in range(5)]
+
+
+def test_what_is_frozen_is_cut_and_where_labels_cannot_pass_it_stays() -> None:
+    model, x = Frozen("no_grad").eval(), torch.randn(2, 3, 8, 8)
+    dense = copy.deepcopy(model).double()
+    prune_(model, x[:1], ratio=0.4, allocation="local")
+    for cut in model.ss_pruning_plan.cuts:
+        if cut.side == "in":
+            dense.get_submodule(cut.path).weight.data[:, list(cut.removed)] = 0
+    assert model.body[0].out_channels < 6
+    assert model.fc.in_features < 5
+    assert (dense(x.double()) - model.double()(x.double())).abs().max() < 1e-10
+    other = Frozen("numpy").eval()
+    report = prune_(other, x[:1], ratio=0.4, allocation="local")
+    assert other.body[0].out_channels < 6
+    assert other.fc.in_features == 5
+    assert any(entry.paths == ("body.3",) and "no gradient" in entry.reason for entry in report.excluded)
+
+
 class Shuffled(nn.Module):
     """Between its two layers a permutation by a matrix that is neither parameter nor buffer, in single precision."""
 
