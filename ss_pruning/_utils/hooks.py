@@ -271,11 +271,10 @@ def _set_stack(
 
 
 class PlainStatistics(overrides.TorchFunctionMode):
-    """While it is entered, `F.batch_norm` is what it computes: so gradients reach the statistics, and labels do."""
+    """While it is entered, norms that code calls are what they compute: gradients reach statistics, and labels do."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        compute = _normalised if func is F.batch_norm else func
-        return compute(*args, **(kwargs or {}))
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalised(
@@ -288,15 +287,50 @@ def _normalised(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`, whose own form has no gradient with respect to statistics."""
+    """`F.batch_norm`, whose own form has no gradient with respect to statistics.
+
+    What it makes of labels is positive, as they are, so that a rectifier behind it lets them pass.
+    """
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     shape = [1, -1, *[1] * (input.dim() - 2)]
     scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
-    result = (input - running_mean.reshape(shape)) * scale.reshape(shape)
+    result = (input - running_mean.reshape(shape)).abs() * scale.reshape(shape)
     return result if bias is None else result + bias.reshape(shape)
 
 
+def _by_instance(
+    input: Tensor,  # noqa: A002 - as torch names it
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    **more: float,
+) -> Tensor:
+    """`F.instance_norm`, likewise."""
+    if use_input_stats:
+        return F.instance_norm(input, None, None, weight, bias, True, **more)
+    return _normalised(input, running_mean, running_var, weight, bias, False, **more)
+
+
+def _of_torch(
+    input: Tensor,  # noqa: A002 - as torch names it
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *more: Any,
+) -> Tensor:
+    """`torch.batch_norm`, likewise; it knows of cuDNN, too."""
+    return _normalised(input, running_mean, running_var, weight, bias, *more[:3])
+
+
+_PLAIN: Mapping[Any, Callable[..., Any]] = {
+    F.batch_norm: _normalised,
+    F.instance_norm: _by_instance,
+    torch.batch_norm: _of_torch,
+}
 _CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
 
 

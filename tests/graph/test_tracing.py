@@ -272,40 +272,46 @@ def test_a_training_pass_is_given_two_images_where_one_would_not_do() -> None:
 
 
 class Statistics(nn.Module):
-    """A batch norm in functional form, whose tensors have names of their own."""
+    """A norm in functional form, whose tensors have names of their own."""
 
-    def __init__(self, affine: bool) -> None:
+    def __init__(self, form: str, affine: bool) -> None:
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 5, 3, bias=False), nn.Linear(5, 2)
-        self.register_buffer("centre", torch.randn(5))
-        self.register_buffer("spread", torch.rand(5) + 0.5)
-        self.gain, self.shift = (nn.Parameter(torch.rand(5)) if affine else None for _ in range(2))
+        self.form, width = form, 12
+        self.conv, self.fc = nn.Conv2d(3, width, 3, bias=False), nn.Linear(width, 2)
+        self.register_buffer("centre", torch.randn(width))
+        self.register_buffer("spread", torch.rand(width) + 0.5)
+        self.gain, self.shift = (nn.Parameter(torch.rand(width)) if affine else None for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.batch_norm(
-            self.conv(x), self.centre, self.spread, self.gain, bias=self.shift, training=self.training
-        )
+        x, scale = self.conv(x), (self.gain, self.shift)
+        if self.form == "batch":
+            x = F.batch_norm(x, self.centre, self.spread, self.gain, bias=self.shift, training=self.training)
+        elif self.form == "instance":
+            x = F.instance_norm(x, self.centre, self.spread, *scale, use_input_stats=self.training)
+        else:
+            x = torch.batch_norm(x, *scale, self.centre, self.spread, self.training, 0.1, 1e-5, False)
         return self.fc(F.relu(x).mean((2, 3)))
 
 
+@pytest.mark.parametrize("form", ["batch", "instance", "torch"])
 @pytest.mark.parametrize("affine", [True, False])
-def test_statistics_that_code_normalises_by_lie_along_channels(affine: bool) -> None:
-    model, x = Statistics(affine).train(), torch.randn(2, 3, 8, 8)
+def test_statistics_that_code_normalises_by_lie_along_channels(form: str, affine: bool) -> None:
+    model, x = Statistics(form, affine).train(), torch.randn(2, 3, 8, 8)
     before = snapshot(model)
     connectivity = trace(model, x)
     assert snapshot(model) == before
-    assert connectivity.sources("fc") == [[("conv", channel)] for channel in range(5)]
+    assert connectivity.sources("fc") == [[("conv", channel)] for channel in range(12)]
     names = {"centre", "spread"} | ({"gain", "shift"} if affine else set())
     assert {name: tensor.axis for name, tensor in connectivity.loose.items()} == dict.fromkeys(names, 0)
 
 
 def test_statistics_that_code_normalises_by_are_cut_with_their_channels() -> None:
-    model, x = Statistics(True).eval(), torch.randn(2, 3, 8, 8)
+    model, x = Statistics("batch", True).eval(), torch.randn(2, 3, 8, 8)
     dense = copy.deepcopy(model).double()
-    report = prune_(model, x[:1], ratio=0.4, allocation="local")
+    report = prune_(model, x[:1], ratio=0.5, allocation="local")
     (cut,) = (cut for cut in model.ss_pruning_plan.cuts if cut.path == "fc")
     dense.fc.weight.data[:, list(cut.removed)] = 0
-    assert len(model.centre) == len(model.spread) == len(model.gain) == model.conv.out_channels == 3
+    assert len(model.centre) == len(model.spread) == len(model.gain) == model.conv.out_channels == 6
     assert report.max_error < 1e-10
     assert (dense(x.double()) - model.double()(x.double())).abs().max() < 1e-10
 
