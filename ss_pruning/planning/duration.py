@@ -39,8 +39,8 @@ from ss_pruning.profiling.rates import Rates
 _NOISE_INPUTS, _VERIFIED = 8, 6
 # Allocations that compete, see `Ranker`: three sensitivities and the scores, by each power.
 _RIVALS = 4 * len(EXPONENTS)
-# Ridges that are tried for a layer, the final one included.
-_RIDGES = 4
+# Ridges that are tried for a layer, the final one included; columns of a Gram matrix that are made at a time.
+_RIDGES, _COLUMNS = 4, 256
 # Ways to measure sensitivity, the better ones first.
 _WAYS = (Effort(16, (0.5, 1.0)), Effort(8, (0.5, 1.0)), Effort(8, (1.0,)))
 # No fewer calibration inputs than these are left to save time.
@@ -213,9 +213,13 @@ class Duration:
         return seconds
 
     def _solved(self, rows: float, columns: float, outputs: float, groups: int) -> float:
-        """Of one layer whose groups each have so many columns."""
-        products = rows * columns * groups * (columns / 2 + outputs / groups)
-        solving = groups * (_RIDGES * columns**3 / 6) + _RIDGES * columns**2 * outputs / 2
+        """Of one layer whose groups each have so many columns.
+
+        A Gram matrix is half made and half mirrored, see `NormalEquations`. With each ridge there is a factorisation and
+        a solution, of which all but the last are judged; what the old weights leave is two products more.
+        """
+        products = rows * columns * groups * ((columns + min(columns, _COLUMNS)) / 2 + outputs / groups)
+        solving = groups * _RIDGES * columns**3 / 6 + (2 * _RIDGES + 1) * columns**2 * outputs
         gathered = rows * (columns * groups + 3 * outputs)
         return products * self.rates.product + solving * self.rates.solve + gathered * self.rates.number
 
