@@ -130,6 +130,7 @@ def prune_(
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)
         clock.over(but="cut")
+        del ranker  # and the statistics that it holds
         give_back()
         with clock("cut"):
             cut = prepared_best(traced, found.verified.plan, config.compensation, inputs)

@@ -215,8 +215,8 @@ class Duration:
     def _solved(self, rows: float, columns: float, outputs: float, groups: int) -> float:
         """Of one layer whose groups each have so many columns.
 
-        A Gram matrix is half made and half mirrored, see `NormalEquations`. With each ridge there is a factorisation and
-        a solution, of which all but the last are judged; what the old weights leave is two products more.
+        Half of a Gram matrix is made, the rest mirrored. Each ridge takes a factorisation and a solution, all but the
+        last are judged, and what the old weights leave takes two products more.
         """
         products = rows * columns * groups * ((columns + min(columns, _COLUMNS)) / 2 + outputs / groups)
         solving = groups * _RIDGES * columns**3 / 6 + (2 * _RIDGES + 1) * columns**2 * outputs

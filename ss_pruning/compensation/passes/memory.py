@@ -17,13 +17,13 @@ from ss_pruning.errors import InputError
 #: Names the variable that sets it, in bytes.
 VARIABLE = "SS_PRUNING_MEMORY"
 # By default at most so many bytes, and no more than such a share of what is free.
-_MOST, _SHARE = 2**30, 0.25
+_MOST, _SHARE = 5 * 2**28, 0.25
 # Free bytes that the C library may keep: what is taken from it again need not be cleared by the system.
 _KEPT = 2**28
 
 
 def memory_bound(model: nn.Module) -> int:
-    """Bytes that may be held where the model is: `$SS_PRUNING_MEMORY`, or else 1 GiB, less where little is free."""
+    """Bytes that may be held where the model is: `$SS_PRUNING_MEMORY`, or else 1.25 GiB, less where little is free."""
     told = os.environ.get(VARIABLE)
     if told is None:
         return min(_MOST, int(_SHARE * _free(device_of(model))))
