@@ -161,6 +161,8 @@ class Allocation:
         Raises:
             InputError: It is neither.
         """
+        if isinstance(choice, str):
+            _check_one_of("allocation", choice, get_args(Scope))
         if choice is None or isinstance(choice, str):
             return cls(scope=choice)  # type: ignore[arg-type]
         if not isinstance(choice, cls):

@@ -10,6 +10,7 @@ the plan and the masks: `trainer.fit(module, loader, ckpt_path=...)` goes on fro
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -92,6 +93,8 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         """Refuse sharded models, and see to it that a checkpoint finds the shapes that it was saved with."""
         check_whole(trainer, "cannot be pruned while it trains: prune it before (ss_pruning.prune_)")
         self._network(pl_module)
+        if stage == "fit" and not self.pruned:
+            self._warn_of(trainer)
         loads = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -100,6 +103,19 @@ class StrengthPruning(Callback):  # type: ignore[misc]
 
         # Lightning asks the module before it loads the tensors, but callbacks only after.
         pl_module.on_load_checkpoint = on_load_checkpoint
+
+    def _warn_of(self, trainer: Trainer) -> None:
+        """An epoch that does not come."""
+        last = trainer.max_epochs
+        if (
+            self.epoch is not None
+            and last is not None
+            and 0 <= last <= self.epoch
+            and not trainer.fast_dev_run
+        ):
+            warnings.warn(
+                f"epoch={self.epoch} is never reached in max_epochs={last}: nothing is pruned here", stacklevel=2
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo `setup`."""

@@ -273,7 +273,7 @@ def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, 
     """By name of a tensor of a registered layer, the axis on which the channels of a side lie; None for other layers.
 
     Raises:
-        ModelError: The layer has no tensor of a name that its type is registered with.
+        ModelError: The layer has no tensor, or no attribute of a size, of a name that its type is registered with.
     """
     own = layer_type_of(module)
     if own is None:
@@ -287,6 +287,11 @@ def registered_axes(module: nn.Module, side: Literal["in", "out"]) -> dict[str, 
                 f"{type(module).__name__} is registered with a tensor '{name}' that has an axis {axis}; the layer has "
                 f"{'none of that name' if tensor is ... else repr(tensor)[:80]}"
             )
+    if side in own.sizes and not hasattr(module, own.sizes[side]):
+        raise ModelError(
+            f"{type(module).__name__} is registered with {side}_size='{own.sizes[side]}'; the layer has no such "
+            "attribute"
+        )
     return {name: axis for name, axis in own.axes[side].items() if getattr(module, name) is not None}
 
 

@@ -263,6 +263,19 @@ def test_a_missing_tensor_is_named() -> None:
     refused(Misspelt(), "Misspelt is registered with a tensor 'wieght'")
 
 
+def test_a_missing_size_is_named() -> None:
+    @register_layer(outputs={"weight": 0}, inputs={"weight": 1}, out_size="out")
+    class Sizeless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight)
+
+    refused(Sizeless(), "Sizeless is registered with out_size='out'; the layer has no such attribute")
+
+
 def test_a_layer_inside_a_registered_one_is_refused() -> None:
     @register_layer(outputs={"weight": 0}, inputs={"weight": 1})
     class Wrapper(nn.Module):

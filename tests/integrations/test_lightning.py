@@ -109,6 +109,7 @@ def test_the_penalty_is_a_term_of_the_loss(accumulated: int, images: DataLoader[
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.filterwarnings("ignore:epoch=1 is never reached")  # in the first part
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_checkpoint_goes_on(after: int, images: DataLoader[Any], tmp_path: Path) -> None:
     """Saved before the cut, or after it; the end is that of a run in one go."""
@@ -135,6 +136,8 @@ def test_it_says_what_is_missing(images: DataLoader[Any], tmp_path: Path) -> Non
         StrengthPruning(EXAMPLE, epoch=1)
     with pytest.raises(InputError, match="network='net' is no module of Classifier"):
         trainer(tmp_path, StrengthPruning(EXAMPLE, network="net", weight=1.0)).fit(Classifier(), images)
+    with pytest.warns(UserWarning, match="epoch=2 is never reached in max_epochs=2: nothing is pruned"):
+        trainer(tmp_path, StrengthPruning(EXAMPLE, epoch=2, macs=0.7)).fit(Classifier(), images)
 
 
 def test_sharded_models_are_refused() -> None:

@@ -47,7 +47,7 @@ def without(model: nn.Module, count: int) -> tuple[Plan, dict[tuple[str, str], t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "some"}, "scope='some' is unknown; use 'global', 'local', 'sensitivity'"),
+        ({"allocation": "some"}, "allocation='some' is unknown; use 'global', 'local', 'sensitivity'"),
         ({"ignore": ["nowhere"]}, "nowhere"),
         ({"ignore": [nn.Conv2d(1, 1, 1)]}, "ignore"),
         ({"compensation": "magic"}, "magic"),
