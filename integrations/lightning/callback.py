@@ -114,7 +114,8 @@ class StrengthPruning(Callback):  # type: ignore[misc]
             and not trainer.fast_dev_run
         ):
             warnings.warn(
-                f"epoch={self.epoch} is never reached in max_epochs={last}: nothing is pruned here", stacklevel=2
+                f"epoch={self.epoch} is never reached in max_epochs={last}: nothing is pruned here",
+                stacklevel=2,
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
