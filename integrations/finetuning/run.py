@@ -106,7 +106,7 @@ class Run:
             planned=self.planned if options.cuts else None,
             keep_zeros=options.keep_zeros,
         )
-        if options.cuts:
+        if options.cuts and self.accelerator.num_processes > 1:
             digest = fingerprint(self.model).hex()[:16]
             # In one piece with the end of the line: torchrun has processes write unbuffered, to one pipe.
             print(f"process {self.accelerator.process_index} was cut to {digest}\n", end="", flush=True)

@@ -159,9 +159,9 @@ class Budgets:
         """By name."""
         chosen = {name: value for name, value in vars(self).items() if value is not None}
         if len(chosen) != 1:
-            listed = " and ".join(f"--{name}" for name in chosen) or "none"
+            listed = " and ".join(f"--{name}" for name in chosen) + " were" if chosen else "none was"
             raise InputError(
-                f"give exactly one of --macs, --params, --latency and --ratio; {listed} was given. "
+                f"give exactly one of --macs, --params, --latency and --ratio; {listed} given. "
                 "For example, --macs 0.8 keeps 80 % of the multiply-accumulates."
             )
         return chosen

@@ -414,7 +414,7 @@ def test_too_few_classes_are_remarked_on(photos: Path, net: str) -> None:
     ("options", "message"),
     [
         ((), "give exactly one of --macs, --params, --latency and --ratio; none was given"),
-        (("--macs", 0.5, "--ratio", 0.5), "--macs and --ratio was given"),
+        (("--macs", 0.5, "--ratio", 0.5), "--macs and --ratio were given"),
         (("--macs", 7), "7"),
         (
             ("--macs", 0.5, "--importance", "random", "--score", "share"),
@@ -955,7 +955,7 @@ def test_bench_runs_openvinos_files_beside_others(pruned_digits: Path) -> None:
             ("prune", "NET", "--macs", "0.5", "--round-to", "even"),
             "--round-to is a whole number, such as 8, or measured",
         ),
-        (("prune", "NET", "--macs", "0.5", "--latency", "0.5"), "--macs and --latency was given"),
+        (("prune", "NET", "--macs", "0.5", "--latency", "0.5"), "--macs and --latency were given"),
     ],
 )
 def test_bad_requests_to_export_and_bench_say_what_to_do(
