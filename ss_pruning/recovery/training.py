@@ -170,7 +170,8 @@ class Training:
             loss = self.imitation()
         if not loss.requires_grad:
             raise InputError(
-                "no parameter that may be trained reaches the feature maps: set requires_grad on those to recover"
+                "no parameter that may be trained reaches the feature maps: set requires_grad on those to recover, and "
+                "let forward compute them without torch.no_grad"
             )
         loss.backward()
         self.optimizer.step()
