@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +47,22 @@ def open_file(file: Path, wanted: Rebuilt) -> Opened:
     # What the user says is built as it is; of what the file says, only what is safe.
     build = partial(build_model, wanted.model) if wanted.model else partial(build_named, known, file)
     dense = build()
-    preprocess = jobs.preprocess_of(input_of(known, dense), wanted)
+    usual = input_of(known, dense)
+    preprocess = jobs.preprocess_of(usual, wanted)
+    if wanted.input_size is None and (size := _settings_beside(file, known).get("input size")):
+        preprocess = jobs.preprocess_of(usual, replace(wanted, input_size=size))
+        if preprocess.size != usual.size:
+            note(f"Input size: {size}, as the report beside the file says.")
     return Opened(known, dense, load(file, build, torch.zeros(1, *preprocess.size)), preprocess)
+
+
+def _settings_beside(file: Path, spec: str) -> dict[str, Any]:
+    """What the report beside a file says that it was pruned with, if it is of that model."""
+    try:
+        report = open_report(file.parent)
+    except (FileFormatError, InputError):
+        return {}  # a file on its own
+    return report.settings if report.model == spec else {}
 
 
 def _named(file: Path, wanted: Rebuilt) -> str:
@@ -68,12 +82,8 @@ def request_of(wanted: Recovering, seed: int) -> Request:
             "recover trains on images without labels: say where they are with --calibration DIR or --data, or make "
             "some with --calibration synthetic"
         )
-    spec, known = _named(wanted.file, wanted), dict[str, Any]()
-    try:
-        report = open_report(wanted.file.parent)
-        known = report.settings if report.model == spec else known
-    except (FileFormatError, InputError):
-        pass  # a file on its own
+    spec = _named(wanted.file, wanted)
+    known = _settings_beside(wanted.file, spec)
     own = {field.name: getattr(wanted, field.name) for field in fields(Calibrated)}
     own["input_size"] = wanted.input_size or known.get("input size")
     model, weights = wanted.model or without_weights(spec, wanted.file), wanted.weights

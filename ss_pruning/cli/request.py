@@ -216,9 +216,13 @@ class Rebuilt(Preprocessed):
     """How the model of a file is built, and how images become its inputs.
 
     Attributes:
+        input_size: Size of one input, as for ss-prune prune.
         model: What was pruned, where the file does not name it; as for ss-prune prune. **A .py file is executed.**
     """
 
+    input_size: str | None = option(
+        None, IMAGES, metavar="CxHxW", show_default="that of the report beside FILE, else the model's own"
+    )
     model: str | None = option(None, MODEL, "--model", metavar="MODEL", show_default="what the file names")
 
 

@@ -832,8 +832,9 @@ def saved(net: str, tmp_path: Path) -> Path:
 
 
 def test_export_writes_a_file_that_was_tried(saved: Path, net: str, tmp_path: Path) -> None:
-    result = run("export", saved, "--model", net, *SIZE, "--out", tmp_path / "net.pt2")
+    result = run("export", saved, "--model", net, "--out", tmp_path / "net.pt2")
     assert result.exit_code == 0, result.output
+    assert "Input size: 3x16x16, as the report beside the file says" in " ".join(result.output.split())
     assert "its outputs differ from the model's by at most" in result.stdout
     images = torch.randn(3, 3, 16, 16)
     right = ss_pruning.load(saved, lambda: build_model(net))(images)
