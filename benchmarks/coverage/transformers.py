@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers            # what is not in the results yet
     OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers vit_tiny_patch16_224  # these, anew
+    OMP_NUM_THREADS=1 python -m benchmarks.coverage.transformers --narrow   # dimensions within heads, likewise
     python -m benchmarks.coverage.transformers --page                       # docs/coverage_transformers.md
 
 Random weights, one image, local ratio 0.5. Every cut is checked by `prune_` itself (cut == masked in float64), the
@@ -22,15 +23,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import DOCS, RESULTS, versions, write
 from benchmarks.coverage import heads_by_torch_pruning
 from benchmarks.pages import table, write_page
-from ss_pruning import prune_
+from ss_pruning import Allocation, prune_
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.io.export import export
+from ss_pruning.planning.head_dimensions import HeadDimensions
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
 from ss_pruning.surgery.same_attention import with_prunable_attention
 
@@ -203,6 +206,45 @@ def measure(make: Callable[[], Made]) -> Line:
     }
 
 
+def narrow_layers(traced: TracedModel, plan: Plan) -> tuple[int, int]:
+    """In how many layers there are heads, or a single one that mixes, and in how many of them all became narrower."""
+    kept = {(cut.path, cut.side): cut.kept for cut in plan.cuts}
+    heads = [s.root for group in traced.coupling.groups for s in group.subgroups if s.of_heads]
+    found = HeadDimensions(traced.connectivity)
+    single = [d.subgroups[0].root for path in traced.connectivity.layers for d in found.of_one(path)]
+    rows = [(root, root.index) for root in heads] + [(root, root.index.reshape(1, -1)) for root in single]
+    stays = [np.isin(index, kept.get((root.path, "out"), index)).sum(1) for root, index in rows]
+    narrower = sum(
+        bool((left > 0).all() and (left < index.shape[1]).any())
+        for left, (_, index) in zip(stays, rows, strict=True)
+    )
+    return len(rows), narrower
+
+
+def narrow(make: Callable[[], Made]) -> Line:
+    """The same with dimensions within heads: in how many layers with heads these go, and how much; or the error."""
+    torch.manual_seed(0)
+    model, px = make()
+    x = torch.randn(1, 3, px, px)
+    before = sum(p.numel() for p in model.parameters())
+    traced = TracedModel.of(with_prunable_attention(model.eval(), x), x)
+    start = time.process_time()
+    try:
+        report = prune_(model, x, ratio=0.5, allocation=Allocation("local", heads="narrow"))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    layers, narrower = narrow_layers(traced, getattr(model, PLAN_ATTRIBUTE))
+    return {
+        "layers": layers,
+        "narrow": narrower,
+        "removed": 1 - sum(p.numel() for p in model.parameters()) / before,
+        "difference": report.max_error,
+        "s": round(time.process_time() - start, 1),
+        "trains": _trains(model, torch.cat([x, x])),
+        "excluded": sorted({left.reason.partition(":")[0] for left in report.excluded}),
+    }
+
+
 def line_of(make: Callable[[], Made]) -> Line:
     """As `measure`, or the error."""
     try:
@@ -221,6 +263,12 @@ def _theirs(line: Line | None) -> str:
     return f"{line['outcome']}, {line['removed']:.0%}" if "removed" in line else line["outcome"]
 
 
+def _narrow(line: Line | None) -> str:
+    if line is None:
+        return "not measured"
+    return "failed" if "error" in line else f"{line['narrow']} of {line['layers']}, {line['removed']:.0%}"
+
+
 def make_page(lines: dict[str, Line]) -> None:
     """Write `docs/coverage_transformers.md` from the results."""
     good = {name: line for name, line in lines.items() if "error" not in line}
@@ -235,11 +283,13 @@ def make_page(lines: dict[str, Line]) -> None:
             line["trace s"],
             line["s"],
             _said(line.get("onnx")),
+            _narrow(line.get("narrow")),
             _theirs(line.get("torch-pruning")),
             "; ".join(line["excluded"]),
         )
         for name, line in good.items()
     ]
+    narrowed = [line["narrow"] for line in good.values() if "layers" in line.get("narrow", {})]
     left = "model", "px", "parameters", "go", "heads left", "difference", "trace, s", "all, s"
     write_page(
         DOCS / f"{NAME}.md",
@@ -255,11 +305,14 @@ def make_page(lines: dict[str, Line]) -> None:
         onnx=sum(line.get("onnx") == "" for line in good.values()),
         written=sum("onnx" in line for line in good.values()),
         refused={name: line["onnx"] for name, line in good.items() if line.get("onnx")},
+        tried=len(narrowed),
+        narrowed=sum(line["narrow"] > 0 for line in narrowed),
+        exact=sum(line["difference"] <= 1e-10 and line["trains"] for line in narrowed),
         theirs=Counter(line["torch-pruning"]["outcome"] for line in good.values() if "torch-pruning" in line),
         slow=[name for name, line in good.items() if line["s"] > 60],
         errors={name: line["error"] for name, line in lines.items() if "error" in line},
         earlier=[name for name, line in good.items() if line.get("earlier")],
-        table=table((*left, "ONNX", "TP", "excluded"), rows, "l" + "r" * 7 + "lll"),
+        table=table((*left, "ONNX", "narrow", "TP", "excluded"), rows, "l" + "r" * 7 + "llll"),
     )
 
 
@@ -267,6 +320,7 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=[[], *MODELS], metavar="name")
+    parser.add_argument("--narrow", action="store_true", help="measure dimensions within heads alone")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -279,10 +333,14 @@ def main() -> None:
         print(name, line, flush=True)
         write(NAME, {"versions": versions(), "models": {k: lines[k] for k in MODELS if k in lines}})
 
-    todo = [] if options.page else options.names or [name for name in MODELS if name not in lines]
+    for name in (options.names or MODELS) if options.narrow else ():
+        if options.names or "narrow" not in lines[name]:
+            note(name, lines[name] | {"narrow": narrow(MODELS[name])})
+    only_page = options.page or options.narrow
+    todo = [] if only_page else options.names or [name for name in MODELS if name not in lines]
     for name in todo:
         note(name, line_of(MODELS[name]))
-    for name in () if options.page else options.names or MODELS:
+    for name in () if only_page else options.names or MODELS:
         if "onnx" not in lines[name]:
             note(name, lines[name] | {"onnx": in_onnx(MODELS[name])})
     make_page({name: lines[name] for name in MODELS if name in lines})

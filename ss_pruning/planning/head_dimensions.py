@@ -40,6 +40,9 @@ class HeadDimensions:
         for edges in connectivity.edges.values():
             ties += self._products([edge for edge in edges if edge.heads is not None])
         self.channel_set = components(self.slots.total, np.concatenate(ties))
+        order = self.channel_set.argsort(kind="stable")
+        self.labels, starts = np.unique(self.channel_set[order], return_index=True)
+        self.own = np.split(order, starts[1:])
         self.mixing = {
             int(number)
             for edges in connectivity.edges.values()
@@ -51,10 +54,10 @@ class HeadDimensions:
     def of(self, heads: Subgroup) -> list[Dimensions]:
         """The kinds of dimensions of which each head has several, and as many as the others."""
         apart = [self._kinds(heads, head) for head in range(heads.size)]
-        if any(kinds.keys() != apart[0].keys() for kinds in apart):
+        behind = next((member for member in heads.members if member.side == "in"), None)
+        if behind is None or any(kinds.keys() != apart[0].keys() for kinds in apart):
             return []
         counts = {pattern: {len(kinds[pattern]) for kinds in apart} for pattern in apart[0]}
-        behind = next(member for member in heads.members if member.side == "in")
         found = []
         for pattern in (p for p, sizes in counts.items() if len(sizes) == 1 and sizes != {1}):
             subgroups = [self._subgroup(kinds[pattern]) for kinds in apart]
@@ -105,8 +108,8 @@ class HeadDimensions:
     def _by_sides(self, numbers: Ints) -> dict[tuple[int, ...], list[Ints]]:
         """By the sides that they touch, the channel sets of a head, each as its slots."""
         kinds: dict[tuple[int, ...], list[Ints]] = defaultdict(list)
-        for label in np.unique(self.channel_set[numbers]):
-            own = np.flatnonzero(self.channel_set == label)
+        for place in np.searchsorted(self.labels, np.unique(self.channel_set[numbers])):
+            own = self.own[place]
             kinds[tuple(self.slots.side_of[own].tolist())].append(own)
         return kinds
 

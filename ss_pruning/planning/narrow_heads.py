@@ -30,16 +30,26 @@ def with_narrow_heads(traced: TracedModel) -> TracedModel:
     layers = _layers_with_heads(traced)
     if not layers:
         return traced
-    verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
-    trials = _Trials(verifier, traced.coupling)
     try:
-        for alike in layers:
-            trials.try_(alike)
+        with _verifier(traced) as verifier:
+            trials = _Trials(verifier, traced.coupling)
+            for alike in layers:
+                trials.try_(alike)
+        if trials.instead:
+            with _verifier(traced) as verifier:
+                trials.drop_(verifier)
     except SSPruningError:  # nothing can be tried here; whoever plans a cut will say why
         return traced
+    return replace(traced, coupling=trials.narrowed())
+
+
+@contextlib.contextmanager
+def _verifier(traced: TracedModel) -> Iterator[Verifier]:
+    verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
+    try:
+        yield verifier
     finally:
         verifier.close()
-    return replace(traced, coupling=trials.narrowed())
 
 
 Groups = Sequence[PruningGroup]
@@ -99,6 +109,24 @@ class _Trials:
         freed = [s for group in groups for s in group.subgroups if s.unread]
         excluded = (_without(left, freed) for left in self.coupling.excluded)
         return replace(self.coupling, groups=tuple(groups), excluded=tuple(e for e in excluded if e.paths))
+
+    def drop_(self, verifier: Verifier) -> None:
+        """Whole heads again where dimensions are not right when all else has lost half, too, as a search would see it.
+
+        `verifier` knows nothing yet of the model's numbers.
+        """
+        groups = self.narrowed().groups
+
+        def attempt(part: Collection[int], fixed: Collection[Number], locate: bool) -> Verified:
+            chosen = [groups[number] for number in part]
+            return verifier.verify(*self._half(chosen), chosen, fixed=fixed, locate=locate)
+
+        search = GroupBisection(groups, attempt, set())
+        search.search([number for number, group in enumerate(groups) if group.steps > 1])
+        failed = {id(groups[number]) for number in search.failed}
+        self.instead = {
+            key: found for key, found in self.instead.items() if failed.isdisjoint(map(id, found))
+        }
 
     def try_(self, layers: Layers) -> None:
         """Find what can go of alike layers: each kind of dimensions by itself, and together those that cannot."""
