@@ -45,7 +45,7 @@ class Rates:
         """Time a few passes and some algebra; takes as long as some dozen inputs."""
         wanted = min(max(_FEW, _NUMBERS_OF_FEW // max(inputs.numbers, 1)), _MOST_OF_FEW)
         few = inputs.parts()[0].at_most(wanted)
-        many = inputs.at_most(_TIMES * len(few)) if len(few) else few
+        many = inputs.at_most(_TIMES * wanted) if len(few) else few
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
 
         def seconds(batch: Batch) -> float:
