@@ -10,6 +10,7 @@ _NEEDED = {
     "accelerate": "integrations/finetuning/*.py",
     "nni": "integrations/nni/*.py",
     "pytorch_lightning": "integrations/lightning/*.py",
+    "tensorboard": "integrations/finetuning/*.py",
     "typer": "ss_pruning/cli/*.py",
     "ultralytics": "integrations/ultralytics/*.py",
 }
