@@ -19,7 +19,7 @@ VARIABLE = "SS_PRUNING_MEMORY"
 # By default at most so many bytes, and no more than such a share of what is free.
 _MOST, _SHARE = 5 * 2**28, 0.25
 # Free bytes that the C library may keep: what is taken from it again need not be cleared by the system.
-_KEPT = 2**28
+_KEPT = 2**29
 
 
 def memory_bound(model: nn.Module) -> int:
