@@ -14,6 +14,7 @@ from benchmarks.accuracy.lite0 import LINES as LITE0_LINES
 from benchmarks.accuracy.recovery import LINES as RECOVERED
 from benchmarks.accuracy.run import LINES
 from benchmarks.common import RESULTS, ROOT, read_lines
+from benchmarks.coverage.transformers import attention_shrinks
 from benchmarks.pages import render, spread, table, write_part
 
 README = ROOT / "README.md"
@@ -95,7 +96,7 @@ def works() -> str:
         "readme_works",
         transformers=len(attention),
         transformers_ok=len(right),
-        heads=sum(line["heads left"] < line["heads"] for line in right),
+        heads=sum(map(attention_shrinks, right)),
         families=len(latest),
         families_ok=sum(status == "ok" for status in latest.values()),
         others=len(models),

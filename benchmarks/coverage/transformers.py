@@ -263,6 +263,11 @@ def _theirs(line: Line | None) -> str:
     return f"{line['outcome']}, {line['removed']:.0%}" if "removed" in line else line["outcome"]
 
 
+def attention_shrinks(line: Line) -> bool:
+    """Whether heads go, or dimensions within them."""
+    return bool(line["heads left"] < line["heads"] or line.get("narrow", {}).get("narrow"))
+
+
 def _narrow(line: Line | None) -> str:
     if line is None:
         return "not measured"
@@ -298,6 +303,7 @@ def make_page(lines: dict[str, Line]) -> None:
         listed=len(MODELS),
         attending=sum(name not in WITHOUT_ATTENTION for name in good),
         shrink=sum(line["heads left"] < line["heads"] for line in good.values()),
+        either=sum(map(attention_shrinks, good.values())),
         whole=[n for n, a in good.items() if a["heads left"] == a["heads"] and n not in WITHOUT_ATTENTION],
         little=[name for name, line in good.items() if line["removed"] < 0.65],
         much=sum(line["removed"] >= 0.65 for line in good.values()),
