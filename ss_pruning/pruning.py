@@ -112,9 +112,7 @@ def prune_(
         with listening(clock.steps("synthesize")):
             images = calibration_images(calibration, model, example_inputs)
         with clock("trace"):
-            heads = config.resolve(0 if images is None else len(images)).allocation.heads
-            config = replace(config, allocation=replace(config.allocation, heads=heads))
-            traced = with_tied_heads(with_narrow_heads(traced) if heads == "narrow" else traced)
+            traced, config = _with_heads(traced, config, 0 if images is None else len(images))
             costs = Costs(traced)
         with clock("estimate"):
             work = work_within(traced, config, costs, images, config.allocation.budget_time)
@@ -176,6 +174,13 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
     report = prune_(twin, example_inputs, **options)
     found: Plan = getattr(twin, PLAN_ATTRIBUTE)
     return found, report
+
+
+def _with_heads(traced: TracedModel, config: Config, images: int) -> tuple[TracedModel, Config]:
+    """With heads in groups, whole or by their dimensions, as is the default with so many calibration inputs."""
+    heads = config.resolve(images).allocation.heads
+    config = replace(config, allocation=replace(config.allocation, heads=heads))
+    return with_tied_heads(with_narrow_heads(traced) if heads == "narrow" else traced), config
 
 
 def _verified_plan(ranker: Ranker) -> tuple[SearchResult, LatencyPlan | None]:
