@@ -10,6 +10,7 @@ from torch import nn
 
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.progress import part
+from ss_pruning.compensation.batch_sizes import channels_last, sizes_that_run
 from ss_pruning.compensation.batchnorm import recalibrate_
 from ss_pruning.compensation.fidelity import Reference, held_out
 from ss_pruning.compensation.folding import Outcome, fold_linear_, fold_means_
@@ -18,7 +19,7 @@ from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.config import COMPENSATIONS, Compensation, NoCompensation, SyntheticImages
 from ss_pruning.errors import InputError, ModelError, SSPruningError
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
+from ss_pruning.importance.calibration import Batch, gather
 from ss_pruning.report.records import Fidelity
 from ss_pruning.surgery.plan import Plan, adopt_
 

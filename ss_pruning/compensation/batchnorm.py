@@ -23,11 +23,12 @@ from ss_pruning._utils.arrays import mean_and_variance, normal_like, tensors_amo
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
+from ss_pruning.compensation.batch_sizes import sizes_that_run
 from ss_pruning.compensation.passes.calls import Calls
 from ss_pruning.compensation.passes.lockstep import Lockstep
 from ss_pruning.graph.layers import has_statistics
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.importance.calibration import Batch, sizes_that_run
+from ss_pruning.importance.calibration import Batch
 from ss_pruning.surgery.plan import Plan
 
 #: Count, mean and (biased) variance by channel.

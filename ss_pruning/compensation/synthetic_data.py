@@ -27,10 +27,10 @@ from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import call, preserved
+from ss_pruning.compensation.batch_sizes import sizes_that_run
 from ss_pruning.config import SyntheticImages
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import has_statistics
-from ss_pruning.importance.calibration import sizes_that_run
 
 # Counted up when the same model and settings give other images, so that those in the cache are made anew.
 _RECIPE = 1

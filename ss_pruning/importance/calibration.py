@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.arrays import tensors_among
-from ss_pruning._utils.running import output_of
 from ss_pruning.errors import InputError
 
 #: No more samples than these are taken.
@@ -195,35 +194,6 @@ def shaped(batch: Any, example: Any, where: str) -> Any:
     if isinstance(example, Tensor):
         return _as_tensor(batch, example, where)
     return example
-
-
-def channels_last(model: nn.Module, batch: Batch) -> Batch:
-    """The same, laid out channels last where the model runs on that and on a CPU, which is faster there.
-
-    Code that asks for a view of what convolutions put out may not run.
-    """
-    made = replace(batch, channels_last=True)
-    return made if _runs(model, made[: made.unit]) else batch
-
-
-def sizes_that_run(model: nn.Module, example: Any) -> tuple[int, int | None]:
-    """How many samples the model runs on at once: multiples of the first number, and no more than the second.
-
-    Asked with one sample (or two where the example is one), and with twice as many as the example has.
-    """
-    batch = Batch.of(example)
-    if not len(batch) or _runs(model, batch.resized(1 if len(batch) > 1 else 2)):
-        return 1, None
-    more = len(batch) > 1 and _runs(model, batch.repeated(2))
-    return len(batch), None if more else len(batch)
-
-
-def _runs(model: nn.Module, batch: Batch) -> bool:
-    try:
-        output_of(model, batch.inputs)
-    except Exception:  # whatever the model's own code raises for a number that it was not written for
-        return False
-    return True
 
 
 def _batches(calibration: Any, example: Any) -> Iterable[Any]:

@@ -13,11 +13,12 @@ from ss_pruning._utils.files import check_writable
 from ss_pruning._utils.modules import device_of, parameters_of, tensors_of
 from ss_pruning._utils.progress import Progress, reporter
 from ss_pruning._utils.running import quiet_hooks, same_random_numbers
+from ss_pruning.compensation.batch_sizes import sizes_that_run
 from ss_pruning.compensation.synthetic_data import synthetic_images
 from ss_pruning.config import SYNTHETIC, SyntheticImages, is_count, is_number
 from ss_pruning.errors import InputError
 from ss_pruning.graph.refusals import check_bare, check_finite, usable_inputs
-from ss_pruning.importance.calibration import Batch, gather, sizes_that_run
+from ss_pruning.importance.calibration import Batch, gather
 from ss_pruning.recovery.checkpoint import Checkpoint
 from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss

@@ -16,7 +16,7 @@ from ss_pruning.config import NoCompensation
 from ss_pruning.errors import InputError
 from ss_pruning.graph import trace
 from ss_pruning.importance.activation_stats import measure
-from ss_pruning.importance.calibration import Batch, channels_last, gather, sizes_that_run
+from ss_pruning.importance.calibration import Batch, gather
 from tests.support.snapshot import snapshot
 from tests.support.zoo import randomise
 
@@ -242,23 +242,6 @@ def test_noise_image_by_image_says_what_noise_in_a_batch_does() -> None:
         assert ratio == pytest.approx(1, rel=0.3 if path == "c" else 0.05)
 
 
-@pytest.mark.parametrize(
-    ("model", "example", "sizes"),
-    [
-        (made(Net), IMAGES[:1], (1, None)),
-        (made(Net), {"image": IMAGES[:5]}, (1, None)),
-        (made(OneImage), IMAGES[:1], (1, 1)),
-        (made(Frames), IMAGES[:4], (4, None)),
-        (made(Frames), (IMAGES[:8],), (8, None)),
-        (made(Unbatched), IMAGES[0], (3, 3)),
-    ],
-)
-def test_sizes_that_run_are_found_by_running(model: nn.Module, example: Any, sizes: Any) -> None:
-    before = snapshot(model)
-    assert sizes_that_run(model, example) == sizes
-    assert snapshot(model) == before
-
-
 def test_too_few_frames_are_refused() -> None:
     with pytest.raises(InputError, match=r"batches of 4.* there are 3"):
         prune_(made(Frames), IMAGES[:4], ratio=0.3, compensation="mean", calibration=IMAGES[:3])
@@ -407,27 +390,3 @@ def test_samples_are_chosen_without_a_copy_and_run_in_one() -> None:
     before = IMAGES.clone()
     batch.inputs[0].zero_()  # as a model does that normalises in place
     assert torch.equal(IMAGES, before)
-
-
-def test_images_are_laid_out_as_they_run() -> None:
-    def layout(batch: Batch) -> bool:
-        return bool(batch.inputs.is_contiguous(memory_format=torch.channels_last))
-
-    batch = Batch.of(IMAGES)
-    ready = channels_last(Net(), batch)
-    assert ready.source is IMAGES
-    assert layout(ready[torch.tensor([4, 1])])
-    assert not layout(batch)
-    assert torch.equal(ready.inputs, IMAGES)
-    flat = nn.Sequential(nn.Conv2d(3, 2, 3), Viewed())
-    assert not layout(channels_last(flat, batch))
-    moved = ready[torch.tensor([4, 1])].mapped(lambda x: x + 1)
-    assert layout(moved)
-    assert torch.equal(moved.inputs, IMAGES[[4, 1]] + 1)
-
-
-class Viewed(nn.Module):
-    """Does not run on what lies channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1)
