@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,14 +42,11 @@ class Reference:
 
     def fidelity(self, small: nn.Module) -> Fidelity:
         """How near a smaller model is."""
-        errors, same = [], 0
-        for dense, found in zip(self.outputs, _outputs(small, self.parts), strict=True):
-            errors.append(self._errors(dense, found))
-            same += _agreeing(dense, found)
-        each = torch.cat(errors)
+        pairs = list(zip(self.outputs, _outputs(small, self.parts), strict=True))
+        each = torch.cat([self._errors(dense, found) for dense, found in pairs])
         spread = float(each.std() / len(each) ** 0.5) if len(each) > 1 else float("nan")
-        agreement = same / self.count if _are_classes(self.outputs[0]) else None
-        return Fidelity(self.count, float(each.mean()), spread, agreement, self.synthetic)
+        same = agreement([same_class(dense, found) for dense, found in pairs])
+        return Fidelity(self.count, float(each.mean()), spread, same, self.synthetic)
 
     def _errors(self, dense: dict[str, Tensor], small: dict[str, Tensor]) -> Tensor:
         """`[inputs]`: mean over the outputs that both have in one shape; those that lack count as lost."""
@@ -107,13 +104,22 @@ def _variance(parts: Sequence[Tensor]) -> float:
     return squares / max(count * mean.numel(), 1)
 
 
-def _are_classes(outputs: dict[str, Tensor]) -> bool:
-    """Whether the only output is one score a class."""
-    return len(outputs) == 1 and all(t.dim() == 2 and t.shape[1] > 1 for t in outputs.values())
+def same_class(dense: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Tensor | None:
+    """`[inputs]`: whether both outputs put the same class first; nowhere, if the small model's has another shape.
+
+    None where the dense model's output is not one score a class.
+    """
+    if len(dense) != 1:
+        return None
+    ((name, wanted),) = dense.items()
+    if wanted.dim() != 2 or wanted.shape[1] < 2:
+        return None
+    if small.keys() != dense.keys() or small[name].shape != wanted.shape:
+        return torch.zeros(len(wanted), dtype=torch.bool)
+    return (small[name].argmax(1) == wanted.argmax(1)).cpu()
 
 
-def _agreeing(dense: dict[str, Tensor], small: dict[str, Tensor]) -> int:
-    if not _are_classes(dense) or dense.keys() != small.keys():
-        return 0
-    (expected,), (got,) = dense.values(), small.values()
-    return int((expected.argmax(1) == got.argmax(1)).sum()) if got.shape == expected.shape else 0
+def agreement(same: Sequence[Tensor | None]) -> float | None:
+    """The share of the inputs on which both are the same, from `same_class` of every part; None where one has none."""
+    known = [part for part in same if part is not None]
+    return float(torch.cat(known).double().mean()) if len(known) == len(same) else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import call
+from ss_pruning.compensation.fidelity import agreement, same_class
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.imitation import ImitationLoss, scale
 from ss_pruning.recovery.report import Fidelity
@@ -41,19 +42,17 @@ class HeldOut:
     def _of_outputs(self) -> Fidelity:
         """Infinite where outputs have no common shape, or are not finite."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
-        same: list[Tensor] | None = []
+        same: list[Tensor | None] = []
         for number, part in enumerate(self.parts):
             ours, theirs = _outputs(self.imitation.model, part), self._wanted(number, part)
             if not theirs or _shapes(ours) != _shapes(theirs):
                 return Fidelity(math.inf)
             for name, wanted in theirs.items():
                 sums[name] += _sums(ours[name].double(), wanted.double())
-            agreeing = _agreeing(ours, theirs)
-            same = None if same is None or agreeing is None else [*same, agreeing]
+            same.append(same_class(theirs, ours))
         self.imitation.forget()
         error = sum(map(_relative, sums.values())) / len(sums)
-        agreement = None if same is None else float(torch.cat(same).double().mean())
-        return Fidelity(error if math.isfinite(error) else math.inf, agreement)
+        return Fidelity(error if math.isfinite(error) else math.inf, agreement(same))
 
     def _wanted(self, number: int, part: Batch) -> _Outputs:
         """What the dense model puts out, which is always the same, and kept if there is room."""
@@ -94,11 +93,3 @@ def _relative(sums: Tensor) -> float:
     """The relative error that `relative_error` is of all at once."""
     error, mean, square = sums[0] / sums[1], sums[2] / sums[1], sums[3] / sums[1]
     return float(error / scale(mean, (square - mean.square()).clamp_min(0)))
-
-
-def _agreeing(ours: _Outputs, theirs: _Outputs) -> Tensor | None:
-    """By row of the one `[rows, classes]`, whether its largest number stands in the same column; None for others."""
-    if len(theirs) != 1:
-        return None
-    (x,), (y,) = ours.values(), theirs.values()
-    return x.argmax(1) == y.argmax(1) if y.dim() == 2 and y.shape[1] > 1 else None

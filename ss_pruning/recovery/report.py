@@ -13,8 +13,9 @@ class Fidelity:
     """How close a pruned model is to the dense one on held-out images.
 
     Attributes:
-        error: Relative squared error of the output, as in `ImitationLoss`; of the feature maps where outputs have no
-            common shape.
+        error: Relative squared error of the output, by which training is judged: as in `ImitationLoss`, against the
+            variance of all its numbers (the pruning report's is against the variance over the inputs); of the feature
+            maps where outputs have no common shape.
         agreement: Share of the images in which both models name the same class; None where the output is no
             `[images, classes]`.
     """

@@ -77,6 +77,13 @@ def test_what_is_lacking_or_not_finite_counts() -> None:
     assert reference.fidelity(wide).error == 1.0
     assert reference.fidelity(wide).agreement == 0.0
 
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            return None
+
+    silent = reference.fidelity(Silent())
+    assert (silent.error, silent.agreement) == (1.0, 0.0)
+
 
 def test_nothing_to_compare_is_said() -> None:
     class Constant(nn.Module):
