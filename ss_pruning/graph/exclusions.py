@@ -19,7 +19,7 @@ BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attenti
 UNCALLED_REASON = "did not run on the example inputs; whatever it reads or writes must not change width"
 UNREAD_REASON = (
     "no layer that ran reads it (at most decisions do, such as top-k or suppression, or code that lets no gradient "
-    "through, such as NumPy's)"
+    "through, such as NumPy's or under torch.inference_mode, for which no_grad can stand)"
 )
 NO_PRODUCER_REASON = "is fed by the model's input, a constant or a channel mix, so nothing would shrink it"
 WHOLE_REASON = "all channels of a layer hang together here, so none can go alone"

@@ -207,7 +207,8 @@ def is_linear_in_weight(module: nn.Module) -> bool:
     weight = weight_of(module)
     size = [weight.shape[1]]
     if isinstance(module, _ConvNd):
-        size = [module.in_channels, *(8 * k for k in module.kernel_size)]
+        reach = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        size = [module.in_channels, *reach]
     x = torch.linspace(0.1, 1.0, math.prod(size)).to(weight).reshape(1, *size)
     w = torch.linspace(-1.0, 2.0, weight.numel()).to(weight).reshape(weight.shape)
     try:

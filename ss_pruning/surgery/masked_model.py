@@ -16,7 +16,7 @@ from ss_pruning._utils.hooks import given, hooked, replaced, replaced_forward
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity, Side
 from ss_pruning.graph.groups import Selection
-from ss_pruning.graph.layers import channel_axis, is_depthwise, mixes_channels
+from ss_pruning.graph.layers import channel_axis, is_depthwise, is_linear_in_weight, mixes_channels
 from ss_pruning.surgery.cut import Cut, cut_layer
 
 
@@ -43,7 +43,7 @@ def masked(model: nn.Module, selection: Selection, connectivity: Connectivity) -
             module = modules[path]
             cut = Cut(path, side, layer.inputs, kept)
             if side == "in" and not is_depthwise(module):
-                if type(module).__module__.startswith("torch.nn."):
+                if is_linear_in_weight(module):
                     removed[path] = cut.removed
                 else:  # may standardise its weights over what it reads
                     forward = _reading_kept_channels(module, cut, layer.in_axis)

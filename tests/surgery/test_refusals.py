@@ -296,6 +296,40 @@ def test_layers_linear_in_their_weight_are_known(layer: nn.Module, linear: bool)
     assert is_linear_in_weight(layer) is linear
 
 
+def test_a_layer_that_scales_by_its_own_width_keeps_it() -> None:
+    """On fewer channels it would multiply by more: zeroed columns are the oracle, not the layer on what stays."""
+
+    class Equalised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * (9 * self.in_channels) ** -0.5, self.bias, padding=1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.ReLU(), Equalised(16, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    report = prune_(model, x, ratio=0.5, allocation="local")
+    assert (model[0].out_channels, model[3].in_channels) == (4, 16)
+    [entry] = [entry for entry in report.excluded if entry.paths == ("1",)]
+    assert "differs from the masked one" in entry.reason
+
+
+def test_what_runs_in_inference_mode_is_named_with_the_reason() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+            self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                x = self.features(x)
+            return self.head(x.clone())
+
+    report = prune_(Frozen().eval(), torch.randn(1, 3, 8, 8), ratio=0.5)
+    reasons = {path: entry.reason for entry in report.excluded for path in entry.paths}
+    assert "inference_mode" in reasons["features.0"]
+    assert "head.0" not in reasons
+
+
 def test_layers_that_cannot_be_solved_are_named_with_the_reason() -> None:
     class Mixed(Chain):
         def __init__(self) -> None:
