@@ -70,6 +70,7 @@ def loaders(options: Options, preprocess: Preprocess) -> tuple[DataLoader[Any], 
                 interpolation=InterpolationMode(preprocess.interpolation),
             ),
             transforms.RandomHorizontalFlip(),
+            *([transforms.Grayscale()] if preprocess.size[0] == 1 else []),
             transforms.ToTensor(),
             transforms.Normalize(preprocess.mean, preprocess.std),
         ]
@@ -181,8 +182,14 @@ def check_outputs(model: nn.Module, example: Tensor, data: Path) -> None:
 
 
 def preprocess_of(options: Options, spec: str, model: nn.Module) -> Preprocess:
-    """The input that the model was made for, in the asked size."""
+    """The input that the model was made for, in the asked size.
+
+    Images are grey, from 0 to 1, where the first convolution reads one channel and nothing else is known of it.
+    """
     found = input_of(spec, model)
+    reads = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if reads == 1 != found.size[0]:
+        found = replace(found, size=(1, *found.size[1:]), mean=(0.0,), std=(1.0,))
     if not options.size:
         return found
     size = (found.size[0], options.size, options.size)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from ss_pruning import config
 from ss_pruning.cli import help_texts as texts
@@ -25,8 +26,20 @@ from ss_pruning.recovery.settings import Recovery
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
 
+
+class _Commands(TyperGroup):
+    """Takes no empty argument: `--out ""`, as from a variable that is not set, would mean the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in zip(["ss-prune", *args], args, strict=False):
+            if not argument or (argument.startswith("--") and argument.endswith("=")):
+                ctx.fail(f"nothing is given after '{argument or before}': is a variable not set?")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="ss-prune",
+    cls=_Commands,
     help="Make trained networks smaller and faster: prune, recover, fine-tune, export, measure.",
     epilog=texts.EXIT_CODES,
     no_args_is_help=True,

@@ -62,10 +62,16 @@ def save(
         dense: The model that was pruned. Of its weights a checksum is kept, by which `load_dense` knows them again.
 
     Raises:
-        InputError: The folder is missing or read-only, the model is wrapped or holds more than tensors, or `dense` is
-            not the model that was pruned.
+        InputError: The folder is missing or read-only, the model is wrapped or holds more than tensors, `architecture`
+            names no model, or `dense` is not the model that was pruned.
     """
     check_writable(path)
+    if not isinstance(architecture, str | None):
+        raise InputError(f"architecture={architecture!r:.80} is no name, such as 'timm:resnet18'")
+    if architecture is not None:
+        from ss_pruning.sources.models import check_name
+
+        check_name(architecture)
     if dense is not None:
         check_module(dense, "save")
         cut_like(model, dense)
@@ -80,8 +86,6 @@ def checksum_of_weights(model: nn.Module) -> str:
 def packed(model: nn.Module, architecture: str | None = None, dense: str | None = None) -> tuple[bytes, str]:
     """What `save` writes, and the checksum that is in it (of tensors, plan and architecture, not of the bytes)."""
     check_module(model, "save")
-    if not isinstance(architecture, str | None):
-        raise InputError(f"architecture={architecture!r:.80} is no name, such as 'timm:resnet18'")
     # Cloned: safetensors refuses tensors that share memory, which tied weights do.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _tensors_of(model).items()}
     content = _Content(architecture, plan_of(model).to_json(), tensors)

@@ -125,6 +125,33 @@ def _literal(text: str) -> Any:
         return text
 
 
+def check_name(spec: str) -> None:
+    """Refuse a name that could not be built; nothing is built, and no library is imported for it.
+
+    Raises:
+        InputError: It has not the form of a name, or the library it names is loaded and has no such model.
+    """
+    kind, name, _ = _parse(spec)
+    if kind == "timm" and "timm" in sys.modules:
+        _check_timm(name)
+    elif kind == "torchvision":
+        _check_torchvision(name)
+
+
+def _check_timm(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(_unknown("timm", name, timm.list_models()))
+
+
+def _check_torchvision(name: str) -> None:
+    from torchvision import models
+
+    if name not in (names := models.list_models()):
+        raise InputError(_unknown("torchvision", name, names))
+
+
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         import timm
@@ -132,17 +159,14 @@ def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
         raise InputError(
             f"timm:{name} needs timm, which is not installed: pip install ss-pruning[timm]"
         ) from error
-    if not timm.is_model(name.partition(".")[0]):
-        raise InputError(_unknown("timm", name, timm.list_models()))
+    _check_timm(name)
     return _call(f"timm:{name}", lambda: timm.create_model(name, **{"pretrained": False, **options}))
 
 
 def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
-    names = models.list_models()
-    if name not in names:
-        raise InputError(_unknown("torchvision", name, names))
+    _check_torchvision(name)
     takes = inspect.signature(models.get_model_builder(name)).parameters
     defaults: dict[str, Any] = {
         "weights": None,

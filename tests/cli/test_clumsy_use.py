@@ -57,6 +57,15 @@ def refused(result: Any) -> str:
     return " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("out", [["--out", ""], ["--out="]])
+def test_a_variable_that_is_not_set_is_not_the_current_folder(
+    out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "nothing is given after '--out" in refused(command("prune", "demo:digits", "--macs", 0.5, *out))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "net.py").write_text(FILE)

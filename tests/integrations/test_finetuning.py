@@ -52,6 +52,20 @@ def test_numbers_out_of_range_are_refused_at_once(named: dict[str, Any], said: s
         Options(model="resnet18", data=Path("images"), **named)
 
 
+def test_a_model_that_reads_one_channel_gets_grey_images(tmp_path: Path) -> None:
+    from ss_pruning.integrations.finetuning.inputs import loaders, preprocess_of
+
+    write_labelled_images(tmp_path)
+    options = Options(model="nets.py:net", data=tmp_path, batch=4, size=16, workers=0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3))
+    preprocess = preprocess_of(options, options.model, model)
+    assert preprocess.size == (1, 16, 16)
+    for loader in loaders(options, preprocess):
+        images, _ = next(iter(loader))
+        assert images.shape == (4, 1, 16, 16)
+        assert 0 <= images.min() < images.max() <= 1
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """Calls a run of one epoch on images in three classes; a file of the folder is changed before."""
@@ -75,7 +89,7 @@ def test_a_model_of_other_classes_is_refused(run: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 3 classes.*shape \[1, 2\].*num_classes=3"):
         run("net,classes=2")
     with pytest.raises(ModelError, match="does not run"):
-        run("net,channels=1")
+        run("net,channels=2")
     assert not (tmp_path / "out" / "last.pt").exists()
 
 

@@ -483,6 +483,13 @@ def test_a_model_in_the_place_of_its_maker_is_named(
 def test_an_architecture_that_is_no_name_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="architecture=5 is no name"):
         save(nn.Linear(1, 1), tmp_path / "a.safetensors", 5)  # type: ignore[arg-type]
+    for name, said in {
+        "resnet18": "torchvision:resnet18",
+        "torchvision:resnet81": "resnet18",
+        "": "unknown",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            save(nn.Linear(1, 1), tmp_path / "a.safetensors", name)
     assert not list(tmp_path.iterdir())
 
 
