@@ -1,9 +1,9 @@
 """Ten small nets of different kinds: five to choose defaults on, five that have no say and confirm them.
 
     python -m benchmarks.data.small_nets            # trains those that are missing, minutes each on one core
-    python -m benchmarks.data.small_nets --nets vit6 conv_swin4         # half an hour each
+    python -m benchmarks.data.small_nets --nets vit6 conv_swin4 conv_tokens4   # half an hour each
 
-The last two are `benchmarks.data.attention_nets`, trained by another recipe: AdamW, in bfloat16.
+The last three are `benchmarks.data.attention_nets`, trained by another recipe: AdamW, in bfloat16.
 
 All take CIFAR-10 images. Widths are small, so that one core will do: what is confirmed is that a default holds on kinds
 of nets, not what accuracy they reach. `benchmarks.data.training` says how they are trained; a run that was stopped goes
@@ -38,7 +38,11 @@ WITH_ATTENTION = Recipe(
     epochs=12, rate=2e-3, batch=128, weight_decay=0.05, warm_up=0.2, bf16=True, optimiser="adamw"
 )
 #: Nets that take another recipe than the others.
-RECIPES = {"vit6": WITH_ATTENTION, "conv_swin4": replace(WITH_ATTENTION, epochs=6)}
+RECIPES = {
+    "vit6": WITH_ATTENTION,
+    "conv_swin4": replace(WITH_ATTENTION, epochs=6),
+    "conv_tokens4": replace(WITH_ATTENTION, epochs=8),
+}
 WEIGHTS = Path("runs")
 Norm = Callable[[int], nn.Module]
 
