@@ -6,8 +6,6 @@ user's model notes all such things at the start, and puts them back at the end (
 
 Some attention computes `F.linear(x, layer.weight, bias)` and never calls the layer. Once such weights are known
 (`find_weights_read_by_code`), hooks see that as a call.
-
-At the end are modes in which labels pass through code that would blur or stop them.
 """
 
 from __future__ import annotations
@@ -268,96 +266,3 @@ def _set_stack(
         pop()
     for mode in wanted[len(stack) :]:
         push(mode)
-
-
-class PlainStatistics(overrides.TorchFunctionMode):
-    """While it is entered, norms that code calls are what they compute: gradients reach statistics, and labels do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
-
-
-def _normalised(
-    input: Tensor,  # noqa: A002 - as torch names it
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm`, whose own form has no gradient with respect to statistics.
-
-    What it makes of labels is positive, as they are, so that a rectifier behind it lets them pass.
-    """
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
-    shape = [1, -1, *[1] * (input.dim() - 2)]
-    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
-    result = (input - running_mean.reshape(shape)).abs() * scale.reshape(shape)
-    return result if bias is None else result + bias.reshape(shape)
-
-
-def _by_instance(
-    input: Tensor,  # noqa: A002 - as torch names it
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    **more: float,
-) -> Tensor:
-    """`F.instance_norm`, likewise."""
-    if use_input_stats:
-        return F.instance_norm(input, None, None, weight, bias, True, **more)
-    return _normalised(input, running_mean, running_var, weight, bias, False, **more)
-
-
-def _of_torch(
-    input: Tensor,  # noqa: A002 - as torch names it
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *more: Any,
-) -> Tensor:
-    """`torch.batch_norm`, likewise; it knows of cuDNN, too."""
-    return _normalised(input, running_mean, running_var, weight, bias, *more[:3])
-
-
-_PLAIN: Mapping[Any, Callable[..., Any]] = {
-    F.batch_norm: _normalised,
-    F.instance_norm: _by_instance,
-    torch.batch_norm: _of_torch,
-}
-_CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
-
-
-class KeptDouble(overrides.TorchFunctionMode):
-    """While it is entered, what is double stays so where code asks for another floating-point type.
-
-    Code that computes in single precision, as linear attention often does, would blur labels.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _CASTS and args[0].dtype == torch.float64 and isinstance(result, Tensor):
-            return args[0].to(result.device) if result.is_floating_point() else result
-        return result
-
-
-_DETACHING = frozenset((Tensor.detach, torch.detach, Tensor.data.__get__))  # type: ignore[attr-defined]
-
-
-class KeptGradients(overrides.TorchFunctionMode):
-    """While it is entered, `torch.no_grad` and `detach` do nothing: labels pass through parts that are not trained."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
-            return None
-        if func in _DETACHING:
-            return args[0].view_as(args[0])
-        if func in (Tensor.numpy, Tensor.__array__):  # refuse what has a gradient
-            args = (args[0].detach(), *args[1:])
-        return func(*args, **(kwargs or {}))

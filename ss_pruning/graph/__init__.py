@@ -1,8 +1,7 @@
 """Which channels must be pruned together: the model is traced on labels, and dependency groups follow from it.
 
-`tracing` is the label probe (`vjp_probe` pulls the labels, `channel_labels` reads them, `heads` finds those of
-attention); it returns the `connectivity`, from which `groups` couples what must go together. `layers` knows where
-each kind of layer has its channels, `exclusions` says what stays, and why.
+`tracing` runs the label `probe` and returns the `connectivity`, from which `groups` couples what must go together.
+`layers` knows where each kind of layer has its channels, `exclusions` says what stays, and why.
 """
 
 from ss_pruning.graph.connectivity import Connectivity

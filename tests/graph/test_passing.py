@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ss_pruning.graph import vjp_probe
+from ss_pruning.graph.probe import vjp_probe
 from ss_pruning.graph.tracing import trace
 
 

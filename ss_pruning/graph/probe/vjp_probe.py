@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ss_pruning.graph.channel_labels import (
+from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
+from ss_pruning.graph.probe.channel_labels import (
     Arrival,
     Inflow,
     Labels,
@@ -21,8 +22,7 @@ from ss_pruning.graph.channel_labels import (
     pull_batch,
     rows_along,
 )
-from ss_pruning.graph.connectivity import Connectivity, Edge, LooseTensor
-from ss_pruning.graph.heads import with_heads, with_one_head
+from ss_pruning.graph.probe.heads import with_heads, with_one_head
 
 #: Of all randomness in the probe.
 SEED = 20181811

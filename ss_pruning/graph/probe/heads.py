@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ss_pruning.graph.channel_labels import (
+from ss_pruning.graph.connectivity import Heads
+from ss_pruning.graph.probe.channel_labels import (
     Arrival,
     Inflow,
     Labels,
@@ -26,7 +27,6 @@ from ss_pruning.graph.channel_labels import (
     label_of,
     pull_batch,
 )
-from ss_pruning.graph.connectivity import Heads
 
 
 def with_heads(
