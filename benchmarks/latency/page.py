@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import DOCS, made_on, read_lines
 from benchmarks.latency.run import LINES, what_of
 from benchmarks.pages import spread, table, write_page
-from ss_pruning.cli.bench import Setting
+from ss_pruning.profiling.comparison import Setting
 
 PAGE = DOCS / "latency.md"
 #: How much of the dense time ResNet-50 may take at half its MACs on a CPU, how near a latency target has to be met, and

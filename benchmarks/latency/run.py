@@ -31,9 +31,10 @@ from torch import nn
 from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from ss_pruning import prune_
 from ss_pruning._utils.arrays import Floats
-from ss_pruning.cli.bench import DTYPES, LAYOUTS, Setting, compare, file_bytes, settings
+from ss_pruning.cli.bench import file_bytes
 from ss_pruning.config import Allocation
 from ss_pruning.planning.costs import Costs
+from ss_pruning.profiling.comparison import DTYPES, LAYOUTS, Setting, compare, settings
 from ss_pruning.profiling.latency import machine
 from ss_pruning.report.records import Report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ss_pruning.errors import InputError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -39,6 +41,20 @@ def normal_like(inputs: Any, generator: torch.Generator, dtype: torch.dtype | No
         return drawn.to(tensor.device, dtype or tensor.dtype)
 
     return pytree.tree_map_only(Tensor, made, inputs)
+
+
+def random_inputs(batch: int, size: Sequence[int], seed: int = 0) -> Tensor:
+    """So many random inputs, `[batch, *size]`, the same for the same seed.
+
+    Raises:
+        InputError: They do not fit into memory.
+    """
+    try:
+        return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
+    except RuntimeError as error:
+        raise InputError(
+            f"{batch} inputs of size {'x'.join(map(str, size))} do not fit into memory; take fewer or smaller ones."
+        ) from error
 
 
 def with_spectrum_of_photos(white: Tensor) -> Tensor:

@@ -198,13 +198,12 @@ def bench(compared: ask.Compared, timed: ask.Timed, results: TextIO, as_json: as
         import torch
 
         from ss_pruning.cli import bench as benching
+        from ss_pruning.profiling.comparison import settings
 
         if timed.threads is not None:
             torch.set_num_threads(timed.threads)
         compiled = (False, True) if timed.compiled else (False,)
-        wanted = benching.settings(
-            _counts(timed.batch), timed.dtype.split(","), timed.layout.split(","), compiled
-        )
+        wanted = settings(_counts(timed.batch), timed.dtype.split(","), timed.layout.split(","), compiled)
         found = benching.measure(compared, wanted, timed.device, progress)
     _show(found.to_json() if as_json else [benching.table(found)], results)
 

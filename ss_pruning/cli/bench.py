@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,93 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ss_pruning._utils.copying import copied
+from ss_pruning._utils.arrays import random_inputs
 from ss_pruning._utils.progress import Progress
 from ss_pruning.cli import delivery, jobs
 from ss_pruning.cli.request import Compared
 from ss_pruning.compensation.fidelity import Reference
-from ss_pruning.errors import InputError, ModelError
+from ss_pruning.errors import InputError
 from ss_pruning.importance.calibration import gather
 from ss_pruning.io.checkpoint import packed
+from ss_pruning.profiling.comparison import Comparison, Setting, compare
 from ss_pruning.profiling.exported_model import ExportedModel
-from ss_pruning.profiling.latency import Timing, machine, measure_latency, peak_memory
+from ss_pruning.profiling.latency import machine
 from ss_pruning.profiling.runtimes import RUNTIMES
 from ss_pruning.report.formatting import count, percent, rich_table
 from ss_pruning.report.records import TOO_NOISY, Fidelity, crosses_one
 from ss_pruning.sources.accuracy import accuracy
 from ss_pruning.sources.data import Data, open_data, open_photos
 from ss_pruning.sources.models import build_model, input_of
-from ss_pruning.sources.preprocessing import Preprocess, random_inputs
+from ss_pruning.sources.preprocessing import Preprocess
 from ss_pruning.sources.weights import load_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Outputs are compared on so many inputs: of noise where there are no images, of photos at most.
 NOISE, PHOTOS = 64, 512
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model is run.
-
-    Attributes:
-        batch: Images at a time.
-        dtype: A name in `DTYPES`.
-        layout: A name in `LAYOUTS`: how images lie in memory.
-        compiled: Whether by `torch.compile`.
-    """
-
-    batch: int = 1
-    dtype: str = "float32"
-    layout: str = "contiguous"
-    compiled: bool = False
-
-    def __str__(self) -> str:
-        layout = "" if self.layout == "contiguous" else f", {self.layout}"
-        return f"batch {self.batch}, {self.dtype}{layout}{', compiled' * self.compiled}"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One model in one setting; of all but the first one `levelled` to that: what is shown of both fits their ratio.
-
-    Attributes:
-        seconds: Of a forward pass, the median.
-        low: Their lower quartile.
-        high: Their upper quartile.
-        images_per_second: At the median.
-        peak_bytes: Most that tensors hold at once, see `ss_pruning.profiling.latency.peak_memory`; None if not asked
-            for, and of exported files.
-    """
-
-    seconds: float
-    low: float
-    high: float
-    images_per_second: float
-    peak_bytes: int | None
-
-    @staticmethod
-    def of(timing: Timing, batch: int, peak: int | None) -> Speed:
-        """From the timing of a batch."""
-        return Speed(timing.median, *timing.spread, batch / timing.median, peak)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Models in one setting: by name their speeds, and median and quartiles of their shares of the first one's time."""
-
-    setting: Setting
-    rounds: int
-    speeds: dict[str, Speed]
-    ratios: dict[str, float]
-    spreads: dict[str, tuple[float, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -133,83 +70,9 @@ class Measured:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def settings(
-    batches: Iterable[int],
-    dtypes: Iterable[str] = ("float32",),
-    layouts: Iterable[str] = ("contiguous",),
-    compiled: Iterable[bool] = (False,),
-) -> list[Setting]:
-    """All combinations.
-
-    Raises:
-        InputError: A batch is empty, or a name is unknown.
-    """
-    found = [Setting(*parts) for parts in itertools.product(batches, dtypes, layouts, compiled)]
-    for setting in found:
-        if setting.batch < 1:
-            raise InputError(f"batch {setting.batch} is empty; use 1 or more")
-        for name, known in ((setting.dtype, DTYPES), (setting.layout, LAYOUTS)):
-            if name not in known:
-                raise InputError(f"{name!r} is unknown; use {', '.join(known)}")
-    return found
-
-
-def compare(
-    models: dict[str, nn.Module],
-    size: Sequence[int],
-    setting: Setting,
-    device: torch.device,
-    seconds: float = 60.0,
-) -> Comparison:
-    """Time models in turns in one setting."""
-    x = random_inputs(setting.batch, size)
-    if setting.layout == "channels_last" and x.dim() != 4:
-        raise InputError(f"channels_last is a layout of images; inputs of size {tuple(size)} have none")
-    if any(isinstance(model, ExportedModel) for model in models.values()):
-        _check_as_they_are(setting, device)
-    x = x.to(device, DTYPES[setting.dtype], memory_format=LAYOUTS[setting.layout])
-    ready = {name: _prepared(model, setting, device) for name, model in models.items()}
-    try:
-        peaks = {
-            name: None if isinstance(model, ExportedModel) else peak_memory(model, x)
-            for name, model in ready.items()
-        }
-        runs = [torch.compile(model) if setting.compiled else model for model in ready.values()]
-        timings = measure_latency(runs, x, seconds=seconds)  # type: ignore[arg-type]
-    except (RuntimeError, NotImplementedError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise ModelError(f"the model does not run with {setting} on {device.type}: {said}") from error
-    first, by_name = timings[0], dict(zip(ready, timings, strict=True))
-    speeds = {
-        name: Speed.of(timing if timing is first else timing.levelled(first), setting.batch, peaks[name])
-        for name, timing in by_name.items()
-    }
-    ratios = {name: timing.over(first) for name, timing in by_name.items()}
-    spreads = {name: timing.spread_over(first) for name, timing in by_name.items()}
-    return Comparison(setting, len(first.seconds), speeds, ratios, spreads)
-
-
-def _check_as_they_are(setting: Setting, device: torch.device) -> None:
-    if setting != Setting(setting.batch) or device.type != "cpu":
-        raise InputError(
-            f"exported files run as they are, on the CPU, not with {setting} on {device.type}: leave out --dtype, "
-            "--layout, --compiled and --device"
-        )
-
-
-def _prepared(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
-    if isinstance(model, ExportedModel):
-        return model
-    model = copied(model).eval().requires_grad_(False).to(device, DTYPES[setting.dtype])
-    return model.to(memory_format=LAYOUTS[setting.layout])
-
-
 def file_bytes(model: nn.Module) -> int:
     """Size of the file that `save` writes."""
     return len(packed(model)[0])
-
-
-# ---------------------------------------------------------------- files, and what they put out
 
 
 def measure(
@@ -303,9 +166,6 @@ class _Flat(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The tensors among the outputs."""
         return tuple(leaf for leaf in pytree.tree_leaves(self.model(x)) if isinstance(leaf, Tensor))
-
-
-# ---------------------------------------------------------------- table
 
 
 def table(found: Measured) -> Table:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ss_pruning._utils.arrays import random_inputs
 from ss_pruning._utils.files import check_apart
 from ss_pruning._utils.progress import Progress
 from ss_pruning.cli import jobs
@@ -29,7 +30,7 @@ from ss_pruning.recovery.settings import Recovery
 from ss_pruning.report.formatting import percent
 from ss_pruning.sources.architecture_names import build_named, without_weights
 from ss_pruning.sources.models import build_model, input_of
-from ss_pruning.sources.preprocessing import Preprocess, random_inputs
+from ss_pruning.sources.preprocessing import Preprocess
 
 
 class Opened(NamedTuple):

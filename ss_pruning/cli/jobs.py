@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ss_pruning._utils.arrays import random_inputs
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
 from ss_pruning._utils.progress import Progress, in_words
@@ -23,7 +24,6 @@ from ss_pruning.profiling.latency import as_reported, machine, measure_latency
 from ss_pruning.sources.accuracy import accuracy, batches
 from ss_pruning.sources.data import open_data, open_photos
 from ss_pruning.sources.models import brings_weights, build_model, input_of, is_function, portable_name
-from ss_pruning.sources.preprocessing import random_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ss_pruning.errors import InputError
@@ -88,20 +87,6 @@ def _timm(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
         crop_mode=preprocess.timm_crop,
     )
     return made
-
-
-def random_inputs(batch: int, size: Sequence[int], seed: int = 0) -> Tensor:
-    """So many random inputs, `[batch, *size]`, the same for the same seed.
-
-    Raises:
-        InputError: They do not fit into memory.
-    """
-    try:
-        return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
-    except RuntimeError as error:
-        raise InputError(
-            f"{batch} inputs of size {times(size)} do not fit into memory; take fewer or smaller ones."
-        ) from error
 
 
 def times(size: Sequence[int]) -> str:

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.latency import run as latency
 from benchmarks.latency.page import make_page
-from ss_pruning.cli.bench import Setting, Speed
 from ss_pruning.planning.costs import Costs
+from ss_pruning.profiling.comparison import Setting, Speed
 
 CPU = {"device": "cpu", "name": "Abacus", "threads": "2", "torch": "2"}
 GPU = {"device": "cuda", "name": "Loom", "threads": "-", "torch": "2"}

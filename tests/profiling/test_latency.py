@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning import prune_
-from ss_pruning.cli import bench as benching
 from ss_pruning.config import Allocation, Budget
 from ss_pruning.errors import BudgetError, InputError, ModelError
 from ss_pruning.graph import TracedModel, couple, trace
@@ -420,70 +417,6 @@ def test_three_numbers_of_a_latency_are_one_statistic() -> None:
         assert level.median == pytest.approx(a.median * b.over(a))
         assert level.spread == pytest.approx([a.median * share for share in b.spread_over(a)])
         assert level.over(Timing((a.median,) * 9)) == pytest.approx(b.over(a))
-
-
-@pytest.mark.parametrize(("shares", "noisy"), [((0.8, 1.3), True), ((0.6, 0.7), False)])
-def test_bench_agrees_with_itself_and_says_where_it_cannot_tell(
-    monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float], noisy: bool
-) -> None:
-    dense = (0.2, 0.5, 0.3, 0.4)
-    pruned = tuple(seconds * share for seconds, share in zip(dense, shares * 2, strict=True))
-    monkeypatch.setattr(benching, "measure_latency", lambda *_, **__: [Timing(dense), Timing(pruned)])
-    (setting,) = benching.settings([4])
-    found = benching.compare({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU)
-    seconds = {name: speed.seconds for name, speed in found.speeds.items()}
-    assert seconds["pruned"] / seconds["dense"] == pytest.approx(found.ratios["pruned"])
-    assert (found.speeds["dense"].low, found.speeds["dense"].high) == Timing(dense).spread
-    assert found.speeds["pruned"].low == pytest.approx(seconds["dense"] * found.spreads["pruned"][0])
-    console = pytest.importorskip("rich.console").Console(width=120, file=io.StringIO())
-    console.print(benching.table(benching.Measured({}, {"dense": 2, "pruned": 1}, [found], None)))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.count("too noisy to tell") == noisy
-    (other,) = benching.settings([4], layouts=["channels_last"])
-    with pytest.raises(InputError, match="channels_last is a layout of images"):
-        benching.compare({"dense": Net(8)}, (3, 8), other, CPU)
-
-
-def test_comparisons_hold_what_they_say() -> None:
-    dense, small = Net(256), Net(8)
-    (setting,) = benching.settings([4])
-    found = benching.compare({"dense": dense, "pruned": small}, (3, 32, 32), setting, CPU)
-    assert found.ratios["dense"] == 1.0
-    assert found.ratios["pruned"] < 1.0
-    for speed in found.speeds.values():
-        assert speed.low <= speed.seconds <= speed.high
-        assert speed.images_per_second == pytest.approx(4 / speed.seconds)
-    assert (found.speeds["pruned"].peak_bytes or 0) < (found.speeds["dense"].peak_bytes or 0)
-    assert json.loads(json.dumps(found.to_dict()))["setting"]["batch"] == 4
-    assert benching.file_bytes(small) < benching.file_bytes(dense)
-
-
-def test_every_setting_runs_and_leaves_the_models_alone() -> None:
-    dense, small = Net(16), Net(8).train()
-    before = snapshot(dense), snapshot(small)
-    wanted = benching.settings([1], ["float32", "bf16"], ["contiguous", "channels_last"])
-    assert [str(setting) for setting in wanted] == [
-        "batch 1, float32",
-        "batch 1, float32, channels_last",
-        "batch 1, bf16",
-        "batch 1, bf16, channels_last",
-    ]
-    for setting in wanted:
-        benching.compare({"dense": dense, "pruned": small}, (3, 8, 8), setting, CPU, seconds=0.1)
-    assert (snapshot(dense), snapshot(small)) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (([0],), "batch 0 is empty"),
-        (([1], ["int4"]), "'int4' is unknown"),
-        (([1], ["bf16"], ["odd"]), "'odd' is"),
-    ],
-)
-def test_unknown_settings_are_refused(options: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        benching.settings(*options)
 
 
 def test_public_names() -> None:
