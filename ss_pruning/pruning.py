@@ -38,6 +38,9 @@ from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.same_attention import with_prunable_attention
 from ss_pruning.surgery.verification import Verifier
 
+# Quantiles of a layer's strengths are taken of about so many.
+_SAMPLE = 2**12
+
 
 def prune_(
     model: nn.Module,
@@ -240,7 +243,7 @@ def _layer_reports(
 ) -> list[LayerReport]:
     """Each layer in the dense and the cut model; a layer's multiply-accumulates are proportional to its synapses."""
     dense, pruned = traced.modules, modules_of(ready)
-    kept = {(cut.path, cut.side): len(cut.kept) for cut in plan.cuts}
+    kept = {cut.key: len(cut.kept) for cut in plan.cuts}
     reports = []
     for path, (synapses, strength) in strengths.items():
         layer = traced.connectivity.layers[path]
@@ -268,11 +271,11 @@ def _layer_reports(
     return reports
 
 
-def _quantiles(power: torch.Tensor, most: int = 2**12) -> tuple[float, ...]:
+def _quantiles(power: torch.Tensor) -> tuple[float, ...]:
     """`QUANTILES` of a layer's strengths, from their squares; the inner ones of many from an even sample."""
     values = power.flatten()
     low, high = (float(end.sqrt()) for end in values.aminmax())
-    sample = np.sort(values[:: -(-len(values) // most)].double().sqrt().cpu().numpy())
+    sample = np.sort(values[:: -(-len(values) // _SAMPLE)].double().sqrt().cpu().numpy())
     inner = np.interp(np.multiply(QUANTILES[1:-1], len(sample) - 1), np.arange(len(sample)), sample)
     return low, *inner.tolist(), high
 

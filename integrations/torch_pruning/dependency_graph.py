@@ -16,7 +16,8 @@ from torch import nn
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import IGNORED_REASON, Excluded, Member, PruningGroup, Subgroup, couple
+from ss_pruning.graph.exclusions import IGNORED_REASON, Excluded
+from ss_pruning.graph.groups import Member, PruningGroup, Subgroup, couple
 from ss_pruning.graph.layers import is_depthwise, kind_of, width
 from ss_pruning.graph.refusals import check_bare, check_weights
 from ss_pruning.graph.traced import TracedModel

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Excluded, PruningGroup
+from ss_pruning.graph.exclusions import Excluded
+from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.layers import width
 
 KEPT_REASON = "heads stay as prune_num_heads=False asks"

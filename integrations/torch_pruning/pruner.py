@@ -21,7 +21,8 @@ from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, cut_
 from ss_pruning.config import Compensation, NoCompensation
 from ss_pruning.errors import InputError
-from ss_pruning.graph.groups import Excluded, PruningGroup, Subgroup
+from ss_pruning.graph.exclusions import Excluded
+from ss_pruning.graph.groups import PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.scoring import importance_named, subgroup_scores

@@ -16,7 +16,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.planning.search import GroupBisection
-from ss_pruning.surgery.plan import Attribute, Plan
+from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Verified
 from ss_pruning.surgery.verification import Verifier
 
@@ -61,8 +61,8 @@ class Era:
         selection: Selection = {}
         for subgroup in (*self.pruned, *subgroups):
             for m in subgroup.members:
-                kept = selection.get((m.path, m.side), range(self.coupling.widths[m.path, m.side]))
-                selection[m.path, m.side] = tuple(np.setdiff1d(kept, m.index).tolist())
+                kept = selection.get(m.key, range(self.coupling.widths[m.key]))
+                selection[m.key] = tuple(np.setdiff1d(kept, m.index).tolist())
         plan = to_plan(selection, self.coupling, self.connectivity)
         part = GroupBisection(
             [PruningGroup(tuple(subgroups))],
@@ -98,18 +98,18 @@ class Era:
 
 def _since(done: Plan, total: Plan) -> Plan:
     """The plan that leads from `done` to `total`."""
-    kept = {(cut.path, cut.side): cut.kept for cut in done.cuts}
+    kept = {cut.key: cut.kept for cut in done.cuts}
     cuts = []
     for cut in total.cuts:
-        before = kept.get((cut.path, cut.side), tuple(range(cut.width)))
+        before = kept.get(cut.key, tuple(range(cut.width)))
         place = {channel: i for i, channel in enumerate(before)}
         if cut.kept != before:
             cuts.append(replace(cut, width=len(before), kept=tuple(place[c] for c in cut.kept)))
-    numbers = {(a.path, a.name, a.position): a for a in done.attributes}
+    numbers = {a.place: a for a in done.attributes}
     attributes = []
     for a in total.attributes:
-        now = numbers.pop((a.path, a.name, a.position), None)
+        now = numbers.pop(a.place, None)
         if now is None or now.after != a.after:
             attributes.append(replace(a, before=a.before if now is None else now.after))
-    undone = [Attribute(a.path, a.name, a.position, a.after, a.before) for a in numbers.values()]
+    undone = [replace(a, before=a.after, after=a.before) for a in numbers.values()]
     return Plan(tuple(cuts), (*attributes, *undone))

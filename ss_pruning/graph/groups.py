@@ -27,7 +27,6 @@ from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity, Key, Side, Slots, components, ties_of
 from ss_pruning.graph.exclusions import (
-    IGNORED_REASON,
     UNEVEN_REASON,
     Excluded,
     channel_set_reasons,
@@ -37,18 +36,6 @@ from ss_pruning.graph.exclusions import (
 )
 from ss_pruning.graph.layers import blocks_of
 
-__all__ = [
-    "IGNORED_REASON",
-    "Coupling",
-    "Excluded",
-    "Key",
-    "Member",
-    "PruningGroup",
-    "Side",
-    "Subgroup",
-    "couple",
-]
-
 
 @dataclass(frozen=True)
 class Member:
@@ -57,6 +44,11 @@ class Member:
     path: str
     side: Side
     index: Ints
+
+    @property
+    def key(self) -> Key:
+        """Its layer side."""
+        return self.path, self.side
 
 
 @dataclass(frozen=True)
@@ -241,7 +233,7 @@ def _subgroups(
     for group in groups:
         index = group[:, None] + np.arange(ends[int(group[0])] - group[0])
         subgroups += _runs(channel[index], side[index[0]], slots, connectivity)
-    return sorted(subgroups, key=lambda c: slots.start[c.root.path, c.root.side] + int(c.root.index[0, 0]))
+    return sorted(subgroups, key=lambda c: slots.start[c.root.key] + int(c.root.index[0, 0]))
 
 
 def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) -> list[Subgroup]:
@@ -262,7 +254,7 @@ def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) ->
         return []
     # Of a head, what puts out most of it: not the layer that makes one entry of a table for it.
     head = any(m.side != "out" and m.index.shape[1] > 1 for m in members)
-    root = min(roots, key=lambda m: (-head * m.index.shape[1], slots.start[m.path, m.side]))
+    root = min(roots, key=lambda m: (-head * m.index.shape[1], slots.start[m.key]))
     members = [root, *(m for m in members if m is not root)]
     order = np.argsort(root.index[:, 0], kind="stable")
     members = [Member(m.path, m.side, m.index[order]) for m in members]
@@ -292,7 +284,7 @@ def _groups(
     soft: dict[Key, list[int]] = defaultdict(list)
     for i, subgroup in enumerate(subgroups):
         for member in subgroup.members:
-            key = (member.path, member.side)
+            key = member.key
             if blocks_of(modules.get(member.path), member.side) > 1 or _interleaved(member):
                 hard[key].append(i)
             elif member.side == "out":
@@ -312,7 +304,7 @@ def _even(group: PruningGroup, widths: Mapping[Key, int], modules: Mapping[str, 
     touched: dict[Key, list[Ints]] = defaultdict(list)
     for member in (m for subgroup in group.subgroups for m in subgroup.members):
         if blocks_of(modules.get(member.path), member.side) > 1:
-            touched[member.path, member.side].append(member.index.reshape(-1))
+            touched[member.key].append(member.index.reshape(-1))
     for key, parts in touched.items():
         blocks = blocks_of(modules[key[0]], key[1])
         counts = np.bincount(np.concatenate(parts) // (widths[key] // blocks), minlength=blocks)

@@ -48,7 +48,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__name__}>"
 
 
-def check_module(model: Any, verb: str = "prune") -> None:
+def check_module(model: Any, verb: str) -> None:
     """Refuse what is no module of Python's with its weights in it, and what hides one in a wrapper.
 
     Raises:

@@ -12,7 +12,8 @@ from torch import nn
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import IGNORED_REASON, Coupling, couple
+from ss_pruning.graph.exclusions import IGNORED_REASON
+from ss_pruning.graph.groups import Coupling, couple
 from ss_pruning.graph.tracing import trace
 
 #: Modules or module paths whose output channels stay; one alone, or several.

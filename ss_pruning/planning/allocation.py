@@ -14,8 +14,8 @@ import numpy as np
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning.config import Budget, Config, Scope
 from ss_pruning.errors import BudgetError, NothingToPruneError
-from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Coupling, Key, PruningGroup, Selection, ranks_of, step_scores
+from ss_pruning.graph.connectivity import Connectivity, Key
+from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, ranks_of, step_scores
 from ss_pruning.planning.costs import Cost, Costs
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.factors import Factor
@@ -197,7 +197,7 @@ def pruned_of(group: PruningGroup, ranks: Sequence[Ints], steps: int) -> dict[Ke
     for subgroup, rank in zip(group.subgroups, ranks, strict=True):
         channel_sets = rank[: steps * (subgroup.size // group.steps)]
         for member in subgroup.members if len(channel_sets) else ():
-            pruned.setdefault((member.path, member.side), []).append(member.index[channel_sets].reshape(-1))
+            pruned.setdefault(member.key, []).append(member.index[channel_sets].reshape(-1))
     return {key: np.concatenate(parts) for key, parts in pruned.items()}
 
 
@@ -218,7 +218,7 @@ def _factors(selection: Selection, coupling: Coupling) -> Iterator[Factor]:
     """What queries and keys are multiplied by: the fourth root each, as two of them make a product."""
     for subgroup, key in ((s, key) for g in coupling.groups for s in g.subgroups for key in g.by_width):
         for member in subgroup.members if key in selection else ():
-            if subgroup.unread and (member.path, member.side) == key:
+            if subgroup.unread and member.key == key:
                 stays = np.isin(member.index, selection[key]).all(1)
                 by = (float(stays.sum()) / subgroup.size) ** 0.25
                 yield Factor(*key, tuple(member.index[stays].ravel().tolist()), by)

@@ -112,7 +112,7 @@ class Costs:
         """Multiply-accumulates after the cut; only exact if all are `in_layers`."""
         removed = np.zeros(len(self.keys))
         for cut in plan.cuts:
-            removed[self.number[cut.path, cut.side]] = cut.width - len(cut.kept)
+            removed[self.number[cut.key]] = cut.width - len(cut.kept)
         return round(self.after("macs", removed))
 
     def removed_per_step(self, groups: Sequence[PruningGroup]) -> Floats:
@@ -121,7 +121,7 @@ class Costs:
         for u, group in enumerate(groups):
             for subgroup in group.subgroups:
                 for member in subgroup.members:
-                    removed[u, self.number[member.path, member.side]] += member.index.size / group.steps
+                    removed[u, self.number[member.key]] += member.index.size / group.steps
         return removed
 
     def per_channel_set(self, groups: Sequence[PruningGroup], kind: Cost) -> Floats:
@@ -144,8 +144,8 @@ class Costs:
             np.add.at(slope, terms[:, side].astype(np.int64), terms[:, 0])
         return slope[:-1]
 
-    def held(self, kind: Cost, most: int = 3) -> str:
-        """What layers whose outputs stay cost in the dense model, and why they do, of the dearest reasons."""
+    def held(self, kind: Cost) -> str:
+        """What layers whose outputs stay cost in the dense model, by the three reasons that cost most."""
         terms = self.mac_terms if kind == "macs" else self.param_terms
         cost: dict[str, float] = defaultdict(float)
         for amount, _, out in terms:
@@ -154,7 +154,7 @@ class Costs:
             ((sum(cost[p] for p in left.paths), left) for left in self.excluded), key=lambda h: -h[0]
         )
         parts = []
-        for amount, left in held[:most]:
+        for amount, left in held[:3]:
             first = sorted(left.paths, key=lambda path: -cost[path])[:2]
             more = f" and {len(left.paths) - 2} others" if len(left.paths) > 2 else ""
             share = amount / self.dense(kind)

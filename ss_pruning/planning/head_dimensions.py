@@ -102,7 +102,7 @@ class HeadDimensions:
         return [tie for own in runs.values() for tie in _in_the_same_place(own)]
 
     def _kinds(self, heads: Subgroup, head: int) -> dict[tuple[int, ...], list[Ints]]:
-        numbers = [self.slots.start[m.path, m.side] + m.index[head] for m in heads.members]
+        numbers = [self.slots.start[m.key] + m.index[head] for m in heads.members]
         return self._by_sides(np.concatenate(numbers))
 
     def _by_sides(self, numbers: Ints) -> dict[tuple[int, ...], list[Ints]]:
@@ -122,8 +122,8 @@ class HeadDimensions:
         return Subgroup(tuple(sorted(members, key=lambda member: member.side != "out")))
 
     def _mixing_sides(self, subgroup: Subgroup) -> frozenset[Key]:
-        keys = ((m.path, m.side) for m in subgroup.members if m.side != "in")
-        starts = ((m, self.slots.start[m.path, m.side]) for m in subgroup.members if m.side != "in")
+        keys = (m.key for m in subgroup.members if m.side != "in")
+        starts = ((m, self.slots.start[m.key]) for m in subgroup.members if m.side != "in")
         return frozenset(
             key
             for key, (m, start) in zip(keys, starts, strict=True)

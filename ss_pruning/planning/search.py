@@ -20,7 +20,8 @@ import numpy as np
 
 from ss_pruning._utils.arrays import Ints
 from ss_pruning.errors import VerificationError
-from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup, Selection
+from ss_pruning.graph.exclusions import Excluded
+from ss_pruning.graph.groups import Coupling, PruningGroup, Selection
 from ss_pruning.planning.allocation import Schedule, plan_for
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number, Verified, alike, pattern

@@ -22,8 +22,8 @@ from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import device_of, modules_of
 from ss_pruning._utils.running import checked_call, preserved
-from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Key, PruningGroup, Side
+from ss_pruning.graph.connectivity import Connectivity, Key, Side
+from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.layers import channel_axis, groups_of, is_depthwise, width
 from ss_pruning.profiling.latency import machine, race
 from ss_pruning.surgery.cut import Cut, cut_layer

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ss_pruning.errors import FileFormatError
-from ss_pruning.graph.groups import Excluded
+from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.report.records import FORMAT, Fidelity, LayerReport, Report
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ss_pruning._utils.files import write_text
 from ss_pruning.errors import FileFormatError
-from ss_pruning.graph.groups import Excluded
+from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.report.formatting import (
     aligned,
     count,

@@ -238,6 +238,7 @@ def _is_counter(key: str) -> bool:
     return key.rpartition(".")[2] in ("num_batches_tracked", "total_ops", "total_params", "n_averaged")
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + rest
+def _some(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return "; ".join(names[:3]) + rest

@@ -24,7 +24,8 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import output_of, quiet_hooks
 from ss_pruning.compensation.folding import Outcome
 from ss_pruning.errors import ModelError
-from ss_pruning.graph.groups import Coupling, Excluded, PruningGroup
+from ss_pruning.graph.exclusions import Excluded
+from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.layers import width
 from ss_pruning.graph.refusals import check_bare, check_finite
 from ss_pruning.graph.traced import TracedModel

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ss_pruning._utils.files import write_text
-from ss_pruning.graph.groups import Excluded
+from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.graph.layers import weight_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.profiling.macs import count_macs

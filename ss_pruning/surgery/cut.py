@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.memento import parameter_like
-from ss_pruning.graph.groups import Side
+from ss_pruning.graph.connectivity import Key, Side
 from ss_pruning.graph.layers import (
     LayerType,
     groups_of,
@@ -45,6 +45,11 @@ class Cut:
     width: int
     kept: tuple[int, ...]
     axis: int = 0
+
+    @property
+    def key(self) -> Key:
+        """Its layer side."""
+        return self.path, self.side
 
     @property
     def removed(self) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ss_pruning.graph.groups import Key, Side
+from ss_pruning.graph.connectivity import Key, Side
 from ss_pruning.graph.layers import layout_of
 from ss_pruning.surgery.cut import Cut, scale_
 
@@ -33,6 +33,11 @@ class Factor:
     channels: tuple[int, ...]
     by: float
 
+    @property
+    def key(self) -> Key:
+        """Its layer side."""
+        return self.path, self.side
+
     def before(self, cut: Cut | None) -> Factor:
         """The same in numbers before an earlier cut."""
         if cut is None:
@@ -45,7 +50,7 @@ def gains(factors: Iterable[Factor], cut: Cut) -> torch.Tensor:
     """`[kept]`: what each channel that stays is multiplied by."""
     found = torch.ones(len(cut.kept))
     for factor in factors:
-        if (factor.path, factor.side) == (cut.path, cut.side):
+        if factor.key == cut.key:
             found[torch.isin(torch.tensor(cut.kept), torch.tensor(factor.channels))] *= factor.by
     return found
 
@@ -53,9 +58,9 @@ def gains(factors: Iterable[Factor], cut: Cut) -> torch.Tensor:
 @torch.no_grad()
 def multiply_(modules: Mapping[str, nn.Module], factors: Iterable[Factor], cuts: Iterable[Cut]) -> None:
     """Multiply channels in a model that was cut; tensors that hold them are replaced, not written into."""
-    made: dict[Key, Cut] = {(cut.path, cut.side): cut for cut in cuts}
+    made: dict[Key, Cut] = {cut.key: cut for cut in cuts}
     for factor in factors:
-        chosen, cut = set(factor.channels), made[factor.path, factor.side]
+        chosen, cut = set(factor.channels), made[factor.key]
         rows = [i for i, channel in enumerate(cut.kept) if channel in chosen]
         if factor.side == "tensor":
             owner, _, name = factor.path.rpartition(".")

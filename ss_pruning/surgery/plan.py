@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from ss_pruning._utils.memento import parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
-from ss_pruning.graph.groups import Key, Side
+from ss_pruning.graph.connectivity import Key, Side
 from ss_pruning.graph.layers import is_depthwise, layer_type_of, width
 from ss_pruning.graph.refusals import check_whole
 from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
@@ -45,6 +45,11 @@ class Attribute:
     position: int | None
     before: int
     after: int
+
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """Where it is stored."""
+        return self.path, self.name, self.position
 
 
 @dataclass(frozen=True)
@@ -110,23 +115,20 @@ class Plan:
 
     def then(self, later: Plan) -> Plan:
         """The one plan that does first this and then `later`."""
-        cuts: dict[Key, Cut] = {(cut.path, cut.side): cut for cut in self.cuts}
+        cuts: dict[Key, Cut] = {cut.key: cut for cut in self.cuts}
         for cut in later.cuts:
-            first = cuts.get((cut.path, cut.side))
+            first = cuts.get(cut.key)
             if first is not None:
                 if cut.width != len(first.kept):
                     raise PlanError(f"'{cut.path}' has {len(first.kept)} channels, not {cut.width}")
-                kept = tuple(first.kept[i] for i in cut.kept)
-                cut = Cut(cut.path, cut.side, first.width, kept, first.axis)
-            cuts[cut.path, cut.side] = cut
-        numbers = {(a.path, a.name, a.position): a for a in self.attributes}
+                cut = replace(first, kept=tuple(first.kept[i] for i in cut.kept))
+            cuts[cut.key] = cut
+        numbers = {a.place: a for a in self.attributes}
         for a in later.attributes:
-            key = (a.path, a.name, a.position)
-            before = numbers[key].before if key in numbers else a.before
-            numbers[key] = Attribute(a.path, a.name, a.position, before, a.after)
+            numbers[a.place] = replace(a, before=numbers.get(a.place, a).before)
         biases = (*self.biases, *(path for path in later.biases if path not in self.biases))
-        own = {(cut.path, cut.side): cut for cut in self.cuts}
-        factors = (*self.factors, *(f.before(own.get((f.path, f.side))) for f in later.factors))
+        own = {cut.key: cut for cut in self.cuts}
+        factors = (*self.factors, *(f.before(own.get(f.key)) for f in later.factors))
         return Plan(tuple(cuts.values()), tuple(numbers.values()), biases, factors)
 
     def to_json(self) -> str:
@@ -170,9 +172,9 @@ class Plan:
         for path in self.biases:
             if getattr(modules.get(path), "bias", 0) is not None:
                 raise PlanError(f"the plan expects a layer without a bias at '{path}'")
-        made = {(cut.path, cut.side): cut.width for cut in self.cuts}
+        made = {cut.key: cut.width for cut in self.cuts}
         for factor in self.factors:
-            if not set(factor.channels) <= set(range(made.get((factor.path, factor.side), 0))):
+            if not set(factor.channels) <= set(range(made.get(factor.key, 0))):
                 raise PlanError(f"the plan multiplies channels of '{factor.path}' that it does not cut")
         for attribute in self.attributes:
             if _number(modules.get(attribute.path), attribute) != attribute.before:

@@ -13,8 +13,8 @@ from torch import nn
 
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import VerificationError
-from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Key, PruningGroup, Selection, Subgroup
+from ss_pruning.graph.connectivity import Connectivity, Key
+from ss_pruning.graph.groups import PruningGroup, Selection, Subgroup
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.surgery.plan import Attribute, Plan, set_number
 
@@ -69,7 +69,7 @@ class SizeAttributes:
         self.inside: dict[str, list[tuple[int, int]]] = {}
         self.split: dict[str, list[tuple[int, int]]] = {}
         for cut in plan.cuts:
-            if (cut.path, cut.side) in parts.by_head:
+            if cut.key in parts.by_head:
                 continue
             own = parts.splits.get(cut.path, [])
             path = cut.path
@@ -275,7 +275,7 @@ def _add_heads(parts: Parts, subgroup: Subgroup, left: int) -> None:
         sizes = parts.heads.setdefault(member.path.rpartition(".")[0], [])
         sizes += [(subgroup.size * width, left * width) for width in widths]
         if len(head) == 1:
-            parts.by_head.add((member.path, member.side))
+            parts.by_head.add(member.key)
 
 
 def _add_dimensions(parts: Parts, subgroup: Subgroup, left: int, heads: int) -> None:

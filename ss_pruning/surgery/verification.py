@@ -140,8 +140,8 @@ class Verifier:
             raise
         finally:
             self.masked_run = None
-        followed = {(a.path, a.name, a.position) for a in verified.plan.attributes}
-        more = [a for a in head_numbers(self.dense, plan) if (a.path, a.name, a.position) not in followed]
+        followed = {attribute.place for attribute in verified.plan.attributes}
+        more = [a for a in head_numbers(self.dense, plan) if a.place not in followed]
         plan = verified.plan
         return replace(verified, plan=replace(plan, attributes=(*plan.attributes, *more)))
 
