@@ -174,7 +174,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Compensation:
-    """How what removed channels carried is moved onto what stays.
+    """How what removed channels carried is moved onto the channels that stay.
 
     Attributes:
         recalibrate: At the end, move mean and variance of the batch norms behind the cut as far as what reaches them
@@ -222,12 +222,12 @@ class Compensation:
 
 @dataclass(frozen=True)
 class NoCompensation(Compensation):
-    """The pruned model equals the masked one; unless norms are recalibrated, which makes it work better."""
+    """Nothing is repaired: the pruned model equals the masked one, but for batch norms with `recalibrate=True`."""
 
 
 @dataclass(frozen=True)
 class FoldMean(Compensation):
-    """Means of removed channels go into biases; without data those that batch norms tell.
+    """The means of removed channels are added to biases; without calibration inputs, the means that batch norms know.
 
     See `ss_pruning.compensation.folding`.
     """
@@ -238,7 +238,10 @@ class FoldMean(Compensation):
 
 @dataclass(frozen=True)
 class FoldLinear(Compensation):
-    """Removed channels are replaced by the linear regression on those that stay; needs calibration inputs."""
+    """Removed channels are predicted from those that stay, by linear regression; needs calibration inputs.
+
+    See `ss_pruning.compensation.folding`.
+    """
 
     recalibrate: bool = True
     method: ClassVar[Method] = "linear"
@@ -247,9 +250,10 @@ class FoldLinear(Compensation):
 
 @dataclass(frozen=True)
 class Reconstruct(Compensation):
-    """Every remaining layer is solved anew, front to back, to put out what the dense one does; needs inputs.
+    """The weights of every layer are fitted anew, front to back, to the dense layer's output; needs calibration inputs.
 
-    It fits layers to the norms as they are, so that recalibrating them afterwards is one error more.
+    They are fitted to the batch norms as they are, so that recalibrating these afterwards would add an error. See
+    `ss_pruning.compensation.reconstruction`.
     """
 
     method: ClassVar[Method] = "reconstruct"
@@ -275,6 +279,9 @@ class SyntheticImages:
         images: How many, half of them mirror images of the others; by default 256, fewer if they are large.
         steps: Of Adam, for each batch of 64 images.
         seed: Of the noise to start from.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     images: int | None = None
@@ -292,16 +299,16 @@ class SyntheticImages:
 
 @dataclass(frozen=True)
 class Synaptic:
-    """Synaptic strength as the importance; what is None goes by how the cut will be compensated and layers compete.
+    """Synaptic strength as the importance. What is None is chosen to suit the compensation and the scope.
 
     Attributes:
         statistics: Where variances come from: "batchnorm", "gaussian" or "data"; by default the calibration inputs
             ("data") if there are any, else the model run on its own noise ("gaussian").
         score: What of the strengths counts: "share", "strength", "entropy" or "relevance"; by default "relevance" where
             layers compete and nothing is solved anew, else "share".
-        conditional: How far a channel counts less for what stronger ones tell already, in [0, 1]; by default 1 where
-            weights are solved anew in the sensitivity scope, 0.5 (by half is meant the root of `1 - R^2`) where they
-            are and layers compete by scores, else 0.
+        conditional: How far a channel counts less for what stronger ones predict of it: scores are multiplied by
+            `1 - R^2` to this power, in [0, 1]. By default 1 where weights are solved anew in the sensitivity scope, 0.5
+            where they are in the other scopes, else 0.
 
     Raises:
         InputError: A value is unknown or out of range.

@@ -171,6 +171,12 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
         model: As for `prune_`.
         example_inputs: As for `prune_`.
         options: As for `prune_`.
+
+    Returns:
+        The plan, and the report of the copy.
+
+    Raises:
+        SSPruningError: As for `prune_`.
     """
     twin = copied(model)
     vars(twin).pop(PLAN_ATTRIBUTE, None)

@@ -173,7 +173,11 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of that name; a GPU, if there is one, by default."""
+    """The device of that name; a GPU, if there is one, by default.
+
+    Raises:
+        InputError: This machine has no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

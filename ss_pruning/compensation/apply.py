@@ -39,7 +39,7 @@ _COMPENSATIONS: dict[str, Callable[..., Any]] = {
 def register_compensation(
     name: str, *, needs_calibration: bool = False, recalibrate: bool = False
 ) -> Callable[[Function], Function]:
-    """Let `prune_(compensation=name)` find a way of your own to repair a cut.
+    """Make a repair of your own known to `prune_(compensation=name)`.
 
     Args:
         name: Its name.

@@ -28,15 +28,15 @@ _AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """Many inputs of a model at once: some of those that somebody holds, copied only for as long as they run.
+    """Many inputs of a model: some rows of what the caller holds, copied only while they run.
 
     Attributes:
-        source: What holds them, in the form in which the model takes it.
+        source: What the caller holds, in the form in which the model takes it.
         batched: By entry (tensor, list of images, or other), whether it has one row a sample.
-        rows: `[count]`, which of the samples these are.
-        unit: Only multiples of so many samples run, as where a batch holds the frames of clips.
-        most: No more run at once; None for any number.
-        channels_last: Images are laid out so.
+        rows: `[count]`, the numbers of the rows.
+        unit: Samples run in multiples of this number only, as where a batch holds the frames of clips.
+        most: No more samples run at once; None for any number.
+        channels_last: Whether images are laid out channels last.
     """
 
     source: Any = field(repr=False)

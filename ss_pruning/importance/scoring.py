@@ -36,7 +36,7 @@ _IMPORTANCES: dict[str, Callable[[], Any]] = {
 
 
 def register_importance(name: str) -> Callable[[Maker], Maker]:
-    """Let `prune_(importance=name)` and `ss-prune --importance name` find an importance of your own.
+    """Make an importance of your own known to `prune_(importance=name)` and `ss-prune --importance name`.
 
     Args:
         name: Its name.

@@ -83,9 +83,9 @@ class Shrinking:
         max_ratio: No group will lose a larger share of its channels.
         method: How the cut will be compensated.
         follow: Batch norms will follow the cut.
-        taken: Says by scores how many steps each group would take, `[groups]`. If it is given, output error is measured
-            again (not with "reconstruct"): what is added to that of the other groups, cut so.
-        rivals: Makes of sensitivities all the scores that compete, by the whole cut that `taken` says.
+        taken: From scores, `[groups]`: how many steps each group would take to meet the budget. If it is given, output
+            error is measured a second time (not with "reconstruct"), with all other groups cut by so many steps.
+        rivals: From the measured sensitivities, all scores that compete; those win whose cut by `taken` loses least.
         effort: How output error is measured; by default what suits method and images.
     """
 

@@ -26,7 +26,7 @@ from ss_pruning.surgery.verification import Verifier
 
 
 def with_narrow_heads(traced: TracedModel) -> TracedModel:
-    """The same, with dimensions within heads in the place of heads where they can go."""
+    """The traced model with dimensions within heads, in place of whole heads, wherever these can be pruned."""
     layers = _layers_with_heads(traced)
     if not layers:
         return traced

@@ -14,18 +14,17 @@ class Recovery:
     """How `recover_` trains a pruned model to imitate the dense one.
 
     Attributes:
-        rate: Of Adam, as a share of each tensor's root mean square: so far a step moves it. It grows over the first
-            twentieth of the training, and falls to nothing as half a cosine. Trainings of fewer than 400 steps have
-            as much less of it.
+        rate: Learning rate of Adam, as a share of each tensor's root mean square. It grows over the first twentieth of
+            the training, then falls to 0 as half a cosine. Below 400 steps it is smaller in proportion.
         batch: Images a step; by default 64, and fewer where time is short: so that 200 steps fit in, but 8 at least.
         weight_decay: Share of each weight that is taken off it, times the rate, in each step.
-        shift: Images are shifted by up to this share of their sides, either way, what leaves them being mirrored; 0
-            leaves them in place. Means nothing to inputs that are no images of one or three channels.
-        flip: Mirror every other image; likewise.
-        held_out: Share of the images that is not trained on, and tells how well the model does. They are shifted and
+        shift: Images are shifted by up to this share of their sides, in both directions, and mirrored at the edge; 0
+            leaves them in place. Has no effect on inputs that are no images of one or three channels.
+        flip: Mirror every other image; likewise for images only.
+        held_out: Share of the images that is not trained on, and that the model is judged by. They are shifted and
             mirrored, too, as compensation may have fitted the images themselves.
-        until: Training ends early once the error on them is no larger than this.
-        seed: Of what is drawn: which images are held out, batches, shifts.
+        until: Training ends early once the error on held-out images is no larger than this.
+        seed: Of all random choices: which images are held out, batches, shifts.
         dtype: "bfloat16" computes in mixed precision; None in that of the model.
 
     Raises:

@@ -117,7 +117,7 @@ class Fidelity:
 
 @dataclass(repr=False)
 class Report:
-    """A whole run.
+    """What a pruning run did; `prune_` returns it.
 
     Attributes:
         model: what the user calls the model.

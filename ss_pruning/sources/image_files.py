@@ -23,7 +23,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def suffixes() -> tuple[str, ...]:
-    """The names of image files end so: those that torchvision's `ImageFolder` takes, sorted."""
+    """Suffixes of image files: those that torchvision's `ImageFolder` takes, sorted."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return tuple(sorted(IMG_EXTENSIONS))

@@ -41,7 +41,7 @@ Form = Literal["strength", "share"]
 
 
 class StrengthPenalty:
-    """What sparse training adds: a differentiable scalar, or a proximal step.
+    """The term that sparse training adds to the loss: a differentiable scalar; or a proximal step in its place.
 
     Attributes:
         paths: The layers whose synapses count.
