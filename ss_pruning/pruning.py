@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -208,14 +209,12 @@ def _verified_plan(ranker: Ranker) -> tuple[SearchResult, LatencyPlan | None]:
             known = find_verified_plan(verifier, traced.coupling, ranker.allocate, known)
         return known
 
-    try:
+    with closing(verifier):
         if budget.kind != "latency":
             return find(budget), None
         measure = stopwatch(traced.model, _timed_on(traced, ranker.config))
         timed = find_latency_plan(find, budget.value, measure)
         return timed.found, timed
-    finally:
-        verifier.close()
 
 
 def _timed_on(traced: TracedModel, config: Config) -> Any:

@@ -6,9 +6,9 @@ Whether products are divided by the root of their width, as it is then, shows in
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,25 +31,16 @@ def with_narrow_heads(traced: TracedModel) -> TracedModel:
     if not layers:
         return traced
     try:
-        with _verifier(traced) as verifier:
+        with closing(Verifier(traced.model, traced.example_inputs, traced.connectivity)) as verifier:
             trials = _Trials(verifier, traced.coupling)
             for alike in layers:
                 trials.try_(alike)
         if trials.instead:
-            with _verifier(traced) as verifier:
+            with closing(Verifier(traced.model, traced.example_inputs, traced.connectivity)) as verifier:
                 trials.drop_(verifier)
     except SSPruningError:  # nothing can be tried here; whoever plans a cut will say why
         return traced
     return replace(traced, coupling=trials.narrowed())
-
-
-@contextlib.contextmanager
-def _verifier(traced: TracedModel) -> Iterator[Verifier]:
-    verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
-    try:
-        yield verifier
-    finally:
-        verifier.close()
 
 
 Groups = Sequence[PruningGroup]
@@ -163,7 +154,7 @@ class _Trials:
         if not self._survives(choices[0], self._attempt(choices[0], by_values=False)):
             return None
         for groups in choices:
-            with contextlib.suppress(VerificationError):
+            with suppress(VerificationError):
                 self._attempt(groups)([0], self.fixed, False)
                 return groups
         if self.fixed == known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,17 +27,15 @@ Pairs = dict[int, set[int]]
 
 
 def with_tied_heads(traced: TracedModel) -> TracedModel:
-    """The same, with heads and the stream that they read in one group where heads alone cannot go, and both can."""
+    """The traced model with heads and the stream they read in one group, where heads alone cannot go but both can."""
     pairs = _pairs(traced.coupling)
     if not pairs:
         return traced
-    verifier = Verifier(traced.model, traced.example_inputs, traced.connectivity)
     try:
-        return replace(traced, coupling=_Trials(verifier, traced.coupling).tied(pairs))
+        with closing(Verifier(traced.model, traced.example_inputs, traced.connectivity)) as verifier:
+            return replace(traced, coupling=_Trials(verifier, traced.coupling).tied(pairs))
     except SSPruningError:  # nothing can be tried here; whoever plans a cut will say why
         return traced
-    finally:
-        verifier.close()
 
 
 def _pairs(coupling: Coupling) -> Pairs:
