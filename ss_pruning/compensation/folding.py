@@ -38,7 +38,7 @@ from ss_pruning.importance.regression import Predicted, constant_output, precisi
 from ss_pruning.surgery.cut import Cut, give_bias
 from ss_pruning.surgery.plan import Plan
 
-#: Why a layer was skipped that only runs in training, such as an auxiliary head.
+#: Why layers are skipped; one that only runs in training, such as an auxiliary head, is idle.
 REGISTERED = "only layers of torch's types are compensated, not registered ones"
 NO_WEIGHTED_SUM = "its output is not its weight times what it reads, plus a bias"
 IDLE = "it does not run on the calibration inputs"

@@ -33,35 +33,33 @@ yolo = PrunedYOLO({file!r})  # trains on, validates, predicts and exports"""
 def next_steps(report: Report) -> list[tuple[str, str]]:
     """Return (what for, commands): load, recover, fine-tune and export the file that was written, or save one first."""
     named = report.file is not None and report.model.startswith(_NAMED)
+    yolo = report.model.startswith("yolo:")  # detectors have losses of their own
     file = report.file or "pruned.safetensors"
-    tuned = str(Path(file).with_name("finetuned.safetensors"))
+    quoted = shlex.quote(file) + ("" if named else _model_options(report))
     build, hint = ("", "") if named else (", build_model", "  # build_model() makes the dense model")
-    options = "" if named else _model_options(report)
-    recover = f"ss-prune recover {shlex.quote(file)}{options} {_images(report)} --minutes 5"
+    tuned = str(Path(file).with_name("finetuned.safetensors"))
     tune = _FINE_TUNE.format(file=tuned, architecture=f", {report.model!r}" if named else "")
     out = shlex.quote(str(Path(file).with_name("finetuned")))
-    tune_folder = f"ss-prune finetune {shlex.quote(file)} --data FOLDER --out {out}"
-    save = [] if report.file else [("Save", f"import ss_pruning\n\nss_pruning.save(model, {file!r})")]
-    return [
-        *save,
-        ("Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
-        *(
-            [("Open as a YOLO", _YOLO.format(file=file))]
-            if named and report.model.startswith("yolo:")
-            else []
-        ),
-        *([("Recover without labels", recover)] if report.file and not report.random_weights else []),
-        *([("Fine-tune on a folder", tune_folder)] if named and not report.model.startswith("yolo:") else []),
-        *(
-            [] if report.model.startswith("yolo:") else [("Fine-tune", tune)]
-        ),  # detectors have losses of their own
-        ("Export", f"ss-prune export {shlex.quote(file)}{options} --format onnx"),
+    steps = [
+        (not report.file, "Save", f"import ss_pruning\n\nss_pruning.save(model, {file!r})"),
+        (True, "Load", f"import ss_pruning\n\nmodel = ss_pruning.load({file!r}{build}){hint}"),
+        (named and yolo, "Open as a YOLO", _YOLO.format(file=file)),
         (
-            "In eight bits",
-            f"ss-prune export {shlex.quote(file)}{options} --int8 --calibration {_photos(report)}",
+            report.file and not report.random_weights,
+            "Recover without labels",
+            f"ss-prune recover {quoted} {_images(report)} --minutes 5",
         ),
-        ("Measure", f"ss-prune bench {shlex.quote(file)}{options} --batch 1,32"),
+        (
+            named and not yolo,
+            "Fine-tune on a folder",
+            f"ss-prune finetune {shlex.quote(file)} --data FOLDER --out {out}",
+        ),
+        (not yolo, "Fine-tune", tune),
+        (True, "Export", f"ss-prune export {quoted} --format onnx"),
+        (True, "In eight bits", f"ss-prune export {quoted} --int8 --calibration {_photos(report)}"),
+        (True, "Measure", f"ss-prune bench {quoted} --batch 1,32"),
     ]
+    return [(what, command) for possible, what, command in steps if possible]
 
 
 def _images(report: Report) -> str:
