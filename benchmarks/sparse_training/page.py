@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DOCS, read_lines
 from benchmarks.pages import spread, table, write_page
 from benchmarks.sparse_training.figures import draw_curves, draw_depth, draw_tasks
-from benchmarks.sparse_training.paper import CRITERIA
+from benchmarks.sparse_training.paper import CRITERIA, LARGER
 from benchmarks.sparse_training.run import (
     EPOCHS,
     LINES,
@@ -38,7 +38,7 @@ LEFT = {
 }
 
 
-def make_page(lines: list[Line], page: Path = PAGE) -> Path:
+def make_page(lines: list[Line], page: Path = PAGE, larger: Sequence[Line] = ()) -> Path:
     """Write text, tables and plots; sections without a result say so."""
     latest = list({line["name"]: line for line in lines}.values())
     if not latest:
@@ -62,6 +62,7 @@ def make_page(lines: list[Line], page: Path = PAGE) -> Path:
         criteria=criteria(_of(latest, "criteria")),
         entropies=entropies(parts),
         regularised=regularised(latest),
+        larger=at_a_larger_size(larger),
         published=published(),
     )
 
@@ -324,6 +325,29 @@ def regularised(lines: list[Line]) -> str:
     return table(["net", "penalty", "training images", "others"], rows)
 
 
+def at_a_larger_size(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Single runs of `benchmarks.sparse_training.paper`: accuracies by stage, and what compaction leaves."""
+    if not lines:
+        return None
+    rows = []
+    for line in sorted(lines, key=lambda line: (line["weight"], line["sparsity"])):
+        top, pruned = line["top1"], line["sparsity"] > 0
+        stages = (f"{top[stage]:.2f}" if pruned else "" for stage in ("pruned", "fine-tuned", "compacted"))
+        left = (f"{100 * line['after'][part] / line['before'][whole]:.1f}" for part, whole in LEFT.values())
+        cut = [*left, f"{line['seconds_a_batch']['ratio']:.2f}"] if pruned else [""] * (len(LEFT) + 1)
+        rows.append(
+            [f"{line['weight']:g}", f"{top['trained']:.2f}", f"{line['sparsity']:.0%}", *stages, *cut]
+        )
+    stages = ["as trained", "synapses removed", "pruned", "fine-tuned", "compacted"]
+    first = lines[0]
+    return {
+        "net": f"{first['net']}, width {first['width']:g}",
+        "epochs": first["recipe"]["epochs"],
+        "seeds": len({line["recipe"]["seed"] for line in lines}),
+        "table": table(["penalty", *stages, *LEFT, "time"], rows),
+    }
+
+
 def published() -> str:
     """Others' numbers, with their sources."""
     names = ("method", "net", "data", "dense", "top1", "before", "after", "source")
@@ -332,4 +356,4 @@ def published() -> str:
 
 
 if __name__ == "__main__":
-    print(f"written: {make_page(read_lines(LINES))}")
+    print(f"written: {make_page(read_lines(LINES), larger=read_lines(LARGER))}")

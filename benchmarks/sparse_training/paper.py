@@ -3,6 +3,7 @@
     python -m benchmarks.sparse_training.paper                      # VGG-16-BN of a quarter of the width, one CPU core
     python -m benchmarks.sparse_training.paper --net resnet18 --width 0.125 --sparsity 0.6
     python -m benchmarks.sparse_training.paper --net vgg16bn --paper   # full width, 160 epochs: wants a GPU
+    python -m benchmarks.sparse_training.paper --width 0.5 --epochs 30 --finetune-epochs 10 --note   # for docs/study.md
 
 The method is that of Lin et al. (NeurIPS 2018). Their penalty weight, threshold and schedule are not known to us:
 `--paper` takes those of Network Slimming (Liu et al. 2017; SGD at 0.1, divided by 10 at half and three quarters of 160
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import DATA, versions
+from benchmarks.common import DATA, RESULTS, add_line, read_lines, versions
 from benchmarks.data import models
 from benchmarks.data.cifar import Images, as_input, draw, load_dataset, top1
 from benchmarks.data.training import Recipe, train
@@ -41,6 +42,8 @@ from ss_pruning.sparsity.masks import mask_, merge_masks_, synapse_masks
 from ss_pruning.sparsity.penalty import Form, StrengthPenalty, warm_up
 from ss_pruning.sparsity.size import Compaction
 
+#: What was run at a larger size than the study's own nets.
+LARGER = RESULTS / "study_larger.jsonl"
 Say = Callable[[str], None]
 NETS = {
     "vgg16bn": models.vgg16bn,
@@ -223,6 +226,8 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     seconds = timed(model, small)
     result = report(training, pruning, found, made) | {"seconds_a_batch": seconds}
     write_text(checkpoint.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+    if options.note and result not in read_lines(LARGER):
+        add_line(result, LARGER)
     show(found, made, seconds)
     say(f"written: {checkpoint.with_suffix('.json')}")
     return result
@@ -294,6 +299,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16"
     )
+    parser.add_argument("--note", action="store_true", help="add the result to those of docs/study.md")
     parser.add_argument(
         "--paper", action="store_true", help="full width, 160 epochs (see the top of this file)"
     )

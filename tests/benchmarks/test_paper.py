@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common import read_lines
 from benchmarks.data.training import Recipe, train
+from benchmarks.sparse_training import page as study_page
 from benchmarks.sparse_training import paper
 from ss_pruning.errors import InputError, ModelError
 
@@ -56,11 +58,17 @@ def result_of(out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def test_it_trains_prunes_tunes_and_compacts(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    assert paper.main([*OPTIONS, "--data", str(data), "--out", str(out)]) == 0
+    out, noted = tmp_path / "out", tmp_path / "noted.jsonl"
+    monkeypatch.setattr(paper, "LARGER", noted)
+    assert paper.main([*OPTIONS, "--data", str(data), "--out", str(out), "--note"]) == 0
     report, weights = result_of(out)
+    assert read_lines(noted) == [report]
+    found = study_page.at_a_larger_size([report])
+    assert found is not None
+    assert f"| {report['top1']['pruned']:.2f} | {report['top1']['fine-tuned']:.2f} |" in found["table"]
+    assert f"| {100 * report['after']['params'] / report['before']['params']:.1f} |" in found["table"]
     assert set(report["top1"]) == {"trained", "pruned", "fine-tuned", "compacted"}
     assert report["top1"]["compacted"] == report["top1"]["fine-tuned"]
     assert report["max_error"] < 1e-10
