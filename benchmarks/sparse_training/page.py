@@ -330,21 +330,23 @@ def at_a_larger_size(lines: Sequence[Line]) -> dict[str, Any] | None:
     if not lines:
         return None
     rows = []
-    for line in sorted(lines, key=lambda line: (line["weight"], line["sparsity"])):
-        top, pruned = line["top1"], line["sparsity"] > 0
-        stages = (f"{top[stage]:.2f}" if pruned else "" for stage in ("pruned", "fine-tuned", "compacted"))
+    for line in sorted(lines, key=lambda line: (line["weight"], line["sparsity"], line["finetune_epochs"])):
+        top, pruned, tuned = line["top1"], line["sparsity"] > 0, line["finetune_epochs"]
+        stages = [f"{top['pruned']:.2f}" if pruned else "", f"{top['fine-tuned']:.2f}" if tuned else ""]
         left = (f"{100 * line['after'][part] / line['before'][whole]:.1f}" for part, whole in LEFT.values())
-        cut = [*left, f"{line['seconds_a_batch']['ratio']:.2f}"] if pruned else [""] * (len(LEFT) + 1)
+        cut = [*left, f"{100 * line['seconds_a_batch']['ratio']:.0f}"] if pruned else [""] * (len(LEFT) + 1)
         rows.append(
             [f"{line['weight']:g}", f"{top['trained']:.2f}", f"{line['sparsity']:.0%}", *stages, *cut]
         )
-    stages = ["as trained", "synapses removed", "pruned", "fine-tuned", "compacted"]
+    stages = ["as trained", "synapses removed", "pruned", "and fine-tuned"]
     first = lines[0]
     return {
         "net": f"{first['net']}, width {first['width']:g}",
         "epochs": first["recipe"]["epochs"],
+        "finetune_epochs": max(line["finetune_epochs"] for line in lines),
+        "points": f"{max(abs(line['top1']['compacted'] - line['top1']['fine-tuned']) for line in lines):.2f}",
         "seeds": len({line["recipe"]["seed"] for line in lines}),
-        "table": table(["penalty", *stages, *LEFT, "time"], rows),
+        "table": table(["penalty", *stages, *LEFT, "time %"], rows),
     }
 
 

@@ -190,6 +190,7 @@ def report(
         **asdict(training),
         "criterion": pruning.criterion,
         "sparsity": pruning.sparsity,
+        "finetune_epochs": pruning.tuning.epochs,
         "top1": dict(nets),
         **json.loads(made.to_json()),
         "versions": versions(),

@@ -20,6 +20,7 @@ a bias, and the plan says so.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.layers import groups_of, has_statistics, is_depthwise, layer_type_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
+from ss_pruning.importance.activation_stats.max_pooling import CentresOfWindows
 from ss_pruning.importance.calibration import BATCH, Batch
 from ss_pruning.importance.regression import Predicted, constant_output, precision, weights_by_group
 from ss_pruning.surgery.cut import Cut, give_bias
@@ -95,10 +97,12 @@ def _fold_(
     """Fold means, or predictions, as if no border were padded."""
     outcome, norms, inputs = Outcome(), norms_behind(traced.connectivity), traced.example_inputs
     consumers = _consumers(traced, plan, outcome)
-    statistics = measure(
-        traced.model, traced.connectivity, source, inputs, list(consumers), covariance=linear
-    )
-    guessed = _not_told(traced) if source == "gaussian" else frozenset()
+    on_noise = source == "gaussian"
+    with CentresOfWindows() if on_noise else contextlib.nullcontext():
+        statistics = measure(
+            traced.model, traced.connectivity, source, inputs, list(consumers), covariance=linear
+        )
+    guessed = _not_told(traced) if on_noise else frozenset()
     kept_outputs = {cut.path: torch.tensor(cut.kept) for cut in plan.cuts if cut.side == "out"}
     for path, cut in consumers.items():
         module, seen, kept_out = traced.modules[path], statistics[path], kept_outputs.get(path)

@@ -65,6 +65,7 @@ def test_it_trains_prunes_tunes_and_compacts(
     assert paper.main([*OPTIONS, "--data", str(data), "--out", str(out), "--note"]) == 0
     report, weights = result_of(out)
     assert read_lines(noted) == [report]
+    assert report["finetune_epochs"] == 2
     found = study_page.at_a_larger_size([report])
     assert found is not None
     assert f"| {report['top1']['pruned']:.2f} | {report['top1']['fine-tuned']:.2f} |" in found["table"]
