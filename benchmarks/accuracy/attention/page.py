@@ -20,8 +20,8 @@ NAMES = {
     "conv_swin4": "a hybrid of a convolutional stem and two stages of two Swin blocks (timm's: windows of 4x4, every "
     "other one shifted, relative positions, patches merged; widths 48 and 96, 4 and 8 heads)",
     "conv_tokens4": "a convolutional stem that makes 8x8 tokens, and four of timm's ViT blocks with scaled branches, "
-    "whose class token is read (width 64, 4 heads); nothing was chosen on it but how a mean without images takes what is "
-    "max-pooled",
+    "whose class token is read (width 64, 4 heads); nothing was chosen on it but how a mean without images "
+    "takes what is max-pooled",
 }
 
 
