@@ -98,13 +98,10 @@ def prune_(
         BudgetError: The budget is out of reach; the message names the smallest that is not.
     """
     example_inputs = usable_inputs(example_inputs)
-    check_bare(model)
-    check_weights(model)
-    check_finite(model)
+    for check in (check_bare, check_weights, check_finite):
+        check(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
-    if isinstance(importance, str):
-        importance = importance_named(importance)
-    config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), importance)
+    config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), _found(importance))
     config.compensation.check(calibration)
     synthetic = isinstance(calibration, (str, SyntheticImages))
     clock = Clock(reporter(progress))
@@ -184,6 +181,11 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
     report = prune_(twin, example_inputs, **options)
     found: Plan = getattr(twin, PLAN_ATTRIBUTE)
     return found, report
+
+
+def _found(importance: Any) -> Any:
+    """The importance, if its name was given."""
+    return importance_named(importance) if isinstance(importance, str) else importance
 
 
 def _with_heads(traced: TracedModel, config: Config, images: int) -> tuple[TracedModel, Config]:

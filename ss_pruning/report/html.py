@@ -109,9 +109,6 @@ def _run(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-# ---------------------------------------------------------------- text
-
-
 def _plain(value: object) -> object:
     """What every expression of a template goes through before it is escaped."""
     return value if isinstance(value, Markup) else printable(value)

@@ -15,6 +15,7 @@ from ss_pruning.graph.probe.channel_labels import (
     Inflow,
     Labels,
     Leaf,
+    Sharing,
     Span,
     all_channels,
     heard,
@@ -180,10 +181,11 @@ def _resolved(arrival: Arrival, inflow: Inflow, labels: Labels, others: Sequence
     )
     if not len(broadcast):
         return inflow
-    more, broadcast = _pull_blocks(arrival, leaf, labels, others, broadcast)
+    pulls = _MorePulls(arrival, leaf, labels)
+    more, broadcast = pulls.by_blocks(others, broadcast)
     pairs = torch.cat([inflow.pairs, more])
-    if len(broadcast) and not _mixed(arrival, leaf, labels, broadcast):
-        pairs, broadcast = _pull_parts(arrival, leaf, labels, all_channels(arrival), pairs, broadcast)
+    if len(broadcast) and not pulls.mix(broadcast):
+        pairs, broadcast = pulls.by_parts(all_channels(arrival), pairs, broadcast)
     if inflow.heads is not None:
         broadcast = torch.cat([broadcast, apart]).unique()
     return replace(inflow, pairs=pairs, broadcast=broadcast)
@@ -223,80 +225,81 @@ def _apart(near: Mapping[int, Collection[int]]) -> list[list[int]]:
     return [numbers for numbers, _ in batches]
 
 
-def _pull_blocks(
-    arrival: Arrival, leaf: Leaf, labels: Labels, found: Sequence[Inflow], broadcast: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tell which channels feed a block of channels of their own: pooled (to more places than there were) and flattened.
+@dataclass(frozen=True)
+class _MorePulls:
+    """Further pulls from an arrival to one leaf, to tell apart channels that feed several of the arrival's."""
 
-    One place then feeds several channels, but none outside the block. Where something feeds the channels of a block one
-    by one, a gate for all of them is a gate.
+    arrival: Arrival
+    leaf: Leaf
+    labels: Labels
 
-    Returns:
-        Pairs of what is resolved so, and the channels that are not.
-    """
-    count, n = leaf.tensor.shape[leaf.axis], arrival.tensor.shape[arrival.axis]
-    resolved = [broadcast.new_empty((0, 2))]
-    for sharing in (("runs", count), ("strides", count)) if n > count > 1 and n % count == 0 else ():
-        block = torch.from_numpy(label_of(sharing, n))
-        if any(_tells_apart(inflow.pairs, block) for inflow in found):
-            continue
-        for inflow in pull_batch([(arrival, [leaf])], labels, sharing=sharing)[0]:
-            blocks = inflow.pairs[torch.isin(inflow.pairs[:, 0], broadcast)]
-            at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
-            resolved.append(torch.stack([blocks[at, 0], listeners], 1))
-            broadcast = broadcast[~torch.isin(broadcast, blocks[:, 0])]
-    return torch.cat(resolved), broadcast
+    def _pulled(self, span: Span | None = None, sharing: Sharing = None) -> list[Inflow]:
+        return pull_batch([(self.arrival, [self.leaf])], self.labels, span, sharing)[0]
+
+    def by_blocks(self, found: Sequence[Inflow], broadcast: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell which channels feed a block of channels of their own: pooled (to more places than before) and flattened.
+
+        One place then feeds several channels, but none outside the block. Where something feeds the channels of a block
+        one by one, a gate for all of them is a gate.
+
+        Returns:
+            Pairs of what is resolved so, and the channels that are not.
+        """
+        count, n = self.leaf.tensor.shape[self.leaf.axis], self.arrival.tensor.shape[self.arrival.axis]
+        resolved = [broadcast.new_empty((0, 2))]
+        for sharing in (("runs", count), ("strides", count)) if n > count > 1 and n % count == 0 else ():
+            block = torch.from_numpy(label_of(sharing, n))
+            if any(_tells_apart(inflow.pairs, block) for inflow in found):
+                continue
+            for inflow in self._pulled(sharing=sharing):
+                blocks = inflow.pairs[torch.isin(inflow.pairs[:, 0], broadcast)]
+                at, listeners = (blocks[:, 1:] == block).nonzero(as_tuple=True)
+                resolved.append(torch.stack([blocks[at, 0], listeners], 1))
+                broadcast = broadcast[~torch.isin(broadcast, blocks[:, 0])]
+        return torch.cat(resolved), broadcast
+
+    def mix(self, broadcast: Tensor) -> bool:
+        """Whether one channel hears many of those that feed several, as in attention; it hears one of a doubled stream."""
+        middle = self.arrival.tensor.shape[self.arrival.axis] // 2
+        (hears,) = heard(self.arrival, [self.leaf], self.labels, (middle, middle + 1))
+        return int(hears[broadcast].sum()) >= _STREAM
+
+    def by_parts(
+        self, span: Span, pairs: Tensor, broadcast: Tensor, patience: int = 2
+    ) -> tuple[Tensor, Tensor]:
+        """Tell apart several listeners of one channel (a stream that is concatenated twice) by looking at half of them.
+
+        Goes on while that resolves channels (with some patience for streams, whose copies may straddle the halves); a
+        gate or attention, which everything listens to, stays a broadcast.
+        """
+        middle = (span[0] + span[1]) // 2
+        if span[1] - span[0] < 2:
+            return pairs, broadcast
+        spans = ((span[0], middle), (middle, span[1]))
+        halves = [self._pulled(half) for half in spans]
+        mixed = torch.cat([broadcast[:0], *(inflow.broadcast for half in halves for inflow in half)]).unique()
+        if not set(broadcast.tolist()) - set(mixed.tolist()):
+            patience -= 1
+            if not patience or len(broadcast) < _STREAM:
+                return pairs, broadcast
+        resolved = [pairs]
+        still: list[Tensor] = [broadcast[:0]]
+        for half, found in zip(spans, halves, strict=True):
+            for inflow in found:
+                more, rest = inflow.pairs, inflow.broadcast
+                if len(rest):
+                    more, rest = self.by_parts(half, more, rest, patience)
+                resolved.append(more)
+                still.append(rest)
+        left = torch.cat(still).unique()
+        merged = torch.cat(resolved).unique(dim=0)
+        return merged[~torch.isin(merged[:, 0], left)], left
 
 
 def _tells_apart(pairs: Tensor, block: Tensor) -> bool:
     """Whether different channels of one source feed a block."""
     into = torch.stack([pairs[:, 0], block[pairs[:, 1]]], 1).unique(dim=0)[:, 1]
     return len(into.unique()) < len(into)
-
-
-def _mixed(arrival: Arrival, leaf: Leaf, labels: Labels, broadcast: Tensor) -> bool:
-    """Whether one channel hears many of those that feed several, as in attention; of a stream that comes twice, one."""
-    middle = arrival.tensor.shape[arrival.axis] // 2
-    (hears,) = heard(arrival, [leaf], labels, (middle, middle + 1))
-    return int(hears[broadcast].sum()) >= _STREAM
-
-
-def _pull_parts(
-    arrival: Arrival,
-    leaf: Leaf,
-    labels: Labels,
-    span: Span,
-    pairs: Tensor,
-    broadcast: Tensor,
-    patience: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Tell apart several listeners of one channel (a stream that is concatenated twice) by looking at half of them.
-
-    Goes on while that resolves channels (with some patience for streams, whose copies may straddle the halves); a gate
-    or attention, which everything listens to, stays a broadcast.
-    """
-    middle = (span[0] + span[1]) // 2
-    if span[1] - span[0] < 2:
-        return pairs, broadcast
-    spans = ((span[0], middle), (middle, span[1]))
-    halves = [pull_batch([(arrival, [leaf])], labels, half)[0] for half in spans]
-    mixed = torch.cat([broadcast[:0], *(inflow.broadcast for half in halves for inflow in half)]).unique()
-    if not set(broadcast.tolist()) - set(mixed.tolist()):
-        patience -= 1
-        if not patience or len(broadcast) < _STREAM:
-            return pairs, broadcast
-    resolved = [pairs]
-    still: list[Tensor] = [broadcast[:0]]
-    for half, found in zip(spans, halves, strict=True):
-        for inflow in found:
-            more, rest = inflow.pairs, inflow.broadcast
-            if len(rest):
-                more, rest = _pull_parts(arrival, leaf, labels, half, more, rest, patience)
-            resolved.append(more)
-            still.append(rest)
-    left = torch.cat(still).unique()
-    merged = torch.cat(resolved).unique(dim=0)
-    return merged[~torch.isin(merged[:, 0], left)], left
 
 
 def pull_output(tensor: Tensor, leaves: Mapping[int, Leaf], connectivity: Connectivity) -> None:
