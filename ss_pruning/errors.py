@@ -54,3 +54,8 @@ class VerificationError(SSPruningError):
 
 class FileFormatError(SSPruningError):
     """A file is truncated, damaged or was not written by this package."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without what it tells its own developers in further lines."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

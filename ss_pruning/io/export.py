@@ -16,7 +16,7 @@ from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable, replacing
 from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
-from ss_pruning.errors import InputError, ModelError, VerificationError
+from ss_pruning.errors import InputError, ModelError, VerificationError, first_line
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.io.writers import WRITERS, Format, Runner, quiet
 from ss_pruning.profiling.exported_model import require
@@ -144,9 +144,8 @@ def followed(model: nn.Module, inputs: Any, strict: bool = False) -> torch.expor
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"torch.export cannot follow the model with a free batch size ({type(error).__name__}: {first}); see "
+            f"torch.export cannot follow the model with a free batch size ({first_line(error)}); see "
             "https://docs.pytorch.org/docs/stable/export.html for what it needs"
         ) from error
 

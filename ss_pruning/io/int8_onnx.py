@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ss_pruning.errors import ModelError
+from ss_pruning.errors import ModelError, first_line
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.io.writers import quiet
 
@@ -56,9 +56,8 @@ def quantise_file(source: Path, target: Path, images: Batch) -> None:
     except (OSError, ModelError):
         raise
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"onnxruntime cannot quantise the model ({type(error).__name__}: {first}); if sizes other than the batch "
+            f"onnxruntime cannot quantise the model ({first_line(error)}); if sizes other than the batch "
             "are free in the file, export it with fixed ones"
         ) from error
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from ss_pruning._utils.running import call
-from ss_pruning.errors import ModelError, SSPruningError
+from ss_pruning.errors import ModelError, SSPruningError, first_line
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.io.export import followed
 
@@ -44,9 +44,8 @@ def quantised_program(model: nn.Module, images: Batch) -> ExportedProgram:
     except SSPruningError:
         raise
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"torchao cannot quantise the model ({type(error).__name__}: {first}); write ONNX instead, *.onnx"
+            f"torchao cannot quantise the model ({first_line(error)}); write ONNX instead, *.onnx"
         ) from error
     return followed(quantised, example)
 

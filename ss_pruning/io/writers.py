@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.running import call
-from ss_pruning.errors import ModelError
+from ss_pruning.errors import ModelError, first_line
 from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.profiling.openvino_model import OpenVinoModel
 
@@ -95,8 +95,7 @@ def _blaming_the_model(what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        first = str(cause).strip().split("\n")[0]
-        raise ModelError(f"{what} ({type(cause).__name__}: {first})") from error
+        raise ModelError(f"{what} ({first_line(cause)})") from error
 
 
 WRITERS: Mapping[Format, Writer] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.arrays import tensors_among
-from ss_pruning.errors import FileFormatError, InputError
+from ss_pruning.errors import FileFormatError, InputError, first_line
 
 
 class ExportedModel(nn.Module):
@@ -134,8 +134,3 @@ def require(what: str, extra: str, *packages: str) -> None:
             raise InputError(
                 f"{what} needs a package that is not installed ({error.name}): pip install 'ss-pruning[{extra}]'"
             ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, without what the runtime tells its own developers."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -259,7 +259,10 @@ class _MorePulls:
         return torch.cat(resolved), broadcast
 
     def mix(self, broadcast: Tensor) -> bool:
-        """Whether one channel hears many of those that feed several, as in attention; it hears one of a doubled stream."""
+        """Whether one channel hears many of those that feed several, as in attention.
+
+        Of a stream that arrives twice it hears one.
+        """
         middle = self.arrival.tensor.shape[self.arrival.axis] // 2
         (hears,) = heard(self.arrival, [self.leaf], self.labels, (middle, middle + 1))
         return int(hears[broadcast].sum()) >= _STREAM
