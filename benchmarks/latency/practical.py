@@ -38,7 +38,7 @@ from benchmarks.data import cifar
 from benchmarks.data.models import load_checkpoint
 from benchmarks.latency.scale import Peaks, cpu_seconds, give_back, resident
 from ss_pruning._utils.files import write_text
-from ss_pruning._utils.progress import in_words, seconds_left
+from ss_pruning._utils.progress import seconds_left, time_in_words
 from ss_pruning.compensation.synthetic_data import _natural_noise
 
 MACS, IMAGES, CIFAR_IMAGES = 0.5, 240, 512
@@ -207,7 +207,7 @@ def expectations(runs: dict[str, Any]) -> list[str]:
     for net, way, run in found:
         expected, took = sum(run["expected_seconds"].values()), run["wall_seconds"]
         rows.append(
-            f"| {net} | {way} | {in_words(expected)} | {expected:.0f} | {took:.0f} | {took / expected:.2f} | "
+            f"| {net} | {way} | {time_in_words(expected)} | {expected:.0f} | {took:.0f} | {took / expected:.2f} | "
             f"{run['told_after_a_tenth']:.2f} |"
         )
     return [

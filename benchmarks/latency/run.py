@@ -34,7 +34,7 @@ from ss_pruning._utils.arrays import Floats
 from ss_pruning.cli.bench import file_bytes
 from ss_pruning.config import Allocation
 from ss_pruning.planning.costs import Costs
-from ss_pruning.profiling.comparison import DTYPES, LAYOUTS, Setting, compare, settings
+from ss_pruning.profiling.comparison import DTYPES, LAYOUTS, Setting, compare_speeds, settings
 from ss_pruning.profiling.latency import machine
 from ss_pruning.report.records import Report
 
@@ -119,7 +119,7 @@ class Bench:
             return
         made = {way: self.at_budget(net, way) for way in ("dense", *ways)}
         models = {way: model for way, (model, _) in made.items()}
-        found = compare(models, self.size, setting, self.device, seconds=_LIMIT)
+        found = compare_speeds(models, self.size, setting, self.device, seconds=_LIMIT)
         for way, ratio in found.ratios.items():
             milliseconds = 1000 * found.speeds[way].seconds
             print(f"  {net}, {setting}, {way}: {milliseconds:.1f} ms, {ratio:.3f}", flush=True)
@@ -164,7 +164,7 @@ class Bench:
                 continue
             dense = dense_net(net)
             model, report = self.pruned(dense, setting, Allocation(), latency=target)
-            again = compare(
+            again = compare_speeds(
                 {"dense": dense, "pruned": model}, self.size, setting, self.device, seconds=_LIMIT
             )
             self.line(
@@ -201,7 +201,7 @@ class Bench:
                         calibration=pictures,
                     )
                 setting = Setting(batch=128, layout="channels_last")
-                again = compare(
+                again = compare_speeds(
                     {"dense": dense, "pruned": model}, (3, 32, 32), setting, self.device, seconds=10.0
                 )
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

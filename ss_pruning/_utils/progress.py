@@ -71,7 +71,7 @@ class Clock:
     def expect(self, seconds: Mapping[str, float]) -> None:
         """From now on tell how far all of this is."""
         self.expected = dict(seconds)
-        _log.info("pruning takes %s", in_words(sum(seconds.values())))
+        _log.info("pruning takes %s", time_in_words(sum(seconds.values())))
         self._tell(self._running[-1])
 
     def _step(self, done: float, total: float) -> None:
@@ -152,10 +152,10 @@ def seconds_left(passed: float, done: float, total: float) -> float:
     return max(total - done, 0.0) * pace
 
 
-def in_words(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """A time as people say it.
 
-    >>> in_words(3), in_words(47), in_words(100), in_words(250), in_words(9000)
+    >>> time_in_words(3), time_in_words(47), time_in_words(100), time_in_words(250), time_in_words(9000)
     ('a few seconds', 'about 50 seconds', 'about 2 minutes', 'about 4 minutes', 'about 2.5 hours')
     """
     if seconds < 10:

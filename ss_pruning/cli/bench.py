@@ -20,7 +20,7 @@ from ss_pruning.compensation.fidelity import Reference
 from ss_pruning.errors import InputError
 from ss_pruning.importance.calibration import gather
 from ss_pruning.io.checkpoint import packed
-from ss_pruning.profiling.comparison import Comparison, Setting, compare
+from ss_pruning.profiling.comparison import Setting, SpeedComparison, compare_speeds
 from ss_pruning.profiling.exported_model import ExportedModel
 from ss_pruning.profiling.latency import machine
 from ss_pruning.profiling.runtimes import RUNTIMES
@@ -57,12 +57,12 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchResult:
     """All that was measured, by name of the model; the first one is what the others are compared with."""
 
     machine: dict[str, str]
     file_bytes: dict[str, int]
-    comparisons: list[Comparison]
+    comparisons: list[SpeedComparison]
     outputs: Worth | None
 
     def to_json(self) -> str:
@@ -77,18 +77,18 @@ def file_bytes(model: nn.Module) -> int:
 
 def measure(
     wanted: Compared, settings: Sequence[Setting], device: str | None, progress: Progress
-) -> Measured:
+) -> BenchResult:
     """Open what is to be measured, and measure it in each setting."""
     models, sizes, preprocess = _opened(wanted)
     place = torch.device("cpu") if device is None and wanted.exported else jobs.device_named(device)
     found = []
     for done, setting in enumerate(settings):
         progress(f"timing: {setting}", done, len(settings))
-        found.append(compare(models, preprocess.size, setting, place))
+        found.append(compare_speeds(models, preprocess.size, setting, place))
     # A dense model without weights costs the same time; its outputs mean nothing.
     alive = {name: model for name, model in models.items() if name != "dense" or wanted.weights}
     outputs = worth(alive, wanted, preprocess) if len(alive) > 1 or wanted.data else None
-    return Measured(machine(place), sizes, found, outputs)
+    return BenchResult(machine(place), sizes, found, outputs)
 
 
 def _opened(wanted: Compared) -> tuple[dict[str, nn.Module], dict[str, int], Preprocess]:
@@ -168,7 +168,7 @@ class _Flat(nn.Module):
         return tuple(leaf for leaf in pytree.tree_leaves(self.model(x)) if isinstance(leaf, Tensor))
 
 
-def table(found: Measured) -> Table:
+def table(found: BenchResult) -> Table:
     """What was measured, for the terminal: a column for each model."""
     first, *others = found.file_bytes
     where = ", ".join(f"{key} {value}" for key, value in found.machine.items())
@@ -176,7 +176,7 @@ def table(found: Measured) -> Table:
     return rich_table(title, ("", *found.file_bytes), _rows(found), where)
 
 
-def _rows(found: Measured) -> Iterator[list[str]]:
+def _rows(found: BenchResult) -> Iterator[list[str]]:
     sizes, first = found.file_bytes, next(iter(found.file_bytes))
     for comparison in found.comparisons:
         yield []
@@ -190,7 +190,7 @@ def _rows(found: Measured) -> Iterator[list[str]]:
         yield from _worth_rows(found.outputs, list(sizes))
 
 
-def _speed_rows(comparison: Comparison, first: str) -> Iterator[list[str]]:
+def _speed_rows(comparison: SpeedComparison, first: str) -> Iterator[list[str]]:
     speeds = comparison.speeds.values()
     yield ["  median", *(_milli(speed.seconds) for speed in speeds)]
     yield ["  middle half", *(f"{_milli(speed.low)} to {_milli(speed.high)}" for speed in speeds)]

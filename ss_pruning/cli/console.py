@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ss_pruning._utils import progress
-from ss_pruning._utils.progress import in_words, listening, seconds_left
+from ss_pruning._utils.progress import listening, seconds_left, time_in_words
 from ss_pruning.report.formatting import printable
 
 PRUNING = "pruning"
@@ -151,5 +151,7 @@ def shown_as(name: str, update: progress.Progress) -> AbstractContextManager[Non
 def _left(job: str, passed: float, done: int, total: int) -> str:
     """What is left of a job, in words; nothing where nobody knows yet, or all is done."""
     if job == PRUNING and total > 1:
-        return f"{in_words(seconds_left(passed, done / 1000, total / 1000))} left" if done < total else ""
-    return f"{in_words(passed * (total - done) / done)} left" if 0 < done < total else ""
+        return (
+            f"{time_in_words(seconds_left(passed, done / 1000, total / 1000))} left" if done < total else ""
+        )
+    return f"{time_in_words(passed * (total - done) / done)} left" if 0 < done < total else ""

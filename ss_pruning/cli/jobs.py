@@ -15,7 +15,7 @@ import torch
 from ss_pruning._utils.arrays import random_inputs
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import write_together
-from ss_pruning._utils.progress import Progress, in_words
+from ss_pruning._utils.progress import Progress, time_in_words
 from ss_pruning.cli.console import PRUNING, banner, note, shown_as
 from ss_pruning.cli.request import DATA, Rebuilt, Request, Source
 from ss_pruning.config import SYNTHETIC, Compensation, Synaptic, SyntheticImages
@@ -136,7 +136,7 @@ def preprocess_of(default: Preprocess, request: Source | Rebuilt) -> Preprocess:
     """Apply --input-size, --mean and --std."""
     changes: dict[str, Any] = {}
     if request.input_size is not None:
-        size = size_of(request.input_size)
+        size = read_size(request.input_size)
         changes["size"] = size
         if size[1:] != default.size[1:]:
             changes["crop"] = 1.0  # a size that the model's own crop was not made for: use the whole image
@@ -148,7 +148,7 @@ def preprocess_of(default: Preprocess, request: Source | Rebuilt) -> Preprocess:
     return dataclasses.replace(default, **changes)
 
 
-def size_of(text: str) -> tuple[int, ...]:
+def read_size(text: str) -> tuple[int, ...]:
     """Read `CxHxW`, or `CxL`, or `CxDxHxW`."""
     parts = text.lower().replace(",", "x").split("x")
     if not 2 <= len(parts) <= 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -296,7 +296,7 @@ def _stage(progress: Progress, told: list[int], name: str, done: int, total: int
     """Show how far pruning is; what it is expected to take is said once, where it is worth saying."""
     if not told and total >= 1000 * _WORTH_SAYING:
         told.append(total)
-        note(f"Pruning takes {in_words(total / 1000)}.")
+        note(f"Pruning takes {time_in_words(total / 1000)}.")
     progress(f"{PRUNING}: {name}", done, total)
 
 

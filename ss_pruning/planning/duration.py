@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.hooks import hooked
-from ss_pruning._utils.progress import in_words
+from ss_pruning._utils.progress import time_in_words
 from ss_pruning._utils.running import output_of
 from ss_pruning.compensation.apply import LEAST_HELD_OUT
 from ss_pruning.compensation.fidelity import HELD_OUT
@@ -48,7 +48,7 @@ _LEAST_INPUTS = 32
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWork:
     """What a layer has to do with one input.
 
     Attributes:
@@ -70,7 +70,7 @@ class Layer:
     groups: int
 
 
-def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
+def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, LayerWork]:
     """By path, the layers with weights, in the order in which they run."""
     found: dict[str, tuple[int, float]] = {}
     weighted = {path: traced.modules[path] for path in traced.connectivity.weighted}
@@ -88,7 +88,7 @@ def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, Layer]:
         assert isinstance(weight, Tensor)
         columns = weight[0].numel()
         inputs = max(traced.connectivity.layers[path].inputs // groups, 1)
-        layers[path] = Layer(over / total, reads, positions, len(weight), inputs, columns, groups)
+        layers[path] = LayerWork(over / total, reads, positions, len(weight), inputs, columns, groups)
         over += macs.get(path, 0)
     return layers
 
@@ -99,7 +99,7 @@ class Duration:
 
     traced: TracedModel
     config: Config
-    layers: dict[str, Layer]
+    layers: dict[str, LayerWork]
     rates: Rates
 
     def seconds(self, fitted: int, held_out: int, effort: Effort) -> dict[str, float]:
@@ -278,7 +278,8 @@ def work_within(
     if seconds is None or found.total <= seconds:
         return found
     return replace(
-        found, traded=(*found.traded, f"no more could be given up, and {in_words(found.total)} were expected")
+        found,
+        traded=(*found.traded, f"no more could be given up, and {time_in_words(found.total)} were expected"),
     )
 
 

@@ -19,7 +19,7 @@ from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import plan_for, schedule
 from ss_pruning.planning.head_dimensions import Dimensions, HeadDimensions
-from ss_pruning.planning.search import Attempt, GroupBisection
+from ss_pruning.planning.search import GroupBisection, TryGroups
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number, Verified, pattern
 from ss_pruning.surgery.verification import Verifier
@@ -162,14 +162,14 @@ class _Trials:
         self.fixed = known  # numbers were fixed until shapes fitted: others may have to be
         return next((groups for groups in choices if self._survives(groups, self._attempt(groups))), None)
 
-    def _survives(self, groups: Groups, attempt: Attempt) -> bool:
+    def _survives(self, groups: Groups, attempt: TryGroups) -> bool:
         """Whether that succeeds with some numbers fixed, which only happen to equal a width."""
         together = PruningGroup(tuple(subgroup for group in groups for subgroup in group.subgroups))
         search = GroupBisection([together], attempt, self.fixed)
         search.search([0])
         return not search.failed
 
-    def _attempt(self, groups: Groups, *, by_values: bool = True) -> Attempt:
+    def _attempt(self, groups: Groups, *, by_values: bool = True) -> TryGroups:
         """Verifies the model when these have lost half, on shapes or further on values."""
         plan, selection = self._half(groups)
 

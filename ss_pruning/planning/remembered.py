@@ -20,11 +20,10 @@ from ss_pruning._utils.outputs import tensors_in
 from ss_pruning._utils.running import output_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.sensitivity import Scores
 
 #: Whatever took less than so many seconds is not worth a file.
 WORTH = 5.0
-
-Measured = list[list[Floats]]
 
 
 @cache
@@ -58,9 +57,7 @@ def key_of(traced: TracedModel, images: Batch, scores: Sequence[Sequence[Floats]
     return f"measured-{whole[:24]}"
 
 
-def remembered(
-    key: str | None, measure: Callable[[], Measured], shapes: Sequence[Sequence[Floats]]
-) -> Measured:
+def remembered(key: str | None, measure: Callable[[], Scores], shapes: Sequence[Sequence[Floats]]) -> Scores:
     """What is kept under a key, in these shapes, or what is measured now; without a key nothing is kept."""
     known = None if key is None else files.read(key)
     if known is not None and (found := _unpacked(known, shapes)) is not None:
@@ -74,7 +71,7 @@ def remembered(
     return result
 
 
-def _unpacked(tensors: dict[str, Tensor], shapes: Sequence[Sequence[Floats]]) -> Measured | None:
+def _unpacked(tensors: dict[str, Tensor], shapes: Sequence[Sequence[Floats]]) -> Scores | None:
     """As it was measured; None where the file holds something else."""
     values, sizes = tensors.get("values"), [len(part) for group in shapes for part in group]
     if (

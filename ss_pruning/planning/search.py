@@ -121,13 +121,13 @@ class _Trial:
 _PATIENCE = 20
 
 #: What groups have in common that are alike: the layers they touch; and, to be the same, the sizes of their subgroups.
-Kind = tuple[tuple[str, str], ...]
-Size = tuple[int, ...]
+Touched = tuple[tuple[str, str], ...]
+Sizes = tuple[int, ...]
 
 
 #: Verifies the cut of some groups, with some numbers fixed, or raises `VerificationError`; whether the error has to say
 #: where it goes wrong.
-Attempt = Callable[[Collection[int], Collection[Number], bool], Verified]
+TryGroups = Callable[[Collection[int], Collection[Number], bool], Verified]
 
 
 @dataclass
@@ -144,14 +144,14 @@ class GroupBisection:
     """
 
     groups: Sequence[PruningGroup]
-    attempt: Attempt
+    attempt: TryGroups
     fixed: set[Number]
     sound: set[int] = field(default_factory=set)
     verified: Verified | None = None
     failed: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.same: list[tuple[Kind, Size]] = [
+        self.same: list[tuple[Touched, Sizes]] = [
             (_kind(group), tuple(c.size for c in group.subgroups)) for group in self.groups
         ]
 
@@ -181,14 +181,14 @@ class GroupBisection:
 
     def _undecided(self, part: list[int], stack: list[list[int]]) -> list[int]:
         """What is worth a trial now. The same as what failed fails as well; alike ones come last, one of each first."""
-        known: dict[tuple[Kind, Size], int] = {}
+        known: dict[tuple[Touched, Sizes], int] = {}
         for i in self.failed:
             known.setdefault(self.same[i], i)
         if len(part) == 1 and self.same[part[0]] not in known:
             return part
         kinds, passed = {kind for kind, _ in known}, {self.same[i] for i in self.sound}
         fresh: list[int] = []
-        doubtful: dict[tuple[Kind, Size], list[int]] = {}
+        doubtful: dict[tuple[Touched, Sizes], list[int]] = {}
         for i in part:
             same = self.same[i]
             if same in known:
@@ -280,7 +280,7 @@ def _shared(path: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _kind(group: PruningGroup) -> Kind:
+def _kind(group: PruningGroup) -> Touched:
     return tuple(
         sorted({(pattern(m.path), m.side) for subgroup in group.subgroups for m in subgroup.members})
     )

@@ -67,7 +67,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpeedComparison:
     """Models in one setting: by name their speeds, and median and quartiles of their shares of the first one's time."""
 
     setting: Setting
@@ -102,13 +102,13 @@ def settings(
     return found
 
 
-def compare(
+def compare_speeds(
     models: dict[str, nn.Module],
     size: Sequence[int],
     setting: Setting,
     device: torch.device,
     seconds: float = 60.0,
-) -> Comparison:
+) -> SpeedComparison:
     """Time models in turns in one setting."""
     x = random_inputs(setting.batch, size)
     if setting.layout == "channels_last" and x.dim() != 4:
@@ -134,7 +134,7 @@ def compare(
     }
     ratios = {name: timing.over(first) for name, timing in by_name.items()}
     spreads = {name: timing.spread_over(first) for name, timing in by_name.items()}
-    return Comparison(setting, len(first.seconds), speeds, ratios, spreads)
+    return SpeedComparison(setting, len(first.seconds), speeds, ratios, spreads)
 
 
 def _check_exported(setting: Setting, device: torch.device) -> None:

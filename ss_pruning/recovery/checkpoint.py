@@ -18,7 +18,7 @@ from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import write_bytes
 from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import FileFormatError, InputError
-from ss_pruning.recovery.report import Fidelity, Measured
+from ss_pruning.recovery.report import Fidelity, Moment
 from ss_pruning.recovery.training import Training
 
 _KEY = "ss_pruning_recovery"
@@ -91,7 +91,7 @@ class Checkpoint:
         for name in _NUMBERS:
             setattr(state, name, note[name])
         state.before, state.after = Fidelity(**note["before"]), Fidelity(**note["after"])
-        state.history = [Measured(m["step"], m["loss"], Fidelity(**m["fidelity"])) for m in note["history"]]
+        state.history = [Moment(m["step"], m["loss"], Fidelity(**m["fidelity"])) for m in note["history"]]
 
     def _recipe(self) -> str:
         """A digest of all that decides what comes out."""

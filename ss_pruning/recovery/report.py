@@ -29,7 +29,7 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Moment:
     """How far the training was at one moment.
 
     Attributes:
@@ -67,7 +67,7 @@ class RecoveryReport:
     held_out: int
     before: Fidelity
     after: Fidelity
-    history: tuple[Measured, ...]
+    history: tuple[Moment, ...]
     best_step: int
     steps: int
     seconds: float

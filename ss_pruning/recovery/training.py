@@ -16,7 +16,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss
-from ss_pruning.recovery.report import Fidelity, Measured
+from ss_pruning.recovery.report import Fidelity, Moment
 from ss_pruning.recovery.settings import Recovery
 from ss_pruning.recovery.views import another_view
 
@@ -95,7 +95,7 @@ class State:
     seconds: float = 0.0
     best_step: int = 0
     first_loss: float | None = None
-    history: list[Measured] = field(default_factory=list)
+    history: list[Moment] = field(default_factory=list)
     stopped: str | None = None
     turns: int = 0
 
@@ -208,7 +208,7 @@ class Training:
         loss = float(torch.stack(self.losses).mean())
         self.losses.clear()
         fidelity = self.held_out.measure()
-        state.history.append(Measured(state.step, loss, fidelity))
+        state.history.append(Moment(state.step, loss, fidelity))
         if fidelity.error < state.after.error:
             state.best, state.best_step, state.after = _copies(state.weights), state.step, fidelity
         elif not fidelity.error < state.before.error * self._allowed():

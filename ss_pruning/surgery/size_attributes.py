@@ -305,7 +305,7 @@ class Verified:
 
 
 #: Verifies a plan with some numbers as they were.
-Attempt = Callable[[Collection[Number]], Verified]
+TryNumbers = Callable[[Collection[Number]], Verified]
 
 
 @dataclass
@@ -320,7 +320,7 @@ class FewestNumbers:
     idle: frozenset[Number]
     needed: set[Number] = field(default_factory=set)
 
-    def verified(self, attempt: Attempt, fixed: frozenset[Number], last: bool) -> Verified:
+    def verified(self, attempt: TryNumbers, fixed: frozenset[Number], last: bool) -> Verified:
         """Verify, and let no number follow without which the cut model is as right: it only happens to equal a width.
 
         Alike blocks are one; what was found for them holds for later plans, too. A plan that fails is tried once more
@@ -354,7 +354,7 @@ class FewestNumbers:
 
     def _without(
         self,
-        attempt: Attempt,
+        attempt: TryNumbers,
         fixed: frozenset[Number],
         numbers: Collection[Number],
     ) -> Verified | None:

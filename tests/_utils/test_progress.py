@@ -106,4 +106,4 @@ def test_after_a_tenth_the_rest_is_known_within_a_factor_of_two(
      (6000, "about 1.7 hours")],
 )  # fmt: skip
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert progress.in_words(seconds) == words
+    assert progress.time_in_words(seconds) == words

@@ -11,7 +11,7 @@ import pytest
 from ss_pruning.cli import bench as benching
 from ss_pruning.errors import InputError
 from ss_pruning.profiling import comparison
-from ss_pruning.profiling.comparison import compare, settings
+from ss_pruning.profiling.comparison import compare_speeds, settings
 from ss_pruning.profiling.latency import Timing
 from tests.profiling.test_latency import CPU, Net
 from tests.support.snapshot import snapshot
@@ -25,24 +25,24 @@ def test_bench_agrees_with_itself_and_says_where_it_cannot_tell(
     pruned = tuple(seconds * share for seconds, share in zip(dense, shares * 2, strict=True))
     monkeypatch.setattr(comparison, "measure_latency", lambda *_, **__: [Timing(dense), Timing(pruned)])
     (setting,) = settings([4])
-    found = compare({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU)
+    found = compare_speeds({"dense": Net(8), "pruned": Net(8)}, (3, 8, 8), setting, CPU)
     seconds = {name: speed.seconds for name, speed in found.speeds.items()}
     assert seconds["pruned"] / seconds["dense"] == pytest.approx(found.ratios["pruned"])
     assert (found.speeds["dense"].low, found.speeds["dense"].high) == Timing(dense).spread
     assert found.speeds["pruned"].low == pytest.approx(seconds["dense"] * found.spreads["pruned"][0])
     console = pytest.importorskip("rich.console").Console(width=120, file=io.StringIO())
-    console.print(benching.table(benching.Measured({}, {"dense": 2, "pruned": 1}, [found], None)))
+    console.print(benching.table(benching.BenchResult({}, {"dense": 2, "pruned": 1}, [found], None)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.count("too noisy to tell") == noisy
     (other,) = settings([4], layouts=["channels_last"])
     with pytest.raises(InputError, match="channels_last is a layout of images"):
-        compare({"dense": Net(8)}, (3, 8), other, CPU)
+        compare_speeds({"dense": Net(8)}, (3, 8), other, CPU)
 
 
 def test_comparisons_hold_what_they_say() -> None:
     dense, small = Net(256), Net(8)
     (setting,) = settings([4])
-    found = compare({"dense": dense, "pruned": small}, (3, 32, 32), setting, CPU)
+    found = compare_speeds({"dense": dense, "pruned": small}, (3, 32, 32), setting, CPU)
     assert found.ratios["dense"] == 1.0
     assert found.ratios["pruned"] < 1.0
     for speed in found.speeds.values():
@@ -64,7 +64,7 @@ def test_every_setting_runs_and_leaves_the_models_alone() -> None:
         "batch 1, bf16, channels_last",
     ]
     for setting in wanted:
-        compare({"dense": dense, "pruned": small}, (3, 8, 8), setting, CPU, seconds=0.1)
+        compare_speeds({"dense": dense, "pruned": small}, (3, 8, 8), setting, CPU, seconds=0.1)
     assert (snapshot(dense), snapshot(small)) == before
 
 
