@@ -133,7 +133,7 @@ def test_what_a_run_has_is_not_measured_again(tmp_path: Path, monkeypatch: pytes
     def small(bench: Any, net: str, way: str) -> tuple[None, dict[str, float]]:
         return None, {"macs_kept": 0.5, "params_kept": 0.5, "file": 0.5}
 
-    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "compare_speeds", compare)
     monkeypatch.setattr(latency.Bench, "at_budget", small)
     common = ["latency", "--batch", "2", "--parts", "budget", "compiled", "--results", str(results)]
     monkeypatch.setattr("sys.argv", [*common, "--run", "a"])
