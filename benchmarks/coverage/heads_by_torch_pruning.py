@@ -21,7 +21,7 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Selection
 from ss_pruning.graph.layers import is_norm, width
 from ss_pruning.graph.tracing import trace
-from ss_pruning.surgery.masked_model import masked
+from ss_pruning.surgery.equivalence.masked_model import masked
 
 _COUNTS = ("num_heads", "num_attention_heads", "heads", "n_heads")
 _PARTS = ("qkv", "kv", "q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj", "to_q", "to_kv")

@@ -28,7 +28,7 @@ from ss_pruning.graph.refusals import check_bare, check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import from_norms, norm_scales
 from ss_pruning.importance.strength import at_synapses, by_kernel, inner_paths, kernel_powers
-from ss_pruning.surgery.agreement import compare
+from ss_pruning.surgery.equivalence.agreement import compare
 
 # Relative difference of outputs in float64 that counts as rounding.
 _EQUAL = 1e-9

@@ -11,8 +11,8 @@ from ss_pruning._utils.copying import shell
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import output_of
 from ss_pruning.graph.attention import make_prunable_
-from ss_pruning.surgery.agreement import compare
-from ss_pruning.surgery.precision import PRECISIONS, stirred
+from ss_pruning.surgery.equivalence.agreement import compare
+from ss_pruning.surgery.equivalence.precision import PRECISIONS, stirred
 
 
 def with_prunable_attention(model: nn.Module, example_inputs: Any) -> nn.Module:

@@ -7,7 +7,7 @@ the kept channels alone.
 
 Compared is all that the model returns (`ss_pruning._utils.outputs`): numbers to within rounding, whole numbers exactly.
 Where the model decides on numbers (top-k, suppression), the cut model is held to the decisions of the masked one as
-long as it decides on the same (`ss_pruning.surgery.decisions`).
+long as it decides on the same (`ss_pruning.surgery.equivalence.decisions`).
 
 The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
 a branch that contributes nothing would hide a wrong cut. What is not constant it shares with the model, and its
@@ -38,25 +38,24 @@ from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup, Selection
 from ss_pruning.graph.tracing import trace
-from ss_pruning.surgery.agreement import (
+from ss_pruning.surgery.channel_order import reordered
+from ss_pruning.surgery.equivalence.agreement import (
     certified,
     check_comparable,
     compare,
     decisions_that_tell,
     that_tell,
 )
-from ss_pruning.surgery.channel_order import reordered
-from ss_pruning.surgery.decisions import Decision, Holding, Recording
+from ss_pruning.surgery.equivalence.decisions import Decision, Holding, Recording
+from ss_pruning.surgery.equivalence.masked_model import masked
+from ss_pruning.surgery.equivalence.precision import PRECISIONS, stirred
 from ss_pruning.surgery.factors import multiply_
-from ss_pruning.surgery.masked_model import masked
+from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.plan import Plan, set_number
-from ss_pruning.surgery.precision import PRECISIONS, stirred
 from ss_pruning.surgery.size_attributes import (
-    FewestNumbers,
     Number,
     Parts,
     SizeAttributes,
-    Verified,
     head_numbers,
     never_named,
     part_sizes,

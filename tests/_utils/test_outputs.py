@@ -17,8 +17,8 @@ from ss_pruning import prune_
 from ss_pruning._utils.outputs import tensors_in, values_in
 from ss_pruning.errors import ModelError, VerificationError
 from ss_pruning.graph import trace
-from ss_pruning.surgery.agreement import compare
-from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.equivalence.agreement import compare
+from ss_pruning.surgery.equivalence.decisions import Holding, Recording
 
 Pair = namedtuple("Pair", "logits features")
 

@@ -14,7 +14,7 @@ from ss_pruning.errors import InputError, SSPruningError
 from ss_pruning.graph.tracing import trace, trace_outputs
 from ss_pruning.recovery.places import find_places
 from ss_pruning.sources.demo import digits_resnet
-from ss_pruning.surgery.masked_model import masked
+from ss_pruning.surgery.equivalence.masked_model import masked
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE
 from tests.support.snapshot import snapshot
 from tests.support.zoo import ZOO, Net

@@ -430,7 +430,7 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
 
 
 def test_nan_is_no_agreement() -> None:
-    from ss_pruning.surgery.agreement import compare
+    from ss_pruning.surgery.equivalence.agreement import compare
 
     with pytest.raises(VerificationError, match="nan"):
         compare(torch.ones(2), torch.tensor([1.0, torch.nan]), 1.0)

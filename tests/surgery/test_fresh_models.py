@@ -18,7 +18,7 @@ from ss_pruning import prune_
 from ss_pruning.errors import SSPruningError
 from ss_pruning.graph import trace
 from ss_pruning.graph.layers import channel_axis, kind_of
-from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.equivalence.decisions import Holding, Recording
 from tests.support import oracle
 
 QUICK = ("ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn")
@@ -238,7 +238,7 @@ def test_the_difference_is_that_of_what_is_decided_on() -> None:
 
 
 def test_a_report_says_how_near_the_numbers_are_that_were_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ss_pruning.surgery.decisions.difference", lambda a, b: 4e-13)
+    monkeypatch.setattr("ss_pruning.surgery.equivalence.decisions.difference", lambda a, b: 4e-13)
     torch.manual_seed(0)
     report = prune_(Finds().eval(), torch.randn(1, 3, 12, 12), ratio=0.5)
     assert (report.by_decisions, report.max_error) == (True, 4e-13)

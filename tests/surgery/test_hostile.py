@@ -20,8 +20,8 @@ from ss_pruning._utils import memento as _memento
 from ss_pruning._utils.outputs import values_in
 from ss_pruning.errors import ModelError, SSPruningError, VerificationError
 from ss_pruning.graph import trace
-from ss_pruning.surgery.agreement import compare, difference
-from ss_pruning.surgery.decisions import Holding, Recording
+from ss_pruning.surgery.equivalence.agreement import compare, difference
+from ss_pruning.surgery.equivalence.decisions import Holding, Recording
 from tests.support.odd_models import first_difference, odd_model, state_of
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))

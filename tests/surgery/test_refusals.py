@@ -21,8 +21,8 @@ from ss_pruning.errors import InputError, ModelError, NothingToPruneError, PlanE
 from ss_pruning.graph import TracedModel, couple, trace
 from ss_pruning.graph.layers import is_linear_in_weight
 from ss_pruning.planning.allocation import to_plan
-from ss_pruning.surgery.agreement import compare
 from ss_pruning.surgery.cut import Cut
+from ss_pruning.surgery.equivalence.agreement import compare
 from ss_pruning.surgery.factors import Factor
 from ss_pruning.surgery.plan import Attribute
 from ss_pruning.surgery.verification import Verifier

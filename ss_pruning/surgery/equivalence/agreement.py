@@ -15,7 +15,7 @@ from ss_pruning._utils.outputs import Value, tensors_in, values_in
 from ss_pruning.errors import ModelError, VerificationError
 
 if TYPE_CHECKING:
-    from ss_pruning.surgery.decisions import Decision, Holding
+    from ss_pruning.surgery.equivalence.decisions import Decision, Holding
 
 _NUMBERS = (Tensor, np.ndarray, bool, int, float, complex)
 # From here on a number may be what a mask is filled with, if no other comes within a factor of it.

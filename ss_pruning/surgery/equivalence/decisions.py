@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ss_pruning.surgery.agreement import difference
+from ss_pruning.surgery.equivalence.agreement import difference
 
 _COMPARES = {
     *("eq", "ne", "gt", "ge", "lt", "le", "isclose", "isnan", "isinf", "isfinite"),
