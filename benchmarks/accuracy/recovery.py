@@ -2,9 +2,12 @@
 
 A net is cut by `prune_` with `reconstruct` on 512 training images without labels, drawn by the seed, and recovered on
 the same ones. With `--source synthetic` no image is used: images are made from batch norms, for the cut and for the
-recovery. The residual stream of the ResNets stays whole. Each length is a training of its own, from the cut on.
+recovery. With `--source labels` the cut is fine-tuned with the labels of the 512 images instead, on as many of them as
+that many steps see. The residual stream of the ResNets stays whole. Each length is a training of its own, from the cut
+on.
 
     python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 1000 --seeds 0 1 2
+    python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 60 125 250 500 --seeds 0 --source labels
     python -m benchmarks.accuracy.recovery resnet56:0.47 --steps 250 1000 --source synthetic
     python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 200 --split train --rate 0.002
     python -m benchmarks.accuracy.recovery --page
@@ -30,6 +33,8 @@ import torch
 from torch import nn
 
 import ss_pruning
+from benchmarks.accuracy import recovery_curve
+from benchmarks.accuracy.run import finetune
 from benchmarks.common import DATA, DOCS, RESULTS, made_on, versions
 from benchmarks.data.cifar import Images, as_input, draw, load, top1
 from benchmarks.data.models import load_net, stream_layers
@@ -37,6 +42,8 @@ from ss_pruning.profiling.latency import machine
 
 LINES = RESULTS / "recovery.jsonl"
 COUNT = 512
+#: Images a step of recovery.
+STEP = 64
 #: What was hoped for before any of it was built, top-1 in %.
 AIMS = {
     ("resnet20", 0.5, "images"): 89.6,
@@ -81,40 +88,49 @@ def runs(options: argparse.Namespace) -> Iterator[Line]:
         lengths = [steps for steps in options.steps if (*setting, steps) not in done]
         if not lengths:
             continue
-        x, test = as_input(draw(train, COUNT, seed)[0]), scored(options.split, train, options.data, seed)
-        images = x if options.source == "images" else ss_pruning.SyntheticImages(seed=seed)
+        drawn, test = draw(train, COUNT, seed), scored(options.split, train, options.data, seed)
+        x = as_input(drawn[0])
+        images = ss_pruning.SyntheticImages(seed=seed) if options.source == "synthetic" else x
         dense = load_net(net, options.data, options.weights)
         pruned, minutes = cut(dense, net, macs, images, x)
         before = {"dense": top1(dense, test), "cut": top1(pruned, test), "minutes_cut": minutes}
         for steps in lengths:
-            model, begin = copy.deepcopy(pruned), time.perf_counter()
-            report = ss_pruning.recover_(
-                model,
-                dense,
-                images,
-                example_inputs=x[:1],
-                steps=steps,
-                settings=ss_pruning.Recovery(rate=options.rate, seed=seed),
-            )
-            taken = (time.perf_counter() - begin) / 60
+            model, begin, began = copy.deepcopy(pruned), time.perf_counter(), time.process_time()
+            if options.source == "labels":
+                finetune(model, drawn, steps * STEP, seed)
+                noted = {}
+            else:
+                noted = recovered(
+                    model, dense, images, steps, ss_pruning.Recovery(rate=options.rate, seed=seed)
+                )
             yield {
                 **dict(zip(_KEY, (*setting, steps), strict=True)),
                 **before,
+                "minutes": (time.perf_counter() - begin) / 60,
+                "cpu_minutes": (time.process_time() - began) / 60,
                 "recovered": top1(model, test),
-                "minutes": taken,
-                "best_step": report.best_step,
-                "error_before": report.before.error,
-                "error_after": report.after.error,
+                **noted,
                 "machine": machine(x.device),
                 "versions": versions(),
             }
+
+
+def recovered(
+    model: nn.Module, dense: nn.Module, images: Any, steps: int, settings: ss_pruning.Recovery
+) -> Line:
+    """Recover the model, and say how that went."""
+    report = ss_pruning.recover_(
+        model, dense, images, example_inputs=torch.zeros(1, 3, 32, 32), steps=steps, settings=settings
+    )
+    errors = {"error_before": report.before.error, "error_after": report.after.error}
+    return {"best_step": report.best_step, **errors}
 
 
 def page(lines: Iterable[Line]) -> str:
     """docs/recovery.md: what was measured on test images."""
     lines = [line for line in lines if line["split"] == "test"]
     cells = defaultdict(list)
-    for line in lines:
+    for line in (line for line in lines if line["source"] != "labels"):
         cells[line["net"], line["macs"], line["source"], line["steps"]].append(line)
     rows = [
         "| model | MACs kept | images | steps | minutes | dense | cut + reconstruct | recovered | aim | seeds |",
@@ -143,13 +159,14 @@ def page(lines: Iterable[Line]) -> str:
             "",
             *rows,
             "",
+            *recovery_curve.section(lines),
             f"Made by `python -m benchmarks.accuracy.recovery`, {made_on(lines)}.",
             "",
         ]
     )
 
 
-def _net(text: str) -> tuple[str, float]:
+def net_and_macs(text: str) -> tuple[str, float]:
     name, _, macs = text.partition(":")
     return name, float(macs)
 
@@ -158,10 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("nets", nargs="*", type=_net, metavar="NET:MACS")
+    parser.add_argument("nets", nargs="*", type=net_and_macs, metavar="NET:MACS")
     parser.add_argument("--steps", nargs="+", type=int, default=[1000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--source", choices=("images", "synthetic"), default="images")
+    parser.add_argument("--source", choices=("images", "synthetic", "labels"), default="images")
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--rate", type=float, default=ss_pruning.Recovery().rate)
     parser.add_argument("--data", type=Path, default=DATA)
@@ -174,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             file.write(json.dumps(line) + "\n")
     if options.page:
         (DOCS / "recovery.md").write_text(page(known()))
+        recovery_curve.draw(known(), DOCS / recovery_curve.PICTURE)
     return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from benchmarks.accuracy import recovery
+from benchmarks.accuracy import recovery, recovery_curve
 from benchmarks.data.cifar import draw
 
 
@@ -46,3 +47,29 @@ def test_choices_are_made_on_images_that_are_not_trained_on() -> None:
     assert len(chosen) == 3000
     assert not set(chosen.tolist()) & set(draw(train, recovery.COUNT, 3)[0].tolist())
     assert torch.equal(labels, chosen % 10)
+
+
+def test_the_curve_is_of_draws_that_all_lengths_were_run_with(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    lines = [
+        line(steps=100, recovered=87.0, cpu_minutes=0.5),
+        line(steps=100, recovered=10.0, cpu_minutes=9.0, seed=1),  # no labels were used with it
+        line(steps=400, recovered=89.0),  # its CPU time was not noted
+        line(source="labels", steps=100, recovered=85.0, cpu_minutes=0.25),
+        line(source="labels", steps=100, recovered=99.0, cpu_minutes=9.0, split="train"),
+        line(source="synthetic", steps=100, recovered=99.0),
+    ]
+    found = recovery_curve.curves(lines)
+    assert found["images"] == [(0.0, 86.0), (0.5, 87.0), (2.0, 89.0)]
+    assert found["labels"] == [(0.0, 86.0), (0.25, 85.0)]
+    page = recovery.page(lines)
+    assert "| `recover_`, no labels | 86.00 |  | 87.00 | 89.00 |" in page
+    assert "labels | 512" not in page
+    recovery_curve.draw(lines, tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_without_labels_there_is_no_curve_to_compare(tmp_path: Path) -> None:
+    assert recovery_curve.section([line(net="vgg16bn")]) == []
+    recovery_curve.draw([], tmp_path / "curve.svg")
+    assert not (tmp_path / "curve.svg").exists()

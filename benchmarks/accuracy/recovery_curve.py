@@ -1,0 +1,98 @@
+"""Accuracy against minutes: `recover_` without labels, beside fine-tuning with the labels of the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.pages import figure, table
+
+PICTURE = "recovery_minutes.svg"
+POINT = ("resnet20", 0.5)
+TITLES = {"images": "recover_, no labels", "labels": "fine-tuned with labels"}
+Line = dict[str, Any]
+#: CPU-minutes and top-1, in the order of the lengths, by source.
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def chosen(lines: Iterable[Line]) -> list[Line]:
+    """Of one net and budget, on test images, the draws that all lengths of both were run with."""
+    lines = [line for line in lines if (line["net"], line["macs"], line["split"]) == (*POINT, "test")]
+    runs: dict[tuple[str, int], set[int]] = {}
+    for line in lines:
+        if line["source"] in TITLES:
+            runs.setdefault((line["source"], line["steps"]), set()).add(line["seed"])
+    common = set.intersection(*runs.values()) if runs else set()
+    return [line for line in lines if line["source"] in TITLES and line["seed"] in common]
+
+
+def curves(lines: Iterable[Line]) -> Curves:
+    """Means over the draws; a length whose CPU time was not noted takes what its steps take in the others."""
+    lines = chosen(lines)
+    if not lines:
+        return {}
+    begin = (0.0, mean({line["seed"]: line["cut"] for line in lines}.values()))
+    found: Curves = {}
+    for source in TITLES:
+        of = [line for line in lines if line["source"] == source]
+        timed = [line for line in of if "cpu_minutes" in line]
+        if not timed:
+            continue
+        each = sum(line["cpu_minutes"] for line in timed) / sum(line["steps"] for line in timed)
+        found[source] = [begin]
+        for steps in sorted({line["steps"] for line in of}):
+            here = [line for line in of if line["steps"] == steps]
+            minutes = mean(line.get("cpu_minutes", each * steps) for line in here)
+            found[source].append((minutes, mean(line["recovered"] for line in here)))
+    return found
+
+
+def section(lines: Iterable[Line]) -> list[str]:
+    """What docs/recovery.md tells of it; nothing without results."""
+    lines = chosen(lines)
+    if not (found := curves(lines)):
+        return []
+    rows = [
+        [
+            TITLES[source].replace("recover_", "`recover_`"),
+            *(_at(points, minutes) for minutes in _ticks(found)),
+        ]
+        for source, points in found.items()
+    ]
+    draws = len({line["seed"] for line in lines})
+    return [
+        "## Accuracy against minutes",
+        "",
+        f"`{POINT[0]}` at {POINT[1]:.0%}, after `reconstruct`: {draws} draw{'s' if draws > 1 else ''} of 512 images. "
+        "Each point is a training of its own, whose rate falls to nothing at its end. *Fine-tuned*: the same cut, with "
+        "cross-entropy on the labels of the same images (SGD, shifted and flipped, norms frozen), on as many of them.",
+        "",
+        f"![accuracy against minutes]({PICTURE})",
+        "",
+        table(["CPU-minutes of one core", *(f"{minutes:.2f}" for minutes in _ticks(found))], rows),
+        "",
+    ]
+
+
+def _ticks(found: Curves) -> list[float]:
+    return sorted({minutes for points in found.values() for minutes, _ in points})
+
+
+def _at(points: list[tuple[float, float]], minutes: float) -> str:
+    return next((f"{top1:.2f}" for when, top1 in points if when == minutes), "")
+
+
+def draw(lines: Iterable[Line], path: Path) -> None:
+    """Both curves, and the dense model's accuracy."""
+    lines = list(lines)
+    if not (found := curves(lines)):
+        return
+    with figure(path, figsize=(6, 3.6)) as (_, panels):
+        axes = panels[0][0]
+        for source, points in found.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=TITLES[source])
+        axes.axhline(chosen(lines)[0]["dense"], color="0.6", linestyle=":", label="dense")
+        axes.set(xlabel="CPU-minutes of one core", ylabel="top-1 %", title=f"{POINT[0]} at {POINT[1]:.0%}")
+        axes.legend(fontsize=8)

@@ -1,0 +1,1 @@
+"""Compensations of other methods, written from their papers' formulas, beside ours on the same channels and images."""
