@@ -373,7 +373,8 @@ class Config:
             importance = importance.resolve(scope, self.compensation, images)
         exponent = self.allocation.cost_exponent
         if exponent is None:
-            by_relevance = scope == "global" and is_relevance(importance)
+            # Relevances compare from layer to layer: nothing is lost on the way.
+            by_relevance = scope == "global" and getattr(importance, "score", None) == "relevance"
             exponent = RELEVANCE_EXPONENT if by_relevance else COST_EXPONENT[scope]
         heads = self.allocation.heads or ("narrow" if scope == "sensitivity" else "whole")
         allocation = replace(self.allocation, scope=scope, cost_exponent=exponent, heads=heads)
@@ -394,8 +395,3 @@ class Config:
             "compensation": self.compensation.method,
             "recalibrate": self.compensation.recalibrate,
         }
-
-
-def is_relevance(importance: Any) -> bool:
-    """Whether scores compare from layer to layer, since nothing is lost on the way, see `importance.relevance`."""
-    return getattr(importance, "score", None) == "relevance"

@@ -22,7 +22,7 @@ from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Config, Scope, SyntheticImages
 from ss_pruning.graph.refusals import check_bare, check_finite, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
-from ss_pruning.importance.scoring import importance_named
+from ss_pruning.importance.scoring import importance_of
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.duration import work_within
@@ -101,7 +101,9 @@ def prune_(
     for check in (check_bare, check_weights, check_finite):
         check(model)
     budget = Budget.of(macs=macs, params=params, ratio=ratio, latency=latency)
-    config = Config(budget, Allocation.of(allocation), Compensation.of(compensation), _found(importance))
+    config = Config(
+        budget, Allocation.of(allocation), Compensation.of(compensation), importance_of(importance)
+    )
     config.compensation.check(calibration)
     synthetic = isinstance(calibration, (str, SyntheticImages))
     clock = Clock(reporter(progress))
@@ -181,11 +183,6 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
     report = prune_(twin, example_inputs, **options)
     found: Plan = getattr(twin, PLAN_ATTRIBUTE)
     return found, report
-
-
-def _found(importance: Any) -> Any:
-    """The importance, if its name was given."""
-    return importance_named(importance) if isinstance(importance, str) else importance
 
 
 def _with_heads(traced: TracedModel, config: Config, images: int) -> tuple[TracedModel, Config]:

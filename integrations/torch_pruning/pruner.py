@@ -25,7 +25,7 @@ from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.graph.groups import PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.importance.scoring import importance_named, subgroup_scores
+from ss_pruning.importance.scoring import importance_of, subgroup_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import (
     ROOT_TYPES,
     ChannelGraph,
@@ -109,7 +109,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     ) -> None:
         _check_options(found_by_the_graph)
         self.model = model
-        self.importance = importance_named(importance) if isinstance(importance, str) else importance
+        self.importance = importance_of(importance)
         self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
         self.root_module_types = root_module_types
         self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")

@@ -52,15 +52,17 @@ def register_importance(name: str) -> Callable[[Maker], Maker]:
     return register
 
 
-def importance_named(name: str) -> Any:
-    """A new importance of that name.
+def importance_of(choice: Any) -> Any:
+    """The importance that was chosen: itself, or by its name.
 
     Raises:
-        InputError: None is registered so.
+        InputError: None is registered under this name.
     """
-    if name not in _IMPORTANCES:
-        raise InputError(f"importance={name!r} is unknown; use {', '.join(map(repr, _IMPORTANCES))}")
-    return _IMPORTANCES[name]()
+    if not isinstance(choice, str):
+        return choice
+    if choice not in _IMPORTANCES:
+        raise InputError(f"importance={choice!r} is unknown; use {', '.join(map(repr, _IMPORTANCES))}")
+    return _IMPORTANCES[choice]()
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,7 @@ from ss_pruning._utils.modules import modules_of
 def tie_(small: nn.Module, model: nn.Module) -> None:
     """Where a tensor that was cut stands in another place, too, let it do so in the cut model."""
     theirs = modules_of(small)
-    places = [
-        (tensor, vars(theirs[path])[table], name)
-        for path, module in modules_of(model).items()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for table in ("_parameters", "_buffers")
-        for name, tensor in vars(module)[table].items()
-        if tensor is not None
-    ]
+    places = [(tensor, vars(theirs[path])[table], name) for path, table, name, tensor in _held(model)]
     cut = {id(tensor): table[name] for tensor, table, name in places if table[name] is not tensor}
     for tensor, table, name in places:
         table[name] = cut.get(id(tensor), table[name])
@@ -32,15 +25,21 @@ def take_values_(model: nn.Module, values: nn.Module) -> None:
     """Give a model the tensors of another one, of the same shapes, where they differ."""
     theirs = modules_of(values)
     made: dict[int, Tensor] = {}  # by what it was made for: tied tensors stay tied
+    ours = modules_of(model)
+    for path, table, name, tensor in list(_held(model)):
+        value = vars(theirs[path])[table].get(name)
+        if value is not None:
+            vars(ours[path])[table][name] = made.setdefault(id(tensor), _with_values(tensor, value))
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Module path, table, name and tensor, each as often as it is held; those of TorchScript cannot be reached."""
     for path, module in modules_of(model).items():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for table in ("_parameters", "_buffers"):
-            for name, tensor in vars(module)[table].items():
-                value = vars(theirs[path])[table].get(name)
-                if tensor is not None and value is not None:
-                    value = _with_values(tensor, value)
-                    vars(module)[table][name] = made.setdefault(id(tensor), value)
+        if not isinstance(module, torch.jit.ScriptModule):
+            for table in ("_parameters", "_buffers"):
+                for name, tensor in vars(module)[table].items():
+                    if tensor is not None:
+                        yield path, table, name, tensor
 
 
 def _with_values(tensor: Tensor, values: Any) -> Any:

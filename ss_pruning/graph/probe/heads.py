@@ -40,7 +40,7 @@ def with_heads(
         leaves: What it may come from; loose tensors among them may be tables.
         labels: To pull with.
     """
-    mixing = [inflow for inflow in inflows if _mixes(inflow)]
+    mixing = [inflow for inflow in inflows if _may_mix(inflow) and not inflow.resolved]
     sharing = _sharing(arrival, mixing, labels) if mixing else None
     if sharing is None:
         return list(inflows)
@@ -69,10 +69,6 @@ def with_one_head(arrival: Arrival, inflows: Sequence[Inflow]) -> list[Inflow]:
         return replace(inflow, heads=Heads(channels, pairs)) if _may_mix(inflow) else inflow
 
     return list(map(told, inflows))
-
-
-def _mixes(inflow: Inflow) -> bool:
-    return _may_mix(inflow) and not inflow.resolved
 
 
 def _may_mix(inflow: Inflow) -> bool:
