@@ -124,9 +124,6 @@ def prune_(
         with clock("score"):
             inputs = Calibration.of(model, work.of(images), synthetic)
             strengths = _strengths(traced)
-        if latency is not None or config.allocation.round_to == "measured":
-            with clock("time layers"):
-                costs.times = latency_table(model, _timed_on(traced, config), traced.connectivity)
         ranker = Ranker(traced, config, costs, inputs.fitted, clock, work.effort)
         found, timed = _verified_plan(ranker)
         ranking = ranker.ranked(found.coupling)
@@ -195,6 +192,10 @@ def _with_heads(traced: TracedModel, config: Config, images: int) -> tuple[Trace
 def _verified_plan(ranker: Ranker) -> tuple[SearchResult, LatencyPlan | None]:
     """The plan, and how it was timed where time is the budget."""
     traced, clock, budget = ranker.traced, ranker.clock, ranker.config.budget
+    if budget.kind == "latency" or ranker.config.allocation.round_to == "measured":
+        with clock("time layers"):
+            inputs = _timed_on(traced, ranker.config)
+            ranker.costs.times = latency_table(traced.model, inputs, traced.connectivity)
     with clock("plan"), clock("verify"):
         verifier = Verifier(
             traced.model, traced.example_inputs, traced.connectivity, watch=lambda: clock("verify")

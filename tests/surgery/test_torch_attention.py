@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_pruning import load, prune_, save
+from ss_pruning import Allocation, load, prune_, save
 from ss_pruning.errors import SSPruningError
 from ss_pruning.graph.attention import PrunableAttention
+from ss_pruning.profiling.latency import Timing
 from ss_pruning.surgery import same_attention
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan
 from tests.support.attention import EXAMPLE, Block
@@ -76,6 +77,16 @@ def test_with_all_else_and_a_step_of_training(how: Any) -> None:
     assert report.params_after == sum(p.numel() for p in model.parameters()) < 0.4 * before
     model.train()(EXAMPLE).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_its_layers_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of queries, keys and values are layers of the copy alone."""
+    monkeypatch.setenv("SS_PRUNING_CACHE", str(tmp_path))
+    monkeypatch.setattr("ss_pruning.profiling.layer_latency.race", lambda *_: [Timing((1e-3,))])
+    model = torchs()
+    report = prune_(model, EXAMPLE, macs=0.7, allocation=Allocation(round_to="measured"))
+    assert report.macs_after < 0.7 * report.macs_before
+    assert len(list(tmp_path.iterdir())) >= 5
 
 
 def test_what_loses_nothing_stays_torchs() -> None:
