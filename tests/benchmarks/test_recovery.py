@@ -60,10 +60,12 @@ def test_the_curve_is_of_draws_that_all_lengths_were_run_with(tmp_path: Path) ->
         line(source="synthetic", steps=100, recovered=99.0),
     ]
     found = recovery_curve.curves(lines)
-    assert found["images"] == [(0.0, 86.0), (0.5, 87.0), (2.0, 89.0)]
-    assert found["labels"] == [(0.0, 86.0), (0.25, 85.0)]
+    assert found["images"] == {0: (0.0, 86.0), 100: (0.5, 87.0), 400: (2.0, 89.0)}
+    assert found["labels"] == {0: (0.0, 86.0), 100: (0.25, 85.0)}
     page = recovery.page(lines)
-    assert "| `recover_`, no labels | 86.00 |  | 87.00 | 89.00 |" in page
+    assert "| 100 | 0.5 | 87.00 | 0.2 | 85.00 |" in page
+    assert "| 400 | 2.0 | 89.00 |  |  |" in page
+    assert "That of 400 steps was not noted" in page
     assert "labels | 512" not in page
     recovery_curve.draw(lines, tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
