@@ -139,6 +139,7 @@ def prune_(
             excluded=list(found.coupling.excluded),
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
+            precision=found.verified.precision,
             settings=ranking.config.settings() | ({"calibration": SYNTHETIC} if synthetic else {}),
             sensitivity_not_measured=ranking.not_measured or None,
             inexact_layers=cut.outcome.inexact,

@@ -28,7 +28,10 @@ def certainty(report: Report) -> list[tuple[str, str]]:
     traded = report.traded_for_time
     return [
         ("top-1", _accuracy(report)),
-        ("multiply-accumulates", "Counted while the model ran on one input: exact for inputs of that size."),
+        (
+            "multiply-accumulates",
+            "Counted while the model ran on the example inputs: exact for a batch of that size.",
+        ),
         ("parameters", "Counted: exact."),
         *timed,
         ("cut equals masked", _cut(report)),
@@ -82,14 +85,15 @@ def _latency(report: Report) -> str:
 def _cut(report: Report) -> str:
     if not math.isfinite(report.max_error):
         return "Not verified."
+    precision = "double" if report.precision == "float64" else report.precision
     if report.by_decisions:
         return (
-            "On the example input the model returned no real number to compare. Verified on a copy, in double "
+            f"On the example input the model returned no real number to compare. Verified on a copy, in {precision} "
             f"precision, is that it selects by the same numbers as the masked model, to within {report.max_error:.1e}."
         )
     return (
-        "Verified on a copy in double precision before the model was touched: the outputs of the cut and of the masked "
-        f"model differ by {report.max_error:.1e} of the largest output at most, on the example input."
+        f"Verified on a copy in {precision} precision before the model was touched: the outputs of the cut and of the "
+        f"masked model differ by {report.max_error:.1e} of the largest output at most, on the example input."
     )
 
 
@@ -97,7 +101,9 @@ def _compensation(report: Report) -> str:
     method = report.settings.get("compensation", "none")
     norms = " Batch norms behind the cut follow what is left." if report.settings.get("recalibrate") else ""
     if report.compensation_dropped:
-        return f"None: {method} was tried; on held-out inputs the cut alone is nearer to the dense model."
+        return (
+            f"None: {report.tried} was tried; on held-out inputs the cut alone is nearer to the dense model."
+        )
     if method == "none":
         return f"None.{norms}" if norms else "None: the pruned model computes what the masked one does."
     inexact = ", ".join(report.inexact_layers)

@@ -151,6 +151,8 @@ class Report:
         model_sha256: checksum in the model's file that was written with this report.
         by_decisions: nothing that the model returned on the example input could be compared (a detector that found
             nothing): what was compared, for `max_error`, too, is what the model's decisions looked at.
+        precision: in which the two were compared for `max_error`: "float64", or "the model's own" where it runs in no
+            other.
         sensitivity_not_measured: why it was not measured where it would have been by default.
         inexact_layers: paths of the layers where compensation is wrong at zero-padded borders.
         not_compensated: paths of the layers that could not be compensated, with the reason.
@@ -194,11 +196,18 @@ class Report:
     compensation_dropped: bool = False
     random_weights: bool = False
     file: str | None = None
+    precision: str = "float64"
 
     @property
     def too_noisy(self) -> bool:
         """Whether the quartiles of the latency's share lie on both sides of 1."""
         return crosses_one(self.latency_spread)
+
+    @property
+    def tried(self) -> str:
+        """What was to repair the cut, in a word."""
+        method = str(self.settings.get("compensation", "none"))
+        return "recalibration" if method == "none" else method
 
     def __repr__(self) -> str:
         """Return one line: the model, and what is left of it."""
@@ -261,7 +270,7 @@ class Report:
             reasons = "; ".join(dict.fromkeys(self.not_compensated.values()))
             after += f" Layers not compensated, of those that lost inputs: {len(self.not_compensated)} ({reasons})."
         if self.compensation_dropped:
-            after = f" The cut alone is nearer to the dense model than with {method}, which was left out."
+            after = f" The cut alone is nearer to the dense model than with {self.tried}, which was left out."
         elif self.settings.get("recalibrate"):
             after += " Batch norms behind the cut follow what is left."
         if self.by_decisions:
@@ -269,9 +278,10 @@ class Report:
                 "On the example input the model returned no real number to compare. The numbers by which it "
                 f"selects are the masked model's, to within {self.max_error:.1e}.{after}"
             )
+        where = "" if self.precision == "float64" else f", in {self.precision} precision"
         return (
             "Cut equals masked: the largest difference between their outputs is "
-            f"{self.max_error:.1e} of the largest output.{after}"
+            f"{self.max_error:.1e} of the largest output{where}.{after}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _compacted(model: nn.Module, example_inputs: Any) -> tuple[Compaction, nn.Mo
         layers=layers,
         excluded=stays,
         max_error=error,
-        precision="float64" if first.verifier.tolerance == TOLERANCE else "the model's own",
+        precision=first.verifier.precision,
         seconds=time.perf_counter() - begin,
     )
     return compaction, ready

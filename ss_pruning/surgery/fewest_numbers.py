@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from ss_pruning.errors import VerificationError
+from ss_pruning.surgery.equivalence.precision import DOUBLE
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import Number, alike
 
@@ -20,12 +21,14 @@ class Verified:
         followed: The numbers as what they follow.
         by_decisions: Nothing that the model returned could be compared, but what its decisions looked at was: so is
             `max_error`.
+        precision: In which the two were compared.
     """
 
     plan: Plan
     max_error: float
     followed: frozenset[Number] = frozenset()
     by_decisions: bool = False
+    precision: str = DOUBLE
 
 
 #: Verifies a plan with some numbers as they were.

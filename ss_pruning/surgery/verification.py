@@ -48,7 +48,7 @@ from ss_pruning.surgery.equivalence.agreement import (
 )
 from ss_pruning.surgery.equivalence.decisions import Decision, Holding, Recording
 from ss_pruning.surgery.equivalence.masked_model import masked
-from ss_pruning.surgery.equivalence.precision import PRECISIONS, stirred
+from ss_pruning.surgery.equivalence.precision import DOUBLE, OWN, PRECISIONS, TOLERANCE, stirred
 from ss_pruning.surgery.factors import multiply_
 from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.plan import Plan, set_number
@@ -99,6 +99,11 @@ class Verifier:
         except Exception:  # looks at values, or keeps tensors where `to` does not find them
             return None
         return twin
+
+    @property
+    def precision(self) -> str:
+        """In which models are compared, in words."""
+        return DOUBLE if self.tolerance == TOLERANCE else OWN
 
     def close(self) -> None:
         """Let go of the copies, which share tensors with the model: else all it loses in a cut would stay in memory."""
@@ -170,7 +175,8 @@ class Verifier:
             match = compare(expected, found, self.tolerance, self.telling)
             by_decisions = certified(match, holding)
             worst = holding.error if by_decisions else match.error
-            return _verified(plan, sizes_that_follow, worst, by_decisions)
+            verified = _verified(plan, sizes_that_follow, worst, by_decisions)
+            return replace(verified, precision=self.precision)
         except VerificationError as error:
             if not reorder:
                 at = self._first_difference(selection, twin) if locate else ""

@@ -620,6 +620,43 @@ def test_certainty_does_not_claim_what_was_not_done() -> None:
     assert "not recorded" in dict(certainty(example(images=None)))["top-1"]
 
 
+class Casts(nn.Module):
+    """Runs in single precision only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x.float()).relu()).relu().mean((2, 3)).float())
+
+
+def test_the_precision_that_is_told_is_that_of_the_check() -> None:
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        Casts().double()(torch.rand(1, 3, 8, 8).double())
+    for model, channels, precision in ((Casts(), 3, "the model's own"), (digits_resnet(), 1, "float64")):
+        report = prune_(model.eval(), torch.rand(2, channels, 8, 8), ratio=0.4)
+        said = dict(certainty(report))["cut equals masked"]
+        assert report.precision == precision
+        assert ("double" in said) is (precision == "float64") is ("own" not in report.verification())
+        assert "own" in said or precision == "float64"
+        assert Report.from_dict(json.loads(report.to_json())) == report
+
+
+def test_norms_that_were_moved_in_vain_are_not_called_none() -> None:
+    moved = example(settings={"compensation": "none", "recalibrate": True}, compensation_dropped=True)
+    assert "than with recalibration, which" in moved.verification()
+    assert dict(certainty(moved))["compensation"].startswith("None: recalibration was tried")
+    folded = replace(moved, settings={"compensation": "mean", "recalibrate": True})
+    assert "than with mean, which" in folded.verification()
+
+
+def test_multiply_accumulates_are_of_all_inputs_in_the_batch() -> None:
+    one, three = (prune_(digits_resnet().eval(), torch.rand(n, 1, 8, 8), ratio=0.3) for n in (1, 3))
+    assert three.macs_before == 3 * one.macs_before
+    assert "one input" not in dict(certainty(three))["multiply-accumulates"]
+
+
 def test_certainty_names_the_layers_that_are_wrong_at_the_border_and_the_variances() -> None:
     settings = {"compensation": "linear", "statistics": "gaussian"}
     said = dict(certainty(example(settings=settings, inexact_layers=["a", "b"])))

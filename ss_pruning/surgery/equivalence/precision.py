@@ -14,6 +14,8 @@ from ss_pruning._utils.copying import read_as, retyped
 
 #: Largest relative difference between cut and masked outputs, in float64 and in the model's own precision.
 TOLERANCE, COARSE_TOLERANCE = 1e-10, 1e-3
+#: The same in words, as reports tell them.
+DOUBLE, OWN = "float64", "the model's own"
 
 
 def _double(tensor: Tensor) -> Tensor:
