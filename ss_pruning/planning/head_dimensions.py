@@ -37,17 +37,16 @@ class HeadDimensions:
     def __init__(self, connectivity: Connectivity) -> None:
         self.connectivity, self.slots = connectivity, Slots(connectivity)
         ties = [ties_of(connectivity, self.slots, whole_heads=False)]
-        for edges in connectivity.edges.values():
-            ties += self._products([edge for edge in edges if edge.heads is not None])
+        for path in connectivity.edges:
+            ties += self._products(self._products_read_by(path))
         self.channel_set = components(self.slots.total, np.concatenate(ties))
         order = self.channel_set.argsort(kind="stable")
         self.labels, starts = np.unique(self.channel_set[order], return_index=True)
         self.own = np.split(order, starts[1:])
         self.mixing = {
             int(number)
-            for edges in connectivity.edges.values()
-            for edge in edges
-            if edge.heads is not None
+            for path in connectivity.edges
+            for edge in self._products_read_by(path)
             for number in self._numbers(edge)
         }
 
@@ -71,7 +70,7 @@ class HeadDimensions:
 
     def of_one(self, path: str) -> list[Dimensions]:
         """Of queries and keys, where the layer at `path` reads a single head."""
-        edges = [e for e in self.connectivity.edges[path] if e.heads is not None and not e.heads.several]
+        edges = [e for e in self._products_read_by(path) if e.heads is not None and not e.heads.several]
         if not edges:
             return []
         numbers = np.concatenate([self._numbers(edge) for edge in edges])
@@ -83,6 +82,11 @@ class HeadDimensions:
             if len(channel_sets[0]) > 1 < len(channel_sets) and subgroup.root.side == "out" and mixing:
                 found.append(Dimensions((subgroup,), mixing))
         return found
+
+    def _products_read_by(self, path: str) -> list[Edge]:
+        """Of queries and keys; none where one of them is the model's input, of which nothing can go."""
+        edges = [edge for edge in self.connectivity.edges[path] if edge.heads is not None]
+        return edges if all(edge.source in self.slots.out_key for edge in edges) else []
 
     def _numbers(self, edge: Edge) -> Ints:
         assert edge.heads is not None

@@ -239,3 +239,30 @@ def test_the_model_is_left_as_it_was() -> None:
     before = snapshot(model)
     with_narrow_heads(TracedModel.of(model, EXAMPLE))
     assert snapshot(model) == before
+
+
+class Aligned(nn.Module):
+    """Points, or maps, of the input are turned by a matrix that layers make of them, as in PointNet."""
+
+    def __init__(self, *, of_layers: bool) -> None:
+        super().__init__()
+        self.seen, self.turn = nn.Linear(4, 12), nn.Linear(12, 16)
+        self.a, self.b, self.of_layers = nn.Linear(4, 12), nn.Linear(12, 5), of_layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = self.turn(self.seen(x).relu().amax(1)).unflatten(1, (4, 4))
+        other = turn.transpose(1, 2) if self.of_layers else x.transpose(1, 2) @ x
+        return self.b(self.a(x @ (turn @ other)).relu().mean(1))
+
+
+@pytest.mark.parametrize("of_layers", [True, False])
+def test_products_with_the_input_are_no_heads(of_layers: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Aligned(of_layers=of_layers).eval().double(), torch.randn(16, 6, 4).double()
+    dense = copy.deepcopy(model)
+    prune_(model, x[:1], ratio=0.3, calibration=x)
+    plan: Plan = getattr(model, PLAN_ATTRIBUTE)
+    assert {cut.path for cut in plan.cuts} >= {"a", "b"}
+    silence_(dense, plan)
+    with torch.no_grad():
+        assert (dense(x) - model(x)).abs().max() <= 1e-10 * dense(x).abs().max()
