@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -38,6 +40,7 @@ def _counted(model: nn.Module, example_inputs: Any) -> _MacCounter:
     with (
         hooked(layers, counter.enter, counter.leave),
         preserved(model, training=False),
+        _operation_by_operation(),
         torch.inference_mode(False),
         torch.no_grad(),
         counter,
@@ -48,13 +51,42 @@ def _counted(model: nn.Module, example_inputs: Any) -> _MacCounter:
     return counter
 
 
+@contextlib.contextmanager
+def _operation_by_operation() -> Iterator[None]:
+    """Without torch's fast path of attention and encoder layers: one operation, for which there is no formula."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """FLOPs of the fused attention that torch 2.14 has no formula for: those of the others that it has."""
     return sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-any-return]
 
 
+def _recurrent(x: Tensor, *weights: Tensor) -> int:
+    """FLOPs of recurrent layers: each weight of their matrices is used once a step."""
+    steps = x.numel() // max(x.shape[-1], 1)
+    return 2 * steps * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _recurrent_on_cpu(x: Any, from_input: Any, from_hidden: Any, *_: Any, **__: Any) -> int:
+    """One layer of an LSTM in one direction, in float32; torch has no formula, as for the next."""
+    return _recurrent(x, from_input, from_hidden)
+
+
+def _recurrent_on_cuda(x: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """All layers and directions of an LSTM, a GRU or a plain recurrent network."""
+    return _recurrent(x, *weights)
+
+
 _FORMULAS = {
     **flop_registry,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_on_cpu,
+    torch.ops.aten._cudnn_rnn: _recurrent_on_cuda,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
 }
 

@@ -63,8 +63,9 @@ def test_counts_are_torchs_own(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     side = 224 if name.startswith("vit") else 64
     model, x = models.get_model(name, weights=None).eval(), torch.zeros(1, 3, side, side)
-    # Of the kernels of attention that run on a CPU torch has formulas for the plain products alone.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Of the kernels of attention that run on a CPU torch has formulas for the plain products alone, and of none that
+    # gradients need not be taken through.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x)
     total, by_layer = count_macs(model, x)
     assert total == counter.get_total_flops() // 2
@@ -94,3 +95,46 @@ def test_attention_is_counted_before_its_projection(fused: bool) -> None:
     products = 2 * batch * heads * tokens * tokens * width
     assert macs_between_layers(net, x) == {"projection": products}
     assert count_macs(net, x)[0] == products + batch * tokens * (6 * 36 + 12 * 6)
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers over sequences of which the second is shorter, if they are packed."""
+
+    def __init__(self, kind: str, packed: bool, **options: object) -> None:
+        super().__init__()
+        self.layers, self.packed = getattr(nn, kind)(6, 5, **options), packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = nn.utils.rnn.pack_padded_sequence(x, [7, 4]) if self.packed else x
+        return self.layers(read)[1][0]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_layers_use_each_weight_once_a_step(
+    kind: str, packed: bool, options: dict[str, int]
+) -> None:
+    model = Recurrent(kind, packed, **options)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "weight" in name)
+    x = torch.randn(7, 2, 6)
+    assert count_macs(model, x)[0] == (11 if packed else 14) * weights
+    assert count_macs(model.double(), x.double())[0] == (11 if packed else 14) * weights
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_that_torch_runs_in_one_go_is_counted(fast: bool) -> None:
+    """Per token: queries, keys, values and what is made of them, products with 7 others, the two linear layers."""
+    x, tokens = torch.randn(2, 7, 16), 14
+    attention = 4 * 16 * 16 + 2 * 7 * 16
+    alone = nn.MultiheadAttention(16, 4, batch_first=True)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        assert count_macs(alone, (x, x, x))[0] == tokens * attention
+        assert count_macs(layer, x)[0] == tokens * (attention + 2 * 16 * 32)
+        with pytest.raises(ModelError):
+            count_macs(layer, x[..., :3])
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
