@@ -24,7 +24,7 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning.graph.connectivity import Connectivity, Edge, Layer
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.importance.activation_stats import norm_scales
-from ss_pruning.importance.strength import synaptic_power
+from ss_pruning.importance.strength import relative_power
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def _ends(connectivity: Connectivity) -> dict[str, Tensor]:
 def _at_inputs(module: nn.Module, layer: Layer, held: Tensor, variance: Tensor | None) -> Tensor:
     """What the inputs of a layer have, given what its outputs have."""
     if variance is not None:
-        power = synaptic_power(module, variance).float()
+        power = relative_power(module, variance).float()
         total = power.sum(1)
         rate = torch.where(total > 0, held.to(total) / total, 0)  # of its inputs' variance, for each output
         by_group = (t.unflatten(0, (groups_of(module), -1)) for t in (power, rate))

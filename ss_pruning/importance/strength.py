@@ -79,7 +79,8 @@ def synaptic_strength(
         connectivity: What `trace` found, if it is at hand.
 
     Returns:
-        By module path, `[out_channels, in_channels // groups]`, on the device and in the dtype of the weights.
+        By module path, `[out_channels, in_channels // groups]`, on the device and in the dtype of the weights, but in
+        float32 at least.
 
     Raises:
         InputError: Unknown statistics, or no batch.
@@ -140,14 +141,28 @@ def synaptic_power(module: nn.Module, variance: Tensor, weight: Tensor | None = 
     return powers * at_synapses(module, variance.to(powers), len(powers))
 
 
+def relative_power(module: nn.Module, variance: Tensor) -> Tensor:
+    """Squared strengths as `synaptic_power` has them, but for one factor a layer: none overflow, nor do all vanish."""
+    weight: Any = module.weight
+    return synaptic_power(module, _unit(variance), _unit(weight))
+
+
+def _unit(numbers: Tensor) -> Tensor:
+    """The numbers times a power of two, which is exact: the largest is about 1."""
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+    _, exponent = torch.frexp(numbers.detach().abs().max())
+    return torch.ldexp(numbers, -exponent.clamp(-126, 126))
+
+
 def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """Squared Frobenius norm of every 2-D kernel (or single weight), shape `[out_channels, in_channels // groups]`.
 
-    Differentiable; the weight is taken as the layer's `weight` gives it (a parametrisation included), unless another
-    one is given.
+    In float32 at least: squares of weights below 2e-4 vanish in half precision. Differentiable; the weight is taken as
+    the layer's `weight` gives it (a parametrisation included), unless another one is given.
     """
     weight = module.weight if weight is None else weight  # type: ignore[assignment]
     assert isinstance(weight, Tensor)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if weight.dim() == 2:
         return weight.square()
     elements = weight.flatten(2)

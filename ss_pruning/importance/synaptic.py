@@ -21,7 +21,13 @@ from ss_pruning.graph.layers import groups_of
 from ss_pruning.importance.activation_stats import SOURCES, ActivationStatistics, StatisticsSource, measure
 from ss_pruning.importance.conditional_variance import unexplained
 from ss_pruning.importance.relevance import relevance
-from ss_pruning.importance.strength import by_input_channel, entropy, share, synaptic_power
+from ss_pruning.importance.strength import (
+    by_input_channel,
+    entropy,
+    relative_power,
+    share,
+    synaptic_power,
+)
 
 Reduction = Literal["sum", "mean", "max"]
 Normalizer = Literal["mean", "max", "sum"]
@@ -214,7 +220,9 @@ class LayerScores:
         module, variance = self._modules[path], self._statistics[path].variance
         if self.importance.score == "relevance":
             return self._relevance[path].to(variance)
-        synapses = _scored(synaptic_power(module, variance), self.importance.score)
+        score = self.importance.score
+        power = (relative_power if score == "share" else synaptic_power)(module, variance)
+        synapses = _scored(power, score)
         return _reduced(by_input_channel(module, synapses), self.importance.reduce)
 
     @cached_property

@@ -52,14 +52,16 @@ class StrengthTimesKernel(nn.Module):
     def forward(self, strength: Tensor, direction: Tensor) -> Tensor:
         """The weight."""
         norms = kernel_powers(self._layer[0], direction).sqrt()
-        return direction * by_kernel(self._layer[0], direction, strength / (self.deviation * norms))
+        return direction * by_kernel(self._layer[0], direction, strength / (self.deviation * norms)).to(
+            direction
+        )
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Strengths `[out, in // groups]`, and directions in the layout of the weight."""
         norms = kernel_powers(self._layer[0], weight).sqrt()
         # A kernel of zeros has no direction: any will do, as its strength is 0.
         direction = torch.where(by_kernel(self._layer[0], weight, norms) > 0, weight, torch.ones_like(weight))
-        return norms * self.deviation, direction
+        return (norms * self.deviation).to(weight), direction
 
 
 def explicit_strength(module: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ss_pruning import synaptic_strength
+from ss_pruning import SynapticImportance, prune_, synaptic_strength
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.strength import at_synapses, by_input_channel, inner_paths
@@ -408,3 +408,52 @@ def test_a_model_that_can_never_train_is_refused_though_its_connectivity_is_know
         frozen = net()
     with pytest.raises(InputError, match=r"torch\.inference_mode"):
         synaptic_strength(frozen, x, connectivity=known)
+
+
+def small_weights() -> nn.Sequential:
+    """One layer's weights are so small that their squares are 0 in half precision; its norm makes up for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    model.extend([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)])
+    with torch.no_grad():
+        model[3].weight.mul_(1e-3)
+        model[1].weight.uniform_(1e-4, 1.0)
+        model[4].running_var.fill_(1e-3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_strengths_of_its_weights(dtype: torch.dtype) -> None:
+    model = small_weights().to(dtype)
+    strengths = synaptic_strength(model, torch.zeros(1, 3, 12, 12, dtype=dtype))
+    weight, scale = (model[i].weight.detach().double() for i in (3, 1))
+    for k in range(8):
+        for c in range(8):
+            expected = float(scale[c].abs()) * math.sqrt(sum(float(w) ** 2 for w in weight[k, c].flatten()))
+            assert math.isclose(strengths["3"][k, c], expected, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["batchnorm", "gaussian"])
+@pytest.mark.parametrize("score", ["share", "relevance"])
+def test_scores_that_are_relative_do_not_know_how_large_weights_are(statistics: str, score: str) -> None:
+    """Squares of 2^90 overflow in float32, those of 2^-90 vanish; weights by powers of two are exact."""
+    found = []
+    for factor in (1.0, 2.0**90, 2.0**-90):
+        model, x = small_weights(), torch.zeros(1, 3, 12, 12)
+        model[8].weight.data.mul_(factor)
+        scores = SynapticImportance(statistics, score).scorer(model, trace(model, x), x)  # type: ignore[arg-type]
+        found.append(torch.cat([scores.of("3"), scores.of("8")]))
+    assert found[0].count_nonzero() == len(found[0])
+    assert all(torch.equal(scores, found[0]) for scores in found[1:])
+
+
+def test_a_model_in_half_precision_is_cut_like_the_same_in_single() -> None:
+    widths = []
+    for dtype in (torch.float16, torch.float32):
+        model = small_weights().half().to(dtype)
+        report = prune_(model, torch.zeros(1, 3, 12, 12, dtype=dtype), ratio=0.4)
+        widths.append([layer.outputs_after for layer in report.layers])
+    assert widths[0] == widths[1]
+    assert min(widths[0][:2]) > 1

@@ -216,3 +216,17 @@ def test_a_masked_reader_of_a_scale_that_would_be_moved_is_refused() -> None:
     with pytest.raises(ModelError, match="'right' has a parametrisation already"):
         ExplicitStrengths(model, IMAGE, ignore=["right"])
     assert snapshot(model) == before
+
+
+def test_in_half_precision_weights_stay_what_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    model.append(nn.Linear(8 * 16, 4)).eval().half()
+    x = torch.randn(2, 3, 8, 8).half()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-3)  # squares that vanish in half precision
+        dense = model(x)
+        explicit = ExplicitStrengths(model, x)
+        assert model[3].weight.dtype == torch.float16
+        torch.testing.assert_close(model(x), dense, rtol=1e-2, atol=1e-3)
+        assert explicit.merge_()[3].weight.count_nonzero() == model[3].weight.numel()
