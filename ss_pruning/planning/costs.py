@@ -54,7 +54,8 @@ class Costs:
         self.excluded, self.lone = coupling.excluded, coupling.lone
         self._collect(traced.modules, parameters, traced.connectivity)
         if not self.in_layers:
-            self._collect_between(macs_between_layers(traced.model, traced.example_inputs))
+            between = macs_between_layers(traced.model, traced.example_inputs)
+            self._collect_between(between, traced.connectivity)
 
     def _collect(
         self,
@@ -96,10 +97,14 @@ class Costs:
         self.mac_terms += [(self.layer_macs.get(path, 0) * n / total, a, b) for n, a, b in matrices]
         self.estimated |= len(matrices) != 1
 
-    def _collect_between(self, macs: Mapping[str, int]) -> None:
-        """Operations of attention shrink with the heads, and so with what the layer behind them reads."""
+    def _collect_between(self, macs: Mapping[str, int], connectivity: Connectivity) -> None:
+        """Operations of attention shrink with the heads, and so with what the layer behind them reads.
+
+        All others (recurrent layers, products with tensors that no layer owns) count as if they stayed.
+        """
         for path, amount in macs.items():
-            if (path, "in") in self.number:
+            of_heads = any(edge.heads for edge in connectivity.edges.get(path, ()))
+            if of_heads and (path, "in") in self.number:
                 self.mac_terms.append((amount, len(self.keys), self.number[path, "in"]))
                 self.estimated = True
 
@@ -159,7 +164,11 @@ class Costs:
             more = f" and {len(left.paths) - 2} others" if len(left.paths) > 2 else ""
             share = amount / self.dense(kind)
             parts.append(f"{share:.1%} in {', '.join(map(repr, first))}{more} ({left.reason})")
-        return f". Of the {kind}, layers that keep their outputs hold {'; '.join(parts)}" if parts else ""
+        said = f". Of the {kind}, layers that keep their outputs hold {'; '.join(parts)}" if parts else ""
+        outside = self.macs - sum(amount for amount, _, _ in self.mac_terms) if kind == "macs" else 0
+        if not outside:
+            return said
+        return f"{said}. {outside / self.macs:.1%} outside of layers count as if they stayed"
 
     def multiples(
         self, round_to: int | Literal["measured"] | None, groups: Sequence[PruningGroup]

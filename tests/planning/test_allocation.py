@@ -279,3 +279,40 @@ def test_heads_save_what_attention_multiplies_too() -> None:
     found, report = plan(model, x, ratio=0.5, allocation="local")
     assert report.macs_after < 0.6 * costs.macs
     assert costs.macs_after(found) == report.macs_after  # which is counted on the cut model
+
+
+class Beside(nn.Module):
+    """What no layer does is half of the work, and the layer behind it reads other channels, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Linear(64 + 24, 5)
+        self.first, self.second = (nn.Parameter(torch.randn(n, 64) / 8) for n in (3, 64))
+        self.recurrent = nn.LSTM(3, 64, batch_first=True) if kind == "LSTM" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = F.avg_pool2d(x, 2).flatten(2).transpose(1, 2)
+        seen = pixels @ self.first @ self.second if self.recurrent is None else self.recurrent(pixels)[0]
+        maps = self.b(self.a(x).relu()).relu()
+        return self.fc(torch.cat([seen.mean(1), maps.mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [("product", 0.7), ("product", 0.9), ("LSTM", 0.85), ("LSTM", 0.95)]
+)
+def test_what_no_layer_does_is_not_counted_as_gone(kind: str, share: float) -> None:
+    torch.manual_seed(0)
+    model, x = Beside(kind).eval(), torch.randn(1, 3, 10, 10)
+    beside = 25 * (4 * 64 * (3 + 64) if kind == "LSTM" else 64 * (3 + 64))
+
+    def macs() -> int:
+        a, b = model.a.out_channels, model.b.out_channels
+        return 64 * 9 * 3 * a + 36 * 9 * a * b + 5 * (64 + b) + beside
+
+    dense = macs()
+    assert dense * 0.3 < beside < dense * 0.8
+    report = prune_(model, x, macs=share)
+    assert (report.macs_before, report.macs_after) == (dense, macs())
+    assert share - 0.05 < macs() / dense <= share
+    with pytest.raises(BudgetError, match=f"{beside / macs():.1%} outside of layers"):
+        prune_(model, x, macs=0.9 * beside / macs())
