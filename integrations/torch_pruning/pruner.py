@@ -19,7 +19,7 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import calibration_images, cut_
-from ss_pruning.config import Compensation, NoCompensation
+from ss_pruning.config import Compensation, NoCompensation, is_count, is_number
 from ss_pruning.errors import InputError
 from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.graph.groups import PruningGroup, Subgroup
@@ -110,18 +110,19 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         _check_options(found_by_the_graph)
         self.model = model
         self.importance = importance_of(importance)
-        self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
+        self.global_pruning, self.isomorphic = global_pruning, isomorphic
+        self.round_to = None if round_to is None else _count(round_to, "round_to")
         self.root_module_types = root_module_types
         self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")
         self.pruning_ratio = _checked(pruning_ratio if ch_sparsity is None else ch_sparsity, "pruning_ratio")
-        self.iterative_steps, self.current_step = iterative_steps, 0
+        self.iterative_steps, self.current_step = _count(iterative_steps, "iterative_steps"), 0
         self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
         self.heads = HeadOptions.of(
             found_by_the_graph, lambda ratio: iterative_pruning_ratio_scheduler(ratio, iterative_steps)
         )
         self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
-        self._build(example_inputs, forward_fn, list(ignored_layers or ()))
+        self._build(example_inputs, forward_fn, _listed(ignored_layers))
 
     def _build(self, example_inputs: Any, forward_fn: Any, ignored: list[nn.Module | nn.Parameter]) -> None:
         """The graph, and what Torch-Pruning's own methods read besides."""
@@ -145,9 +146,13 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.pruning_ratio_dict: dict[nn.Module, list[float]] = {}
         self._own_scope: dict[nn.Module, int] = {}
         for number, (modules, ratio) in enumerate((ratios or {}).items()):
-            if not 0 <= ratio <= 1:
-                raise InputError(f"pruning_ratio_dict holds {ratio}, which does not lie in [0, 1]")
+            if not (is_number(ratio) and 0 <= ratio <= 1):
+                raise InputError(f"pruning_ratio_dict holds {ratio!r}, which does not lie in [0, 1]")
             for module in modules if isinstance(modules, tuple) else (modules,):
+                if not isinstance(module, nn.Module):
+                    raise InputError(
+                        f"pruning_ratio_dict gives a ratio to {module!r:.80}, which is no module"
+                    )
                 for layer in module.modules():
                     self.pruning_ratio_dict[layer] = self.iterative_pruning_ratio_scheduler(
                         ratio, self.iterative_steps
@@ -295,10 +300,28 @@ def _regularisable(dep: Any) -> bool:
     return not module.transposed and (module.groups == 1 or dep.handler != tp.prune_conv_in_channels)
 
 
-def _checked(ratio: float, name: str) -> float:
-    if not 0 <= ratio <= 1:
-        raise InputError(f"{name}={ratio} must lie in [0, 1]")
-    return ratio
+def _checked(ratio: Any, name: str) -> float:
+    if not (is_number(ratio) and 0 <= ratio <= 1):
+        raise InputError(f"{name}={ratio!r} must be a number in [0, 1]")
+    return float(ratio)
+
+
+def _count(number: Any, name: str) -> int:
+    if not is_count(number):
+        raise InputError(f"{name}={number!r} must be a positive whole number")
+    return int(number)
+
+
+def _listed(ignored: Any) -> list[nn.Module | nn.Parameter]:
+    """What must stay, of which one may stand alone; what is neither would be passed over in silence."""
+    alone = isinstance(ignored, (nn.Module, Tensor, str))
+    items = [ignored] if alone else list(ignored or ())
+    for item in items:
+        if not isinstance(item, (nn.Module, nn.Parameter)):
+            raise InputError(
+                f"ignored_layers holds {item!r:.80}: give modules, such as model.fc, or parameters"
+            )
+    return items
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

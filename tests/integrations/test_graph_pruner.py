@@ -181,6 +181,13 @@ def test_options() -> None:
         ({"pruning_ratio": 1.5}, InputError, "pruning_ratio=1.5"),
         ({"max_pruning_ratio": -1}, InputError, "max_pruning_ratio=-1"),
         ({"pruning_ratio_dict": {nn.Conv2d(1, 1, 1): 2}}, InputError, "holds 2"),
+        ({"pruning_ratio_dict": {"conv1": 0.5}}, InputError, "'conv1', which is no module"),
+        ({"pruning_ratio": "half"}, InputError, "pruning_ratio='half' must be a number"),
+        ({"iterative_steps": 0}, InputError, "iterative_steps=0 must be a positive whole number"),
+        ({"iterative_steps": 2.5}, InputError, "iterative_steps=2.5"),
+        ({"round_to": 0}, InputError, "round_to=0"),
+        ({"ignored_layers": ["conv1"]}, InputError, "ignored_layers holds 'conv1': give modules"),
+        ({"ignored_layers": "conv1"}, InputError, "ignored_layers holds 'conv1'"),
         ({"customized_pruners": {nn.Conv2d: object()}}, InputError, "customized_pruners"),
         ({"forward_fn": print}, InputError, "forward_fn"),
         ({"pruning_ration": 0.5}, TypeError, "'pruning_ration'; did you mean 'pruning_ratio'"),
@@ -194,6 +201,8 @@ def test_options() -> None:
             pruner_of(net.make(), net.example, **options)
     model = net.make()
     pruner_of(model, net.example, importance="lamp", ch_sparsity=0.25).step()
+    assert model.conv1.out_channels == 6
+    pruner_of(model, net.example, ignored_layers=model.conv1).step()  # one alone
     assert model.conv1.out_channels == 6
 
 
