@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ _POOLS = {
 }
 
 
+class _Windows(NamedTuple):
+    """What torch's functions for max pooling are told besides the values, in their order."""
+
+    kernel_size: Any
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    ceil_mode: bool = False
+    return_indices: bool = False
+
+
 class CentresOfWindows(overrides.TorchFunctionMode):
     """While it is entered, max pooling takes the value in the middle of each window.
 
@@ -32,26 +43,20 @@ class CentresOfWindows(overrides.TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        pooled = func(*args, **(kwargs or {}))
-        return _centres(_POOLS[func], pooled, *args, **(kwargs or {})) if func in _POOLS else pooled
+        named = dict(kwargs or {})
+        pooled = func(*args, **named)
+        if func not in _POOLS:
+            return pooled
+        x = args[0] if args else named.pop("input")
+        return _centres(x, pooled, _Windows(*args[1:], **named), _POOLS[func])
 
 
-def _centres(
-    axes: int,
-    pooled: Tensor,
-    input: Tensor,  # noqa: A002 (as torch calls it, by name, too)
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
-    """What lies in the middle of the windows of `input` that `pooled` was made from, in its shape."""
-    centres, asked = input, (kernel_size, stride or kernel_size, padding, dilation)
+def _centres(x: Tensor, pooled: Tensor, windows: _Windows, axes: int) -> Tensor:
+    """What lies in the middle of the windows of `x` that `pooled` was made from, in its shape."""
+    asked = (windows.kernel_size, windows.stride or windows.kernel_size, windows.padding, windows.dilation)
     sizes = zip(*(_ntuple(axes)(size) for size in asked), strict=True)
-    for axis, (kernel, step, pad, apart) in enumerate(sizes, input.dim() - axes):
+    for axis, (kernel, step, pad, apart) in enumerate(sizes, x.dim() - axes):
         first = apart * (kernel - 1) // 2 - pad
-        middle = first + step * torch.arange(pooled.shape[axis], device=input.device)
-        centres = centres.index_select(axis, middle.clamp(0, input.shape[axis] - 1))
-    return centres
+        middle = first + step * torch.arange(pooled.shape[axis], device=x.device)
+        x = x.index_select(axis, middle.clamp(0, x.shape[axis] - 1))
+    return x
