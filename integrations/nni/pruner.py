@@ -29,6 +29,7 @@ from schema import SchemaError
 from torch import Tensor, nn
 
 from ss_pruning.errors import InputError
+from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.refusals import check_finite
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import StatisticsSource, measure
@@ -110,6 +111,19 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
             ordered = sorted(table.items(), key=lambda item: order.get(item[0], len(order)))
             table.clear()
             table.update(ordered)
+        self._align_biases()
+
+    def _align_biases(self) -> None:
+        """NNI masks biases along the first axis of the weight, which in transposed convolutions is that of inputs.
+
+        Where there are groups no axis is that of the outputs: the bias stays.
+        """
+        for path, spaces in self._target_spaces.items():
+            module, bias = self.bound_model.get_submodule(path), spaces.get("bias")
+            align = None if bias is None else bias.align
+            if align and align["dims"] == [0] and getattr(module, "transposed", False):
+                outputs = {**align, "dims": [1]} if groups_of(module) == 1 else None
+                bias._setting = {**bias.setting, "align": outputs}
 
     @classmethod
     def from_compressor(

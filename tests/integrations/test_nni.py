@@ -186,6 +186,29 @@ def test_every_kind_of_layer(name: str, granularity: str) -> None:
         assert sparsity(mask["weight"]) == pytest.approx(0.5, abs=0.5 / sizes[granularity] + 1e-6), name
 
 
+@pytest.mark.parametrize(("outputs_", "groups"), [(6, 1), (12, 1), (8, 2), (12, 2)])
+def test_biases_of_transposed_convolutions_go_with_outputs(outputs_: int, groups: int) -> None:
+    """Not with inputs, which are the first axis of their weights."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(12, outputs_, 2, groups=groups)
+    layer.weight.data[:3] *= 1e-6  # inputs that are masked
+    layer.weight.data[:, :2] *= 1e-6  # outputs likewise
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), layer, nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    config = [{"op_names": ["3"], "sparse_threshold": 1e-3}]
+    masks = compress(SynapticStrengthPruner(model, config, x, score="strength"))
+    weight, bias = masks["3"]["weight"], masks["3"].get("bias")
+    assert not weight[:3].any()
+    if groups == 1:
+        assert bias is not None
+        assert bias.tolist() == [float(weight[:, k].any()) for k in range(outputs_)]
+        assert bias.sum() == outputs_ - 2
+    else:
+        assert bias is None or bool(bias.all())
+    small, _ = compact(model, masks, x)
+    assert difference(bake(model, masks), small, x) < 1e-5
+
+
 @pytest.mark.parametrize("statistics", ["gaussian", [IMAGES]])
 def test_other_statistics(statistics: Any) -> None:
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
