@@ -65,6 +65,8 @@ def _summary(at: dict[tuple[str, float], list[Line]], images: bool) -> str:
     """A net and a budget a row: the best of the others, and ours, by choice of channels."""
     ours, rows = SUMMARY[images], []
     for (net, macs), lines in at.items():
+        if not any(WAYS[line["way"]].images == images for line in lines):
+            continue
         cells = [f"`{net}`, {macs:.0%}", f"{mean(line['dense'] for line in lines):.2f}"]
         for channels in CHANNELS:
             found = tops(lines, channels, images)
