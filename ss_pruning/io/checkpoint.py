@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,7 +296,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[
                 f"'{name}' is {tensor.dtype} in '{path}', {state[name].dtype} in the architecture"
             )
     # Cloned: a file's tensors lie at any address, and kernels round differently on memory that is not aligned.
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    filled = OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
+    # Some modules ask which version of theirs a state is of (torchvision's MNASNet): of the one that has been built.
+    filled._metadata = state._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(filled, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
 

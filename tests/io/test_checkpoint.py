@@ -513,3 +513,25 @@ def test_a_full_disk_and_a_pipe_are_named_in_our_words(
     with pytest.raises(InputError, match=r"the disk is full; free some space"):
         save(pruned(), tmp_path / "model.safetensors")
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+class Versioned(nn.Sequential):
+    """Loads only what says of which version it is, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_modules_that_ask_for_their_version_are_told(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+        return Versioned(*layers).eval()
+
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    ss_pruning.prune_(model, x, ratio=0.5)
+    save(model, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", build)(x), model(x))
