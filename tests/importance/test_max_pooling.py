@@ -47,8 +47,12 @@ def test_it_takes_the_middle_of_each_window(
 
 @pytest.mark.parametrize(
     "pool",
-    [lambda x: F.max_pool2d(input=x, kernel_size=(2, 2)), lambda x: torch.max_pool2d(x, (2, 2))],
-    ids=["by name", "torch's"],
+    [
+        lambda x: F.max_pool2d(input=x, kernel_size=(2, 2)),
+        lambda x: torch.max_pool2d(x, (2, 2)),
+        lambda x: F.max_pool2d(x, (2,), [2], padding=(0,), dilation=(1,)),
+    ],
+    ids=["by name", "torch's", "one for both axes"],
 )
 def test_it_knows_the_functions(pool: Any) -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, overrides
-from torch.nn.modules.utils import _ntuple
 
 #: By function, over how many axes it pools.
 _POOLS = {
@@ -54,9 +54,15 @@ class CentresOfWindows(overrides.TorchFunctionMode):
 def _centres(x: Tensor, pooled: Tensor, windows: _Windows, axes: int) -> Tensor:
     """What lies in the middle of the windows of `x` that `pooled` was made from, in its shape."""
     asked = (windows.kernel_size, windows.stride or windows.kernel_size, windows.padding, windows.dilation)
-    sizes = zip(*(_ntuple(axes)(size) for size in asked), strict=True)
+    sizes = zip(*(_by_axis(size, axes) for size in asked), strict=True)
     for axis, (kernel, step, pad, apart) in enumerate(sizes, x.dim() - axes):
         first = apart * (kernel - 1) // 2 - pad
         middle = first + step * torch.arange(pooled.shape[axis], device=x.device)
         x = x.index_select(axis, middle.clamp(0, x.shape[axis] - 1))
     return x
+
+
+def _by_axis(size: Any, axes: int) -> tuple[int, ...]:
+    """One number an axis; torch takes a single number, and a sequence of one, for all axes."""
+    sizes = tuple(size) if isinstance(size, Iterable) else (size,)
+    return sizes * axes if len(sizes) == 1 else sizes
