@@ -90,3 +90,13 @@ def unchanged(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> bool:
     """Whether no checksum has changed of those that both hold."""
     pairs = [(now[name], then[name]) for name in now if name in then]
     return all(x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+def as_state_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name as a state of `model`: some modules, as torchvision's MNASNet, ask which version it is of."""
+    state = model.state_dict()
+    versions = state._metadata  # type: ignore[attr-defined]
+    state.clear()
+    state.update(tensors)
+    state._metadata = versions  # type: ignore[attr-defined]
+    return state

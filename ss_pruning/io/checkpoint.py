@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import check_writable, write_bytes
+from ss_pruning._utils.modules import as_state_of
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.report.records import Report
@@ -296,10 +296,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[
                 f"'{name}' is {tensor.dtype} in '{path}', {state[name].dtype} in the architecture"
             )
     # Cloned: a file's tensors lie at any address, and kernels round differently on memory that is not aligned.
-    filled = OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
-    # Some modules ask which version of theirs a state is of (torchvision's MNASNet): of the one that has been built.
-    filled._metadata = state._metadata  # type: ignore[attr-defined]
-    model.load_state_dict(filled, assign=True)
+    cloned = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(as_state_of(model, cloned), assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
 

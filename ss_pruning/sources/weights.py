@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._utils.modules import as_state_of
 from ss_pruning.errors import InputError
 
 _NESTS = (
@@ -41,7 +42,9 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
     else:
         found = _of_the_model(found, wanted, path)
     _check_fit(found, wanted, path)
-    model.load_state_dict(found, strict=False)  # strict but for the counters that _check_fit allows to lack
+    model.load_state_dict(
+        as_state_of(model, found), strict=False
+    )  # strict but for the counters that _check_fit allows to lack
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

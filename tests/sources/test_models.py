@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -422,3 +423,15 @@ def test_files_of_another_kind_say_so(tmp_path: Path) -> None:
 )
 def test_a_name_tells_whether_it_brings_weights(spec: str, brings: bool) -> None:
     assert brings_weights(spec) is brings
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_of_modules_that_ask_for_their_version_are_loaded(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    dense, fresh = (torchvision.models.mnasnet0_5(num_classes=3).eval() for _ in range(2))
+    path = tmp_path / f"weights.{suffix}"
+    write = torch.save if suffix == "pth" else save_file
+    write(dict(dense.state_dict()), path)
+    load_weights(fresh, path)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(fresh(x), dense(x))
