@@ -20,6 +20,7 @@ from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.compensation.apply import Calibration, calibration_images, prepared_best
 from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Config, Scope, SyntheticImages
+from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.refusals import check_bare, check_finite, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
 from ss_pruning.importance.scoring import importance_of
@@ -254,9 +255,12 @@ def _layer_reports(
     for path, (synapses, strength) in strengths.items():
         layer = traced.connectivity.layers[path]
         inputs, outputs = kept.get((path, "in"), layer.inputs), kept.get((path, "out"), layer.outputs)
-        groups_before = layer.inputs * layer.outputs // synapses
-        groups_after = inputs if layer.kind == "depthwise" else groups_before
-        left = outputs * inputs // groups_after
+        groups = layer.inputs * layer.outputs // synapses
+        if layer.kind == "depthwise":
+            groups = inputs
+        else:  # those of a head go with it
+            groups = groups * groups_of(pruned[path]) // groups_of(dense[path])
+        left = outputs * inputs // groups
         reports.append(
             LayerReport(
                 path=path,

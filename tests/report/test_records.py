@@ -32,6 +32,7 @@ from ss_pruning.report.records import (
 )
 from ss_pruning.report.violin import LogScale, density
 from ss_pruning.sources.demo import digits_resnet
+from tests.support.attention import EXAMPLE, block
 
 STRENGTH = (0.0, *(0.01 * 1.3**n for n in range(len(QUANTILES) - 2)), 10.0)
 EVIL = """<script>alert("1")</script>&'\x1b[31m\udcff"""
@@ -143,6 +144,16 @@ def test_each_layer_tells_what_it_costs() -> None:
         (5 * 12 * 2, 5 * b * 2, 5 * 12 + 5, 5 * b + 5),
     ]
     assert sum(row.macs_after or 0 for row in report.layers) == report.macs_after
+
+
+def test_groups_that_go_with_a_head_leave_the_others_as_many_inputs() -> None:
+    model = block("aggregated")
+    report = prune_(model, EXAMPLE, ratio=0.4, allocation="local")
+    (row,) = (row for row in report.layers if row.path == "attn.mix")
+    mix, patches = model.attn.mix, EXAMPLE.shape[0] * 6
+    assert mix.groups < 9
+    assert (row.synapses_before, row.synapses_after) == (36 * 4, mix.weight.numel())
+    assert (row.macs_before, row.macs_after) == (36 * 4 * patches, mix.weight.numel() * patches)
 
 
 def test_what_json_lacks_survives_or_becomes_text() -> None:
