@@ -110,17 +110,20 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         _check_options(found_by_the_graph)
         self.model = model
         self.importance = importance_of(importance)
+        if not callable(self.importance):
+            raise InputError(
+                f"importance={importance!r:.80}: give one, such as SynapticImportance(), or its name"
+            )
         self.global_pruning, self.isomorphic = global_pruning, isomorphic
         self.round_to = None if round_to is None else _count(round_to, "round_to")
-        self.root_module_types = root_module_types
+        alone = isinstance(root_module_types, type)
+        self.root_module_types = (root_module_types,) if alone else tuple(root_module_types)
         self.max_pruning_ratio = _checked(max_pruning_ratio, "max_pruning_ratio")
         self.pruning_ratio = _checked(pruning_ratio if ch_sparsity is None else ch_sparsity, "pruning_ratio")
         self.iterative_steps, self.current_step = _count(iterative_steps, "iterative_steps"), 0
         self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
-        self.per_step_pruning_ratio = iterative_pruning_ratio_scheduler(self.pruning_ratio, iterative_steps)
-        self.heads = HeadOptions.of(
-            found_by_the_graph, lambda ratio: iterative_pruning_ratio_scheduler(ratio, iterative_steps)
-        )
+        self.per_step_pruning_ratio = self._schedule(self.pruning_ratio)
+        self.heads = HeadOptions.of(found_by_the_graph, self._schedule)
         self._set_ratios(pruning_ratio_dict if ch_sparsity_dict is None else ch_sparsity_dict)
         self._build(example_inputs, forward_fn, _listed(ignored_layers))
 
@@ -141,10 +144,22 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.removed: Counter[Hashable] = Counter()
         self._failed: dict[str, Excluded] = {}
 
+    def _schedule(self, ratio: float) -> list[float]:
+        """The ratio before the first step, and after each."""
+        ratios = list(self.iterative_pruning_ratio_scheduler(ratio, self.iterative_steps))
+        if len(ratios) <= self.iterative_steps:
+            raise InputError(
+                f"iterative_pruning_ratio_scheduler returns {len(ratios)} ratios for {self.iterative_steps} steps: one "
+                "is needed before the first step, and one after each"
+            )
+        return ratios
+
     def _set_ratios(self, ratios: Mapping[Any, float] | None) -> None:
         """Ratios after each step, and the scope, of the layers that have one of their own."""
         self.pruning_ratio_dict: dict[nn.Module, list[float]] = {}
         self._own_scope: dict[nn.Module, int] = {}
+        if not isinstance(ratios, Mapping | None):
+            raise InputError(f"pruning_ratio_dict={ratios!r:.80}: give a dict of modules and their ratios")
         for number, (modules, ratio) in enumerate((ratios or {}).items()):
             if not (is_number(ratio) and 0 <= ratio <= 1):
                 raise InputError(f"pruning_ratio_dict holds {ratio!r}, which does not lie in [0, 1]")
@@ -154,9 +169,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         f"pruning_ratio_dict gives a ratio to {module!r:.80}, which is no module"
                     )
                 for layer in module.modules():
-                    self.pruning_ratio_dict[layer] = self.iterative_pruning_ratio_scheduler(
-                        ratio, self.iterative_steps
-                    )
+                    self.pruning_ratio_dict[layer] = self._schedule(ratio)
                     self._own_scope[layer] = number
 
     @property

@@ -336,6 +336,34 @@ def test_refusals_leave_the_model_alone() -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"importance": None}, "importance=None: give one"),
+        ({"pruning_ratio_dict": [1]}, r"pruning_ratio_dict=\[1\]: give a dict"),
+        ({"iterative_pruning_ratio_scheduler": lambda ratio, steps: [ratio]}, "returns 1 ratios for 1 steps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_of_the_wrong_kind_are_refused(options: dict[str, Any], said: str) -> None:
+    net = BY_NAME["grouped"]
+    model = net.make()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=said):
+        ours.GraphPruner(model, net.example, **{"importance": "magnitude", **options})
+    assert snapshot(model) == before
+
+
+def test_one_type_of_roots_may_stand_alone() -> None:
+    net = BY_NAME["grouped"]
+    widths = []
+    for types in (nn.Conv2d, [nn.Conv2d]):
+        model = net.make()
+        ours.GraphPruner(model, net.example, "magnitude", root_module_types=types).step()
+        widths.append([m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)])
+    assert widths[0] == widths[1]
+
+
 def test_a_group_from_before_a_cut_is_refused() -> None:
     net = BY_NAME["residual"]
     model = net.make()
