@@ -339,10 +339,13 @@ def at_a_larger_size(lines: Sequence[Line]) -> dict[str, Any] | None:
             [f"{line['weight']:g}", f"{top['trained']:.2f}", f"{line['sparsity']:.0%}", *stages, *cut]
         )
     stages = ["as trained", "synapses removed", "pruned", "and fine-tuned"]
+    trained = {line["weight"]: line["top1"]["trained"] for line in lines}
+    dense, *penalised = (trained[weight] for weight in sorted(trained))
     first = lines[0]
     return {
         "net": f"{first['net']}, width {first['width']:g}",
         "epochs": first["recipe"]["epochs"],
+        "cost": f"{dense - max(penalised):.2f}" if penalised else "",
         "finetune_epochs": max(line["finetune_epochs"] for line in lines),
         "points": f"{max(abs(line['top1']['compacted'] - line['top1']['fine-tuned']) for line in lines):.2f}",
         "seeds": len({line["recipe"]["seed"] for line in lines}),
