@@ -325,6 +325,11 @@ def regularised(lines: list[Line]) -> str:
     return table(["net", "penalty", "training images", "others"], rows)
 
 
+def _best(line: Line) -> float:
+    """Top-1 without the synapses, fine-tuned or not."""
+    return float(max(line["top1"]["pruned"], line["top1"]["fine-tuned"]))
+
+
 def at_a_larger_size(lines: Sequence[Line]) -> dict[str, Any] | None:
     """Single runs of `benchmarks.sparse_training.paper`: accuracies by stage, and what compaction leaves."""
     if not lines:
@@ -345,6 +350,9 @@ def at_a_larger_size(lines: Sequence[Line]) -> dict[str, Any] | None:
     return {
         "net": f"{first['net']}, width {first['width']:g}",
         "epochs": first["recipe"]["epochs"],
+        "within": max(
+            (f"{x['sparsity']:.0%}" for x in lines if x["weight"] and _best(x) >= dense - 0.5), default="none"
+        ),
         "cost": f"{dense - max(penalised):.2f}" if penalised else "",
         "finetune_epochs": max(line["finetune_epochs"] for line in lines),
         "points": f"{max(abs(line['top1']['compacted'] - line['top1']['fine-tuned']) for line in lines):.2f}",

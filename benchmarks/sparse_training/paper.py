@@ -3,7 +3,7 @@
     python -m benchmarks.sparse_training.paper                      # VGG-16-BN of a quarter of the width, one CPU core
     python -m benchmarks.sparse_training.paper --net resnet18 --width 0.125 --sparsity 0.6
     python -m benchmarks.sparse_training.paper --net vgg16bn --paper   # full width, 160 epochs: wants a GPU
-    python -m benchmarks.sparse_training.paper --width 0.5 --epochs 30 --finetune-epochs 10 --note   # for docs/study.md
+    python -m benchmarks.sparse_training.paper --width 0.5 --epochs 30 --finetune-epochs 6 --note   # for docs/study.md
 
 The method is that of Lin et al. (NeurIPS 2018). Their penalty weight, threshold and schedule are not known to us:
 `--paper` takes those of Network Slimming (Liu et al. 2017; SGD at 0.1, divided by 10 at half and three quarters of 160
