@@ -6,6 +6,7 @@ model that was a tenth of its time.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -94,9 +95,9 @@ def unchanged(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> bool:
 
 def as_state_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by name as a state of `model`: some modules, as torchvision's MNASNet, ask which version it is of."""
-    state = model.state_dict()
-    versions = state._metadata  # type: ignore[attr-defined]
-    state.clear()
-    state.update(tensors)
-    state._metadata = versions  # type: ignore[attr-defined]
+    state = OrderedDict(tensors)
+    # None where a model makes its state itself.
+    versions = getattr(model.state_dict(), "_metadata", None)
+    if versions is not None:
+        state._metadata = versions  # type: ignore[attr-defined]
     return state

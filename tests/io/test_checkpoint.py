@@ -526,6 +526,23 @@ class Versioned(nn.Sequential):
         super()._load_from_state_dict(state, prefix, metadata, *others)
 
 
+class PlainState(nn.Sequential):
+    """Gives its state as a plain dict, which tells no versions."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return dict(super().state_dict(*args, **kwargs))
+
+
+def test_a_state_without_versions_is_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return PlainState(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    ss_pruning.prune_(model, x, ratio=0.5)
+    save(model, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", build)(x), model(x))
+
+
 def test_modules_that_ask_for_their_version_are_told(tmp_path: Path) -> None:
     def build() -> nn.Module:
         layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
