@@ -25,6 +25,15 @@ def tensors_among(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def power_of_two_above(numbers: Tensor) -> float:
+    """The least power of two above all of them, by which they can be divided without rounding; 2^126 or 2^-126 at most.
+
+    Single precision holds no power much beyond.
+    """
+    _, exponent = torch.frexp(numbers.detach().abs().max())
+    return float(2.0 ** int(exponent.clamp(-126, 126)))
+
+
 def normal_like(inputs: Any, generator: torch.Generator, dtype: torch.dtype | None = None) -> Any:
     """Standard normal numbers in place of each tensor of floating point numbers in `inputs`.
 

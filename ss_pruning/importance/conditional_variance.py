@@ -41,14 +41,15 @@ def unexplained(covariance: Tensor, order_by: Tensor, rows: int, groups: int = 1
         order_by: `[channels]`, how strong each is.
         rows: How many observations the covariance is from.
         groups: Of the layer that reads them; channels of other groups are of no use to it.
+
+    Raises:
+        ModelError: It is not finite.
     """
     own = blocks(covariance.double(), groups)
     order = order_by.to(own.device).reshape(groups, -1).argsort(stable=True, dim=1, descending=True)
     own = own.gather(1, order[:, :, None].expand_as(own)).gather(2, order[:, None].expand_as(own))
     variance = own.diagonal(dim1=1, dim2=2)
     factor, ridge = ridged_factor(own, rows)
-    if factor is None:  # whoever reads the scores refuses NaN
-        return torch.full_like(order_by, torch.nan)
     floor = torch.finfo(torch.float64).tiny
     left = (factor.diagonal(dim1=1, dim2=2).square() - ridge) / variance.clamp_min(floor)
     return torch.empty_like(left).scatter_(1, order, left.clamp(0, 1)).flatten()

@@ -22,11 +22,14 @@ _RIDGE = 1e-3
 _TRIES = 6
 
 
-def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor | None, Tensor]:
+def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Cholesky factor of `[groups, n, n]` with a ridge on the diagonals, and that ridge, `[groups, 1]`.
 
     Few rows explain too well, so the ridge grows with the channels a row. Where rounding has left the covariance
-    indefinite it is made larger. Only NaN has no factor.
+    indefinite it is made larger.
+
+    Raises:
+        ModelError: It is not finite: only NaN has no factor.
     """
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     ridge = _share(covariance.shape[-1], rows) * variance + torch.finfo(covariance.dtype).tiny
@@ -36,7 +39,7 @@ def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor | None, Tensor]
         if not bool(failed.any()):
             return factor, ridge
         ridge = 10 * ridge
-    return None, ridge
+    raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
 
 
 def _share(channels: int, rows: int) -> float:
@@ -60,8 +63,6 @@ def precision(covariance: Tensor, groups: int, rows: int) -> Tensor:
         ModelError: It is not finite.
     """
     factor, _ = ridged_factor(blocks(covariance, groups), rows)
-    if factor is None:
-        raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
     inverse: Tensor = torch.block_diag(*torch.cholesky_inverse(factor))
     return inverse
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning._utils.arrays import power_of_two_above
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import quiet_hooks
 from ss_pruning.graph.connectivity import INPUT, Connectivity
@@ -150,8 +151,7 @@ def relative_power(module: nn.Module, variance: Tensor) -> Tensor:
 def _unit(numbers: Tensor) -> Tensor:
     """The numbers times a power of two, which is exact: the largest is about 1."""
     numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-    _, exponent = torch.frexp(numbers.detach().abs().max())
-    return torch.ldexp(numbers, -exponent.clamp(-126, 126))
+    return numbers / power_of_two_above(numbers)
 
 
 def kernel_powers(module: nn.Module, weight: Tensor | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ss_pruning import SynapticImportance, prune_
 from ss_pruning.config import NoCompensation
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.tracing import trace
 from ss_pruning.importance.activation_stats import measure
@@ -49,6 +50,42 @@ def test_of_two_equal_channels_the_weaker_says_nothing() -> None:
     assert found.tolist() == pytest.approx([0, 1, 1], abs=2e-3)
 
 
+def test_covariances_of_tiny_numbers_are_those_of_others_scaled() -> None:
+    """In single precision squares of 1e-30 are 0; the oracle is numpy's covariance in double precision."""
+    layer, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(50, 4) @ torch.randn(4, 4) + 3
+    known = trace(layer, x)
+    for scale in (1.0, 1e-30, 1e12):
+        found = measure(layer, known, [x * scale], x, ["0"], covariance=True)["0"].covariance
+        wanted = torch.from_numpy(np.cov((x * scale).double().numpy().T, bias=True))
+        assert found is not None
+        assert torch.allclose(found / scale**2, wanted / scale**2, rtol=1e-4)
+
+
+def test_what_is_not_finite_is_said() -> None:
+    with pytest.raises(ModelError, match="not finite on the calibration inputs"):
+        unexplained(torch.full((3, 3), torch.nan), torch.ones(3), MANY)
+
+
+@pytest.mark.parametrize("method", ["linear", "reconstruct"])
+def test_a_layer_of_numbers_that_have_no_square_is_pruned(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    model[0].weight.data.mul_(1e-42)
+    images = torch.randn(16, 3, 2, 2)
+    report = prune_(
+        model, images[:1], ratio=0.5, compensation=method, calibration=images, allocation="global"
+    )
+    assert sum(layer.outputs_after for layer in report.layers) == 8 + 2
+    assert bool(model(images).isfinite().all())
+
+
 def test_groups_are_of_no_use_to_each_other() -> None:
     generator = torch.Generator().manual_seed(1)
     mixed = torch.randn(8, 8, generator=generator, dtype=torch.float64)
@@ -79,7 +116,6 @@ def test_rounding_that_leaves_a_covariance_indefinite_is_no_error() -> None:
     found = unexplained(covariance, torch.arange(50.0), MANY)
     assert found.isfinite().all()
     assert int(found.argmax()) == 49
-    assert unexplained(torch.full((3, 3), torch.nan), torch.ones(3), MANY).isnan().all()
 
 
 @pytest.mark.parametrize("split", [(5,), (2, 3)])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._utils.arrays import power_of_two_above
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.progress import step
@@ -101,13 +102,13 @@ def positions_of(images: int, batch: int) -> int:
 class Products(Sums):
     """With the products of channels, at positions drawn from each batch.
 
-    They are taken about the first batch's mean: products in single precision would lose a variance that is small
-    beside the mean.
+    They are taken about the first batch's mean, and in units of its largest distance from there: products in single
+    precision would lose a variance that is small beside the mean, and end at 1e-38.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn, self.about = 0, torch.zeros(())
+        self.drawn, self.about, self.unit = 0, torch.zeros(()), 1.0
         self.first: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
         self.generator = torch.Generator().manual_seed(0)
@@ -119,7 +120,8 @@ class Products(Sums):
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not self.drawn:
             self.about = rows.mean(1, keepdim=True)
-        centred = rows - self.about
+            self.unit = power_of_two_above(rows - self.about)
+        centred = (rows - self.about).div_(self.unit)
         with torch.autocast(rows.device.type, enabled=False):
             products = centred @ centred.T
         self.drawn += centred.shape[1]
@@ -138,7 +140,7 @@ class Products(Sums):
         """Likewise, with the covariance."""
         seen = super().seen(dtype)
         mean = torch.as_tensor(self.first / max(self.drawn, 1))
-        covariance = torch.as_tensor(self.second / max(self.drawn, 1)) - mean.outer(mean)
+        covariance = (torch.as_tensor(self.second / max(self.drawn, 1)) - mean.outer(mean)) * self.unit**2
         statistics = replace(seen.statistics, covariance=covariance, rows=self.drawn)
         return replace(seen, statistics=statistics)
 
