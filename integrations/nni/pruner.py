@@ -21,7 +21,6 @@ except ModuleNotFoundError as error:
         name="nni",
     ) from error
 from nni.compression.base.compressor import Compressor
-from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from nni.compression.pruning import L1NormPruner
 from nni.compression.utils import Evaluator
@@ -36,6 +35,7 @@ from ss_pruning.importance.activation_stats import StatisticsSource, measure
 from ss_pruning.integrations.nni.masks import bake, compact, speedup, symbolic_graph
 from ss_pruning.integrations.nni.ranking import generate_masks
 from ss_pruning.integrations.nni.scores import Score, Scores
+from ss_pruning.integrations.nni.targets import check_targets
 from ss_pruning.sparsity.penalty import strength_penalty
 
 __all__ = ["SynapticStrengthPruner", "bake", "compact", "speedup", "symbolic_graph"]
@@ -73,8 +73,8 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         existed_wrappers: For `from_compressor`.
 
     Raises:
-        InputError: The config has an unknown key or value, selects nothing, or names a layer that NNI cannot mask; or
-            the model is wrapped already.
+        InputError: The config has an unknown key or value, selects nothing, or names a layer or a target that NNI cannot
+            mask; or the model is wrapped already.
         ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
     """
 
@@ -139,7 +139,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         return make(cls, compressor, new_config_list, *args, evaluator=evaluator, **kwargs)
 
     def _validate_config(self) -> None:
-        """NNI's check of keys and values, and that every entry selects something.
+        """NNI's check of keys and values, and ours of what they select.
 
         Raises:
             InputError: It does not pass.
@@ -148,19 +148,7 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
             super()._validate_config()
         except SchemaError as error:
             raise InputError(f"NNI refuses the config: {error}. Its keys are {_KEYS}") from error
-        for config in self.config_list:
-            try:
-                modules, _, _ = select_modules_by_config(self.bound_model, config)
-            except KeyError as error:
-                raise InputError(f"the config names {error}, which is no module of the model") from error
-            if not modules:
-                raise InputError(f"the config {config} selects no module; see dict(model.named_modules())")
-            unknown = {type(m).__name__ for m in modules.values()} - set(PruningSetting.registry)
-            if unknown:
-                raise InputError(
-                    f"NNI knows no layer of type {', '.join(sorted(unknown))} to mask; leave it out, or describe it "
-                    "with nni.compression.base.setting.PruningSetting.register"
-                )
+        check_targets(self.bound_model, self.config_list)
 
     def _set_default_sparse_granularity(self, target_space: Any) -> list[int] | str | None:
         shape = target_space.shape

@@ -546,6 +546,18 @@ def test_speedup_names_nnis_own_error() -> None:
         ([{"op_types": ["Conv3d"], "sparse_ratio": 0.5}], "selects no module"),
         ([{"op_names": ["conv9"], "sparse_ratio": 0.5}], "names 'conv9', which is no module"),
         (["Conv2d"], "NNI refuses the config"),
+        (
+            [{"op_types": ["Conv2d"], "target_names": ["bias"], "sparse_ratio": 0.5}],
+            "name 'weight' in target",
+        ),
+        (
+            [{"op_types": ["BatchNorm2d"]}],
+            "the bias of 'n1' where the weight of 'n1' is masked, which the config",
+        ),
+        (
+            [{"op_types": ["Conv2d"], "target_names": ["_output_"], "sparse_ratio": 0.5}],
+            "names '_output_', which",
+        ),
     ],
 )
 def test_wrong_configs(config: Any, message: str) -> None:
