@@ -32,7 +32,7 @@ def check_targets(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) ->
 
 
 def _selected(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, nn.Module], Setting]:
-    """Modules by path, and the part of the config that is said of all of them."""
+    """Modules by path, in the model's order, and the part of the config that is said of all of them."""
     try:
         modules, public, _ = select_modules_by_config(model, config)
     except KeyError as error:
@@ -45,7 +45,7 @@ def _selected(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, nn
             f"NNI knows no layer of type {', '.join(sorted(unknown))} to mask; leave it out, or describe it "
             "with nni.compression.base.setting.PruningSetting.register"
         )
-    return modules, public
+    return {path: module for path, module in model.named_modules() if path in modules}, public
 
 
 def _targets(path: str, module: nn.Module, config: Setting) -> dict[str, Setting]:
