@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.graph.layers import kind_of
+from ss_pruning.profiling.flop_formulas import formula_of
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of one forward pass, in all and by layer, by torch's own formulas (FLOPs / 2).
+    """Multiply-accumulates of one forward pass, in all and by layer (FLOPs / 2), see `flop_formulas`.
 
     Raises:
         ModelError: The model does not run on the inputs, which may be of another number type.
@@ -62,37 +62,8 @@ def _operation_by_operation() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of the fused attention that torch 2.14 has no formula for: those of the others that it has."""
-    return sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-any-return]
-
-
-def _recurrent(x: Tensor, *weights: Tensor) -> int:
-    """FLOPs of recurrent layers: each weight of their matrices is used once a step."""
-    steps = x.numel() // max(x.shape[-1], 1)
-    return 2 * steps * sum(weight.numel() for weight in weights if weight.dim() == 2)
-
-
-def _recurrent_on_cpu(x: Any, from_input: Any, from_hidden: Any, *_: Any, **__: Any) -> int:
-    """One layer of an LSTM in one direction, in float32; torch has no formula, as for the next."""
-    return _recurrent(x, from_input, from_hidden)
-
-
-def _recurrent_on_cuda(x: Any, weights: Any, *_: Any, **__: Any) -> int:
-    """All layers and directions of an LSTM, a GRU or a plain recurrent network."""
-    return _recurrent(x, *weights)
-
-
-_FORMULAS = {
-    **flop_registry,
-    torch.ops.aten.mkldnn_rnn_layer: _recurrent_on_cpu,
-    torch.ops.aten._cudnn_rnn: _recurrent_on_cuda,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
-}
-
-
 class _MacCounter(TorchDispatchMode):
-    """Adds up the operations that torch has a formula for, by the layer that they run in.
+    """Adds up the operations that there is a formula for, by the layer that they run in.
 
     Gives the counts of `torch.utils.flop_counter.FlopCounterMode`, which takes up to half as long again with the same
     hooks, and without them knows modules by where they hang, which fails for those that are called past their parents.
@@ -127,7 +98,7 @@ class _MacCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = formula_of(func)
         if formula is None and func not in self.atomic:
             with self:
                 result = func.decompose(*args, **kwargs)

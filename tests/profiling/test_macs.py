@@ -138,3 +138,75 @@ def test_attention_that_torch_runs_in_one_go_is_counted(fast: bool) -> None:
         assert torch.backends.mha.get_fastpath_enabled() is fast
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+class Called(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.function(*x)
+
+
+class Counted:
+    """A number that counts how often numbers are multiplied and added to a sum: the definition, run."""
+
+    products = 0
+
+    def __mul__(self, other: Counted) -> Counted:
+        Counted.products += 1
+        return self
+
+
+def times(left: list[list[Counted]], right: list[list[Counted]]) -> int:
+    """Multiply-accumulates of a product of two matrices, by its three loops."""
+    Counted.products = 0
+    for row in left:
+        for column in zip(*right, strict=True):
+            for a, b in zip(row, column, strict=True):
+                a * b
+    return Counted.products
+
+
+def matrix(rows: int, columns: int) -> list[list[Counted]]:
+    return [[Counted() for _ in range(columns)] for _ in range(rows)]
+
+
+T = torch.zeros
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "left", "right"),
+    [
+        (torch.mv, (T(3, 5), T(5)), (3, 5), (5, 1)),
+        (torch.matmul, (T(2, 3, 5), T(5)), (6, 5), (5, 1)),
+        (torch.matmul, (T(5), T(5, 4)), (1, 5), (5, 4)),
+        (torch.dot, (T(5), T(5)), (1, 5), (5, 1)),
+        (torch.vdot, (T(5), T(5)), (1, 5), (5, 1)),
+        (torch.addmv, (T(3), T(3, 5), T(5)), (3, 5), (5, 1)),
+        (torch.addbmm, (T(3, 4), T(2, 3, 5), T(2, 5, 4)), (3, 10), (10, 4)),
+        (torch.baddbmm, (T(2, 3, 4), T(2, 3, 5), T(2, 5, 4)), (6, 5), (5, 4)),
+        (lambda a, b, c: c.clone().addmm_(a, b), (T(3, 5), T(5, 4), T(3, 4)), (3, 5), (5, 4)),
+        (lambda a, b, c: c.clone().addmv_(a, b), (T(3, 5), T(5), T(3)), (3, 5), (5, 1)),
+        (lambda a, b: torch.einsum("ij,j->i", a, b), (T(3, 5), T(5)), (3, 5), (5, 1)),
+        (lambda a, b: torch.einsum("nchw,c->nhw", a, b), (T(2, 3, 4, 4), T(3)), (32, 3), (3, 1)),
+        (lambda a, b: torch.tensordot(a, b, 2), (T(3, 4, 5), T(4, 5, 6)), (3, 20), (20, 6)),
+        # A kernel of 3 over 6 steps gives 4; each of its outputs is a sum over 3 x 3 numbers.
+        (lambda x, w: torch.conv_tbc(x, w, T(4)), (T(6, 2, 3), T(3, 3, 4)), (8, 9), (9, 4)),
+        (nn.Bilinear(5, 6, 7), (T(3, 5), T(3, 6)), (21, 30), (30, 1)),
+        (nn.Bilinear(5, 6, 7, bias=False), (T(2, 3, 5), T(2, 3, 6)), (42, 30), (30, 1)),
+    ],
+)
+def test_products_of_all_kinds_are_counted(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], left: tuple[int, int], right: tuple[int, int]
+) -> None:
+    assert count_macs(Called(function), inputs)[0] == times(matrix(*left), matrix(*right))
+
+
+def test_deformable_convolutions_cost_what_plain_ones_cost() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    layer = ops.DeformConv2d(4, 6, 3, groups=2)
+    assert count_macs(layer, (T(2, 4, 6, 7), T(2, 18, 4, 5)))[0] == 2 * conv_macs(layer, 4, 5)
