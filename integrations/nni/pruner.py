@@ -73,8 +73,8 @@ class SynapticStrengthPruner(L1NormPruner):  # type: ignore[misc]
         existed_wrappers: For `from_compressor`.
 
     Raises:
-        InputError: The config has an unknown key or value, selects nothing, or names a layer or a target that NNI cannot
-            mask; or the model is wrapped already.
+        InputError: The config has an unknown key or value, selects nothing, or names a layer or a target that NNI
+            cannot mask; or the model is wrapped already.
         ModelError: The model does not run on the inputs, or holds NaN or Inf weights.
     """
 
