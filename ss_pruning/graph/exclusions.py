@@ -16,7 +16,10 @@ from ss_pruning.graph.layers import kind_of, width
 
 OUTPUT_REASON = "reaches the model's output"
 BROADCAST_REASON = "feeds several channels at once (a gate, a softmax or attention)"
-UNCALLED_REASON = "did not run on the example inputs; whatever it reads or writes must not change width"
+UNCALLED_REASON = (
+    "did not run on the example inputs: it is as it was, and what it would read may be narrower now (give inputs that "
+    "run it, or name in ignore what it reads)"
+)
 UNREAD_REASON = (
     "no layer that ran reads it (at most decisions do, such as top-k or suppression, or code that lets no gradient "
     "through, such as NumPy's or under torch.inference_mode, for which no_grad can stand)"

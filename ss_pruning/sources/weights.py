@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from ss_pruning._utils.modules import as_state_of
 from ss_pruning.errors import InputError
 
-_NESTS = (
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-)  # averaged weights first: they are the better ones
+# Averaged weights first: they are the better ones.
+_NESTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "state_dict", "model")
 _TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
@@ -50,8 +46,8 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read tensors by name, running no code from the file.
 
-    Nested checkpoints are opened: `state_dict`, `model`, `state_dict_ema`, or the only entry that holds tensors by
-    name, whatever it is called. Averaged weights are preferred.
+    Nested checkpoints are opened: `state_dict`, `model`, or the only entry that holds tensors by name, whatever it is
+    called. Averaged weights (`ema`, `model_ema`, `state_dict_ema`) are preferred.
 
     Args:
         path: `.safetensors`, or `.pth`, `.pt`, `.th`, `.bin` as `torch.save` writes them.
@@ -60,16 +56,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged, of another kind, or holds more than tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder: name the weights file in it.")
     if not path.is_file():
         raise InputError(f"no weights file at {str(path)!r}. {nearby(path)}".rstrip())
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in _TORCH_SUFFIXES:
-        return _tensors_in(_read_torch(path), path)
-    raise InputError(
-        f"{str(path)!r} has no suffix of a weights file; understood are .safetensors and "
-        f"{', '.join(_TORCH_SUFFIXES)}."
-    )
+    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise InputError(
+            f"{str(path)!r} has no suffix of a weights file; understood are .safetensors and "
+            f"{', '.join(_TORCH_SUFFIXES)}."
+        )
+    if not path.stat().st_size:
+        raise InputError(f"{str(path)!r} is empty: was it copied or downloaded to its end?")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _tensors_in(_read_torch(path), path)
 
 
 def nearby(path: Path) -> str:
@@ -108,10 +106,8 @@ def _read_torch(path: Path) -> object:
             "torch.save(model.state_dict(), 'weights.pth')."
         ) from error
     except Exception as error:  # of bytes that are no pickle it may raise anything
-        first = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{str(path)!r} is damaged or was not written by torch.save: {type(error).__name__}, {first}"
-        ) from error
+        what = ", ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise InputError(f"{str(path)!r} is damaged or was not written by torch.save: {what}") from error
 
 
 def _tensors_in(value: object, path: Path, depth: int = 0) -> dict[str, Tensor]:
@@ -197,30 +193,44 @@ def _renamed_by_order(
 
 
 def _check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise unless names and shapes agree; counters may be missing, or there in vain."""
-    missing = [key for key in wanted if key not in found and not _is_counter(key)]
-    extra = [key for key in found if key not in wanted and not _is_counter(key)]
-    shapes = [
-        f"{key} is {list(found[key].shape)} in the file, {list(value.shape)} in the model"
-        for key, value in wanted.items()
-        if key in found and found[key].shape != value.shape
-    ]
-    if not (missing or extra or shapes):
-        return
-    parts = [
-        f"{what}: {_some(names)}"
-        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
-        if names
-    ]
-    raise InputError(
-        f"{str(path)!r} does not fit the model.\n{chr(10).join(parts)}\n{_advice(found, wanted)}"
-    )
+    """Raise unless names, shapes and kinds agree; counters may be missing, or there in vain."""
+    both = [(key, found[key], value) for key, value in wanted.items() if key in found]
+    differences = {
+        "missing": [key for key in wanted if key not in found and not _is_counter(key)],
+        "not in the model": [key for key in found if key not in wanted and not _is_counter(key)],
+        "of another shape": [
+            f"{key} is {list(there.shape)} in the file, {list(here.shape)} in the model"
+            for key, there, here in both
+            if there.shape != here.shape
+        ],
+        "of a kind that cannot be loaded": [
+            f"{key} is {_kind(there)}" for key, there, here in both if _is_foreign(there, here)
+        ],
+    }
+    parts = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
+    if parts:
+        told = "\n".join([*parts, _advice(found, wanted)])
+        raise InputError(f"{str(path)!r} does not fit the model.\n{told}")
+
+
+def _is_foreign(found: Tensor, wanted: Tensor) -> bool:
+    """Whether copying would fail, or lose what the numbers mean: whole numbers in a weight are quantised ones."""
+    loses = wanted.is_floating_point() and not found.is_floating_point()
+    return loses or found.is_meta or found.layout != wanted.layout
+
+
+def _kind(tensor: Tensor) -> str:
+    words = ["without data"] if tensor.is_meta else []
+    words += ["sparse"] if tensor.layout != torch.strided else []
+    return ", ".join([*words, str(tensor.dtype).removeprefix("torch.")])
 
 
 def _advice(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     def shapes(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
         return [value.shape for key, value in tensors.items() if not _is_counter(key)]
 
+    if _names(found) == _names(wanted) and shapes(found) == shapes(wanted):
+        return "Save them as the model itself holds them: dense floating-point numbers."
     if shapes(found) == shapes(wanted):
         return (
             "The shapes agree in order, only the names differ: if it is the same architecture, "

@@ -104,8 +104,11 @@ def test_a_call_that_fails_anywhere_changes_nothing(seed: int) -> None:
                 assert state_of(model) == before, (name, at, error)
 
 
-@pytest.mark.parametrize("seed", range(0, MODELS, 2))
-def test_a_cut_interrupted_at_any_stage_changes_nothing(seed: int) -> None:
+def stages_of(seed: int, at: int) -> int:
+    """Stages that a cut, drawn by the seed, goes through; interrupted at the one of that number, it changes nothing."""
+    options: dict[str, Any] = random.Random(seed).choice(
+        [{}, {"compensation": "mean"}, {"compensation": "reconstruct", "calibration": 1}]
+    )
     stages: list[str] = []
 
     def interrupted(stage: str, done: int, total: int) -> None:
@@ -113,24 +116,29 @@ def test_a_cut_interrupted_at_any_stage_changes_nothing(seed: int) -> None:
         if len(stages) == at:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = random.Random(seed).choice(
-        [{}, {"compensation": "mean"}, {"compensation": "reconstruct", "calibration": 1}]
-    )
-    at = 0
-    while True:
-        at += 1
-        stages.clear()
-        model, x = odd_model(seed)
-        before = state_of(model)
-        given = options | ({"calibration": images(x)} if "calibration" in options else {})
-        try:
-            ss_pruning.prune_(model, x, ratio=0.4, progress=interrupted, **given)
-            break
-        except (NothingToPruneError, BudgetError):
-            assert state_of(model) == before
-            break
-        except KeyboardInterrupt:
-            assert state_of(model) == before, stages
+    model, x = odd_model(seed)
+    before = state_of(model)
+    given = options | ({"calibration": images(x)} if "calibration" in options else {})
+    try:
+        ss_pruning.prune_(model, x, ratio=0.4, progress=interrupted, **given)
+        assert at not in range(1, len(stages) + 1), "the interrupt was swallowed"
+    except (NothingToPruneError, BudgetError, KeyboardInterrupt):
+        assert state_of(model) == before, stages
+    return len(stages)
+
+
+@pytest.mark.parametrize("seed", range(0, MODELS, 2))
+def test_a_cut_interrupted_at_some_stages_changes_nothing(seed: int) -> None:
+    stages = stages_of(seed, at=0)
+    for at in {1, stages, *random.Random(seed).sample(range(1, stages + 1), 4)}:
+        assert stages_of(seed, at) >= at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(0, MODELS, 2))
+def test_a_cut_interrupted_at_any_stage_changes_nothing(seed: int) -> None:
+    for at in range(1, stages_of(seed, at=0) + 1):
+        assert stages_of(seed, at) >= at
 
 
 @pytest.mark.parametrize("seed", range(MODELS))

@@ -217,6 +217,10 @@ def test_files_that_cannot_be_imported_are_quoted(tmp_path: Path, code: str) -> 
             "state_dict_ema": state,
         },
         lambda state: {
+            "model": {key: value + 1 for key, value in state.items()},
+            "ema": {"module": state, "updates": 7},
+        },
+        lambda state: {
             "net": {f"module.{key}": value for key, value in state.items()},
             "acc": torch.tensor(93.0),
             "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
@@ -237,7 +241,18 @@ def test_files_that_cannot_be_imported_are_quoted(tmp_path: Path, code: str) -> 
         },
     ],
     ids=[
-        *("plain", "state_dict", "model", "nested", "module", "compiled", "both", "both-too", "ema"),
+        *(
+            "plain",
+            "state_dict",
+            "model",
+            "nested",
+            "module",
+            "compiled",
+            "both",
+            "both-too",
+            "ema",
+            "ema-module",
+        ),
         *("net", "checkpoint", "lightning", "more", "profiled", "options", "averaged", "with its loss"),
     ],
 )
@@ -285,6 +300,27 @@ def test_safetensors_and_half_precision(net: nn.Module, tmp_path: Path) -> None:
     load_weights(net, tmp_path / "weights.safetensors")
     assert same(net, {key: value.float() for key, value in wanted.items()})
     assert all(value.dtype != torch.float16 for value in net.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: (100 * x).to(torch.int8), "int8"),
+        (lambda x: x.to(torch.complex64), "complex64"),
+        (lambda x: x.to_sparse(), "sparse, float32"),
+        (lambda x: x.to("meta"), "without data, float32"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(
+    net: nn.Module, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    name = next(key for key, value in before.items() if value.ndim > 1)
+    torch.save({**before, name: change(before[name])}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"of a kind that cannot be loaded: {name} is {said}\n"):
+        load_weights(net, tmp_path / "w.pth")
+    assert same(net, before)
 
 
 def test_a_model_that_really_has_a_part_named_module(tmp_path: Path) -> None:
@@ -370,7 +406,7 @@ def test_whole_models_are_refused(net: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("left", [0, 10, 0.5])
+@pytest.mark.parametrize("left", [1, 10, 0.5])
 def test_truncated_files_are_refused(net: nn.Module, tmp_path: Path, name: str, left: float) -> None:
     path = tmp_path / name
     if path.suffix == ".pth":
@@ -393,6 +429,11 @@ def test_files_that_are_no_pickle_are_refused(tmp_path: Path, content: bytes) ->
 
 def test_files_of_another_kind_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights file at"):
+        read_weights(tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="is a folder: name the weights file in it"):
+        read_weights(tmp_path)
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(InputError, match=r"is empty: was it copied or downloaded to its end\?"):
         read_weights(tmp_path / "weights.pth")
     torch.save([torch.zeros(1)], tmp_path / "weights.pth")
     with pytest.raises(InputError, match=r"holds a list, not tensors by name\. Save model\.state_dict"):
