@@ -9,6 +9,7 @@ the cut on.
     python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 1000 --seeds 0 1 2
     python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 60 125 250 500 --seeds 0 --source labels
     python -m benchmarks.accuracy.recovery resnet56:0.47 --steps 250 1000 --source synthetic
+    python -m benchmarks.accuracy.recovery resnet56:0.47 --images 50000 --steps 7810 --dtype bfloat16
     python -m benchmarks.accuracy.recovery resnet20:0.5 --steps 200 --split train --rate 0.002
     python -m benchmarks.accuracy.recovery --page
 
@@ -41,24 +42,32 @@ from benchmarks.data.models import load_net, stream_layers
 from ss_pruning.profiling.latency import machine
 
 LINES = RESULTS / "recovery.jsonl"
+#: Images that a net is cut on, and recovered on unless told.
 COUNT = 512
+#: Of the images of a recovery, so many at most are held out.
+HELD_OUT = 1000
 #: Images a step of recovery.
 STEP = 64
 #: What was hoped for before any of it was built, top-1 in %.
 AIMS = {
-    ("resnet20", 0.5, "images"): 89.6,
-    ("resnet56", 0.47, "images"): 92.7,
-    ("resnet56", 0.3, "images"): 89.5,
-    ("vgg16bn", 0.5, "images"): 84.0,
-    ("densenet", 0.3, "images"): 82.5,
-    ("resnet56", 0.47, "synthetic"): 91.0,
+    ("resnet20", 0.5, "images", COUNT): 89.6,
+    ("resnet56", 0.47, "images", COUNT): 92.7,
+    ("resnet56", 0.3, "images", COUNT): 89.5,
+    ("vgg16bn", 0.5, "images", COUNT): 84.0,
+    ("densenet", 0.3, "images", COUNT): 82.5,
+    ("resnet56", 0.47, "synthetic", COUNT): 91.0,
+    ("resnet56", 0.47, "images", 50_000): 93.0,
 }
-_KEY = ("net", "macs", "source", "seed", "split", "rate", "steps")
+#: What lines from before there was a choice were run with.
+_ONCE = {"images": COUNT, "dtype": None}
+_ROW = ("net", "macs", "source", "images", "steps", "dtype")
+_KEY = ("net", "macs", "source", "seed", "split", "rate", "images", "dtype", "steps")
 Line = dict[str, Any]
 
 
 def known() -> list[Line]:
-    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.is_file() else []
+    lines = LINES.read_text().splitlines() if LINES.is_file() else ()
+    return [{**_ONCE, **json.loads(line)} for line in lines]
 
 
 def scored(split: str, train: Images, data: Path, seed: int) -> Images:
@@ -84,15 +93,31 @@ def runs(options: argparse.Namespace) -> Iterator[Line]:
     done = {tuple(line[name] for name in _KEY) for line in known()}
     train = load(options.data, "train")
     for seed, (net, macs) in ((s, n) for s in options.seeds for n in options.nets):
-        setting = (net, macs, options.source, seed, options.split, options.rate)
+        setting = (
+            net,
+            macs,
+            options.source,
+            seed,
+            options.split,
+            options.rate,
+            options.images,
+            options.dtype,
+        )
         lengths = [steps for steps in options.steps if (*setting, steps) not in done]
         if not lengths:
             continue
         drawn, test = draw(train, COUNT, seed), scored(options.split, train, options.data, seed)
         x = as_input(drawn[0])
-        images = ss_pruning.SyntheticImages(seed=seed) if options.source == "synthetic" else x
+        synthetic = ss_pruning.SyntheticImages(seed=seed) if options.source == "synthetic" else None
+        more = synthetic or as_input(draw(train, options.images, seed))
+        settings = ss_pruning.Recovery(
+            rate=options.rate,
+            seed=seed,
+            dtype=options.dtype,
+            held_out=min(ss_pruning.Recovery().held_out, HELD_OUT / options.images),
+        )
         dense = load_net(net, options.data, options.weights)
-        pruned, minutes = cut(dense, net, macs, images, x)
+        pruned, minutes = cut(dense, net, macs, synthetic or x, x)
         before = {"dense": top1(dense, test), "cut": top1(pruned, test), "minutes_cut": minutes}
         for steps in lengths:
             model, begin, began = copy.deepcopy(pruned), time.perf_counter(), time.process_time()
@@ -100,9 +125,7 @@ def runs(options: argparse.Namespace) -> Iterator[Line]:
                 finetune(model, drawn, steps * STEP, seed)
                 noted = {}
             else:
-                noted = recovered(
-                    model, dense, images, steps, ss_pruning.Recovery(rate=options.rate, seed=seed)
-                )
+                noted = recovered(model, dense, more, steps, settings)
             yield {
                 **dict(zip(_KEY, (*setting, steps), strict=True)),
                 **before,
@@ -131,19 +154,20 @@ def page(lines: Iterable[Line]) -> str:
     lines = [line for line in lines if line["split"] == "test"]
     cells = defaultdict(list)
     for line in (line for line in lines if line["source"] != "labels"):
-        cells[line["net"], line["macs"], line["source"], line["steps"]].append(line)
+        cells[tuple(line[name] or "" for name in _ROW)].append(line)
     rows = [
         "| model | MACs kept | images | steps | minutes | dense | cut + reconstruct | recovered | aim | seeds |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for (net, macs, source, steps), found in sorted(cells.items()):
+    for (net, macs, source, images, steps, dtype), found in sorted(cells.items()):
         value = {name: mean(line[name] for line in found) for name in ("dense", "cut", "recovered")}
         minutes = mean(line.get("cpu_minutes", line["minutes"]) for line in found)
-        aim = AIMS.get((net, macs, source))
-        which = f"{COUNT}, unlabelled" if source == "images" else "none (synthetic)"
+        aim = AIMS.get((net, macs, source, images))
+        which = f"{images:,}, unlabelled" if source == "images" else "none (synthetic)"
+        length = f"{steps:,}, {dtype}" if dtype else f"{steps:,}"
         reached = "-" if aim is None else f"{aim:.1f} ({value['recovered'] - aim:+.2f})"
         rows.append(
-            f"| {net} | {macs:.2f} | {which} | {steps:,} | {minutes:.1f} | {value['dense']:.2f} | "
+            f"| {net} | {macs:.2f} | {which} | {length} | {minutes:.1f} | {value['dense']:.2f} | "
             f"{value['cut']:.2f} | **{value['recovered']:.2f}** | {reached} | {len(found)} |"
         )
     return "\n".join(
@@ -178,12 +202,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", type=int, default=[1000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--source", choices=("images", "synthetic", "labels"), default="images")
+    parser.add_argument("--images", type=int, default=COUNT, help="images to recover on")
+    parser.add_argument("--dtype", choices=("bfloat16",), help="mixed precision in recovery's steps")
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--rate", type=float, default=ss_pruning.Recovery().rate)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--weights", type=Path, default=Path("runs"))
     parser.add_argument("--page", action="store_true", help="write docs/recovery.md")
     options = parser.parse_args(argv)
+    if options.split == "train" and options.images != COUNT:
+        parser.error("--split train scores training images: it goes with no other --images")
     for line in runs(options) if options.nets else ():
         print({k: v for k, v in line.items() if k not in ("machine", "versions")}, flush=True)
         with LINES.open("a") as file:

@@ -11,6 +11,8 @@ from benchmarks.pages import figure, table
 
 PICTURE = "recovery_minutes.svg"
 POINT = ("resnet20", 0.5)
+#: What all its lines have in common.
+LIKE = {"net": POINT[0], "macs": POINT[1], "split": "test", "images": 512, "dtype": None}
 TITLES = {"images": "recovered, no labels", "labels": "fine-tuned with labels"}
 Line = dict[str, Any]
 #: By source and steps: CPU-minutes and top-1.
@@ -19,7 +21,7 @@ Curves = dict[str, dict[int, tuple[float, float]]]
 
 def chosen(lines: Iterable[Line]) -> list[Line]:
     """Of one net and budget, on test images, the draws that all lengths of both were run with."""
-    lines = [line for line in lines if (line["net"], line["macs"], line["split"]) == (*POINT, "test")]
+    lines = [line for line in lines if tuple(map(line.get, LIKE)) == tuple(LIKE.values())]
     runs: dict[tuple[str, int], set[int]] = {}
     for line in lines:
         if line["source"] in TITLES:

@@ -25,6 +25,8 @@ def line(**changes: Any) -> dict[str, Any]:
         "recovered": 89.0,
         "minutes": 2.0,
         "rate": 0.001,
+        "images": 512,
+        "dtype": None,
         "machine": {"device": "cpu"},
         "versions": {"torch": "2"},
     }
@@ -39,6 +41,24 @@ def test_the_page_has_means_and_says_by_how_much_an_aim_is_missed() -> None:
     assert "99.0" not in page
     (other,) = [text for text in page.splitlines() if text.startswith("| vgg")]
     assert "| - | 1 |" in other
+
+
+def test_runs_on_more_images_or_in_mixed_precision_are_rows_of_their_own() -> None:
+    lines = [line(), line(images=50_000, recovered=91.0), line(dtype="bfloat16", recovered=88.0)]
+    rows = [text for text in recovery.page(lines).splitlines() if text.startswith("| resnet20")]
+    assert [row.split("|")[3].strip() for row in rows] == [
+        "512, unlabelled",
+        "512, unlabelled",
+        "50,000, unlabelled",
+    ]
+    assert [row.split("|")[4].strip() for row in rows] == ["1,000", "1,000, bfloat16", "1,000"]
+    assert recovery_curve.chosen(lines) == lines[:1]
+    assert "89.6" not in rows[2]
+
+
+def test_scores_on_training_images_go_with_few_images() -> None:
+    with pytest.raises(SystemExit):
+        recovery.main(["resnet20:0.5", "--split", "train", "--images", "1000"])
 
 
 def test_choices_are_made_on_images_that_are_not_trained_on() -> None:
@@ -58,6 +78,7 @@ def test_the_curve_is_of_draws_that_all_lengths_were_run_with(tmp_path: Path) ->
         line(source="labels", steps=100, recovered=85.0, cpu_minutes=0.25),
         line(source="labels", steps=100, recovered=99.0, cpu_minutes=9.0, split="train"),
         line(source="synthetic", steps=100, recovered=99.0),
+        line(dtype="bfloat16", steps=100, recovered=99.0),
     ]
     found = recovery_curve.curves(lines)
     assert found["images"] == {0: (0.0, 86.0), 100: (0.5, 87.0), 400: (2.0, 89.0)}
