@@ -109,7 +109,7 @@ def runs(options: argparse.Namespace) -> Iterator[Line]:
         drawn, test = draw(train, COUNT, seed), scored(options.split, train, options.data, seed)
         x = as_input(drawn[0])
         synthetic = ss_pruning.SyntheticImages(seed=seed) if options.source == "synthetic" else None
-        more = synthetic or as_input(draw(train, options.images, seed))
+        more = synthetic or as_input(draw(train, options.images, seed)[0])
         settings = ss_pruning.Recovery(
             rate=options.rate,
             seed=seed,
