@@ -18,7 +18,7 @@ from ss_pruning._utils.arrays import digest
 from ss_pruning._utils.files import write_bytes
 from ss_pruning._utils.modules import tensors_of
 from ss_pruning.errors import FileFormatError, InputError
-from ss_pruning.recovery.report import Fidelity, Moment
+from ss_pruning.recovery.report import HeldOutResult, Moment
 from ss_pruning.recovery.training import Training
 
 _KEY = "ss_pruning_recovery"
@@ -90,8 +90,8 @@ class Checkpoint:
                 optimizer.state[weight][part] = tensor if part == "step" else tensor.to(weight.device)
         for name in _NUMBERS:
             setattr(state, name, note[name])
-        state.before, state.after = Fidelity(**note["before"]), Fidelity(**note["after"])
-        state.history = [Moment(m["step"], m["loss"], Fidelity(**m["fidelity"])) for m in note["history"]]
+        state.before, state.after = HeldOutResult(**note["before"]), HeldOutResult(**note["after"])
+        state.history = [Moment(m["step"], m["loss"], HeldOutResult(**m["fidelity"])) for m in note["history"]]
 
     def _recipe(self) -> str:
         """A digest of all that decides what comes out."""

@@ -14,7 +14,7 @@ from ss_pruning._utils.running import call
 from ss_pruning.compensation.fidelity import agreement, same_class
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.imitation import ImitationLoss, scale
-from ss_pruning.recovery.report import Fidelity
+from ss_pruning.recovery.report import HeldOutResult
 
 _Outputs = Mapping[str, Tensor]
 # Bytes of the dense model's outputs that are kept at most: those of a segmentation net are large.
@@ -35,24 +35,24 @@ class HeldOut:
         self.kept: dict[int, _Outputs] = {}
         self.by_outputs = math.isfinite(self._of_outputs().error)
 
-    def measure(self) -> Fidelity:
+    def measure(self) -> HeldOutResult:
         """The fidelity of the pruned model as it is now."""
         return self._of_outputs() if self.by_outputs else self._of_features()
 
-    def _of_outputs(self) -> Fidelity:
+    def _of_outputs(self) -> HeldOutResult:
         """Infinite where outputs have no common shape, or are not finite."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
         same: list[Tensor | None] = []
         for number, part in enumerate(self.parts):
             ours, theirs = _outputs(self.imitation.model, part), self._wanted(number, part)
             if not theirs or _shapes(ours) != _shapes(theirs):
-                return Fidelity(math.inf)
+                return HeldOutResult(math.inf)
             for name, wanted in theirs.items():
                 sums[name] += _sums(ours[name].double(), wanted.double())
             same.append(same_class(theirs, ours))
         self.imitation.forget()
         error = sum(map(_relative, sums.values())) / len(sums)
-        return Fidelity(error if math.isfinite(error) else math.inf, agreement(same))
+        return HeldOutResult(error if math.isfinite(error) else math.inf, agreement(same))
 
     def _wanted(self, number: int, part: Batch) -> _Outputs:
         """What the dense model puts out, which is always the same, and kept if there is room."""
@@ -64,13 +64,13 @@ class HeldOut:
         return found
 
     @torch.no_grad()
-    def _of_features(self) -> Fidelity:
+    def _of_features(self) -> HeldOutResult:
         errors = []
         for part in self.parts:
             call(self.imitation.model, part.inputs)
             errors.append(len(part) * float(self.imitation()))
         error = sum(errors) / sum(map(len, self.parts))
-        return Fidelity(error if math.isfinite(error) else math.inf)
+        return HeldOutResult(error if math.isfinite(error) else math.inf)
 
 
 @torch.no_grad()

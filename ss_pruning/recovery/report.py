@@ -9,7 +9,7 @@ from ss_pruning.report.formatting import aligned, percent
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class HeldOutResult:
     """How close a pruned model is to the dense one on held-out images.
 
     Attributes:
@@ -40,7 +40,7 @@ class Moment:
 
     step: int
     loss: float
-    fidelity: Fidelity
+    fidelity: HeldOutResult
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RecoveryReport:
         places: Paths of the modules whose outputs were compared; "" is the whole model.
         images: Images trained on.
         held_out: Images that the fidelity was measured on.
-        before: Fidelity before.
+        before: Fidelity before, on the held-out images.
         after: Fidelity of the weights that the model has now; its error is no larger than before.
         history: The course of the training.
         best_step: Steps after which the model had the weights that it has now; 0: those it came with.
@@ -65,8 +65,8 @@ class RecoveryReport:
     places: tuple[str, ...]
     images: int
     held_out: int
-    before: Fidelity
-    after: Fidelity
+    before: HeldOutResult
+    after: HeldOutResult
     history: tuple[Moment, ...]
     best_step: int
     steps: int
@@ -82,6 +82,6 @@ class RecoveryReport:
         return "\n".join([*aligned(rows), what, *self.notes])
 
 
-def _row(name: str, loss: float | None, fidelity: Fidelity) -> tuple[str, ...]:
+def _row(name: str, loss: float | None, fidelity: HeldOutResult) -> tuple[str, ...]:
     agreement = "-" if fidelity.agreement is None else percent(fidelity.agreement)
     return name, "-" if loss is None else f"{loss:.4f}", f"{fidelity.error:.4f}", agreement

@@ -16,7 +16,7 @@ from ss_pruning.errors import InputError
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.recovery.fidelity import HeldOut
 from ss_pruning.recovery.imitation import ImitationLoss
-from ss_pruning.recovery.report import Fidelity, Moment
+from ss_pruning.recovery.report import HeldOutResult, Moment
 from ss_pruning.recovery.settings import Recovery
 from ss_pruning.recovery.views import another_view
 
@@ -89,8 +89,8 @@ class State:
 
     weights: dict[str, Tensor]
     best: dict[str, Tensor]
-    before: Fidelity
-    after: Fidelity
+    before: HeldOutResult
+    after: HeldOutResult
     step: int = 0
     seconds: float = 0.0
     best_step: int = 0
