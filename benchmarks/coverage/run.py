@@ -44,7 +44,7 @@ def code_version(side: str) -> str:
     files = [Path(worker.__file__)]
     if side == "ours":
         for package in ("_utils", "graph", "importance", "planning", "surgery"):
-            files += sorted((ROOT / "ss_pruning" / package).glob("*.py"))
+            files += sorted((ROOT / "ss_pruning" / package).rglob("*.py"))
         files += [ROOT / "ss_pruning" / "pruning.py", ROOT / "ss_pruning" / "profiling" / "macs.py"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files))
     return f"{digest.hexdigest()[:12]} torch {torch.__version__} torch-pruning {version('torch-pruning')}"
