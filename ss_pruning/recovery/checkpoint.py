@@ -91,7 +91,9 @@ class Checkpoint:
         for name in _NUMBERS:
             setattr(state, name, note[name])
         state.before, state.after = HeldOutResult(**note["before"]), HeldOutResult(**note["after"])
-        state.history = [Moment(m["step"], m["loss"], HeldOutResult(**m["fidelity"])) for m in note["history"]]
+        state.history = [
+            Moment(m["step"], m["loss"], HeldOutResult(**m["fidelity"])) for m in note["history"]
+        ]
 
     def _recipe(self) -> str:
         """A digest of all that decides what comes out."""
