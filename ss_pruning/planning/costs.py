@@ -6,7 +6,7 @@ Exact and cheap, since MACs and parameters of a layer are bilinear in its input 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.modules import parameters_of
 from ss_pruning.errors import InputError
-from ss_pruning.graph.connectivity import Connectivity
+from ss_pruning.graph.connectivity import Connectivity, Edge
 from ss_pruning.graph.groups import PruningGroup
 from ss_pruning.graph.layers import LayerType, layer_type_of
 from ss_pruning.graph.traced import TracedModel
@@ -98,15 +98,30 @@ class Costs:
         self.estimated |= len(matrices) != 1
 
     def _collect_between(self, macs: Mapping[str, int], connectivity: Connectivity) -> None:
-        """Operations of attention shrink with the heads, and so with what the layer behind them reads.
+        """Operations of attention shrink with queries and keys, and with values, each by their share of the channels.
 
         All others (recurrent layers, products with tensors that no layer owns) count as if they stayed.
         """
         for path, amount in macs.items():
-            of_heads = any(edge.heads for edge in connectivity.edges.get(path, ()))
-            if of_heads and (path, "in") in self.number:
-                self.mac_terms.append((amount, len(self.keys), self.number[path, "in"]))
-                self.estimated = True
+            mixing = self._mixing(connectivity.edges.get(path, ()))
+            if not mixing or (path, "in") not in self.number:
+                continue
+            total, full = sum(mixing.values()), len(self.keys)
+            values = connectivity.layers[path].inputs
+            each = amount / (total / 2 + values)  # of a channel of queries (and its key's), or of values
+            self.mac_terms.append((each * values, full, self.number[path, "in"]))
+            self.mac_terms += [(each * count / 2, full, side) for side, count in mixing.items()]
+            self.estimated = True
+
+    def _mixing(self, edges: Iterable[Edge]) -> dict[int, int]:
+        """By side, how many channels of queries and keys it makes."""
+        found: dict[int, int] = {}
+        for edge in (edge for edge in edges if edge.heads is not None):
+            sides = [self.number.get((edge.source, side)) for side in ("out", "through")]
+            side = next((side for side in sides if side is not None), None)
+            if side is not None and edge.heads is not None:
+                found[side] = len(edge.heads.pairs[:, 0].unique())
+        return found
 
     @property
     def in_layers(self) -> bool:

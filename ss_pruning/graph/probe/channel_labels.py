@@ -33,6 +33,8 @@ def label_of(labels: Sharing, n: int) -> npt.NDArray[np.int64]:
     return channels // (n // count) if how == "runs" else channels % count
 
 
+# Multiples of it are spread evenly over (0, 1), and none is near another for long.
+_GOLDEN = (5**0.5 - 1) / 2
 # A loose tensor of more elements is first looked at in a sample of so many.
 _LARGE, _SAMPLE = 2**16, 2**12
 
@@ -96,11 +98,11 @@ class Pulled:
 
 
 def _sums(pulled: Sequence[Pulled]) -> tuple[Floats, Bools]:
-    """By channel of all sources, one after the other: `[3, channels]` sums of its elements, and if any is not 0."""
-    summed = [
-        torch.cat([rows_along(p.gradients[k], p.axis).sum(1, dtype=torch.float64).cpu() for p in pulled])
-        for k in range(3)
-    ]
+    """By channel of all sources, one after the other: `[3, channels]` sums of its elements, and if any is not 0.
+
+    Elements are weighted unevenly: what a filter without a mean makes of them (an edge, a wavelet) would else cancel.
+    """
+    summed = [torch.cat([_uneven_sum(p.gradients[k], p.axis) for p in pulled]) for k in range(3)]
     sums: Floats = torch.stack(summed).numpy()
     touched: Bools = np.asarray(sums[0] != 0)
     parts = np.split(touched, np.cumsum([p.channels for p in pulled])[:-1])
@@ -108,6 +110,13 @@ def _sums(pulled: Sequence[Pulled]) -> tuple[Floats, Bools]:
         if not part.all():  # nothing arrives there, or what does cancels
             part |= rows_along(p.gradients[0], p.axis).any(1).cpu().numpy()
     return sums, touched
+
+
+def _uneven_sum(gradient: Tensor, axis: int) -> Tensor:
+    """`[channels]`, the elements of each times weights of about 1 that no pattern repeats."""
+    rows = rows_along(gradient, axis)
+    spread = (torch.arange(rows.shape[1], device=rows.device, dtype=torch.float64) * _GOLDEN).frac()
+    return (rows.double() @ (spread + 0.5)).cpu()
 
 
 def decode(pulled: Sequence[Pulled]) -> list[tuple[Tensor, Tensor]]:

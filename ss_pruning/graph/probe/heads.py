@@ -53,6 +53,8 @@ def with_heads(
     told = [_told(inflow, found.get(id(inflow.source)), channels) for inflow in inflows]
     if not any(inflow.heads is not None and len(inflow.heads.pairs[:, 1].unique()) > 1 for inflow in told):
         return list(inflows)  # a layer for each head, so that none could lose one
+    if not any(_mixes(inflow, channels) for inflow in told):
+        return list(inflows)  # copies of one channel, as of a stream that is concatenated twice
     by_head = [found[id(table)] for table in tables if id(table) in found]
     return told + [_as_table(inflow, channels) for inflow in by_head if not len(inflow.broadcast)]
 
@@ -123,6 +125,16 @@ def _told(inflow: Inflow, by_head: Inflow | None, channels: Tensor) -> Inflow:
     sources, times = pairs[:, 0].unique(return_counts=True)
     pairs = pairs[torch.isin(pairs[:, 0], sources[times == 1])]
     return replace(inflow, heads=Heads(channels, pairs)) if len(pairs) else inflow
+
+
+def _mixes(inflow: Inflow, channels: Tensor) -> bool:
+    """Whether a head is fed by several channels of one source."""
+    if inflow.heads is not None:
+        heads = inflow.heads.pairs[:, 1]
+    else:
+        head_of = channels.flatten().argsort() // channels.shape[1]
+        heads = torch.stack([inflow.pairs[:, 0], head_of[inflow.pairs[:, 1]]], 1).unique(dim=0)[:, 1]
+    return len(heads.unique()) < len(heads)
 
 
 def _as_table(inflow: Inflow, channels: Tensor) -> Inflow:

@@ -21,6 +21,7 @@ from ss_pruning.graph.attention import all_mixed
 from ss_pruning.graph.connectivity import INPUT, Layer
 from ss_pruning.graph.layers import channel_axis, check_registered, kind_of, weight_of, width
 from ss_pruning.graph.probe.channel_labels import Arrival, Leaf
+from ss_pruning.graph.probe.flat_slopes import FlatSlopes
 from ss_pruning.graph.probe.modes import KeptDouble, KeptGradients, PlainStatistics, TiedIndices
 from ss_pruning.graph.probe.vjp_probe import SEED
 
@@ -147,6 +148,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: Recorder, training: bo
         preserved(model, training, replaced=True),
         TiedIndices(),
         PlainStatistics(),
+        FlatSlopes(),
         KeptDouble() if recorder.double else contextlib.nullcontext(),
         KeptGradients() if recorder.kept else contextlib.nullcontext(),
         hooked(layers, recorder.before, recorder.after, whole=True),
