@@ -20,7 +20,7 @@ Statistics = Literal["batchnorm", "gaussian", "data"]
 
 #: The word for calibration images that are made from the model.
 SYNTHETIC = "synthetic"
-#: Sensitivities that are measured on fewer images than this say too little.
+#: Fewer images than this say too little: of sensitivities, and less than noise does of means and variances.
 LEAST_IMAGES = 8
 #: By scope, the power of costs that scores are divided by.
 COST_EXPONENT: Mapping[Scope, float] = {"global": 0.5, "local": 0.5, "sensitivity": 1.0}
@@ -364,6 +364,12 @@ class Config:
                 f"importance={self.importance!r:.80} is none; give a name, Synaptic(...) or an importance of "
                 "Torch-Pruning"
             )
+
+    def uses(self, images: int) -> bool:
+        """Whether so many calibration inputs are used where the model's own noise would do: of few it tells more."""
+        data = isinstance(self.importance, Synaptic) and self.importance.statistics == "data"
+        noise_does = self.compensation.method in (NoCompensation.method, FoldMean.method)
+        return images >= LEAST_IMAGES or data or not noise_does or self.allocation.scope == "sensitivity"
 
     def resolve(self, images: int) -> Config:
         """The effective settings: nothing is left to a default; `images` is the number of calibration inputs."""

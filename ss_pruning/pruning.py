@@ -23,6 +23,7 @@ from ss_pruning.config import SYNTHETIC, Allocation, Budget, Compensation, Confi
 from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.refusals import check_bare, check_finite, check_weights, usable_inputs
 from ss_pruning.graph.traced import Ignore, TracedModel, paths_of
+from ss_pruning.importance.calibration import Batch
 from ss_pruning.importance.scoring import importance_of
 from ss_pruning.importance.strength import powers_along
 from ss_pruning.planning.costs import Costs
@@ -35,7 +36,7 @@ from ss_pruning.planning.tied_heads import with_tied_heads
 from ss_pruning.profiling.latency import as_reported
 from ss_pruning.profiling.layer_latency import latency_table
 from ss_pruning.profiling.macs import count_macs
-from ss_pruning.report.records import QUANTILES, LayerReport, Report
+from ss_pruning.report.records import QUANTILES, UNUSED, LayerReport, Report
 from ss_pruning.surgery.plan import PLAN_ATTRIBUTE, Plan, adopt_
 from ss_pruning.surgery.same_attention import with_prunable_attention
 from ss_pruning.surgery.verification import Verifier
@@ -82,8 +83,8 @@ def prune_(
             "reconstruct", or one of `ss_pruning.config` with settings of its own, such as
             `FoldMean(recalibrate=False)`. With "none" the pruned model equals the masked one.
         calibration: Unlabelled inputs, to measure sensitivity on and to compensate by: a tensor, or an iterable of
-            batches (a data loader). A few hundred. Or "synthetic", or `SyntheticImages(...)`: images made from the
-            model's batch norms.
+            batches (a data loader). A few hundred: fewer than 8 that differ are not used where noise will do. Or
+            "synthetic", or `SyntheticImages(...)`: images made from the model's batch norms.
         allocation: How the budget is spread over the layers; a scope alone, such as "local", or `Allocation(...)`.
         ignore: Modules or module paths whose output channels stay; one alone, or several.
         progress: Called with (stage, done, total), in milliseconds of work as it was expected to take before the
@@ -106,7 +107,6 @@ def prune_(
         budget, Allocation.of(allocation), Compensation.of(compensation), importance_of(importance)
     )
     config.compensation.check(calibration)
-    synthetic = isinstance(calibration, (str, SyntheticImages))
     clock = Clock(reporter(progress))
     with torch.inference_mode(False), quiet_hooks(model, example_inputs):
         with clock("trace"):
@@ -114,7 +114,7 @@ def prune_(
             traced = TracedModel.of(dense, example_inputs, paths_of(model, ignore))
         give_back()
         with listening(clock.steps("synthesize")):
-            images = calibration_images(calibration, model, example_inputs)
+            images, said = _calibration(calibration, model, example_inputs, config)
         with clock("trace"):
             traced, config = _with_heads(traced, config, 0 if images is None else len(images))
             costs = Costs(traced)
@@ -123,7 +123,7 @@ def prune_(
             clock.expect(work.seconds)
         config = work.config
         with clock("score"):
-            inputs = Calibration.of(model, work.of(images), synthetic)
+            inputs = Calibration.of(model, work.of(images), synthetic="calibration" in said)
             strengths = _strengths(traced)
         ranker = Ranker(traced, config, costs, inputs.fitted, clock, work.effort)
         found, timed = _verified_plan(ranker)
@@ -141,7 +141,7 @@ def prune_(
             max_error=found.verified.max_error,
             by_decisions=found.verified.by_decisions,
             precision=found.verified.precision,
-            settings=ranking.config.settings() | ({"calibration": SYNTHETIC} if synthetic else {}),
+            settings=ranking.config.settings() | said,
             sensitivity_not_measured=ranking.not_measured or None,
             inexact_layers=cut.outcome.inexact,
             not_compensated=cut.outcome.skipped,
@@ -182,6 +182,18 @@ def plan(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Plan, R
     report = prune_(twin, example_inputs, **options)
     found: Plan = getattr(twin, PLAN_ATTRIBUTE)
     return found, report
+
+
+def _calibration(
+    calibration: Any, model: nn.Module, example_inputs: Any, config: Config
+) -> tuple[Batch | None, dict[str, Any]]:
+    """The inputs that are used, and what settings of a report say of them."""
+    images = calibration_images(calibration, model, example_inputs)
+    made = isinstance(calibration, (str, SyntheticImages))
+    said: dict[str, Any] = {"calibration": SYNTHETIC} if made else {}
+    if images is None or config.uses(images.different()):
+        return images, said
+    return None, said | {UNUSED: len(images)}
 
 
 def _with_heads(traced: TracedModel, config: Config, images: int) -> tuple[TracedModel, Config]:

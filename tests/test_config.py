@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 from fractions import Fraction
 from typing import Any
 
@@ -187,3 +187,15 @@ def test_it_is_light() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+def test_few_inputs_are_used_where_noise_would_not_do(compensation: str) -> None:
+    config = Config(HALF, compensation=Compensation.of(compensation))
+    assert [config.uses(n) for n in (1, LEAST_IMAGES - 1, LEAST_IMAGES)] == [False, False, True]
+    for asked in (
+        replace(config, importance=Synaptic("data")),
+        replace(config, allocation=Allocation("sensitivity")),
+        replace(config, compensation=FoldLinear()),
+    ):
+        assert asked.uses(1)

@@ -324,7 +324,11 @@ def _told(report: Report) -> Iterator[Any]:
     """What is printed of a report."""
     from rich.text import Text
 
+    from ss_pruning.report.notes import certainty
+
     yield report.table()
+    if "calibration" in (notes := dict(certainty(report))):
+        yield notes["calibration"]
     if report.traded_for_time:
         yield f"To save time: {'; '.join(report.traded_for_time)}."
     yield from _about_time(report)

@@ -64,6 +64,12 @@ class Batch:
         """Some of the samples."""
         return replace(self, rows=self.rows[index])
 
+    def different(self) -> int:
+        """How many samples there are, counting once those that are as the first is, such as blank ones."""
+        rows, held = self.rows.tolist(), self._held()
+        others = (any(not torch.equal(x[row], x[rows[0]]) for x in held) for row in rows[1:])
+        return min(len(rows), 1) + sum(others)
+
     @property
     def inputs(self) -> Any:
         """In the form in which the model takes them: a copy, in which it may write."""

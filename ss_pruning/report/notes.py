@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ss_pruning.config import LEAST_IMAGES
 from ss_pruning.report.formatting import percent
+from ss_pruning.report.records import UNUSED
 
 if TYPE_CHECKING:
     from ss_pruning.report.records import Report
@@ -17,8 +19,8 @@ _VARIANCES = {
 }
 #: What a model whose means were not measured on inputs does without.
 _ON_NOISE = (
-    " Means are those on noise, as no calibration inputs were given; a few hundred tell more, and so do those that "
-    "'synthetic' makes from batch norms."
+    " Means are those on noise; a few hundred calibration inputs tell more, and so do those that 'synthetic' makes "
+    "from batch norms."
 )
 
 
@@ -37,6 +39,7 @@ def certainty(report: Report) -> list[tuple[str, str]]:
         ("cut equals masked", _cut(report)),
         ("compensation", _compensation(report)),
         *([] if report.fidelity is None else [("fidelity", _fidelity(report))]),
+        *([("calibration", _unused(report))] if UNUSED in report.settings else []),
         ("strengths", _strengths(report)),
         *([("time", f"To save time: {'; '.join(traded)}.")] if traded else []),
     ]
@@ -133,6 +136,13 @@ def _fidelity(report: Report) -> str:
         f"Measured on {found.inputs:,} inputs {on}; no labels are needed. The pruned model's output is off by "
         f"{percent(found.error)} of the dense output's variance (standard error {percent(found.error_deviation)}"
         f"{without}).{agreement}"
+    )
+
+
+def _unused(report: Report) -> str:
+    return (
+        f"{report.settings[UNUSED]} calibration inputs were given and not used: with fewer than {LEAST_IMAGES} that "
+        "differ, the model's own noise tells more."
     )
 
 

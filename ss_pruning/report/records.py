@@ -27,6 +27,8 @@ from ss_pruning.report.formatting import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: The setting that says how many calibration inputs were too few to be used.
+UNUSED = "calibration inputs not used"
 QUANTILES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
 """The quantiles in `LayerReport.strength`."""
 

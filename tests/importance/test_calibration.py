@@ -242,6 +242,25 @@ def test_noise_image_by_image_says_what_noise_in_a_batch_does() -> None:
         assert ratio == pytest.approx(1, rel=0.3 if path == "c" else 0.05)
 
 
+@pytest.mark.parametrize("images", [IMAGES[:1], torch.zeros(12, 3, 12, 12)], ids=["one", "blank ones"])
+def test_inputs_that_tell_less_than_noise_are_not_used(images: Tensor) -> None:
+    """Of one image the vectors behind pooling do not vary: all scores were 0, and means were that image's."""
+    without, few = made(), made()
+    prune_(without, IMAGES[:1], ratio=0.4, compensation="mean")
+    report = prune_(few, IMAGES[:1], ratio=0.4, compensation="mean", calibration=images)
+    assert report.settings["statistics"] == "gaussian"
+    assert f"{len(images)} calibration inputs were given and not used" in report.to_html()
+    for a, b in zip(without.state_dict().values(), few.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_samples_that_differ_are_counted() -> None:
+    assert Batch.of(torch.zeros(5, 3)).different() == 1
+    assert Batch.of((IMAGES[:4], torch.zeros(4))).different() == 4
+    assert Batch.of(([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5), torch.zeros(3, 4, 4)],)).different() == 2
+    assert Batch.of(IMAGES[:0]).different() == 0
+
+
 def test_too_few_frames_are_refused() -> None:
     with pytest.raises(InputError, match=r"batches of 4.* there are 3"):
         prune_(made(Frames), IMAGES[:4], ratio=0.3, compensation="mean", calibration=IMAGES[:3])
