@@ -183,7 +183,7 @@ def test_a_decision_on_other_terms_is_not_taken_over() -> None:
 def test_writing_into_what_gradients_need_is_named() -> None:
     class Writes(Net):
         def forward(self, x: Tensor) -> Tensor:
-            y = self.a(x).relu()
+            y = self.a(x).sigmoid()
             y.mul_(2)
             found: Tensor = self.b(y)
             return found
