@@ -375,10 +375,13 @@ def test_norms_are_re_estimated_on_the_images(
     monkeypatch.setattr(
         cutting, "recalibrate_", lambda *args: seen.append(tuple(args[3].inputs.shape)) or real(*args)
     )
-    result = run("prune", net, *SIZE, "--macs", 0.7, "--recalibrate", "--data", photos, "--json")
+    command = ("prune", net, *SIZE, "--macs", 0.7, "--data", photos)
+    result = run(*command, "--recalibrate", "--statistics", "data", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["settings"]["recalibrate"] is True
     assert seen == [(2, 3, 16, 16)]
+    told = " ".join(run(*command).output.split())  # of so few, where noise will do
+    assert "2 calibration inputs were given and not used" in told
 
 
 def test_ignored_modules_stay_whole(net: str) -> None:
