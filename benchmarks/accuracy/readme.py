@@ -28,7 +28,13 @@ ROWS = (
     (OURS, "none", "none", "none", "cut by the scores of ss-pruning, no image"),
     (OURS, "none", "mixed", "none, images", "cut by ss-pruning, sensitivity measured on unlabelled images"),
     (OURS, "reconstruct", "mixed", "reconstruct", "cut and compensated by ss-pruning, unlabelled images"),
-    (OURS, "reconstruct", "synthetic", "reconstruct, synthetic", "the same without any image"),
+    (
+        OURS,
+        "reconstruct",
+        "synthetic",
+        "reconstruct, synthetic",
+        "cut and compensated by ss-pruning, no image",
+    ),
 )
 STEPS = 1000
 LITE0 = {"macs": 0.8, "side": 224, "all": False, "calibrated_on": 256}

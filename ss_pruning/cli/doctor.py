@@ -137,7 +137,9 @@ def _machine() -> dict[str, str]:
         "system": platform.platform(),
         "processor": here["name"],
         "threads": here["threads"],
-        "linear algebra": ", ".join(re.findall(r"(?:BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show())),
+        "linear algebra": ", ".join(
+            sorted(set(re.findall(r"(?:BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show())))
+        ),
         "accelerators": ", ".join(devices) or "none that PyTorch sees",
         "cache": str(cache.folder()),
     }

@@ -42,6 +42,8 @@ def test_it_says_what_is_there_and_what_is_missing(monkeypatch: pytest.MonkeyPat
     }
     assert {"threads", "linear algebra", "processor", "accelerators"} <= values["machine"].keys()
     assert all(values["machine"].values())
+    libraries = values["machine"]["linear algebra"].split(", ")
+    assert len(set(libraries)) == len(libraries), "each is named once"
 
 
 def test_it_fails_where_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
