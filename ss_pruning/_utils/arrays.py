@@ -85,7 +85,7 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.dtype == torch.float64 else x.float()
     over = [axis for axis in range(x.dim()) if axis != 1]
     mean = x.mean(over, keepdim=True)
-    return mean, (x - mean).square().mean(over, keepdim=True)
+    return mean, (x - mean).square_().mean(over, keepdim=True)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], *said: object) -> str:
