@@ -163,7 +163,7 @@ def _brought(norm: Any, x: Tensor, sample: _Sample) -> Tensor:
     shape = [1, -1, *[1] * (x.dim() - 2)]
     scale = ((norm.running_var + norm.eps) / (variance + norm.eps)).sqrt()
     shift = norm.running_mean - scale * mean
-    brought = x * scale.reshape(shape).to(x.dtype)
+    brought: Tensor = x * scale.reshape(shape).to(x.dtype)
     return brought.add_(shift.reshape(shape).to(x.dtype))
 
 
