@@ -113,9 +113,9 @@ def with_data(request: Request, model: nn.Module) -> Job:
 def check_photos(request: Request) -> None:
     """Refuse a folder that is not there."""
     if request.photos is not None and not request.photos.is_dir():
-        raise InputError(
-            f"--calibration is data, synthetic, or a folder of images; there is no folder {str(request.photos)!r}."
-        )
+        place = f"{str(request.photos)!r}"
+        found = f"{place} is a file" if request.photos.exists() else f"there is no folder {place}"
+        raise InputError(f"--calibration is data, synthetic, or a folder of images; {found}.")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,14 @@ def argument(metavar: str) -> Any:
     )
 
 
+def share(text: str) -> float:
+    """Read a share: 0.5, or 50%."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise InputError(f"a share is a number between 0 and 1, such as 0.5, or 50%, not {text!r}.") from None
+
+
 def _seconds(text: str) -> float:
     """Read --budget-time: 90s, 5m, 1.5h, or a number of seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
@@ -61,6 +69,8 @@ TOLD: dict[tuple[type, str], dict[str, Any]] = {
     (config.Synaptic, "statistics"): {"metavar": "NAME"},
     (config.Synaptic, "score"): {"metavar": "NAME"},
     (config.Synaptic, "conditional"): {"metavar": "0..1"},
+    (Sparsifying, "macs"): {"parser": share},
+    (Sparsifying, "latency"): {"parser": share},
     (Task, "model"): dict(argument("MODEL").metadata),
     (Task, "data"): {"metavar": "DIR", "show_default": False, "rich_help_panel": IMAGES},
     (Task, "weights"): {"metavar": "FILE", "show_default": "random", "rich_help_panel": MODEL},

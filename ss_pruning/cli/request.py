@@ -19,6 +19,7 @@ from ss_pruning.cli.options import (
     TRAINING,
     argument,
     option,
+    share,
 )
 from ss_pruning.errors import InputError
 from ss_pruning.profiling.runtimes import RUNTIMES
@@ -150,10 +151,10 @@ class Budgets:
         latency: Keep this fraction of the time of a forward pass, as measured here.
     """
 
-    macs: float | None = option(None, "Budget (exactly one)", metavar="0..1")
-    params: float | None = option(None, "Budget (exactly one)", metavar="0..1")
-    ratio: float | None = option(None, "Budget (exactly one)", metavar="0..1")
-    latency: float | None = option(None, "Budget (exactly one)", metavar="0..1")
+    macs: float | None = option(None, "Budget (exactly one)", metavar="0..1", parser=share)
+    params: float | None = option(None, "Budget (exactly one)", metavar="0..1", parser=share)
+    ratio: float | None = option(None, "Budget (exactly one)", metavar="0..1", parser=share)
+    latency: float | None = option(None, "Budget (exactly one)", metavar="0..1", parser=share)
 
     def given(self) -> dict[str, float]:
         """By name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,7 @@ class TracedModel:
         for path in paths_of(model, ignore):
             inside = [p for p in connectivity.layers if p == path or p.startswith(f"{path}.") or not path]
             if not inside:
-                raise InputError(f"ignore={path!r} names no layer that runs; see dict(model.named_modules())")
+                raise InputError(f"ignore={path!r} names no layer that runs. {_closest(path, model)}")
             ignored.update(dict.fromkeys(inside, IGNORED_REASON))
         coupling = couple(connectivity, model, ignored)
         return cls(model, example_inputs, connectivity, coupling)
@@ -53,6 +54,13 @@ class TracedModel:
     def modules(self) -> dict[str, nn.Module]:
         """By path."""
         return modules_of(self.model)
+
+
+def _closest(path: str, model: nn.Module) -> str:
+    names = [name for name, _ in model.named_modules() if name]
+    close = difflib.get_close_matches(path, names, n=4)
+    said = f"The closest names are {', '.join(close)}; all" if close else "All"
+    return f"{said} are in dict(model.named_modules())"
 
 
 def paths_of(model: nn.Module, ignore: Ignore) -> list[str]:

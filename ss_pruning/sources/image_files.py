@@ -67,7 +67,7 @@ def open_rgb(path: str) -> Image.Image:
     ) as error:
         # ImportError: Ultralytics, once imported, has Pillow ask for a plugin where it knows no format.
         why = "it is damaged, or no image" if isinstance(error, ImportError) else error
-        raise InputError(f"cannot decode the image {path!r}: {why}.") from error
+        raise InputError(f"cannot decode the image {path!r}: {why}. Take it out of the folder.") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

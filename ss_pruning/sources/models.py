@@ -22,7 +22,7 @@ from torch import nn
 
 from ss_pruning.errors import InputError, SSPruningError
 from ss_pruning.sources.preprocessing import Preprocess
-from ss_pruning.sources.weights import load_weights, nearby
+from ss_pruning.sources.weights import TORCH_SUFFIXES, load_weights, nearby
 
 SPEC_HELP = "timm:NAME, torchvision:NAME, yolo:NAME, path/to/file.py:factory or demo:digits"
 #: Kinds of names that a file of ours may hold, so that `load` builds the model by itself.
@@ -114,8 +114,21 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
         return kind, name, options
     if re.search(r"\.py(:|$)", base):
         return "file", base, options
-    hint = f" Did you mean torchvision:{base} or timm:{base}?" if re.fullmatch(r"\w+", base) else ""
-    raise InputError(f"unknown model {spec!r}: write {SPEC_HELP}.{hint}")
+    raise InputError(f"unknown model {spec!r}: write {SPEC_HELP}.{_meant(base)}")
+
+
+def _meant(base: str) -> str:
+    """What somebody meant who gave a file of weights, or a name alone, for a model."""
+    if base.endswith(".safetensors"):
+        return (
+            f" What ss-prune has written is read by recover, finetune, export and bench; a file of weights is given "
+            f"beside a name, with --weights {base}."
+        )
+    if base.endswith(TORCH_SUFFIXES):
+        return f" Weights alone do not say what is to be computed: give them beside a name, with --weights {base}."
+    if re.fullmatch(r"\w+", base) and not os.path.exists(base):
+        return f" Did you mean torchvision:{base} or timm:{base}?"
+    return ""
 
 
 def _literal(text: str) -> Any:
@@ -157,10 +170,10 @@ def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
         import timm
     except ImportError as error:
         raise InputError(
-            f"timm:{name} needs timm, which is not installed: pip install ss-pruning[timm]"
+            f"timm:{name} needs timm, which is not installed: pip install 'ss-pruning[timm]'"
         ) from error
     _check_timm(name)
-    return _call(f"timm:{name}", lambda: timm.create_model(name, **{"pretrained": False, **options}))
+    return _call(f"timm:{name}", lambda: timm.create_model(name, **{"pretrained": False, **options}), options)
 
 
 def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
@@ -177,7 +190,7 @@ def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     given = {**defaults, **options}
     if "weights_backbone" not in takes:
         del given["weights_backbone"]
-    return _call(f"torchvision:{name}", lambda: models.get_model(name, **given))
+    return _call(f"torchvision:{name}", lambda: models.get_model(name, **given), options)
 
 
 def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
@@ -197,7 +210,7 @@ def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
             how = "" if factory.isidentifier() else f" Arguments are given as in {place}:build,depth=20."
             raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}{how}")
         _check_arguments(name, function, options)
-        return _call(name, lambda: function(**options))
+        return _call(name, lambda: function(**options), options)
 
 
 def _check_arguments(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -234,7 +247,7 @@ def _build_demo(name: str, options: dict[str, Any]) -> nn.Module:
 def _build_yolo(name: str, options: dict[str, Any]) -> nn.Module:
     from ss_pruning.integrations.ultralytics.networks import build
 
-    return _call(f"yolo:{name}", lambda: build(name, options))
+    return _call(f"yolo:{name}", lambda: build(name, options), options)
 
 
 def portable_name(spec: str, model: nn.Module) -> str | None:
@@ -280,7 +293,7 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _call(spec: str, build: Callable[[], object]) -> nn.Module:
+def _call(spec: str, build: Callable[[], object], options: Mapping[str, Any]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -290,10 +303,18 @@ def _call(spec: str, build: Callable[[], object]) -> nn.Module:
     except SSPruningError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"{spec} could not be built: {_said(error)}") from error
+        raise InputError(f"{spec} could not be built: {_said(error)}.{_remedy(error, options)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return model
+
+
+def _remedy(error: BaseException, options: Mapping[str, Any]) -> str:
+    """What may help where a model cannot be built."""
+    fetched = {name for name in ("pretrained", "weights", "weights_backbone") if options.get(name)}
+    if fetched and isinstance(error, OSError):  # what downloads raise
+        return f" Weights could not be fetched: leave out {fetched.pop()}=, and give a file with --weights."
+    return f" Arguments given: {', '.join(f'{k}={v!r}' for k, v in options.items())}." if options else ""
 
 
 def _said(error: BaseException) -> str:

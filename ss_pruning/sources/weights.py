@@ -17,7 +17,7 @@ from ss_pruning.errors import InputError
 
 # Averaged weights first: they are the better ones.
 _NESTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "state_dict", "model")
-_TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) -> None:
@@ -60,10 +60,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{str(path)!r} is a folder: name the weights file in it.")
     if not path.is_file():
         raise InputError(f"no weights file at {str(path)!r}. {nearby(path)}".rstrip())
-    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise InputError(
             f"{str(path)!r} has no suffix of a weights file; understood are .safetensors and "
-            f"{', '.join(_TORCH_SUFFIXES)}."
+            f"{', '.join(TORCH_SUFFIXES)}."
         )
     if not path.stat().st_size:
         raise InputError(f"{str(path)!r} is empty: was it copied or downloaded to its end?")

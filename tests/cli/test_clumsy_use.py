@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -207,6 +208,55 @@ def test_nothing_is_written_over_what_is_read(place: Path) -> None:
 def test_absurd_numbers_are_refused(place: Path, flags: tuple[object, ...], said: str) -> None:
     words = ["prune", "net.py:build", "--macs", 0.6, "--input-size", "3x8x8", *flags]
     assert said in refused(command(*words))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            "r18.pth",
+            "Weights alone do not say what is to be computed: give them beside a name, with --weights r18.pth",
+        ),
+        ("run/model.safetensors", "is read by recover, finetune, export and bench"),
+        ("resnet18", "Did you mean torchvision:resnet18"),
+        ("photos", "or demo:digits."),
+        ("torchvision:resnet18,num_classes=ten", "Arguments given: num_classes='ten'"),
+    ],
+)
+def test_what_was_meant_for_a_model_is_said(place: Path, model: str, said: str) -> None:
+    (place / "photos").mkdir()
+    found = refused(command("prune", model, "--macs", 0.6))
+    assert said in found
+    assert "torchvision:photos" not in found
+
+
+def test_weights_that_cannot_be_fetched_may_be_given(place: Path) -> None:
+    (place / "fetches.py").write_text(
+        "def build(pretrained):\n    raise ConnectionError('no route')\n"  # an OSError, as those of downloads are
+    )
+    found = refused(command("prune", "fetches.py:build,pretrained=True", "--macs", 0.6))
+    assert "leave out pretrained=, and give a file with --weights" in found
+
+
+def test_shares_may_be_percentages(place: Path) -> None:
+    result = command("prune", "net.py:build", "--macs", "60%", "--input-size", "3x8x8", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["macs_after"] <= 0.6 * json.loads(result.stdout)["macs_before"]
+    found = refused(command("prune", "net.py:build", "--macs", "half", "--input-size", "3x8x8"))
+    assert "a share is a number between 0 and 1, such as 0.5, or 50%, not 'half'" in found
+
+
+def test_files_in_the_place_of_folders_and_images_are_named(place: Path) -> None:
+    (place / "photos").mkdir()
+    (place / "photos" / "a.jpg").write_text("no image")
+    words = ("prune", "net.py:build", "--macs", 0.6, "--input-size", "3x8x8", "--calibration")
+    assert "'net.py' is a file" in refused(command(*words, "net.py"))
+    assert "Take it out of the folder" in refused(command(*words, "photos"))
+
+
+def test_modules_that_are_not_there_have_neighbours(place: Path) -> None:
+    words = ("prune", "torchvision:resnet18", "--macs", 0.6, "--input-size", "3x32x32", "--ignore", "layer9")
+    assert "The closest names are layer4" in refused(command(*words))
 
 
 def test_a_model_of_another_number_type_is_refused_on_the_command_line(place: Path) -> None:
