@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from ss_pruning.errors import InputError
 
 _TEMPORARY = re.compile(r"\..*\.ss-pruning-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.tmp")
+#: Endings of files that hold a model.
+_READ = (".safetensors", ".onnx", ".xml")
 _KINDS = {
     stat.S_ISFIFO: "a FIFO",
     stat.S_ISSOCK: "a socket",
@@ -91,6 +94,25 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         _probe(target.parent)
     except OSError as error:
         raise InputError(_explain(path, error)) from error
+
+
+def absent(path: str | os.PathLike[str]) -> str:
+    """Why no file can be read there, and which one may be meant."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in _READ)
+        such = f", such as {str(path / inside[0])!r}" if inside else ""
+        return f"{str(path)!r} is a folder: name the file in it{such}"
+    return f"there is no file {str(path)!r}. {nearby(path)}".rstrip(". ")
+
+
+def nearby(path: Path) -> str:
+    """Suggest a file of a similar name in the same folder."""
+    if not path.parent.is_dir():
+        return f"There is no folder {str(path.parent)!r} either."
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def check_apart(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:

@@ -298,8 +298,8 @@ class Exporting(PrunedFile, Weighted):
 
     @property
     def is_pruned(self) -> bool:
-        """Whether a file was given, not the name of a model."""
-        return self.file.suffix == ".safetensors" or self.file.is_file()
+        """Whether a file was given (or the folder that holds it, which is refused), not the name of a model."""
+        return self.file.suffix == ".safetensors" or self.file.exists()
 
 
 @dataclass(frozen=True, kw_only=True)

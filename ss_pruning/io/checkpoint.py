@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ss_pruning._utils.arrays import digest
-from ss_pruning._utils.files import check_writable, write_bytes
+from ss_pruning._utils.files import absent, check_writable, write_bytes
 from ss_pruning._utils.modules import as_state_of
 from ss_pruning.errors import FileFormatError, InputError, PlanError
 from ss_pruning.graph.refusals import check_module
@@ -166,7 +166,7 @@ def _is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """True for what `torch.save` writes; a safetensors file would need a header of 64 MiB to begin so."""
     try:
         if not Path(path).is_file():
-            raise InputError(f"there is no file '{path}'")
+            raise InputError(absent(path))
         with Path(path).open("rb") as file:
             return file.read(4) == b"PK\x03\x04"
     except OSError as error:
@@ -219,7 +219,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FileFormatError(f"'{path}' is truncated or no safetensors file ({error})") from error
+        raise FileFormatError(
+            f"'{path}' is truncated or no safetensors file ({error}); give one that ss_pruning.save or ss-prune has "
+            "written"
+        ) from error
 
 
 def _noted(

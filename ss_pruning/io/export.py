@@ -92,8 +92,7 @@ def export(
 
 
 def _format(path: str | os.PathLike[str], given: str | None) -> Format:
-    ending = Path(path).suffix
-    by_name = next((known for known, writer in WRITERS.items() if writer.endings[0] == ending), ending[1:])
+    by_name = _by_name(path)
     chosen = given or by_name
     if chosen not in WRITERS:
         raise InputError(
@@ -103,7 +102,24 @@ def _format(path: str | os.PathLike[str], given: str | None) -> Format:
         raise InputError(
             f"OpenVINO reads *.xml, with the weights in *.bin beside it: {str(path)!r} ends otherwise"
         )
+    check_ending(path, chosen)  # type: ignore[arg-type]
     return chosen  # type: ignore[return-value]
+
+
+def _by_name(path: str | os.PathLike[str]) -> str:
+    ending = Path(path).suffix
+    return next((known for known, writer in WRITERS.items() if writer.endings[0] == ending), ending[1:])
+
+
+def check_ending(path: str | os.PathLike[str], chosen: Format) -> None:
+    """Refuse a name that would mislead whoever opens the file by its ending."""
+    by_name = _by_name(path)
+    if by_name in WRITERS and chosen != by_name:
+        ending = WRITERS[chosen].endings[0]
+        raise InputError(
+            f"format={chosen!r}, but {str(path)!r} ends as a file of {by_name} does: name it "
+            f"{str(Path(path).with_suffix(ending))!r}, or leave the format out"
+        )
 
 
 def _files(path: str | os.PathLike[str], chosen: Format) -> list[Path]:

@@ -23,7 +23,7 @@ from ss_pruning.compensation.fidelity import Reference, held_out
 from ss_pruning.errors import InputError, VerificationError
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.importance.calibration import Batch, gather
-from ss_pruning.io.export import export
+from ss_pruning.io.export import check_ending, export
 from ss_pruning.io.int8_onnx import quantise_file
 from ss_pruning.io.int8_program import quantised_program
 from ss_pruning.io.writers import quiet, write_program
@@ -96,6 +96,7 @@ def export_int8(
         raise InputError(
             f"format={chosen!r} is unknown for INT8; use 'onnx', which OpenVINO reads as well, or 'pt2'"
         )
+    check_ending(path, chosen)  # type: ignore[arg-type]
     with quiet():
         _check_packages(chosen, model)
     images = gather(calibration, None)

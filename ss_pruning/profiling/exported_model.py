@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning._utils.arrays import tensors_among
+from ss_pruning._utils.files import absent
 from ss_pruning.errors import FileFormatError, InputError, first_line
 
 
@@ -37,7 +38,7 @@ class ExportedModel(nn.Module):
         self.path = Path(path)
         for file in self.files:
             if not file.is_file():
-                raise InputError(f"there is no file {str(file)!r}")
+                raise InputError(absent(file))
         self._inputs = self._open()
         sizes = [shape[0] for shape in self._inputs.values() if shape]
         self.batch: int | None = next((size for size in sizes if isinstance(size, int)), None)

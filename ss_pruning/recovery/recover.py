@@ -250,7 +250,11 @@ def _report(training: Training, stopped: str, images: int, held_out: int) -> Rec
             f"steps were too large {times}, and were taken back: the rate came down from "
             f"{training.settings.rate:.2g} to {training.settings.rate * SLOWER**state.turns:.2g}"
         )
-    if not state.best_step:
+    if stopped == "close enough" and not state.step:
+        notes.append(
+            f"the held-out error was no larger than {training.settings.until:g}: there was nothing to recover"
+        )
+    elif not state.best_step:
         notes.append("no weights did better on the held-out images than those that the model came with")
     return RecoveryReport(
         places=tuple(place.path for place in training.imitation.places),

@@ -327,7 +327,10 @@ class Report:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise FileFormatError(f"cannot read the report {str(path)!r}: {error}.") from error
+            raise FileFormatError(
+                f"cannot read the report {str(path)!r}: {error}. Give what `save_json` has written, or a folder of "
+                "ss-prune prune --out."
+            ) from error
         if not isinstance(values, dict):
             raise FileFormatError(f"{str(path)!r} holds no report but a {type(values).__name__}.")
         return cls.from_dict(values)

@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import nn
 
+from ss_pruning._utils.files import nearby
 from ss_pruning.errors import InputError, SSPruningError
 from ss_pruning.sources.preprocessing import Preprocess
-from ss_pruning.sources.weights import TORCH_SUFFIXES, load_weights, nearby
+from ss_pruning.sources.weights import TORCH_SUFFIXES, load_weights
 
 SPEC_HELP = "timm:NAME, torchvision:NAME, yolo:NAME, path/to/file.py:factory or demo:digits"
 #: Kinds of names that a file of ours may hold, so that `load` builds the model by itself.

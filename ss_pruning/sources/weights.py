@@ -5,13 +5,13 @@ safetensors is imported when called.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ss_pruning._utils.files import nearby
 from ss_pruning._utils.modules import as_state_of
 from ss_pruning.errors import InputError
 
@@ -68,16 +68,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.stat().st_size:
         raise InputError(f"{str(path)!r} is empty: was it copied or downloaded to its end?")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _tensors_in(_read_torch(path), path)
-
-
-def nearby(path: Path) -> str:
-    """Suggest a file of a similar name in the same folder."""
-    if not path.parent.is_dir():
-        return f"There is no folder {str(path.parent)!r} either."
-    close = difflib.get_close_matches(
-        path.name, [entry.name for entry in path.parent.iterdir() if entry.is_file()], n=1
-    )
-    return f"Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

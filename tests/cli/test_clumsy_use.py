@@ -254,6 +254,28 @@ def test_files_in_the_place_of_folders_and_images_are_named(place: Path) -> None
     assert "Take it out of the folder" in refused(command(*words, "photos"))
 
 
+def test_a_folder_in_the_place_of_a_file_is_said_to_be_one(place: Path) -> None:
+    (place / "run").mkdir()
+    assert "'run' is a folder: name the file in it" in refused(command("bench", "run"))
+    model = net()
+    ss_pruning.prune_(model, X, macs=0.6)
+    ss_pruning.save(model, place / "run" / "model.safetensors")
+    for words in (["export", "run", "--format", "pt2"], ["recover", "run", "--calibration", "synthetic"]):
+        assert "such as 'run/model.safetensors'" in refused(command(*words))
+    assert "Did you mean 'run/model.safetensors'" in refused(command("bench", "run/mode.safetensors"))
+
+
+def test_a_file_is_not_named_as_one_of_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "small.pt2"
+    with pytest.raises(
+        InputError, match=r"format='onnx', but .*small\.pt2' ends as a file of pt2 does: name it"
+    ):
+        ss_pruning.export(net(), path, X, "onnx")
+    with pytest.raises(InputError, match=r"ends as a file of pt2 does"):
+        ss_pruning.export_int8(net(), path, torch.randn(16, 3, 8, 8), "onnx")
+    assert not path.exists()
+
+
 def test_modules_that_are_not_there_have_neighbours(place: Path) -> None:
     words = ("prune", "torchvision:resnet18", "--macs", 0.6, "--input-size", "3x32x32", "--ignore", "layer9")
     assert "The closest names are layer4" in refused(command(*words))

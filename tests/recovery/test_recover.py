@@ -69,6 +69,17 @@ def output_error(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
     return float(((ours - theirs) ** 2).sum() / ((theirs - theirs.mean()) ** 2).sum())
 
 
+def test_where_nothing_was_lost_there_is_nothing_to_recover(images: Tensor) -> None:
+    dense = digits_resnet()
+    dense.load_state_dict(load_file(digits_weights()))
+    pruned = copy.deepcopy(dense.eval())
+    prune_(pruned, images[:1], macs=0.5, calibration=images)  # what training has emptied
+    report = recover_(pruned, dense, images, steps=3)
+    assert report.steps == 0
+    assert any("there was nothing to recover" in note for note in report.notes), report.notes
+    assert not any("no weights did better" in note for note in report.notes)
+
+
 def held_out_of(images: Tensor, settings: Recovery) -> Tensor:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
     hidden = images[order[: max(1, round(settings.held_out * len(images)))].sort().values]

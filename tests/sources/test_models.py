@@ -167,7 +167,7 @@ def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_timm)
-    with pytest.raises(InputError, match=r"timm is not installed|pip install ss-pruning\[timm\]"):
+    with pytest.raises(InputError, match=r"timm is not installed|pip install 'ss-pruning\[timm\]'"):
         build_model("timm:resnet18")
 
 
