@@ -7,12 +7,15 @@ single precision, and summed in double precision.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning.graph.layers import ask, channel_axis, groups_of, weight_of
+from ss_pruning.importance.regression import weights_by_group
 
 # Ridge, as a share of the mean diagonal of the Gram matrix: the one that predicts held-out images best, or the first
 # where there is nothing to hold out.
@@ -41,14 +44,16 @@ class NormalEquations:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        weight = weight_of(module)
-        self.module, self.groups, self.rows = module, groups_of(module), 0
-        self.parameters = size = weight[0].numel() + 1
+        weight = weights_by_group(module)
+        self.module, self.groups, self.rows = module, len(weight), 0
+        self.parameters = size = weight[0, 0].numel() + 1
         self.gram = weight.new_zeros(2, self.groups, size, size, dtype=torch.float64)
-        self.cross = weight.new_zeros(2, self.groups, size, len(weight) // self.groups, dtype=torch.float64)
+        self.cross = weight.new_zeros(2, self.groups, size, weight.shape[1], dtype=torch.float64)
         self.waiting: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
-    def add(self, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool) -> None:
+    def add(
+        self, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool, size: Sequence[int] = ()
+    ) -> None:
         """Rows of some images.
 
         Args:
@@ -56,6 +61,7 @@ class NormalEquations:
             wanted: `[images, positions, outputs]`.
             positions: Of the output, as if it were flat.
             held_out: Whether these rows choose the ridge.
+            size: Of the output's map, of a transposed convolution, which may be told it.
         """
         if not len(x) * len(positions):
             return
@@ -65,8 +71,9 @@ class NormalEquations:
         with torch.autocast(x.device.type, enabled=False):
             for images, targets in zip(x.split(count), wanted.split(count), strict=True):
                 y = targets.float().flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)
-                self.waiting[held_out].append((rows_at(self.module, images, positions).float(), y))
-                if sum(rows.numel() for rows, _ in self.waiting[held_out]) >= _CHUNK:
+                rows = rows_at(self.module, images, positions, size).float()
+                self.waiting[held_out].append((rows, y))
+                if sum(each.numel() for each, _ in self.waiting[held_out]) >= _CHUNK:
                     self._multiply(int(held_out))
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -97,27 +104,25 @@ class NormalEquations:
         gram[:, d, d] += rows.shape[1]
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """Weight, and change of the bias, that put out what is wanted best; ridge towards those that are there."""
-        weight, bias = self.module.weight, self.module.bias
-        assert isinstance(weight, Tensor)
+        """Weight by group, and change of the bias, that put out what is wanted best; ridge towards those there are."""
+        bias = self.module.bias
         grams, crosses = self.sums()
         _mirror_(grams)
         d = self.parameters - 1
-        start = _taps_first(weight.detach().double(), self.groups)
-        old = bias.detach().double() if isinstance(bias, Tensor) else start.new_zeros(len(weight))
-        old = old.reshape(self.groups, 1, -1)
-        start = torch.cat([start, old], 1)
+        by_group = weights_by_group(self.module)
+        start = _taps_first(by_group.double())
+        old = start.new_zeros(start.shape[::2]) if bias is None else bias.detach().double()  # type: ignore[operator]
+        start = torch.cat([start, old.reshape(self.groups, 1, -1)], 1)
         fitted, judged = (cross - gram @ start for gram, cross in zip(grams, crosses, strict=True))
         ridge = _best_ridge(grams, fitted, judged)
         theta = start + change(grams[0].add_(grams[1]), fitted + judged, ridge)
-        new = theta[:, :d].unflatten(1, (-1, weight.shape[1])).permute(0, 3, 2, 1).reshape(weight.shape)
-        return new.to(weight), (theta[:, d] - start[:, d]).flatten().to(weight)
+        new = theta[:, :d].unflatten(1, (-1, by_group.shape[2])).permute(0, 3, 2, 1).reshape(by_group.shape)
+        return new.to(by_group), (theta[:, d] - start[:, d]).flatten().to(by_group)
 
 
-def _taps_first(weight: Tensor, groups: int) -> Tensor:
-    """`[groups, taps * in_channels of a group, outputs of a group]`, as rows are laid out."""
-    by_group = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
-    return by_group.permute(0, 3, 2, 1).flatten(1, 2)
+def _taps_first(by_group: Tensor) -> Tensor:
+    """`[groups, taps * inputs of a group, outputs of a group]`, as rows are laid out."""
+    return by_group.flatten(3).permute(0, 3, 2, 1).flatten(1, 2) if by_group.dim() > 3 else by_group.mT
 
 
 def _mirror_(gram: Tensor) -> None:
@@ -186,7 +191,7 @@ def is_weighted_sum(module: nn.Module) -> bool:
     """Whether a layer puts out its weight times what it reads, plus its bias; one that it is given if it has none.
 
     Layers of torch's own types do, unless a weight or bias is computed anew. The others are asked, with numbers drawn
-    at random: a subclass may scale, standardise or leave the bias out. Not those with transposed kernels.
+    at random: a subclass may scale, standardise or leave the bias out.
     """
     if not module._parameters.keys() >= {"weight", "bias"}:
         return False
@@ -206,7 +211,8 @@ def _puts_out_rows(module: nn.Module) -> bool:
         return torch.randn(size, generator=drawn).to(like.device)
 
     weight = made(*like.shape)
-    bias = made(len(like)) * weight[0].numel() ** 0.5  # as much as the rest
+    by_group = weights_by_group(module, weight)
+    bias = made(by_group.shape[:2].numel()) * by_group[0, 0].numel() ** 0.5  # as much as the rest
     if isinstance(module, _ConvNd):
         seen = zip(module.kernel_size, module.dilation, module.stride, strict=True)
         x = made(
@@ -217,8 +223,8 @@ def _puts_out_rows(module: nn.Module) -> bool:
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         y = ask(module, {"weight": weight, "bias": bias}, x)
         positions = torch.arange(positions_of(module, y), device=like.device)
-        ones, rows = (rows_at(module, each, positions) for each in (torch.ones_like(x), x))
-        found = (rows @ _taps_first(weight, groups_of(module))).transpose(0, 1).flatten(1) + bias
+        ones, rows = (rows_at(module, each, positions, y.shape[2:]) for each in (torch.ones_like(x), x))
+        found = (rows @ _taps_first(by_group)).transpose(0, 1).flatten(1) + bias
     unscaled = bool((ones.eq(0) | ones.eq(1)).all())  # a tap sees what is there, or padding
     off = outputs_at(module, y, positions)[0] - found
     return unscaled and bool(off.abs().max() <= _SAME * found.square().mean().sqrt())
@@ -240,33 +246,44 @@ def with_images(module: nn.Module, x: Tensor) -> Tensor:
     return x[None] if channel_axis(module, x) == 0 else x
 
 
-def rows_at(module: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
-    """`[groups, rows, taps * in_channels of a group]`: what a layer sees at these positions of its output."""
+def rows_at(module: nn.Module, x: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
+    """`[groups, rows, taps * in_channels of a group]`: what a layer sees at these positions of its output.
+
+    Args:
+        module: The layer.
+        x: What it reads, with an axis of images.
+        positions: Of its output, as if it were flat.
+        size: Of the output's map; transposed convolutions are told it when they run.
+    """
     if isinstance(module, nn.Linear):
         return outputs_at(module, x, positions).flatten(0, 1)[None]
     assert isinstance(module, _ConvNd)
-    plain = (
-        type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    )
-    patches = _plain_patches(module, x, positions) if plain else _patches(module, x, positions)
+    if type(module) is nn.ConvTranspose2d:
+        patches = _stretched_patches(module, x, positions, size)
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        patches = _plain_patches(module, x, positions)
+    else:
+        patches = _patches(module, x, positions, size)
     by_group: Tensor = patches.unflatten(3, (groups_of(module), -1)).permute(3, 0, 1, 2, 4)
     return by_group.flatten(3).flatten(1, 2)
 
 
-def _patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
+def _patches(conv: _ConvNd, x: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
     """`[images, positions, taps, in_channels]`, laid out by the layer itself, channel by channel, one-hot kernels."""
     taps = conv.weight[0, 0].numel()
     probe = copy.copy(conv)
     probe.__dict__ = dict(conv.__dict__)
-    eye = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *conv.kernel_size)
+    channels = (1, taps) if conv.transposed else (taps, 1)
+    eye = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(*channels, *conv.kernel_size)
     probe._parameters = {"weight": nn.Parameter(eye, requires_grad=False), "bias": None}
     probe.groups, probe.in_channels, probe.out_channels = 1, 1, taps
-    out: Tensor = type(probe).forward(probe, x.flatten(0, 1)[:, None])
+    told = (list(size),) if conv.transposed else ()
+    out: Tensor = type(probe).forward(probe, x.flatten(0, 1)[:, None], *told)
     laid: Tensor = out.unflatten(0, x.shape[:2])
     return laid.flatten(3)[..., positions].permute(0, 3, 2, 1)
 
 
-def _plain_patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
+def _plain_patches(conv: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     """Likewise: gathers the patches that are asked for, and no others, all channels of a tap at once."""
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     ph, pw = (int(p) for p in conv.padding)
@@ -276,6 +293,27 @@ def _plain_patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
     across = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
     corner = (positions // across) * sh * padded.shape[2] + (positions % across) * sw
     rows, columns = torch.arange(kh, device=x.device) * dh, torch.arange(kw, device=x.device) * dw
-    index = corner[:, None] + (rows[:, None] * padded.shape[2] + columns).flatten()
-    gathered: Tensor = padded.flatten(1, 2).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return _gathered(padded, corner, rows, columns)
+
+
+def _stretched_patches(conv: nn.ConvTranspose2d, x: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
+    """Likewise: it is a convolution by the turned kernel of the map stretched by the stride, with zeros between."""
+    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = (
+        cast("tuple[int, int]", each) for each in (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
+    )
+    high, wide = dh * (kh - 1), dw * (kw - 1)
+    stretched = x.new_zeros(*x.shape[:2], (x.shape[2] - 1) * sh + 1, (x.shape[3] - 1) * sw + 1)
+    stretched[..., ::sh, ::sw] = x
+    # What is negative is cropped.
+    padding = (wide - pw, size[1] + pw - stretched.shape[3], high - ph, size[0] + ph - stretched.shape[2])
+    maps = nn.functional.pad(stretched, padding).permute(0, 2, 3, 1)
+    corner = (positions // size[1]) * maps.shape[2] + positions % size[1]
+    rows = high - torch.arange(kh, device=x.device) * dh
+    return _gathered(maps, corner, rows, wide - torch.arange(kw, device=x.device) * dw)
+
+
+def _gathered(maps: Tensor, corner: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`[images, positions, taps, channels]` of `[images, height, width, channels]`, taps this far from corners."""
+    index = corner[:, None] + (rows[:, None] * maps.shape[2] + columns).flatten()
+    gathered: Tensor = maps.flatten(1, 2).index_select(1, index.flatten()).unflatten(1, index.shape)
     return gathered

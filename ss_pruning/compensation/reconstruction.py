@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ss_pruning._utils.progress import step
 from ss_pruning._utils.running import preserved
@@ -37,10 +36,11 @@ from ss_pruning.compensation.passes.memory import give_back
 from ss_pruning.compensation.residual_sums import find_sums
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.layers import layer_type_of
+from ss_pruning.graph.layers import layer_type_of, width
 from ss_pruning.graph.refusals import infinite_numbers
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.calibration import Batch
+from ss_pruning.importance.regression import weights_by_group
 from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.factors import gains
 from ss_pruning.surgery.plan import Plan
@@ -84,7 +84,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
             weight, bias = equations.solve()
             if not bool(weight.isfinite().all() & bias.isfinite().all()):
                 raise ModelError(f"'{path}' reads or puts out {infinite_numbers(weight.dtype)}")
-            equations.module.weight.data.copy_(weight)  # type: ignore[operator]
+            weights_by_group(equations.module).copy_(weight)
             add_bias(pruned, path, bias, norms, outcome)
             outcome.layers.append(path)
             give_back()
@@ -109,8 +109,6 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
             continue
         if len({edge.call for edge in connectivity.edges[path]}) > 1:
             outcome.skipped[path] = "it runs several times"
-        elif isinstance(module, _ConvNd) and module.transposed:
-            outcome.skipped[path] = "transposed convolutions are not solved"
         elif trained and not any(weight.requires_grad for weight in module.parameters()):
             outcome.skipped[path] = "it is frozen, while other layers are not"
         elif _counts(module.weight):
@@ -150,11 +148,12 @@ class _Wanted:
 def _equations(models: Lockstep, path: str, module: nn.Module, wanted: _Wanted | None) -> NormalEquations:
     """Of one layer, from as many images as it needs."""
     equations, total = NormalEquations(module), max(len(models.batch), 1)
-    each = models.sizes[path] / len(models.large.modules[path].weight)  # type: ignore[arg-type]
+    each = models.sizes[path] / width(models.large.modules[path], "out")
     rows, images = rows_wanted(equations.parameters, each, total)
     share = rows / (images * each)
     for meeting in models.at(path, images):
         x, dense = with_images(module, meeting.x), with_images(module, meeting.wanted)
+        size = dense.shape[2:]
         drawn = torch.Generator().manual_seed(int(meeting.numbers[0]) if len(meeting.numbers) else 0)
         count = positions_of(module, dense)
         positions = torch.randperm(count, generator=drawn)[: math.ceil(share * count)].to(x.device)
@@ -164,9 +163,9 @@ def _equations(models: Lockstep, path: str, module: nn.Module, wanted: _Wanted |
         for held_out in (False, True):
             where = ((numbers % _HELD_OUT == 1) == held_out).to(x.device)
             if alone:
-                equations.add(x, y[:, where], positions[where], held_out)
+                equations.add(x, y[:, where], positions[where], held_out, size)
             else:
-                equations.add(x[where], y[where], positions, held_out)
+                equations.add(x[where], y[where], positions, held_out, size)
     return equations
 
 

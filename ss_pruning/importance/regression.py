@@ -108,9 +108,9 @@ class Predicted:
         channels[..., self.removed] = value.to(channels.dtype)
 
 
-def weights_by_group(module: nn.Module) -> Tensor:
-    """A view of the weight, `[groups, outputs of a group, inputs of a group, ...]`."""
-    weight = weight_of(module)
+def weights_by_group(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """A view of the weight, or of another in its place: `[groups, outputs of a group, inputs of a group, ...]`."""
+    weight = weight_of(module) if weight is None else weight
     by_group: Tensor = weight.detach().unflatten(0, (groups_of(module), -1))
     # Transposed convolutions store inputs first.
     return by_group.transpose(1, 2) if isinstance(module, _ConvNd) and module.transposed else by_group

@@ -26,10 +26,10 @@ from ss_pruning.compensation.apply import LEAST_HELD_OUT
 from ss_pruning.compensation.fidelity import HELD_OUT
 from ss_pruning.compensation.reconstruction import rows_wanted
 from ss_pruning.config import Config, NoCompensation, Synaptic
-from ss_pruning.graph.layers import groups_of
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats.observed import positions_of as product_positions
 from ss_pruning.importance.calibration import BATCH, Batch
+from ss_pruning.importance.regression import weights_by_group
 from ss_pruning.importance.sensitivity import Effort, at_a_time, effort_for
 from ss_pruning.planning.costs import Costs
 from ss_pruning.planning.ranking import EXPONENTS
@@ -84,11 +84,12 @@ def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, LayerWo
     output_of(traced.model, traced.example_inputs, hooked(weighted, None, note))
     layers, over, total = {}, 0.0, max(sum(macs.values()), 1)
     for path, (reads, positions) in found.items():
-        weight, groups = weighted[path].weight, groups_of(weighted[path])
-        assert isinstance(weight, Tensor)
-        columns = weight[0].numel()
+        weight = weights_by_group(weighted[path])
+        groups, columns = len(weight), weight[0, 0].numel()
         inputs = max(traced.connectivity.layers[path].inputs // groups, 1)
-        layers[path] = LayerWork(over / total, reads, positions, len(weight), inputs, columns, groups)
+        layers[path] = LayerWork(
+            over / total, reads, positions, weight.shape[:2].numel(), inputs, columns, groups
+        )
         over += macs.get(path, 0)
     return layers
 

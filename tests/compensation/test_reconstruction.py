@@ -21,6 +21,8 @@ from ss_pruning.surgery.cut import Cut
 from ss_pruning.surgery.plan import Plan
 from tests.support.snapshot import snapshot
 
+Convolution = nn.Conv2d | nn.ConvTranspose2d | nn.ConvTranspose1d
+
 
 def images(n: int, size: int = 8) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n))
@@ -34,7 +36,9 @@ def test_whole_images_are_held_out_evenly_whatever_their_number(
 ) -> None:
     held, fitted = set[int](), set[int]()
 
-    def note(self: NormalEquations, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool) -> None:
+    def note(
+        self: NormalEquations, x: Tensor, wanted: Tensor, positions: Tensor, held_out: bool, *_: Any
+    ) -> None:
         if x.shape[1] == 3:  # the first layer
             (held if held_out else fitted).update(x.flatten(1)[:, 0].int().tolist())
 
@@ -57,17 +61,21 @@ def test_whole_images_are_held_out_evenly_whatever_their_number(
 @pytest.mark.parametrize("layer", [
     nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, stride=2, groups=4, bias=False),
     nn.Conv2d(4, 6, (3, 1), dilation=2, padding_mode="reflect", padding=1), nn.Conv2d(4, 2, 1),
+    nn.ConvTranspose2d(4, 6, 3, 2, padding=1, output_padding=1, groups=2),
+    nn.ConvTranspose2d(4, 6, (1, 3), (3, 1), padding=(1, 0), dilation=2), nn.ConvTranspose1d(4, 2, 4, 2, 1),
 ])  # fmt: skip
-def test_both_parts_together_are_all_there_is(layer: nn.Conv2d, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_parts_together_are_all_there_is(layer: Convolution, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the definition: every tap read off one by one."""
     torch.manual_seed(0)
     monkeypatch.setattr("ss_pruning.compensation.normal_equations._COLUMNS", 5)
     monkeypatch.setattr("ss_pruning.compensation.normal_equations._CHUNK", 100)
-    x = torch.randn(7, 4, 8, 8)
+    x = torch.randn(7, 4, *[8] * len(layer.kernel_size))
     y = layer(x)
     equations, positions = NormalEquations(layer), torch.arange(y[0, 0].numel())
     for begin, end, held_out in ((0, 3, False), (3, 5, True), (5, 7, False)):
-        equations.add(x[begin:end], outputs_at(layer, y[begin:end], positions), positions, held_out)
+        equations.add(
+            x[begin:end], outputs_at(layer, y[begin:end], positions), positions, held_out, y.shape[2:]
+        )
     gram, cross = equations.sums()
     assert float(gram[0, 0, -1, -1]) == 5 * len(positions)
     assert float(gram[1, 0, -1, -1]) == 2 * len(positions)
@@ -79,11 +87,14 @@ def test_both_parts_together_are_all_there_is(layer: nn.Conv2d, monkeypatch: pyt
     torch.testing.assert_close(cross.sum(0), patches.mT @ wanted, rtol=1e-5, atol=1e-4)
 
 
-def patches_of(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def patches_of(layer: Convolution, x: Tensor) -> Tensor:
     """`[groups, rows, d + 1]`: what each input and tap brings to an output, as the layer says, and a constant 1."""
-    bare = nn.Conv2d(
-        1, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation, 1, False, layer.padding_mode
-    )
+    options = {
+        name: getattr(layer, name)
+        for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    }
+    options |= {"output_padding": layer.output_padding} if layer.transposed else {}
+    bare = type(layer)(1, 1, bias=False, **options)
     each = layer.in_channels // layer.groups
     found = []
     for group in range(layer.groups):
@@ -109,6 +120,29 @@ def test_what_a_layer_can_do_it_is_made_to_do(shape: tuple[int, ...]) -> None:
     reconstruct_(small, TracedModel.of(model, x[:1]), everything, x)
     wanted, found = model[:4](x), small[:4](x)
     assert float((found - wanted).norm()) < 2e-3 * float(wanted.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_are_solved_whatever_size_they_are_told(groups: int) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+            self.up = nn.ConvTranspose2d(8, 6, 3, 2, padding=1, groups=groups)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.up(self.norm(self.down(x)).relu(), output_size=x.shape[2:])
+            return y
+
+    torch.manual_seed(0)
+    model, x = Decoder().eval(), images(24, 10)  # left to itself it makes a map of 9
+    small = copy.deepcopy(model)
+    small.up.weight += 0.1 * torch.randn_like(small.up.weight)
+    everything = Plan((Cut("down", "out", 8, tuple(range(8))),))
+    outcome = reconstruct_(small, TracedModel.of(model, x[:1]), everything, x)
+    assert "up" in outcome.layers
+    assert float((small(x) - model(x)).norm()) < 2e-3 * float(model(x).norm())
 
 
 @torch.no_grad()
@@ -138,7 +172,7 @@ def test_inputs_that_never_vary_still_give_what_is_wanted(value: float) -> None:
     for part in (False, True):
         equations.add(x, y.expand(20000, 1, 4), here, part)
     weight, bias = equations.solve()
-    found = x[0] @ weight.T + layer.bias + bias
+    found = x[0] @ weight[0].T + layer.bias + bias
     torch.testing.assert_close(found, y, rtol=1e-2, atol=1e-2)
 
 
