@@ -19,3 +19,10 @@ collect_ignore_glob = [f"**/{files}" for name, files in _NEEDED.items() if not f
 # Ultralytics is to leave the settings of the user and the network alone. It reads these when it is imported.
 os.environ["YOLO_CONFIG_DIR"] = tempfile.gettempdir()
 os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # Other work on the machine makes an example slow, and nothing wrong.
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")

@@ -170,7 +170,7 @@ def test_rules_by_hand() -> None:
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(0, 0.99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_fraction_is_exact_and_takes_the_weakest(seed: int, fraction: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = {"a": torch.rand(4, 5, generator=generator), "b": torch.rand(7, 3, generator=generator)}

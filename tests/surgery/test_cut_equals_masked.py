@@ -375,7 +375,7 @@ class RandomNet(nn.Module):
         return self.fc(pooled(F.relu(self.last(x))))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.data(), st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=5), st.sampled_from(["global", "local"])
 )
