@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,8 +84,12 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
             _flush(temporary)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def check_writable(path: str | os.PathLike[str], room: int = 0) -> None:
     """Raise unless the file `path` can be written; call it before long work whose result goes there.
+
+    Args:
+        path: The file.
+        room: So many bytes, if it is known.
 
     Raises:
         InputError: see `replacing`.
@@ -92,6 +97,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = _target(path)
     try:
         _probe(target.parent)
+        if shutil.disk_usage(target.parent).free < room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise InputError(_explain(path, error)) from error
 

@@ -141,7 +141,7 @@ def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json
     from ss_pruning.cli import delivery as _delivery
 
     request = _delivery.request_of(wanted, training.seed)
-    check_writable(wanted.target)
+    check_writable(wanted.target, wanted.file.stat().st_size if wanted.file.is_file() else 0)
     check_apart(wanted.target, wanted.file, request.weights, wanted.checkpoint)
     with progress_bars() as progress:
         report, facts = _delivery.recover(wanted, request, training, progress)

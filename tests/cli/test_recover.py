@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,18 @@ def test_it_writes_a_better_file(pruned: Path, tmp_path: Path) -> None:
     assert f"written: {out}" in printed
     assert pruned.read_bytes() == before
     assert error(ss_pruning.load(out)) < 0.7 * error(ss_pruning.load(pruned))
+
+
+def test_minutes_of_training_are_not_lost_to_a_disk_that_has_no_room(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = SimpleNamespace(free=pruned.stat().st_size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    monkeypatch.setattr("ss_pruning.cli.delivery.recover", lambda *_: pytest.fail("it has begun to train"))
+    out = tmp_path / "better.safetensors"
+    said = invoke("recover", pruned, "--data", "digits", "--steps", 2, "--out", out, code=2)
+    assert "the disk is full; free some space" in said
+    assert not out.exists()
 
 
 def test_json_synthetic_and_a_checkpoint(pruned: Path, tmp_path: Path) -> None:
