@@ -143,6 +143,8 @@ def recover(wanted: ask.Recovering, training: Recovery, results: TextIO, as_json
     request = _delivery.request_of(wanted, training.seed)
     check_writable(wanted.target, wanted.file.stat().st_size if wanted.file.is_file() else 0)
     check_apart(wanted.target, wanted.file, request.weights, wanted.checkpoint)
+    if wanted.checkpoint is not None:  # of what is none, it would be said to delete it
+        check_apart(wanted.checkpoint, wanted.file, request.weights)
     with progress_bars() as progress:
         report, facts = _delivery.recover(wanted, request, training, progress)
     if as_json:

@@ -67,6 +67,12 @@ def test_minutes_of_training_are_not_lost_to_a_disk_that_has_no_room(
     assert not out.exists()
 
 
+def test_the_model_is_no_checkpoint_that_may_be_deleted(pruned: Path) -> None:
+    said = invoke("recover", pruned, "--data", "digits", "--steps", 2, "--checkpoint", pruned, code=2)
+    assert "is read from" in said
+    assert "delete" not in said
+
+
 def test_json_synthetic_and_a_checkpoint(pruned: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "out.safetensors", tmp_path / "checkpoint.safetensors"
     options = ("--calibration", "synthetic", "--calibration-images", 16, "--steps", 2, "--json")
