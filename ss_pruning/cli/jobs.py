@@ -77,10 +77,12 @@ def prepare(request: Request, progress: Progress) -> Job:
             "result is of no use: give the trained model's weights with --weights FILE.",
         )
     if random_weights(request):
+        yolo = request.model.startswith("yolo:")
+        trained = "Name the trained file: yolo:best.pt" if yolo else "Give the trained ones: --weights FILE"
         banner(
             "Random weights",
-            "No --weights were given, so the model has random weights: sizes and times mean something, which channels "
-            "are kept does not, and the result is of no use. Give the trained model's weights with --weights FILE.",
+            "The model has random weights: sizes and times mean something, which channels are kept does not, and the "
+            f"result is of no use. {trained}.",
         )
     return with_data(request, model)
 
