@@ -122,8 +122,8 @@ def _meant(base: str) -> str:
     """What somebody meant who gave a file of weights, or a name alone, for a model."""
     if base.endswith(".safetensors"):
         return (
-            f" What ss-prune has written is read by recover, finetune, export and bench; a file of weights is given "
-            f"beside a name, with --weights {base}."
+            " What ss-prune has written is read by recover, finetune, export and bench, and pruned again in Python "
+            f"(ss_pruning.load, prune_, save); weights alone are given beside a name, with --weights {base}."
         )
     if base.endswith(TORCH_SUFFIXES):
         return f" Weights alone do not say what is to be computed: give them beside a name, with --weights {base}."
@@ -209,7 +209,8 @@ def _build_file(name: str, options: dict[str, Any]) -> nn.Module:
                 key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
             ]
             how = "" if factory.isidentifier() else f" Arguments are given as in {place}:build,depth=20."
-            raise InputError(f"{place!r} has no function {factory!r}.{_closest(factory, names)}{how}")
+            meant = _closest(factory, names) or f" It has {', '.join(names[:8]) or 'none'}."
+            raise InputError(f"{place!r} has no function {factory!r}.{meant}{how}")
         _check_arguments(name, function, options)
         return _call(name, lambda: function(**options), options)
 

@@ -174,7 +174,7 @@ def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_factories_that_fail_are_quoted(factory: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no function 'buidl'\. The closest names are build"):
         build_model(f"{factory}:buidl")
-    with pytest.raises(InputError, match="has no function 'SIZE'"):
+    with pytest.raises(InputError, match=r"has no function 'SIZE'\. It has build, "):
         build_model(f"{factory}:SIZE")
     with pytest.raises(InputError, match=r"could not be built: RuntimeError: no such width"):
         build_model(f"{factory}:breaks")
