@@ -66,7 +66,7 @@ def reconstruct_(pruned: nn.Module, traced: TracedModel, plan: Plan, images: Any
     outcome, norms = Outcome(), norms_behind(connectivity)
     paths = _solvable(pruned, connectivity, plan, outcome)
     found = find_sums(dense, batch[: batch.unit].inputs, norms)
-    sums = {path: found[path] for path in paths if path in found}
+    sums = {path: found[path] for path in paths if path in found and not _runs_again(connectivity, path)}
     wanted = {cut.path: _Wanted.of(plan, cut) for cut in plan.cuts if cut.side == "out"}
     solved = map(pruned.get_submodule, connectivity.layers)
     with (
@@ -107,9 +107,7 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
         if layer_type_of(module) is not None:
             outcome.skipped[path] = REGISTERED
             continue
-        if len({edge.call for edge in connectivity.edges[path]}) > 1:
-            outcome.skipped[path] = "it runs several times"
-        elif trained and not any(weight.requires_grad for weight in module.parameters()):
+        if trained and not any(weight.requires_grad for weight in module.parameters()):
             outcome.skipped[path] = "it is frozen, while other layers are not"
         elif _counts(module.weight):
             outcome.skipped[path] = "its weight counts 0, 1, 2, ...: it decodes, nothing was learned"
@@ -120,6 +118,11 @@ def _solvable(pruned: nn.Module, connectivity: Connectivity, plan: Plan, outcome
         else:
             paths.append(path)
     return paths
+
+
+def _runs_again(connectivity: Connectivity, path: str) -> bool:
+    """Whether a layer is called several times in a pass."""
+    return len({edge.call for edge in connectivity.edges[path]}) > 1
 
 
 def _counts(weight: Any) -> bool:

@@ -12,6 +12,7 @@ calibration inputs for statistics and fits; at last layers compete by their scor
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,7 @@ class LayerWork:
         inputs: Channels of a group.
         columns: Inputs of an output, taps included.
         groups: Of the layer.
+        calls: In a forward pass; the numbers above are of the first.
     """
 
     begin: float
@@ -68,18 +70,21 @@ class LayerWork:
     inputs: int
     columns: int
     groups: int
+    calls: int
 
 
 def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, LayerWork]:
     """By path, the layers with weights, in the order in which they run."""
     found: dict[str, tuple[int, float]] = {}
+    calls = Counter[str]()
     weighted = {path: traced.modules[path] for path in traced.connectivity.weighted}
     count = max(len(Batch.of(traced.example_inputs)), 1)
 
     def note(path: str, _: nn.Module, x: Any, y: Any) -> None:
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             channels = traced.connectivity.layers[path].outputs
-            found[path] = x.numel() // count, y.numel() / (count * channels)
+            calls[path] += 1
+            found.setdefault(path, (x.numel() // count, y.numel() / (count * channels)))
 
     output_of(traced.model, traced.example_inputs, hooked(weighted, None, note))
     layers, over, total = {}, 0.0, max(sum(macs.values()), 1)
@@ -88,7 +93,7 @@ def layers_of(traced: TracedModel, macs: Mapping[str, int]) -> dict[str, LayerWo
         groups, columns = len(weight), weight[0, 0].numel()
         inputs = max(traced.connectivity.layers[path].inputs // groups, 1)
         layers[path] = LayerWork(
-            over / total, reads, positions, weight.shape[:2].numel(), inputs, columns, groups
+            over / total, reads, positions, weight.shape[:2].numel(), inputs, columns, groups, calls[path]
         )
         over += macs.get(path, 0)
     return layers
@@ -207,7 +212,10 @@ class Duration:
         ends = [*(layer.begin for layer in layers[1:]), 1.0]
         for layer, end, (rows, inputs) in reversed(list(zip(layers, ends, needed, strict=True))):
             furthest = max(furthest, inputs)
-            seconds += (1 + self._kept) * furthest * (end - layer.begin) * self.rates.one
+            passes = furthest * (end - layer.begin)
+            if layer.calls > 1:  # to see the others, both models go on to their ends
+                passes += inputs * (1 - layer.begin)
+            seconds += (1 + self._kept) * passes * self.rates.one
             seconds += self._solved(
                 rows, max(share * layer.columns, 1.0) + 1, share * layer.outputs, layer.groups
             )

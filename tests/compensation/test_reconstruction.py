@@ -369,3 +369,50 @@ def test_autocast_does_not_reach_the_sums() -> None:
             net(), x[:1], macs=0.6, allocation="global", compensation="reconstruct", calibration=x
         )
     assert report.macs_after <= 0.6 * report.macs_before
+
+
+class SharedHead(nn.Module):
+    """A head that reads maps of two sizes; one that always saw the first alone would not do for the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head, self.out = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.norm(self.stem(x)).relu()
+        levels = x, nn.functional.max_pool2d(x, 2) * torch.linspace(-3, 3, 8)[:, None, None]
+        return tuple(self.out(self.head(level).relu()) for level in levels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bound", [None, "1"])
+def test_layers_that_run_several_times_are_solved_for_all_calls(
+    bound: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against normal equations of all that the layer reads and shall put out, made at one go."""
+    if bound is not None:
+        monkeypatch.setenv(VARIABLE, bound)
+    torch.manual_seed(0)
+    model, x = SharedHead().eval(), images(24, 16)
+    small = copy.deepcopy(model)
+    small.stem.weight[:4] = 0
+    seen = NormalEquations(copy.deepcopy(small.head))
+    everything = Plan((Cut("head", "out", 8, tuple(range(8))),))
+    outcome = reconstruct_(small, TracedModel.of(model, x[:1]), everything, x)
+    assert {"head", "out"} <= set(outcome.layers)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    dense, pruned = (_reads_of_head(net, x[order]) for net in (model, small))
+    for wanted, found in zip(dense, pruned, strict=True):
+        y = model.head(wanted)
+        for number in range(24):
+            positions = torch.randperm(y[0, 0].numel(), generator=torch.Generator().manual_seed(0))
+            targets = outputs_at(model.head, y[number : number + 1], positions)
+            seen.add(found[number : number + 1], targets, positions, number % 5 == 1)
+    weight, _ = seen.solve()
+    torch.testing.assert_close(small.head.weight, weight[0], rtol=1e-2, atol=1e-3)
+
+
+def _reads_of_head(net: SharedHead, x: Tensor) -> list[Tensor]:
+    x = net.norm(net.stem(x)).relu()
+    return [x, nn.functional.max_pool2d(x, 2) * torch.linspace(-3, 3, 8)[:, None, None]]

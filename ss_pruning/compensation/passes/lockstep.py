@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ss_pruning.compensation.passes.calls import Calls
+from ss_pruning.compensation.passes.calls import Call, Calls
 from ss_pruning.compensation.passes.dataflow import Dataflow
 from ss_pruning.compensation.passes.memory import memory_bound
 from ss_pruning.compensation.passes.partial import PartialPasses, Paused, Side, Stops, tried
@@ -20,6 +20,8 @@ from ss_pruning.importance.calibration import Batch
 
 # Images run at once: as many as make the largest tensor so many numbers long.
 _AT_ONCE = 2**22
+# Of a layer that runs more often in a pass, so many calls are looked at.
+_CALLS = 8
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Lockstep:
 
     Attributes:
         order: The layers, as they run.
-        sizes: By layer, how many numbers it gives for an image.
+        sizes: By layer, how many numbers it gives for an image, at its first call.
+        again: Other calls that are met, of layers that run several times.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Lockstep:
         sums: Mapping[str, Sum],
         dense_side: Side = "out",
     ) -> None:
-        """See how the dense model runs, and where passes can go on after a stop at one of `paths`, which run once."""
+        """See how the dense model runs, and where passes can go on after a stop at the first call of one of `paths`."""
         first, last = batch[: batch.unit].inputs, batch[-batch.unit :].inputs
         flow = Dataflow.of(large, first)
         sides: tuple[Side, Side] = ("in", dense_side)
@@ -78,8 +81,10 @@ class Lockstep:
         asides = {path: (s.module, s.side) for path, s in sums.items()}
         self.small, self.large = PartialPasses(small, before, asides), PartialPasses(large, after, asides)
         self.batch, self.sums, self.order = batch, sums, list(before.over)
-        sizes = {call[-1][0]: math.prod(size) / batch.unit for call, size in flow.sizes.items()}
+        last_first = sorted(flow.sizes, key=flow.begins.__getitem__, reverse=True)
+        sizes = {call[-1][0]: math.prod(flow.sizes[call]) / batch.unit for call in last_first}
         self.sizes = {path: sizes[path] for path in self.order}
+        self.again = _again(flow, self.order)
         self.parts = _parts(batch, int(_AT_ONCE / max(sizes.values(), default=1)))
         self.bound = memory_bound(large.model)
 
@@ -94,6 +99,8 @@ class Lockstep:
                 break
             if (meeting := self._run(part, path)) is not None:
                 yield meeting
+                if path in self.again:
+                    yield from self._later(part, path)
             self._bound(part)
 
     def _bound(self, part: _Part) -> None:
@@ -117,10 +124,31 @@ class Lockstep:
             others = self._other(path, self.small, part.small), self._other(path, self.large, part.large)
         return Meeting(torch.arange(part.first, part.first + len(part.images)), x, wanted, others)
 
+    def _later(self, part: _Part, path: str) -> Iterator[Meeting]:
+        """At other calls of a layer that runs several times."""
+        images, numbers = self.batch[part.images], torch.arange(part.first, part.first + len(part.images))
+        x, wanted = (
+            passes.later(paused, lambda: images.inputs, path, self.again[path])
+            for passes, paused in ((self.small, part.small), (self.large, part.large))
+        )
+        for call in self.again[path]:
+            if call in x and call in wanted:
+                yield Meeting(numbers, x[call], wanted[call], None)
+
     def _other(self, path: str, passes: PartialPasses, paused: Paused) -> Tensor:
         """What the output of a layer is added to, in units of that output: before the norm that scales it."""
         norm, other = self.sums[path].norm, paused.aside.pop(path)
         return other / slope(None if norm is None else passes.modules[norm], other)
+
+
+def _again(flow: Dataflow, paths: Sequence[str]) -> dict[str, list[Call]]:
+    """Of layers that run several times, calls behind the first; of many some, evenly."""
+    calls: dict[str, list[Call]] = {path: [] for path in paths}
+    for call in sorted(flow.begins, key=flow.begins.__getitem__):
+        if call[-1][0] in calls:
+            calls[call[-1][0]].append(call)
+    every = {path: -(-len(made) // _CALLS) for path, made in calls.items()}
+    return {path: made[:: every[path]][1:] for path, made in calls.items() if len(made) > 1}
 
 
 def _parts(batch: Batch, size: int) -> list[_Part]:

@@ -9,7 +9,7 @@ find what it finds in an undisturbed pass, nothing is held, and passes begin ane
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any, Literal
@@ -87,8 +87,10 @@ class Stops:
 
     @staticmethod
     def of(flow: Dataflow, paths: Iterable[str], side: Side) -> Stops:
-        """At those of the layers that run; none may run twice."""
-        layers = {call[-1][0]: call for call in flow.begins}
+        """At those of the layers that run; at the first call of one that runs several times."""
+        layers: dict[str, Call] = {}
+        for call in sorted(flow.begins, key=flow.begins.__getitem__):
+            layers.setdefault(call[-1][0], call)
         found = [layers[path] for path in paths if layers.get(path) in flow.ends]
         # A call is over when it has ended; before it begins all is over that ended earlier.
         times = {call: flow.begins[call] - 1 if side == "in" else flow.ends[call] for call in found}
@@ -130,8 +132,7 @@ class PartialPasses:
             here = call[-1][0]
             if call in before:
                 value = before[call]
-                again = _copied if call in self.stops.rewritten else _filled
-                answer = again(value, self.fill)
+                answer = self._again(call, value)
             else:
                 if here == path and self.stops.side == "in":
                     raise _Reached(given(self.modules[here], args, kwargs))
@@ -154,6 +155,31 @@ class PartialPasses:
             value: Tensor = reached.value
             return value
         return None
+
+    def later(
+        self, paused: Paused, inputs: Callable[[], Any], path: str, chosen: Container[Call]
+    ) -> dict[Call, Tensor]:
+        """What a layer reads or gives in calls behind the one where the pass stopped; it stays where it is."""
+        before = paused.given if self.stops.over[path] else {}
+        found: dict[Call, Tensor] = {}
+
+        def visit(call: Call, args: Any, kwargs: Any, forward: Callable[[], Any]) -> Any:
+            if call in before:
+                return self._again(call, before[call])
+            if call in chosen and self.stops.side == "in":
+                found[call] = given(self.modules[path], args, kwargs)
+            answer = forward()
+            if call in chosen and self.stops.side == "out":
+                found[call] = answer
+            return answer
+
+        self.calls.run(_filled(before[INPUTS], self.fill) if INPUTS in before else inputs(), visit)
+        return found
+
+    def _again(self, call: Call, value: Any) -> Any:
+        """What a call that is over gave."""
+        again = _copied if call in self.stops.rewritten else _filled
+        return again(value, self.fill)
 
     def _set_aside(self, paused: Paused, until: str, path: str, side: Side, args: Any, kwargs: Any) -> None:
         for layer, place in self.asides.items():
@@ -208,10 +234,11 @@ def _undisturbed(calls: Calls, stops: Stops, inputs: Any) -> dict[str, Tensor]:
 
     def visit(call: Call, args: Any, kwargs: Any, forward: Callable[[], Any]) -> Any:
         path = call[-1][0]
-        if path in stops.over and stops.side == "in":
+        first = path in stops.over and path not in found
+        if first and stops.side == "in":
             found[path] = _few(given(modules[path], args, kwargs))
         output = forward()
-        if path in stops.over and stops.side == "out":
+        if first and stops.side == "out":
             found[path] = _few(output)
         return output
 
