@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,29 @@ def _write_openvino(program: ExportedProgram, path: Path, weights: Path) -> Runn
 def _save_onnx(program: ExportedProgram, path: Path) -> None:
     written = torch.onnx.export(program, dynamo=True, verbose=False)
     assert written is not None
+    _name_batch(written.model)
     written.save(path, external_data=False)
+
+
+def _name_batch(model: Any) -> None:
+    """The one free axis is called "batch" in the file: `torch.export` numbers it, as s77, whatever it was called."""
+    import onnx_ir
+
+    graph = model.graph
+    free = {str(axis) for value in graph.inputs for axis in value.shape or () if not isinstance(axis, int)}
+    if len(free) != 1:
+        return
+    (number,) = free
+    for value in {
+        *graph.inputs,
+        *graph.outputs,
+        *(made for node in graph.all_nodes() for made in node.outputs),
+    }:
+        if value.shape is not None:
+            axes = [axis if isinstance(axis, int) else axis.value for axis in value.shape]
+            value.shape = onnx_ir.Shape(
+                [re.sub(rf"\b{number}\b", "batch", axis) if isinstance(axis, str) else axis for axis in axes]
+            )
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from ss_pruning.io.writers import WRITERS
 from tests.support.snapshot import snapshot
 from tests.support.zoo import Branches, randomise
 
+onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 
@@ -105,6 +106,13 @@ def test_a_pruned_net_runs_elsewhere_with_any_batch(kind: str, tmp_path: Path) -
         images = torch.randn(batch, 3, 16, 16)
         (found,) = RUNNERS[kind](written.path, images)
         torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_free_axis_of_an_onnx_file_is_called_batch(tmp_path: Path) -> None:
+    file = onnx.load(export(pruned(Tiny, X), tmp_path / "net.onnx", X).path)
+    values = [*file.graph.input, *file.graph.output, *file.graph.value_info]
+    assert {axis.dim_param for value in values for axis in value.type.tensor_type.shape.dim} == {"", "batch"}
+    onnx.checker.check_model(file, full_check=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
