@@ -198,10 +198,10 @@ def norms_behind(connectivity: Connectivity) -> dict[str, str]:
     behind = {}
     for path, layer in connectivity.layers.items():
         edges = connectivity.edges[path]
-        if layer.kind != "norm" or len(edges) != 1:
+        if layer.kind != "norm" or len({edge.source for edge in edges}) != 1:
             continue
-        pairs, source = edges[0].pairs, edges[0].source
-        same = len(pairs) == layer.inputs and bool((pairs[:, 0] == pairs[:, 1]).all())
+        source, pairs = edges[0].source, [edge.pairs for edge in edges]  # of each call
+        same = all(len(p) == layer.inputs and bool((p[:, 0] == p[:, 1]).all()) for p in pairs)
         if same and consumers[source] == {path} and source not in connectivity.reaches_output:
             behind[source] = path
     return behind

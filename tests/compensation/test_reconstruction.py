@@ -416,3 +416,30 @@ def test_layers_that_run_several_times_are_solved_for_all_calls(
 def _reads_of_head(net: SharedHead, x: Tensor) -> list[Tensor]:
     x = net.norm(net.stem(x)).relu()
     return [x, nn.functional.max_pool2d(x, 2) * torch.linspace(-3, 3, 8)[:, None, None]]
+
+
+@torch.no_grad()
+def test_the_norm_of_a_siamese_net_takes_the_bias_of_its_convolution() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+            self.second, self.norm2 = nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, two = (
+                self.norm2(self.second(self.norm1(self.first(t)).relu())).mean((2, 3)) for t in (x, 2 * x)
+            )
+            return one * two
+
+    torch.manual_seed(0)
+    model, x = Siamese().eval(), images(32)
+    small = copy.deepcopy(model)
+    small.first.weight += 0.3 * torch.randn_like(small.first.weight)
+    plan = Plan((Cut("first", "out", 8, tuple(range(8))),))
+    off = float((small(x) - model(x)).norm())
+    reconstruct_(small, TracedModel.of(model, x[:1]), plan, x)
+    assert small.first.bias is None
+    assert small.second.bias is None
+    assert not torch.equal(small.norm2.running_mean, model.norm2.running_mean)  # type: ignore[arg-type]
+    assert float((small(x) - model(x)).norm()) < 0.05 * off
