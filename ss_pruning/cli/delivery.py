@@ -157,6 +157,8 @@ def recover(
     )
     not_interrupted()
     if report.stopped == "interrupted":
+        lost = "What was trained is not kept: with --checkpoint FILE it is, and the same command goes on from there."
+        note(f"The same command goes on from {wanted.checkpoint}." if wanted.checkpoint else lost)
         raise KeyboardInterrupt
     facts |= _accuracy("accuracy after", pruned, job, progress)
     save(pruned, wanted.target, architecture_of(wanted.file), dense)

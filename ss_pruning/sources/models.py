@@ -305,7 +305,9 @@ def _call(spec: str, build: Callable[[], object], options: Mapping[str, Any]) ->
     except SSPruningError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"{spec} could not be built: {_said(error)}.{_remedy(error, options)}") from error
+        raise InputError(
+            f"{spec} could not be built: {_said(error).rstrip('.')}.{_remedy(error, options)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return model

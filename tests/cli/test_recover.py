@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,30 @@ def test_minutes_of_training_are_not_lost_to_a_disk_that_has_no_room(
     said = invoke("recover", pruned, "--data", "digits", "--steps", 2, "--out", out, code=2)
     assert "the disk is full; free some space" in said
     assert not out.exists()
+
+
+def test_it_is_said_how_an_interrupted_training_would_go_on(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: str, done: int, __: int) -> None:
+        if done > 1:
+            raise KeyboardInterrupt
+
+    def recovered(*given: Any, **named: Any) -> Any:
+        return ss_pruning.recover_(*given, **named | {"progress": interrupt})
+
+    monkeypatch.setattr("ss_pruning.cli.delivery.recover_", recovered)
+    out, checkpoint = tmp_path / "out.safetensors", tmp_path / "kept.safetensors"
+    words = ("recover", pruned, "--data", "digits", "--steps", 8, "--out", out)
+    assert "with --checkpoint FILE it is" in invoke(*words, code=130)
+    said = invoke(*words, "--checkpoint", checkpoint, code=130)
+    assert "The same command goes on from" in said
+    assert "kept.safetensors" in said
+    assert checkpoint.exists()
+    assert not out.exists()
+    monkeypatch.undo()
+    invoke(*words, "--checkpoint", checkpoint)
+    assert out.exists()
 
 
 def test_the_model_is_no_checkpoint_that_may_be_deleted(pruned: Path) -> None:
