@@ -57,11 +57,14 @@ class Memento:
     attributes and module-level containers that the classes of modules and helpers rely on. Of tensors that are no
     parameters the content is kept, too, of parameters it is until a pass has left it alone. Left alone here are the
     tensors of the modules `but`, and optimisers, loaders and trainers that hang on a model. With `replaced`, other
-    tensors stand in the place of parameters meanwhile.
+    tensors stand in the place of parameters meanwhile. With `training`, content of parameters is kept in any case:
+    averages of weights (EMA, MoCo) are moved in training only, of which passes in eval mode say nothing.
     """
 
-    def __init__(self, model: nn.Module, but: Iterable[nn.Module] = (), replaced: bool = False) -> None:
-        self.replaced = replaced
+    def __init__(
+        self, model: nn.Module, but: Iterable[nn.Module] = (), replaced: bool = False, training: bool = False
+    ) -> None:
+        self.replaced, self.training = replaced, training
         tables = [table for module in but for table in (module._parameters, module._buffers)]
         self.seen: set[int] = {id(thing) for table in tables for thing in (table, *table.values())}
         self.alive: list[Any] = []  # so that no `id` is used twice
@@ -161,7 +164,7 @@ class Memento:
         if isinstance(tensor, (lazy.UninitializedParameter, lazy.UninitializedBuffer)):
             self.undo.append(_lazy_back(tensor, type(tensor)))
             return
-        keep = not isinstance(tensor, nn.Parameter) or _WRITTEN.get(tensor, True)
+        keep = not isinstance(tensor, nn.Parameter) or self.training or _WRITTEN.get(tensor, True)
         grad = tensor.grad if tensor.is_leaf else None
         content = _content(tensor) if keep else None
         self.tensors.append(_Kept(tensor, tensor.detach(), content, grad, tensor.requires_grad))

@@ -65,7 +65,7 @@ def preserved(
         but: Modules whose tensors are set within, on purpose.
         replaced: Other tensors will stand in the place of parameters.
     """
-    before = Memento(model, but, replaced)
+    before = Memento(model, but, replaced, training)
     try:
         with same_random_numbers(model), without_checkpoints():
             for module in modules_of(model).values():

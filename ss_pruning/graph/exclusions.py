@@ -129,7 +129,7 @@ def _untouchable(modules: Mapping[str, nn.Module], connectivity: Connectivity) -
             reasons[path] = (
                 "its weight is recomputed by an old-style hook (weight norm, spectral norm, mask); remove it first"
             )
-        for tensor in module.parameters():
+        for tensor in module.parameters(recurse=False):  # layers that it holds have their own
             other = owners.setdefault(id(tensor), path)
             if other != path:
                 reasons[path] = reasons[other] = f"shares a weight tensor ('{other}' and '{path}')"

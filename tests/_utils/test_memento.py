@@ -88,6 +88,32 @@ def test_what_only_looks_changes_nothing(seed: int) -> None:
         assert state_of(model) == before, name
 
 
+class Averaged(nn.Module):
+    """Two nets: in training one runs and the other, which runs otherwise, moves towards it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = (
+            nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.teacher(x)
+        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            ours.data.lerp_(theirs.data, 0.5)
+        return self.student(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_move_in_training_alone_are_put_back(training: bool) -> None:
+    model, x = Averaged().train(training), torch.randn(2, 3, 8, 8)
+    before = state_of(model)
+    for name in sorted(LOOKS):
+        attempt(LOOKS[name], model, x, SSPruningError)
+        assert state_of(model) == before, name
+
+
 @pytest.mark.parametrize("seed", range(MODELS))
 def test_a_call_that_fails_anywhere_changes_nothing(seed: int) -> None:
     draw = random.Random(seed)

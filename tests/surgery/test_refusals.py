@@ -170,6 +170,23 @@ def test_layers_that_share_a_weight_are_left_whole() -> None:
     assert "shares a weight tensor ('conv2' and 'conv3')" in reasons(model)["conv2"]
 
 
+class Gated(nn.Conv2d):
+    """A convolution that holds a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.gate = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gate(x.mean((1, 2, 3), keepdim=True))
+
+
+def test_a_layer_does_not_share_with_itself_what_a_layer_inside_it_holds() -> None:
+    model = chain()
+    model.conv2 = Gated()
+    assert "conv2" not in reasons(model)
+
+
 # ---------------------------------------------------------------- verification
 
 
