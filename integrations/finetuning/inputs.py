@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 import ss_pruning
+from ss_pruning._utils.files import absent
 from ss_pruning._utils.running import checked_call, preserved
 from ss_pruning.errors import InputError
 from ss_pruning.integrations.finetuning.options import Options
@@ -121,9 +122,12 @@ def with_file_opened(options: Options) -> Options:
     """The same, with the architecture and the weights of a file of ours where that is the model.
 
     Raises:
-        InputError: It names no architecture.
+        InputError: It names no architecture, or is not there.
     """
     file = Path(options.model)
+    is_path = file.suffix == ".safetensors" or (len(file.parts) > 1 and ":" not in options.model)
+    if is_path and not file.is_file():  # no name of timm's, which would be searched for in vain
+        raise InputError(absent(file))
     if not (file.is_file() and is_ours(file)):
         return options
     spec = architecture_of(file)

@@ -52,6 +52,21 @@ def test_numbers_out_of_range_are_refused_at_once(named: dict[str, Any], said: s
         Options(model="resnet18", data=Path("images"), **named)
 
 
+def test_a_path_where_no_file_is_is_no_name_of_timms(tmp_path: Path) -> None:
+    from ss_pruning.integrations.finetuning.inputs import with_file_opened
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    for model, said in (
+        ("run", "is a folder: name the file in it"),
+        ("run/mode.safetensors", "Did you mean"),
+    ):
+        with pytest.raises(InputError, match=said):
+            with_file_opened(Options(model=str(tmp_path / model), data=tmp_path))
+    options = Options(model="resnet18", data=tmp_path)
+    assert with_file_opened(options) is options
+
+
 def test_a_model_that_reads_one_channel_gets_grey_images(tmp_path: Path) -> None:
     from ss_pruning.integrations.finetuning.inputs import loaders, preprocess_of
 
