@@ -77,10 +77,36 @@ def _write_openvino(program: ExportedProgram, path: Path, weights: Path) -> Runn
 
 
 def _save_onnx(program: ExportedProgram, path: Path) -> None:
+    fused = torch.ops.aten.scaled_dot_product_attention.default
+    calls = [node for node in program.graph.nodes if node.target is fused]
+    if any(node.args[0].meta["val"].dim() != 4 for node in calls):  # torch writes no others
+        program = program.run_decompositions({fused: attention})
     written = torch.onnx.export(program, dynamo=True, verbose=False)
     assert written is not None
     _name_batch(written.model)
     written.save(path, external_data=False)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` of an evaluated model from its definition, for any number of axes in front."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1) @ value
 
 
 def _name_batch(model: Any) -> None:

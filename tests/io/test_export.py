@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ss_pruning
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.io.export import export
-from ss_pruning.io.writers import WRITERS
+from ss_pruning.io.writers import WRITERS, attention
 from tests.support.snapshot import snapshot
 from tests.support.zoo import Branches, randomise
 
@@ -295,6 +295,38 @@ SHALLOW = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_compile(name: str) -> None:
     check_compiled(pruned(SHALLOW.get(name, ARCHITECTURES[name]), LARGE), torch.randn(2, 3, 64, 64))
+
+
+class InWindows(nn.Module):
+    """Attention whose windows have an axis of their own, as Twins and NesT have: 5-D, which torch does not write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(3, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.unflatten(2, (4, -1)).flatten(3).permute(0, 2, 3, 1)  # [N, windows, positions, channels]
+        q, k, v = self.qkv(tokens).unflatten(3, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)
+        y: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7)
+        return y
+
+
+def test_attention_with_more_axes_than_four_is_written(tmp_path: Path) -> None:
+    assert export(InWindows().eval(), tmp_path / "net.onnx", X).max_error < 1e-5  # of two batch sizes
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True, "scale": 0.7}, {"enable_gqa": True}, {"attn_mask": torch.linspace(-2, 2, 6)},
+    {"attn_mask": torch.eye(6).bool() | (torch.arange(6) < 2)},
+])  # fmt: skip
+def test_attention_is_written_as_torch_computes_it(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    kept = 1 if "enable_gqa" in options else 4
+    q, k, v = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 3, kept, 6, 8), torch.randn(2, 3, kept, 6, 8)
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    names = {"is_causal": "causal", "attn_mask": "mask"}
+    found = attention(q, k, v, **{names.get(name, name): value for name, value in options.items()})
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_full_disk_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
