@@ -20,6 +20,9 @@ from ss_pruning._utils.memento import Memento
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.errors import ModelError
 
+#: The train flag that modules are given, or how it is decided for each.
+Training = bool | Callable[[nn.Module], bool]
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Run `model` on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
@@ -55,21 +58,22 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextlib.contextmanager
 def preserved(
-    model: nn.Module, training: bool, *, but: Iterable[nn.Module] = (), replaced: bool = False
+    model: nn.Module, training: Training, *, but: Iterable[nn.Module] = (), replaced: bool = False
 ) -> Iterator[None]:
     """Run a block with the train flag set as asked; what the passes within have changed is taken back afterwards.
 
     Args:
         model: What runs.
-        training: The train flag of all modules but dropout, which would hide who feeds whom.
+        training: The train flag of all modules but dropout, which would hide who feeds whom; or by module.
         but: Modules whose tensors are set within, on purpose.
         replaced: Other tensors will stand in the place of parameters.
     """
-    before = Memento(model, but, replaced, training)
+    before = Memento(model, but, replaced, training is not False)
+    flag = training if callable(training) else lambda _: training
     try:
         with same_random_numbers(model), without_checkpoints():
             for module in modules_of(model).values():
-                wanted = training and not isinstance(module, nn.modules.dropout._DropoutNd)
+                wanted = flag(module) and not isinstance(module, nn.modules.dropout._DropoutNd)
                 if module.training != wanted:
                     module.training = wanted
             yield
@@ -81,9 +85,11 @@ def preserved(
             raise
 
 
-def output_of(model: nn.Module, example_inputs: Any, *within: AbstractContextManager[Any]) -> Any:
-    """What a model returns in eval mode, without gradients, while contexts are entered; nothing of the pass stays."""
-    with preserved(model, training=False), torch.no_grad(), contextlib.ExitStack() as entered:
+def output_of(
+    model: nn.Module, example_inputs: Any, *within: AbstractContextManager[Any], training: Training = False
+) -> Any:
+    """What a model returns, without gradients, while contexts are entered; nothing of the pass stays."""
+    with preserved(model, training), torch.no_grad(), contextlib.ExitStack() as entered:
         for context in within:
             entered.enter_context(context)
         return call(model, example_inputs)

@@ -160,7 +160,7 @@ def never_named(model: nn.Module) -> frozenset[Number]:
                 methods.setdefault(name, []).append(method)
     named, todo = {"forward", "__call__"}, ["forward", "__call__"]
     while todo:
-        found = {name for method in methods.get(todo.pop(), ()) for name in _names_in(method)}
+        found = {name for method in methods.get(todo.pop(), ()) for name in names_in(method)}
         todo += found - named
         named |= found
     return frozenset(
@@ -172,7 +172,7 @@ def never_named(model: nn.Module) -> frozenset[Number]:
     )
 
 
-def _names_in(function: Any) -> Iterator[str]:
+def names_in(function: Any) -> Iterator[str]:
     """Names and strings in the code of a function, and of those defined in it."""
     function = getattr(function, "fget", getattr(function, "__func__", function))
     todo = [getattr(getattr(function, "__wrapped__", function), "__code__", None)]

@@ -39,6 +39,14 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import PruningGroup, Selection
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.channel_order import reordered
+from ss_pruning.surgery.cut_pass import (
+    all_but_norms,
+    branches_in_training,
+    let_follow,
+    run_cut,
+    to_meta,
+    watching,
+)
 from ss_pruning.surgery.equivalence.agreement import (
     certified,
     check_comparable,
@@ -51,7 +59,7 @@ from ss_pruning.surgery.equivalence.masked_model import masked
 from ss_pruning.surgery.equivalence.precision import DOUBLE, OWN, PRECISIONS, TOLERANCE, stirred
 from ss_pruning.surgery.factors import multiply_
 from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
-from ss_pruning.surgery.plan import Plan, set_number
+from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import (
     Number,
     Parts,
@@ -95,7 +103,7 @@ class Verifier:
         """The copy without data, if the model runs so."""
         try:
             twin = retyped(self.dense, lambda t: t.to("meta"))
-            output_of(self.precise(twin), _to_meta(self.inputs))
+            output_of(self.precise(twin), to_meta(self.inputs))
         except Exception:  # looks at values, or keeps tensors where `to` does not find them
             return None
         return twin
@@ -108,7 +116,8 @@ class Verifier:
     def close(self) -> None:
         """Let go of the copies, which share tensors with the model: else all it loses in a cut would stay in memory."""
         del self.dense, self.twin
-        vars(self).pop("ghost", None)
+        for name in ("ghost", "trainee"):
+            vars(self).pop(name, None)
 
     def run(self) -> None:
         """Run the dense copy: from here on the shapes at every module and the tolerance are known."""
@@ -170,18 +179,19 @@ class Verifier:
         twin = self.precise(small)
         multiply_(modules_of(twin), plan.factors, plan.cuts)  # in the precision that is compared in
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
-        found, holding = _run_cut(twin, self.inputs, sizes_that_follow, self.holding(decisions))
+        found, holding = run_cut(twin, self.inputs, sizes_that_follow, self.holding(decisions))
         try:
             match = compare(expected, found, self.tolerance, self.telling)
             by_decisions = certified(match, holding)
             worst = holding.error if by_decisions else match.error
+            self._train(plan, sizes_that_follow)
             verified = _verified(plan, sizes_that_follow, worst, by_decisions)
             return replace(verified, precision=self.precision)
         except VerificationError as error:
             if not reorder:
                 at = self._first_difference(selection, twin) if locate else ""
                 raise VerificationError(str(error), sizes_that_follow.found, at) from error
-        _let_follow(small, sizes_that_follow)
+        let_follow(small, sizes_that_follow)
         moved = reordered(plan, selection, self.connectivity, trace(small, self.examples))
         return self._verify(replace(plan, cuts=moved), selection, parts, fixed, locate=locate, reorder=False)
 
@@ -204,8 +214,27 @@ class Verifier:
         """Run a cut model without data, and return what followed."""
         sizes_that_follow = SizeAttributes(plan, self.arrivals, parts, fixed)
         if self.ghost is not None:
-            _run_cut(self.precise(_cut(self.ghost, plan)), _to_meta(self.inputs), sizes_that_follow)
+            run_cut(self.precise(_cut(self.ghost, plan)), to_meta(self.inputs), sizes_that_follow)
         return sizes_that_follow
+
+    @cached_property
+    def trainee(self) -> tuple[nn.Module, Any] | None:
+        """A copy that runs in training, without data if it can, and what it runs on; None if none has to be seen to."""
+        if not branches_in_training(self.dense):
+            return None
+        twin = retyped(self.dense, lambda t: t.to("meta"))
+        for model, inputs in ((twin, to_meta(self.inputs)), (self.dense, self.inputs)):
+            with contextlib.suppress(Exception):  # it looks at values; or it wants targets, or a history
+                output_of(self.precise(model), inputs, training=all_but_norms)
+                return model, inputs
+        return None
+
+    def _train(self, plan: Plan, sizes_that_follow: SizeAttributes) -> None:
+        """See that the cut model runs in training, where code of the model's own may run that does not elsewhere."""
+        if self.trainee is not None:
+            twin, inputs = self.trainee
+            small = _cut(twin, replace(plan, factors=()))
+            run_cut(self.precise(small), inputs, sizes_that_follow, training=all_but_norms)
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""
@@ -232,7 +261,7 @@ class Verifier:
             shapes.setdefault(path, []).extend(found)
 
         first = not self.arrivals
-        with _watching(self.twin, arrived) if first else contextlib.nullcontext():
+        with watching(self.twin, arrived) if first else contextlib.nullcontext():
             output, decisions = self._run_masked(self.twin, selection)
         if first:
             self.telling = self._telling(output)
@@ -326,63 +355,8 @@ def _verified(
     return Verified(plan, error, frozenset(found), by_decisions)
 
 
-def _to_meta(inputs: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
-
-
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:
     try:
         return plan.cut_copy(model)
     except (ValueError, RuntimeError, IndexError) as error:
         raise VerificationError(f"the plan cannot be applied ({type(error).__name__}: {error})") from error
-
-
-def _run_cut(
-    small: nn.Module,
-    inputs: Any,
-    sizes_that_follow: SizeAttributes,
-    mode: Callable[[], Any] = contextlib.nullcontext,
-) -> tuple[Any, Any]:
-    """The cut model's output, with all numbers that follow, and the last mode that it ran in.
-
-    They follow on the way, and what reads one before its module runs meets the old one: it runs until none is new.
-    """
-    with _watching(small, sizes_that_follow):
-        while True:
-            known = len(sizes_that_follow.found)
-            _let_follow(small, sizes_that_follow)  # what a pass sets is taken back with the rest
-            entered = mode()
-            try:
-                output = output_of(small, inputs, entered)
-            except Exception as error:
-                if len(sizes_that_follow.found) > known:
-                    continue
-                raise VerificationError(
-                    f"the cut model does not run, at '{sizes_that_follow.current}' ({type(error).__name__}: {error})",
-                    sizes_that_follow.found,
-                    sizes_that_follow.current,
-                ) from error
-            if len(sizes_that_follow.found) == known:
-                return output, entered
-
-
-def _let_follow(model: nn.Module, sizes_that_follow: SizeAttributes) -> None:
-    modules = modules_of(model)
-    for attribute in sizes_that_follow.found.values():
-        set_number(modules[attribute.path], attribute)
-
-
-def _watching(
-    model: nn.Module, visit: Callable[[str, nn.Module, list[tuple[int, ...]]], None]
-) -> AbstractContextManager[None]:
-    """Calls `visit(path, module, shapes of the tensors that arrive)` before each module runs."""
-
-    def arriving(path: str, module: nn.Module, given: Any) -> None:
-        visit(path, module, [tuple(leaf.shape) for leaf in _leaves(*given) if isinstance(leaf, Tensor)])
-
-    return hooked(modules_of(model), arriving, whole=True)
-
-
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-    plain = not kwargs and all(isinstance(a, Tensor) for a in args)
-    return args if plain else pytree.tree_leaves((args, kwargs))  # slow, and nearly all calls are plain
