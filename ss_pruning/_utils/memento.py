@@ -139,7 +139,8 @@ class Memento:
         kind = type(thing)
         if isinstance(own := getattr(thing, "__dict__", None), dict):
             self._note_mapping(own, todo)
-        if isinstance(thing, torch.jit.ScriptModule):
+        if isinstance(thing, torch.jit.ScriptModule):  # what it holds lies in C++
+            self.undo += [partial(setattr, part, "training", part.training) for part in thing.modules()]
             todo.extend(thing.buffers())
         for name in slots(cast(Hashable, kind)):
             if hasattr(thing, name):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.hooks import BACKWARD, FORWARD, hook_tables, without_leftovers
@@ -146,12 +147,12 @@ def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
 
     Which do shows in one pass on the example inputs: they return something, write into a tensor that they are given or
     change their module. The others have run once then, as they would for a pass of the user's own. Nothing that an
-    interrupt leaves on the model outlives the block, see `without_leftovers`.
+    interrupt leaves on the model outlives the block, see `without_leftovers`. Weights are read as in eval mode.
 
     Raises:
         ModelError: The model does not run on the example inputs.
     """
-    with without_leftovers(model):
+    with without_leftovers(model), settled_weights(model):
         for table in hook_tables(model, BACKWARD):
             table.clear()
         if tables := [table for table in hook_tables(model, FORWARD) if table]:
@@ -160,6 +161,20 @@ def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
                 for number in [n for n in table if (id(table), n) in idle]:
                     del table[number]
         yield
+
+
+@contextlib.contextmanager
+def settled_weights(model: nn.Module) -> Iterator[None]:
+    """Within, to read a weight changes nothing: in training, one under a spectral norm moves with every look at it."""
+    holders = [m for m in modules_of(model).values() if isinstance(m, ParametrizationList)]
+    flags = [(module, module.training) for holder in holders for module in holder.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def _idle_hooks(model: nn.Module, example_inputs: Any, tables: list[Any]) -> set[tuple[int, int]]:

@@ -60,11 +60,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
     check_bare(model)
     check_unwrapped(model)
     example_inputs = usable_inputs(example_inputs)
-    paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
-    if not paths:
-        raise ModelError("the model has no convolution or linear layer that could be pruned")
     connectivity = Connectivity()
     with quiet_hooks(model, example_inputs):
+        paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
+        if not paths:
+            raise ModelError("the model has no convolution or linear layer that could be pruned")
         _probe(model, example_inputs, paths, connectivity, training=False)
         if any(not _read_alone(model, path) for path in set(paths.values()) - set(connectivity.layers)):
             # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ss_pruning._utils.hooks import hooked
 from ss_pruning._utils.modules import modules_of
-from ss_pruning._utils.running import checked_call, preserved
+from ss_pruning._utils.running import checked_call, preserved, settled_weights
 from ss_pruning.graph.layers import kind_of
 from ss_pruning.profiling.flop_formulas import formula_of
 
@@ -36,7 +36,8 @@ def macs_between_layers(model: nn.Module, example_inputs: Any) -> dict[str, int]
 
 def _counted(model: nn.Module, example_inputs: Any) -> _MacCounter:
     counter = _MacCounter()
-    layers = {path: module for path, module in modules_of(model).items() if kind_of(module) is not None}
+    with settled_weights(model):
+        layers = {path: module for path, module in modules_of(model).items() if kind_of(module) is not None}
     with (
         hooked(layers, counter.enter, counter.leave),
         preserved(model, training=False),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import ss_pruning
 from ss_pruning._utils.outputs import tensors_in
@@ -112,6 +113,32 @@ def test_weights_that_move_in_training_alone_are_put_back(training: bool) -> Non
     for name in sorted(LOOKS):
         attempt(LOOKS[name], model, x, SSPruningError)
         assert state_of(model) == before, name
+
+
+def test_looking_at_weights_does_not_move_a_spectral_norm_that_trains() -> None:
+    """In training each look is a step of its power iteration."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)
+    )
+    spectral_norm(model[2])
+    x = torch.randn(2, 3, 8, 8)
+    before = state_of(model)
+    for name in sorted(LOOKS.keys() - {"penalty"}):  # whose gradient is that of the weight as it trains
+        attempt(LOOKS[name], model, x, SSPruningError)
+        assert state_of(model) == before, name
+    held = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ss_pruning.prune_(model, x, ratio=0.4)
+    assert all(torch.equal(held[name], buffer) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@pytest.mark.parametrize("training", [False, True])
+def test_scripted_parts_keep_their_train_flag(training: bool) -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(8), nn.Hardswish()))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 1), scripted), nn.Conv2d(8, 4, 1))
+    model.train(training)
+    count_macs(model, torch.randn(2, 3, 8, 8))
+    assert all(module.training == training for module in scripted.modules())
 
 
 @pytest.mark.parametrize("seed", range(MODELS))
