@@ -86,8 +86,11 @@ class BatchedAblation:
             outputs = pytree.tree_leaves(self._outputs(2))
         self.fitted = [path for path in self.fitted if self.prefix.goes_by_images(path)]
         self.norms = {path: norm for path, norm in self.norms.items() if self.prefix.runs_once(path)}
-        pairs = zip(map(length, alone), map(length, outputs), strict=False)
-        self.grow = [two == 2 * one > 0 for one, two in pairs]
+        # Not those that grow along another axis, too: similarities of all images with all.
+        self.grow = [
+            length(two) == 2 * length(one) > 0 and _rest(one) == _rest(two)
+            for one, two in zip(alone, outputs, strict=False)
+        ]
         if _lost(*_first(self._heard(outputs), 2))[0] > _SAME:
             raise ModelError(
                 "the output for an image depends on the others in its batch, so that channels cannot be measured side "
@@ -296,6 +299,10 @@ def _followed(x: Tensor, dense: _Reached, eps: float) -> Tensor:
         scale = ((dense.variance + eps) / (variance + eps)).sqrt()
         torch.addcmul((dense.mean - scale * mean).to(copy.dtype), copy, scale.to(copy.dtype), out=brought)
     return found
+
+
+def _rest(output: Any) -> Any:
+    return output.shape[1:] if isinstance(output, Tensor) else None
 
 
 def _first(outputs: Sequence[Tensor], copies: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ss_pruning
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.conditional_variance import removal_errors
 from ss_pruning.importance.regression import precision
@@ -114,3 +115,19 @@ def test_without_a_covariance_channels_are_independent() -> None:
     power = module.weight.double().square().sum(0) * seen.variance
     found = removal_errors(module, seen, None, torch.tensor([2, 7]), "linear")
     assert found.tolist() == pytest.approx((power[[2, 7]] / power.sum()).tolist())
+
+
+def test_similarities_of_all_images_with_all_are_not_compared_beside_what_goes_by_images() -> None:
+    class Contrastive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = self.second(self.first(x).relu()).mean((2, 3))
+            return features @ features.T, features
+
+    model = Contrastive().eval()
+    images = torch.randn(10, 3, 8, 8)
+    ss_pruning.prune_(model, images[:2], ratio=0.3, calibration=images, allocation="sensitivity")
+    assert model.first.out_channels < 8
