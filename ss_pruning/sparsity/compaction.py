@@ -36,7 +36,7 @@ from ss_pruning.sparsity.constant_folding import Dead, Folding
 from ss_pruning.sparsity.dead_channels import living_kernels
 from ss_pruning.sparsity.masks import check_unmasked
 from ss_pruning.sparsity.size import Compaction, size_of
-from ss_pruning.surgery.equivalence.agreement import certified, compare
+from ss_pruning.surgery.equivalence.agreement import certified, check_comparable, compare
 from ss_pruning.surgery.equivalence.decisions import Recording
 from ss_pruning.surgery.equivalence.precision import TOLERANCE, stirred
 from ss_pruning.surgery.fewest_numbers import Verified
@@ -143,6 +143,7 @@ class _MaskedVerifier(Verifier):
             raise ModelError(
                 "the masked model puts out NaN or Inf, so a smaller one cannot be compared with it"
             )
+        check_comparable(self.expected, self.decisions)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verified:
         """As ever; then the compacted model's output must be the masked one's."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import ss_pruning
 from ss_pruning import compact_, prune_
+from ss_pruning._utils.outputs import tensors_in
+from ss_pruning._utils.running import output_of
 from ss_pruning.errors import InputError, ModelError, VerificationError
 from ss_pruning.sparsity import compaction
 from ss_pruning.sparsity.constant_folding import CARRIER_REASON, MIXED_REASON, PATTERN_REASON
@@ -91,11 +93,17 @@ def compacted(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, 
 def test_compacted_equals_masked(net: object, kind: str, share: float) -> None:
     model = mask(net.make().double(), share, kind)
     inputs = tuple(x.double() for x in net.inputs)
+    if not any(bool(t.any()) for t in tensors_in(output_of(model, inputs)).values()):
+        with pytest.raises(ModelError, match="nothing that the model returns"):
+            compacted(model, inputs)
+        return
     small, report = compacted(model, inputs)
     assert report.after.params == sum(p.numel() for p in small.parameters())
     assert report.after.params <= report.before.params
     assert (report.channels_removed > 0) == (report.after.params < report.before.params)
-    assert not [left for left in report.excluded if "relies on" in left.reason]
+    # What is left of a cut may be silent, and then nothing can be compared.
+    wrong = [left for left in report.excluded if "relies on" in left.reason]
+    assert [left for left in wrong if "could be compared" not in left.reason] == []
 
 
 @pytest.mark.parametrize(
