@@ -178,7 +178,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         reason = "its parts come from several layers, which no Torch-Pruning group can express"
         return [
             *self.era.coupling.excluded,
-            *(Excluded((u.name,), sum(c.size for c in u.subgroups), reason) for u in unequal),
+            *(Excluded((u.name,), u.size, reason) for u in unequal),
         ]
 
     def get_all_groups(
@@ -217,7 +217,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         sides = ("in",) if pruning_fn in _IN and not is_depthwise(module) else ("out", "through")
         wanted = np.atleast_1d(np.asarray(idxs if isinstance(idxs, int) else list(idxs), dtype=np.int64))
         subgroups = []
-        for subgroup in (c for pruning_group in era.coupling.groups for c in pruning_group.subgroups):
+        for subgroup in era.coupling.subgroups:
             rows = [
                 np.isin(m.index, wanted).any(1)
                 for m in subgroup.members
@@ -322,11 +322,7 @@ def _channel_sets(subgroup: Subgroup) -> list[tuple[str, int]]:
 
 def producers(pruning_group: PruningGroup) -> list[str]:
     """The layers whose outputs the group shrinks."""
-    return list(
-        dict.fromkeys(
-            m.path for subgroup in pruning_group.subgroups for m in subgroup.members if m.side == "out"
-        )
-    )
+    return list(dict.fromkeys(m.path for m in pruning_group.members if m.side == "out"))
 
 
 def _width(module_or_node: Any, side: Literal["in", "out"]) -> int | None:

@@ -274,9 +274,7 @@ class GraphPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if own is not None and self.global_pruning:
             scope = self._own_scope[own]
         elif own is None and self.isomorphic:
-            scope = tuple(
-                (type(modules.get(m.path)), m.side) for subgroup in group.subgroups for m in subgroup.members
-            )
+            scope = tuple((type(modules.get(m.path)), m.side) for m in group.members)
         elif own is None and self.global_pruning:
             scope = None
         return scope, min(ratios[self.current_step], self.max_pruning_ratio)

@@ -13,7 +13,7 @@ import torch
 
 from ss_pruning._utils.arrays import Floats, Ints
 from ss_pruning.graph.groups import Coupling, PruningGroup, Subgroup
-from ss_pruning.importance.scoring import subgroup_scores
+from ss_pruning.importance.scoring import group_scores
 from ss_pruning.integrations.torch_pruning.dependency_graph import rows_of
 from ss_pruning.integrations.torch_pruning.session import Era
 from ss_pruning.planning.allocation import Schedule, schedule
@@ -42,10 +42,12 @@ class Scopes:
     def scores(self) -> dict[int, list[Floats]]:
         """By identity of a group, one score a channel set of each subgroup."""
         groups = self.era.coupling.groups
-        subgroups = [subgroup for group in groups for subgroup in group.subgroups]
         with torch.no_grad():
-            scored = iter(subgroup_scores(self.pruner.importance, subgroups, self.pruner.DG))
-        return {id(group): [next(scored).numpy() for _ in group.subgroups] for group in groups}
+            return dict(
+                zip(
+                    map(id, groups), group_scores(self.pruner.importance, groups, self.pruner.DG), strict=True
+                )
+            )
 
     def allocate(self, coupling: Coupling) -> tuple[Schedule, Ints]:
         """The largest number of moves in each scope that removes no more than its ratio."""
@@ -79,7 +81,7 @@ class Scopes:
         self, order: Schedule, groups: Sequence[PruningGroup], scope: Hashable, ratio: float
     ) -> int:
         """How many moves of a scope its ratio pays for; rounded as Torch-Pruning does, a part of a channel goes."""
-        now = sum(subgroup.size for group in groups for subgroup in group.subgroups)
+        now = sum(group.size for group in groups)
         stay = int((now + self.pruner.removed[scope]) * (1 - ratio) + 1e-9)
         return int(np.searchsorted(order.channel_sets.cumsum(), now - stay, side="right"))
 

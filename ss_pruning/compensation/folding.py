@@ -131,10 +131,9 @@ def _fold_(
 
 def _not_told(traced: TracedModel) -> frozenset[str]:
     """The layers that read channels of a group without a batch norm: their means on noise are a guess."""
-    subgroups = [subgroup for group in traced.coupling.groups for subgroup in group.subgroups]
     return frozenset(
         member.path
-        for subgroup in subgroups
+        for subgroup in traced.coupling.subgroups
         if not any(m.side == "through" and has_statistics(traced.modules[m.path]) for m in subgroup.members)
         for member in subgroup.members
         if member.side == "in"

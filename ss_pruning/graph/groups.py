@@ -114,6 +114,16 @@ class PruningGroup:
         return math.gcd(*(subgroup.size for subgroup in self.subgroups))
 
     @property
+    def size(self) -> int:
+        """Number of channel sets."""
+        return sum(subgroup.size for subgroup in self.subgroups)
+
+    @property
+    def members(self) -> list[Member]:
+        """Where all of them lie."""
+        return [member for subgroup in self.subgroups for member in subgroup.members]
+
+    @property
     def name(self) -> str:
         """Path of the first producer."""
         return self.subgroups[0].root.path
@@ -121,11 +131,11 @@ class PruningGroup:
     @property
     def shuffled(self) -> bool:
         """True where neighbours of a producer arrive with others in between."""
-        return any(_interleaved(member) for subgroup in self.subgroups for member in subgroup.members)
+        return any(map(_interleaved, self.members))
 
     def paths(self) -> set[str]:
         """Paths of the layers (and names of the loose tensors) that the group touches."""
-        return {member.path for subgroup in self.subgroups for member in subgroup.members}
+        return {member.path for member in self.members}
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,11 @@ class Coupling:
     excluded: tuple[Excluded, ...]
     widths: Mapping[Key, int]
     lone: frozenset[str] = frozenset()
+
+    @property
+    def subgroups(self) -> list[Subgroup]:
+        """Of all groups, one after the other."""
+        return [subgroup for group in self.groups for subgroup in group.subgroups]
 
     def without(self, numbers: Collection[int], reasons: Iterable[Excluded]) -> Coupling:
         """The same with some groups, by number, among what must stay."""
@@ -177,7 +192,7 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     uneven = [group for group, fits in zip(groups, even, strict=True) if not fits]
     if uneven:
         paths = dict.fromkeys(subgroup.root.path for group in uneven for subgroup in group.subgroups)
-        channels = sum(subgroup.size for group in uneven for subgroup in group.subgroups)
+        channels = sum(group.size for group in uneven)
         whole += (Excluded(tuple(paths), channels, UNEVEN_REASON),)
     sound = tuple(group for group, fits in zip(groups, even, strict=True) if fits)
     return Coupling(sound, whole, slots.widths, frozenset(lone))
@@ -302,7 +317,7 @@ def _groups(
 def _even(group: PruningGroup, widths: Mapping[Key, int], modules: Mapping[str, nn.Module]) -> bool:
     """True if every group of every grouped layer that the group touches would lose as many channels."""
     touched: dict[Key, list[Ints]] = defaultdict(list)
-    for member in (m for subgroup in group.subgroups for m in subgroup.members):
+    for member in group.members:
         if blocks_of(modules.get(member.path), member.side) > 1:
             touched[member.key].append(member.index.reshape(-1))
     for key, parts in touched.items():

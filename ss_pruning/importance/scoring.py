@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning._utils.arrays import Floats
 from ss_pruning._utils.modules import modules_of
 from ss_pruning.config import Synaptic
 from ss_pruning.errors import InputError
 from ss_pruning.graph.connectivity import Connectivity
-from ss_pruning.graph.groups import Member, Subgroup
+from ss_pruning.graph.groups import Member, PruningGroup, Subgroup
 from ss_pruning.graph.layers import is_depthwise
 
 Maker = TypeVar("Maker", bound=Callable[[], Any])
@@ -140,6 +141,12 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
     if isinstance(module, nn.GroupNorm):
         return tp.prune_groupnorm_out_channels
     return None
+
+
+def group_scores(importance: Any, groups: Sequence[PruningGroup], graph: Any) -> list[list[Floats]]:
+    """By group and subgroup, one score a channel set, see `subgroup_scores`."""
+    scored = iter(subgroup_scores(importance, [s for group in groups for s in group.subgroups], graph))
+    return [[next(scored).numpy() for _ in group.subgroups] for group in groups]
 
 
 def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: SubgroupGraph) -> list[Tensor]:

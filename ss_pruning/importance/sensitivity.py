@@ -190,7 +190,7 @@ def set_aside(images: Any, count: int) -> tuple[Batch, Batch]:
 
 def _consumers(group: PruningGroup, connectivity: Connectivity) -> list[str]:
     """The layers that read channels of the group and mix them."""
-    members = (m for subgroup in group.subgroups for m in subgroup.members if m.side == "in")
+    members = (m for m in group.members if m.side == "in")
     return list(dict.fromkeys(m.path for m in members if connectivity.layers[m.path].kind == "synaptic"))
 
 

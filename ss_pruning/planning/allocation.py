@@ -68,7 +68,7 @@ def schedule(
     caps = [max_ratio] * len(groups) if isinstance(max_ratio, (int, float)) else max_ratio
     for u, (group, subgroup_scores) in enumerate(zip(groups, scores, strict=True)):
         steps = group.steps
-        per_step = sum(subgroup.size for subgroup in group.subgroups) // steps
+        per_step = group.size // steps
         multiple = round_to.get(group.name, 1) if isinstance(round_to, Mapping) else round_to
         summed = step_scores(group, subgroup_scores, ranked[u])
         ends = _stops(group, caps[u], multiple, int(np.isfinite(summed).sum()))
@@ -130,7 +130,7 @@ def choose(plan: Schedule, groups: Sequence[PruningGroup], costs: Costs, budget:
             "(channels of infinite importance stay)"
         )
     if budget.kind == "ratio":
-        goal = budget.value * sum(subgroup.size for group in groups for subgroup in group.subgroups)
+        goal = budget.value * sum(group.size for group in groups)
         moves = int(np.searchsorted(plan.channel_sets.cumsum(), goal + 1e-9, side="right"))
         if not moves:
             raise BudgetError(

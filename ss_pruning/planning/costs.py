@@ -139,17 +139,14 @@ class Costs:
         """`[groups, sides]`: how many channels of each side one step of each group removes."""
         removed = np.zeros((len(groups), len(self.keys)))
         for u, group in enumerate(groups):
-            for subgroup in group.subgroups:
-                for member in subgroup.members:
-                    removed[u, self.number[member.key]] += member.index.size / group.steps
+            for member in group.members:
+                removed[u, self.number[member.key]] += member.index.size / group.steps
         return removed
 
     def per_channel_set(self, groups: Sequence[PruningGroup], kind: Cost) -> Floats:
         """`[groups]`: what the dense model saves with the first channel set of each group, as a share of its cost."""
         saved = self.removed_per_step(groups) @ (self._slope(kind) / self.widths)
-        channel_sets = np.array(
-            [sum(subgroup.size for subgroup in group.subgroups) / group.steps for group in groups]
-        )
+        channel_sets = np.array([group.size / group.steps for group in groups])
         saved_each: Floats = saved / channel_sets / self.dense(kind)
         return saved_each
 

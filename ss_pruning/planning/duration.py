@@ -179,9 +179,7 @@ class Duration:
         """By group, where the first layer that reads it begins."""
         found = []
         for group in self.traced.coupling.groups:
-            read = [
-                m.path for s in group.subgroups for m in s.members if m.side == "in" and m.path in self.layers
-            ]
+            read = [m.path for m in group.members if m.side == "in" and m.path in self.layers]
             if read:
                 found.append(min(self.layers[path].begin for path in read))
         return found

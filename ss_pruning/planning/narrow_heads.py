@@ -134,7 +134,7 @@ class _Trials:
         found: dict[int | str, Sequence[Dimensions]] = {}
         for path, dimensions in layers.items():
             for number, group in enumerate(self.coupling.groups):
-                readers = {m.path for s in group.subgroups for m in s.members if m.side == "in"}
+                readers = {m.path for m in group.members if m.side == "in"}
                 if readers == {path}:
                     values = Dimensions(group.subgroups, frozenset())
                     found[number] = [*(dimensions[kind] for kind in kinds), values]

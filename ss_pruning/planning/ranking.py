@@ -17,7 +17,7 @@ from ss_pruning.graph.groups import Coupling, PruningGroup
 from ss_pruning.graph.traced import TracedModel
 from ss_pruning.importance.activation_stats import ActivationStatistics
 from ss_pruning.importance.calibration import BATCH, Batch
-from ss_pruning.importance.scoring import SubgroupGraph, subgroup_scores
+from ss_pruning.importance.scoring import SubgroupGraph, group_scores
 from ss_pruning.importance.sensitivity import Effort, Scores, Shrinking, by_sensitivity, effort_for, set_aside
 from ss_pruning.importance.synaptic import SynapticImportance
 from ss_pruning.planning.allocation import Schedule, allot, divided
@@ -105,12 +105,9 @@ class Ranker:
         return remembered(key, lambda: self._scored(traced, scorer), shapes)
 
     def _scored(self, traced: TracedModel, importance: Any) -> Scores:
-        groups = traced.coupling.groups
         with self.clock("score"):
             graph = SubgroupGraph(traced.model, traced.example_inputs, traced.connectivity)
-            subgroups = [subgroup for group in groups for subgroup in group.subgroups]
-            scored = iter(subgroup_scores(importance, subgroups, graph))
-            return [[next(scored).numpy() for _ in group.subgroups] for group in groups]
+            return group_scores(importance, traced.coupling.groups, graph)
 
     def _synaptic(self, options: Synaptic) -> Any:
         """The importance of these options; it keeps what it has measured."""

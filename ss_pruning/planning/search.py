@@ -88,11 +88,7 @@ def find_verified_plan(
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:
     """The groups that failed, by their numbers in the reasons."""
     return tuple(
-        Excluded(
-            (group.name,),
-            sum(subgroup.size for subgroup in group.subgroups),
-            f"{FORWARD_REASON}: {failed[number]}",
-        )
+        Excluded((group.name,), group.size, f"{FORWARD_REASON}: {failed[number]}")
         for number, group in enumerate(groups)
         if number in failed
     )
@@ -282,9 +278,7 @@ def _shared(path: str, other: str) -> int:
 
 
 def _kind(group: PruningGroup) -> Touched:
-    return tuple(
-        sorted({(pattern(m.path), m.side) for subgroup in group.subgroups for m in subgroup.members})
-    )
+    return tuple(sorted({(pattern(m.path), m.side) for m in group.members}))
 
 
 def _inside(path: str, module: str) -> bool:

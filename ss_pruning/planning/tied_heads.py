@@ -42,7 +42,7 @@ def _pairs(coupling: Coupling) -> Pairs:
     """By number of a group of heads, the groups of the stream that is as wide as all of its heads."""
     reading: dict[str, set[int]] = defaultdict(set)
     for number, group in enumerate(coupling.groups):
-        for member in (m for subgroup in group.subgroups for m in subgroup.members):
+        for member in group.members:
             if member.side == "in":
                 reading[member.path].add(number)
     found: Pairs = {}

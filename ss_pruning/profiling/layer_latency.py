@@ -84,7 +84,7 @@ class LatencyTable:
     def rounding(self, group: PruningGroup) -> int:
         """The finest multiple for the group's widths that wastes next to nothing of what its layers take."""
         wasted, whole = np.zeros(len(ROUNDINGS)), 0.0
-        for member in (member for subgroup in group.subgroups for member in subgroup.members):
+        for member in group.members:
             time, _, _ = self.layers.get(member.path, (None, None, None))
             if time is not None and member.side in time.waste:
                 seconds = time.at(1.0, 1.0)

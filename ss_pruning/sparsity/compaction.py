@@ -196,7 +196,7 @@ class DeadChannels:
                 for reason, channel_sets in dead.stays.items():
                     stays[reason][subgroup.root.path] += channel_sets
             if id(group) in taken:
-                size = sum(subgroup.size for subgroup in group.subgroups)
+                size = group.size
                 going = sum(int(dead.goes.sum()) for dead in found)
                 reason = LAST_REASON if going == size else SHARE_REASON
                 stays[reason][group.name] += going - _steps(group, found) * (size // group.steps)
@@ -250,7 +250,7 @@ def _later(before: list[Excluded], now: list[Excluded]) -> list[Excluded]:
 def _dead_but_fixed(traced: TracedModel) -> list[Excluded]:
     """Output channels without a living kernel that the channel graph does not allow to go at all."""
     free, coupling = defaultdict[str, list[int]](list), traced.coupling
-    for member in (m for group in coupling.groups for subgroup in group.subgroups for m in subgroup.members):
+    for member in (m for group in coupling.groups for m in group.members):
         if member.side == "out":
             free[member.path] += member.index.reshape(-1).tolist()
     stays: dict[str, Counter[str]] = defaultdict(Counter)

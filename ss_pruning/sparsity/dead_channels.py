@@ -103,11 +103,9 @@ def wanted_inputs(
     Channels that no subgroup may cut count as read, as does all that layers see which look at several channels together
     (`mixing`).
     """
-    subgroups = [subgroup for group in traced.coupling.groups for subgroup in group.subgroups]
+    subgroups = traced.coupling.subgroups
     alive = {path: torch.ones(len(rows), dtype=torch.bool) for path, rows in kernels.items()}
-    for member in (
-        m for subgroup in subgroups for m in subgroup.members if m.side == "out" and m.path in alive
-    ):
+    for member in (m for s in subgroups for m in s.members if m.side == "out" and m.path in alive):
         alive[member.path][member.index.reshape(-1)] = False
     changed = True
     while changed:
