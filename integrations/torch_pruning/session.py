@@ -16,8 +16,8 @@ from ss_pruning.graph.connectivity import Connectivity
 from ss_pruning.graph.groups import Coupling, PruningGroup, Selection, Subgroup
 from ss_pruning.planning.allocation import to_plan
 from ss_pruning.planning.search import GroupBisection
-from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
+from ss_pruning.surgery.size_attributes import Verified
 from ss_pruning.surgery.verification import Verifier
 
 

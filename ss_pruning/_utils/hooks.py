@@ -61,7 +61,7 @@ def hooked(
     read = {path: module for path, module in modules.items() if is_read_by_code(module)}
     with contextlib.ExitStack() as undo:
         if read:
-            undo.enter_context(_Calls(read, before and ahead, after and behind))
+            undo.enter_context(_calls(read, before and ahead, after and behind))
         for path, module in modules.items():
             if path in read or isinstance(module, torch.jit.ScriptModule):
                 continue
@@ -86,7 +86,11 @@ def _linear_weight(module: nn.Module) -> Tensor | None:
 
 
 class _Products(overrides.TorchFunctionMode):
-    """While it is entered, sees products with weights that have a name."""
+    """While it is entered, `product` makes those with weights that have a name, and is told the name."""
+
+    def __init__(self, product: Callable[[object, Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.product = product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,54 +100,31 @@ class _Products(overrides.TorchFunctionMode):
                 return self.product(READ_BY_CODE[weight], x, weight, bias)
         return func(*args, **kwargs)
 
-    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product with the weight of that name."""
-        raise NotImplementedError
-
 
 def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002 - torch's name
     return input, weight, bias
 
 
-class _Calls(_Products):
+def _calls(
+    layers: Mapping[str, nn.Module], before: Callable[..., Any] | None, after: Callable[..., Any] | None
+) -> _Products:
     """Runs hooks around products with the weights of layers that are not called."""
+    known = {READ_BY_CODE[_linear_weight(module)]: (path, module) for path, module in layers.items()}
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        before: Callable[..., Any] | None,
-        after: Callable[..., Any] | None,
-    ) -> None:
-        super().__init__()
-        self.layers = {READ_BY_CODE[_linear_weight(module)]: at for at in layers.items() for module in at[1:]}
-        self.before, self.after = before, after
-
-    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As a call of the layer; the bias is added to what the weight makes, in the precision of both."""
-        if name not in self.layers:
+        if name not in known:
             return F.linear(x, weight, bias)
-        path, module = self.layers[name]
+        path, module = known[name]
         args: tuple[Any, ...] = (x,)
-        if self.before is not None:
-            args, _ = self.before(path, module, args, {}) or (args, {})
+        if before is not None:
+            args, _ = before(path, module, args, {}) or (args, {})
         y = F.linear(args[0], weight)
         y = y if bias is None else y + bias
-        replaced = None if self.after is None else self.after(path, module, args, {}, y)
+        replaced = None if after is None else after(path, module, args, {}, y)
         return y if replaced is None else replaced
 
-
-class _Noting(_Products):
-    """Notes the names of the weights that are read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[object] = set()
-
-    def product(self, name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product itself."""
-        y = F.linear(x, weight, bias)
-        self.names.add(name)
-        return y
+    return _Products(product)
 
 
 def find_weights_read_by_code(modules: Iterable[nn.Module], run: Callable[[], Any]) -> bool:
@@ -159,15 +140,20 @@ def find_weights_read_by_code(modules: Iterable[nn.Module], run: Callable[[], An
     weights = [weight for weight in map(_linear_weight, modules) if weight is not None]
     for weight in weights:
         READ_BY_CODE.setdefault(weight, object())
-    noting = _Noting()
+    names: set[object] = set()
+
+    def product(name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        names.add(name)
+        return F.linear(x, weight, bias)
+
     try:
-        with noting:
+        with _Products(product):
             run()
     finally:
         for weight in weights:
-            if READ_BY_CODE[weight] not in noting.names:
+            if READ_BY_CODE[weight] not in names:
                 del READ_BY_CODE[weight]
-    return bool(noting.names)
+    return bool(names)
 
 
 def given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

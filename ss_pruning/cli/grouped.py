@@ -60,7 +60,8 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
         if get_origin(hint) is not Annotated:
             told = {**field.metadata, **TOLD.get((owner, field.name), {})}
             hint = str | None if "parser" in told else hint
-            hint = Annotated[hint, _info(owner, field, told)]
+            said = next(text for c in group.__mro__ if (text := _documented(c).get(field.name)))
+            hint = Annotated[hint, _info(owner, field, {"help": said, **told})]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
@@ -68,14 +69,14 @@ def _parameters(group: type) -> Iterator[inspect.Parameter]:
 def _info(owner: type, field: Field[Any], told: dict[str, Any]) -> Any:
     """What typer takes."""
     shown = {"rich_help_panel": PANELS.get(owner), "show_default": field.default is not None}
-    told = {**shown, "help": _documented(owner)[field.name], **told}
+    told = {**shown, **told}
     kind, names = told.pop("kind", typer.Option), told.pop("param_decls", ())
     return kind(*names, **told)
 
 
 def _documented(group: type) -> dict[str, str]:
     """By attribute, what the docstring says of it, without what only readers of the code can look up."""
-    _, _, text = inspect.getdoc(group).partition("Attributes:\n")  # type: ignore[union-attr]
+    _, _, text = inspect.cleandoc(group.__doc__ or "").partition("Attributes:\n")
     text = text.partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
     return {name: _plain(" ".join(lines.split())) for name, lines in entries}

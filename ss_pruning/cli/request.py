@@ -256,10 +256,6 @@ class Recovering(PrunedFile, Calibrated, Weighted):
     weights: str | None = option(
         None, MODEL, metavar="FILE", show_default="those that the report beside FILE names, else random"
     )
-    calibration: str | None = option(None, IMAGES, metavar="IMAGES", show_default="data, if there is any")
-    calibration_images: int | None = option(
-        None, IMAGES, metavar="N", show_default="512; synthetic: up to 256", min=1
-    )
     minutes: float | None = option(None, TRAINING, metavar="M", show_default="5, unless --steps is given")
     steps: int | None = option(None, TRAINING, metavar="N")
     checkpoint: Path | None = option(None, TRAINING, metavar="FILE")
@@ -285,7 +281,6 @@ class Exporting(PrunedFile, Weighted):
         out: File to write.
     """
 
-    file: Path = argument("FILE")
     format: str | None = option(
         None, OUTPUT, metavar="onnx|openvino|pt2", show_default="by the name of --out"
     )

@@ -20,9 +20,8 @@ from ss_pruning.graph.traced import TracedModel
 from ss_pruning.planning.allocation import plan_for, schedule
 from ss_pruning.planning.head_dimensions import Dimensions, HeadDimensions
 from ss_pruning.planning.search import GroupBisection, TryGroups
-from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
-from ss_pruning.surgery.size_attributes import Number, pattern
+from ss_pruning.surgery.size_attributes import Number, Verified, pattern
 from ss_pruning.surgery.verification import Verifier
 
 

@@ -23,9 +23,8 @@ from ss_pruning.errors import VerificationError
 from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.graph.groups import Coupling, PruningGroup, Selection
 from ss_pruning.planning.allocation import Schedule, plan_for
-from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
-from ss_pruning.surgery.size_attributes import Number, alike, pattern
+from ss_pruning.surgery.size_attributes import Number, Verified, alike, pattern
 from ss_pruning.surgery.verification import Verifier
 
 FORWARD_REASON = "the forward pass relies on its width"

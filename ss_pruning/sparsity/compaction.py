@@ -39,8 +39,8 @@ from ss_pruning.sparsity.size import Compaction, size_of
 from ss_pruning.surgery.equivalence.agreement import certified, check_comparable, compare
 from ss_pruning.surgery.equivalence.decisions import Recording
 from ss_pruning.surgery.equivalence.precision import TOLERANCE, stirred
-from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan, adopt_
+from ss_pruning.surgery.size_attributes import Verified
 from ss_pruning.surgery.verification import Verifier
 
 LAST_REASON = "dead, but one channel stays so that no layer is empty"

@@ -58,12 +58,13 @@ from ss_pruning.surgery.equivalence.decisions import Decision, Holding, Recordin
 from ss_pruning.surgery.equivalence.masked_model import masked
 from ss_pruning.surgery.equivalence.precision import DOUBLE, OWN, PRECISIONS, TOLERANCE, stirred
 from ss_pruning.surgery.factors import multiply_
-from ss_pruning.surgery.fewest_numbers import FewestNumbers, Verified
 from ss_pruning.surgery.plan import Plan
 from ss_pruning.surgery.size_attributes import (
+    FewestNumbers,
     Number,
     Parts,
     SizeAttributes,
+    Verified,
     head_numbers,
     never_named,
     part_sizes,

@@ -13,9 +13,8 @@ from ss_pruning import prune_
 from ss_pruning.errors import VerificationError
 from ss_pruning.graph.groups import Member, PruningGroup, Subgroup
 from ss_pruning.planning.search import GroupBisection
-from ss_pruning.surgery.fewest_numbers import Verified
 from ss_pruning.surgery.plan import Plan
-from ss_pruning.surgery.size_attributes import Number
+from ss_pruning.surgery.size_attributes import Number, Verified
 
 
 def group(path: str, size: int = 4) -> PruningGroup:

@@ -23,7 +23,7 @@ from ss_pruning.planning.costs import Costs
 from ss_pruning.profiling import latency, layer_latency
 from ss_pruning.profiling.latency import Timing, as_reported, measure_latency, peak_memory, race
 from ss_pruning.profiling.layer_latency import GRID, ROUNDINGS, LatencyTable, LayerLatency
-from ss_pruning.surgery.fewest_numbers import Verified
+from ss_pruning.surgery.size_attributes import Verified
 from tests.support.snapshot import snapshot
 from tests.support.zoo import BY_NAME, randomise
 

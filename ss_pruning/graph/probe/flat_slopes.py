@@ -63,14 +63,6 @@ def _of_one(input: Any, *_: Any, **__: Any) -> list[Tensor]:  # noqa: A002 - as 
     return _shares(input)
 
 
-def _of_two(input: Any, other: Any, **_: Any) -> list[Tensor]:  # noqa: A002
-    return _shares(input, other)
-
-
-def _of_choice(condition: Any, input: Any = None, other: Any = None, **_: Any) -> list[Tensor]:  # noqa: A002
-    return _shares(input, other)
-
-
 def _of_largest(
     input: Tensor,  # noqa: A002
     dim: Any = None,
@@ -98,8 +90,11 @@ _READ: dict[Any, Callable[..., list[Tensor]]] = {
     **dict.fromkeys(_named("relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "threshold"), _of_one),
     **dict.fromkeys(_named("softshrink", "hardshrink", "clamp", "clamp_min", "clamp_max", "clip"), _of_one),
     **dict.fromkeys(_named("masked_fill"), _of_one),
-    **dict.fromkeys(_named("maximum", "minimum", "fmax", "fmin"), _of_two),
+    **dict.fromkeys(
+        _named("maximum", "minimum", "fmax", "fmin"),
+        lambda input, other, **_: _shares(input, other),  # noqa: A006
+    ),
     **dict.fromkeys(_named("max", "min", "amax", "amin"), _of_largest),
-    torch.where: _of_choice,
+    torch.where: lambda condition, input=None, other=None, **_: _shares(input, other),  # noqa: A006
     Tensor.where: lambda input, condition, other, **_: _shares(input, other),  # noqa: A006
 }
