@@ -340,14 +340,7 @@ class Synaptic:
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides a plan.
-
-    Attributes:
-        budget: What to reach.
-        allocation: How it is spread over the layers.
-        compensation: How the cut is repaired.
-        importance: `Synaptic`, or an importance of any kind.
-    """
+    """All that decides a plan; the importance is `Synaptic`, or one of any kind."""
 
     budget: Budget
     allocation: Allocation = Allocation()

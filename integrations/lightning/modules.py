@@ -38,11 +38,7 @@ def network_of(pl_module: LightningModule, path: str) -> nn.Module:
 
 
 def check_whole(trainer: Trainer, otherwise: str) -> None:
-    """Refuse models of which no process has all parameters.
-
-    Args:
-        trainer: Whose strategy it is.
-        otherwise: What cannot be done with them, and what to do.
+    """Refuse models of which no process has all parameters; `otherwise` says what cannot be done then, and what can.
 
     Raises:
         InputError: The strategy may shard or transform the parameters.

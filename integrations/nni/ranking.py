@@ -16,11 +16,7 @@ Metrics = dict[str, dict[str, Tensor]]
 
 
 def generate_masks(metrics: Metrics, target_spaces: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """Masks by module and target, 1 for what stays.
-
-    Args:
-        metrics: Scores in block shape; smaller goes first.
-        target_spaces: NNI's settings of the targets.
+    """Masks by module and target, 1 for what stays, from scores in block shape and NNI's settings of the targets.
 
     Raises:
         InputError: Settings that exclude each other.
@@ -82,14 +78,11 @@ def _check_dependencies(metrics: Metrics, spaces: Mapping[str, Mapping[str, Any]
 
 
 def rank_globally(targets: list[tuple[Tensor, Any]]) -> list[Tensor]:
-    """Keep-masks for targets that share one ratio of their weights.
+    """Keep-masks for targets, scores and NNI's settings, that share one ratio of their weights.
 
     All blocks are put in one order, lowest score first, ties in the order of the targets; the longest prefix that does
     not exceed the ratio goes. Before it goes what `min_sparse_ratio` of each target asks for; what
     `max_sparse_ratio` protects, and the best block of each target if the ratio is below 1, stays.
-
-    Args:
-        targets: Scores, and NNI's settings.
     """
     ratios = {space.sparse_ratio for _, space in targets}
     if len(ratios) > 1:

@@ -26,14 +26,9 @@ class Scores:
         variances: Mapping[str, Tensor],
         score: Score,
     ) -> None:
-        """Compute strengths.
+        """Compute strengths from variances of what arrives, `[in_channels]` by layer.
 
-        Args:
-            model: The (wrapped) model; only read.
-            connectivity: Its connectivity.
-            weights: By layer, the unmasked weight; other layers are read as they are.
-            variances: By layer, `[in_channels]`, the variance of what arrives.
-            score: "share" or "strength".
+        `weights` are unmasked; those of other layers are read as they are.
         """
         self.model, self.connectivity, self.score = model, connectivity, score
         self.powers = {

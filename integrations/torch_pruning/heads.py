@@ -34,11 +34,7 @@ class HeadOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], schedule: Callable[[float], list[float]]) -> HeadOptions:
-        """From the options of `tp.pruner.BasePruner`.
-
-        Args:
-            options: As they are given, others included.
-            schedule: From a ratio to the ratio after each step.
+        """From the options of `tp.pruner.BasePruner`, and what makes of a ratio the ratio after each step.
 
         Raises:
             InputError: A ratio does not lie in [0, 1].

@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scopes:
-    """Shrinks every scope to its ratio.
-
-    Attributes:
-        pruner: Says what the scopes and their ratios are.
-        era: The model.
-        taken: By scope, how many channels go.
-    """
+    """Shrinks every scope, as the pruner has them, to its ratio; `taken` tells how many channels go, by scope."""
 
     pruner: GraphPruner
     era: Era

@@ -79,13 +79,7 @@ class Era:
     def apply(
         self, plan: Plan, subgroups: Iterable[Subgroup], cut: Callable[[Plan], Plan] | None = None
     ) -> Plan:
-        """Cut the model to `plan`, a plan from the trace on; returns what that added to the cuts before.
-
-        Args:
-            plan: What is gone in all, afterwards.
-            subgroups: The channel sets that go.
-            cut: Cuts the model to a plan and returns what it did, if more than cutting is to be done.
-        """
+        """Cut the model to a plan from the trace on, or let `cut` do so; returns what that added to the cuts before."""
         later = _since(self.done, plan)
         if cut is None:
             later.apply_(self.model)

@@ -53,12 +53,7 @@ class PrunedYOLO(YOLO):  # type: ignore[misc]
 
     @classmethod
     def around(cls, network: nn.Module, yolo: YOLO) -> PrunedYOLO:
-        """Like `yolo`, with a pruned network in place of its own.
-
-        Args:
-            network: From `prune_` or `Plan.apply_`; becomes a part of what is returned.
-            yolo: Not changed.
-        """
+        """Like `yolo`, which is not changed, with a pruned network in place of its own."""
         pruned = cls.__new__(cls)
         nn.Module.__init__(pruned)
         del pruned.training  # YOLO asks its network

@@ -35,13 +35,7 @@ def power_of_two_above(numbers: Tensor) -> float:
 
 
 def normal_like(inputs: Any, generator: torch.Generator, dtype: torch.dtype | None = None) -> Any:
-    """Standard normal numbers in place of each tensor of floating point numbers in `inputs`.
-
-    Args:
-        inputs: A tensor, or tensors and whatever else in any nesting.
-        generator: On the CPU.
-        dtype: Of the numbers; that of each tensor by default.
-    """
+    """Standard normal numbers in place of each tensor of floating point numbers in `inputs`, by default of its type."""
 
     def made(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():

@@ -110,12 +110,9 @@ def _without_history(model: nn.Module) -> dict[int, Any]:
 def retyped(
     model: nn.Module, change: Callable[[Tensor], Tensor], tables: Sequence[str] = _TABLES
 ) -> nn.Module:
-    """A copy whose parameters and buffers are `change` of those of `model`.
+    """A copy whose parameters and buffers are `change` of those of `model`; tensors of other tables are shared with it.
 
-    Args:
-        model: What to copy.
-        change: Given a tensor, which it must not write into, returns what takes its place.
-        tables: "_parameters", "_buffers" or both; what is in the other one is shared with `model`.
+    `change` must not write into what it is given.
     """
     twin = shell(model)
     made: dict[int, Any] = {}
@@ -131,15 +128,11 @@ def retyped(
 
 
 def read_as(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy that gives `change` of a parameter of `model` whenever one is read, as every forward pass does.
+    """A copy that gives `change` of a parameter of `model`, a tensor of its own, whenever one is read, as passes do.
 
     Nothing of it is kept: a pass in float64 through a float32 model takes the memory of one layer at a time. Buffers,
     which modules may write into, are changed once and for all. Whoever goes through the tables of a module rather than
     asking for an attribute sees the parameters of `model` themselves.
-
-    Args:
-        model: What to copy.
-        change: Given a tensor, returns one with a memory of its own.
     """
     twin = retyped(model, change, ("_buffers",))
     for module in modules_of(twin).values():

@@ -85,11 +85,7 @@ def write_together(contents: Mapping[str | os.PathLike[str], bytes]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str], room: int = 0) -> None:
-    """Raise unless the file `path` can be written; call it before long work whose result goes there.
-
-    Args:
-        path: The file.
-        room: So many bytes, if it is known.
+    """Raise unless a file can be written, of `room` bytes; call it before long work whose result goes there.
 
     Raises:
         InputError: see `replacing`.

@@ -128,11 +128,7 @@ def _calls(
 
 
 def find_weights_read_by_code(modules: Iterable[nn.Module], run: Callable[[], Any]) -> bool:
-    """Give the weights a name that `run` reads from linear layers without calling them: hooks see them from then on.
-
-    Args:
-        modules: Layers that `run` does not call; only plain linear ones are looked at.
-        run: Runs the model.
+    """Give weights a name that `run` reads from plain linear layers without calling them: hooks see them from then on.
 
     Returns:
         Whether there are any.

@@ -99,9 +99,7 @@ class Prepared:
     """A cut model, ready to be swapped in.
 
     Attributes:
-        model: The copy.
         plan: The plan, with the biases that layers got.
-        outcome: What the compensation did.
         fidelity: On the held-out inputs; None without any.
         uncompensated: The same of the cut alone.
         dropped: The compensation was left out: the cut alone is nearer to the dense model.

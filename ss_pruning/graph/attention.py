@@ -113,13 +113,10 @@ def all_mixed(
 
 
 def make_prunable_(model: nn.Module, chosen: Callable[[str], bool] = lambda path: True) -> None:
-    """Turn torch's attention in `model` into `PrunableAttention` that computes the same, where that can be.
+    """Turn torch's attention in `model`, at paths that are `chosen`, into `PrunableAttention` that computes the same.
 
-    The modules stay the objects that they are. The new parameters hold copies of the old ones' values and gradients.
-
-    Args:
-        model: Changed in place.
-        chosen: Told the path of such a module, says whether it is meant.
+    Where that cannot be, it stays. The modules stay the objects that they are. The new parameters hold copies of the
+    old ones' values and gradients.
     """
     refused = refusals(model)
     for path, module in modules_of(model).items():

@@ -103,11 +103,7 @@ def infinite_numbers(dtype: torch.dtype) -> str:
 
 
 def check_bare(model: nn.Module, verb: str = "prune") -> None:
-    """Refuse a model that would run something else than its modules, or one that cannot train.
-
-    Args:
-        model: What a user gave.
-        verb: What is done to the model, for messages.
+    """Refuse a model that would run something else than its modules, or one that cannot train; `verb` says what for.
 
     Raises:
         InputError: Names what to give instead.

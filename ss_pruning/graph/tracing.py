@@ -50,9 +50,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
         model: Any module.
         example_inputs: What `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
 
-    Returns:
-        The connectivity between layers.
-
     Raises:
         ModelError: The model does not run on the inputs, or has no layer.
         InputError: Something has wrapped the model, or the inputs are none; see `ss_pruning.graph.refusals`.

@@ -42,11 +42,7 @@ class _Call:
 
 @dataclass
 class Prefix:
-    """Watches runs of one copy and of two, and lets what begins and ends before a module run for one of many.
-
-    Attributes:
-        modules: By path, those of the model.
-    """
+    """Watches runs of one copy and of two, and lets what begins and ends before a module run for one of many."""
 
     modules: Mapping[str, nn.Module]
     calls: dict[str, _Call] = field(default_factory=dict)

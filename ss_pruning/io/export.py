@@ -143,12 +143,7 @@ def _with_batch(inputs: Any, batch: int) -> Any:
 
 
 def followed(model: nn.Module, inputs: Any, strict: bool = False) -> torch.export.ExportedProgram:
-    """The model as a program with a free batch size.
-
-    Args:
-        model: In eval mode.
-        inputs: Two of them or more.
-        strict: Follow its Python code, not only what that computes.
+    """The model as a program with a free batch size, of two inputs or more; `strict` follows its Python code, too.
 
     Raises:
         ModelError: `torch.export` cannot follow the model.

@@ -23,12 +23,7 @@ _AT_ONCE = 8
 
 
 def quantise_file(source: Path, target: Path, images: Batch) -> None:
-    """Fold what can be folded, and quantise the rest.
-
-    Args:
-        source: A file in float.
-        target: File to write.
-        images: To take ranges from.
+    """Fold what can be folded of a file in float, and quantise the rest, with ranges from images.
 
     Raises:
         ModelError: onnxruntime cannot quantise the model.

@@ -21,11 +21,7 @@ _AT_ONCE = 8
 
 
 def quantised_program(model: nn.Module, images: Batch) -> ExportedProgram:
-    """The model in eight bits.
-
-    Args:
-        model: On the CPU, in eval mode; not changed.
-        images: To take ranges from.
+    """The model, on the CPU and in eval mode, in eight bits, with ranges from images; not changed.
 
     Raises:
         ModelError: `torch.export` cannot follow the model, or torchao cannot quantise it.

@@ -80,8 +80,6 @@ class _Trials:
     """Tries which dimensions can go.
 
     Attributes:
-        verifier: Of the model.
-        coupling: With groups of heads.
         instead: By what `Layers` go, the groups of dimensions that can go, instead of one if that is its number.
         fixed: Stored numbers that do not follow.
     """

@@ -26,12 +26,7 @@ _NUMBERS = ("step", "seconds", "best_step", "stopped", "turns", "first_loss")
 
 
 class Checkpoint:
-    """The file of one training; it belongs to the weights that the model came with, the images and the settings.
-
-    Args:
-        path: The file.
-        training: As it begins.
-    """
+    """The file of one training; it belongs to the weights that the model came with, the images and the settings."""
 
     def __init__(self, path: str | os.PathLike[str], training: Training) -> None:
         self.path, self.training = Path(path), training

@@ -24,10 +24,7 @@ _ROOM = 2**28
 class HeldOut:
     """Held-out inputs on which a pruned model is compared with the dense one.
 
-    Args:
-        imitation: The loss between both models, with its hooks in place; it counts where outputs cannot be compared.
-        inputs: What is held out.
-        batch: Inputs in one pass.
+    The loss between both, with its hooks in place, counts where outputs cannot be compared.
     """
 
     def __init__(self, imitation: ImitationLoss, inputs: Batch, batch: int) -> None:

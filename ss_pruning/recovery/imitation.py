@@ -124,13 +124,7 @@ class ImitationLoss:
 
 
 def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda total: total) -> Tensor:
-    """Mean squared error by the `scale` of what is wanted, in float32 at least.
-
-    Args:
-        found: What the pruned model has.
-        wanted: What it should have.
-        everywhere: Adds a number up over all processes, for what is wanted by all of them together.
-    """
+    """Mean squared error by the `scale` of what is wanted, by all processes together, in float32 at least."""
     with torch.autocast(wanted.device.type, enabled=False):
         precision = torch.promote_types(wanted.dtype, torch.float32)
         found, wanted = found.to(precision), wanted.to(precision)
@@ -141,12 +135,7 @@ def relative_error(found: Tensor, wanted: Tensor, everywhere: Total = lambda tot
 
 
 def scale(mean: Tensor, variance: Tensor) -> Tensor:
-    """What squared errors are divided by: the variance, but `FLOOR` of the mean square at least; 1 where all is 0.
-
-    Args:
-        mean: Of what is wanted, a number.
-        variance: Likewise.
-    """
+    """What squared errors are divided by: the variance, but `FLOOR` of the mean square at least; 1 where all is 0."""
     least = torch.maximum(variance, FLOOR * (variance + mean.square()))
     return torch.where(least > 0, least, torch.ones_like(least))
 

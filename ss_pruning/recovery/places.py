@@ -54,10 +54,7 @@ class Place:
 def find_places(model: nn.Module, dense: nn.Module, example_inputs: Any) -> tuple[Place, ...]:
     """The ends of the stages of both models, and of blocks that lost no channel; the outputs where there is no other.
 
-    Args:
-        model: The pruned model, which carries its plan; not changed.
-        dense: The dense model; not changed.
-        example_inputs: What `forward` takes.
+    The pruned model carries its plan; neither is changed.
 
     Raises:
         InputError: A model does not run on the inputs, there is no tensor that both have, or the pruned one carries no

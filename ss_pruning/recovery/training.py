@@ -101,15 +101,7 @@ class State:
 
 
 class Training:
-    """Trains the pruned model of an imitation loss, whose hooks are in place.
-
-    Args:
-        imitation: The loss.
-        images: What to train on.
-        held_out: What to measure on.
-        settings: How to train.
-        length: How long.
-    """
+    """Trains the pruned model of an imitation loss, whose hooks are in place."""
 
     def __init__(
         self, imitation: ImitationLoss, images: Batch, held_out: HeldOut, settings: Recovery, length: Length
@@ -129,12 +121,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, settings.rate, weight_decay=settings.weight_decay)
 
     def run(self, at_moment: Callable[[State], None], at_step: Callable[[State], None]) -> None:
-        """Train to the end.
-
-        Args:
-            at_moment: Called after each measurement.
-            at_step: Called after each step.
-        """
+        """Train to the end; tells how far it is after each measurement, and after each step."""
         state, begin = self.state, time.perf_counter() - self.state.seconds
         if state.stopped is None:
             self._end()

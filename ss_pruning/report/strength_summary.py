@@ -28,13 +28,7 @@ class LayerScore:
     """One layer's strengths in figures.
 
     Attributes:
-        path: module path.
-        kind: class of the layer.
-        outputs: output channels.
         inputs: input channels that each output reads.
-        median: median strength.
-        weakest: smallest strength.
-        strongest: largest strength.
         effective_inputs: median over the outputs of `1 / sum(share ** 2)`: how many equal inputs would spread
             the variance as thinly.
         unscaled: input channels with no normalisation behind them.

@@ -55,11 +55,7 @@ def density(positions: Sequence[float]) -> Floats:
 
 
 class LogScale:
-    """Positions on a logarithmic axis of whole decades.
-
-    Args:
-        values: the positive values to cover.
-    """
+    """Positions on a logarithmic axis of whole decades that covers positive values."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.high = math.ceil(math.log10(max(values)) - 1e-9)

@@ -18,11 +18,7 @@ class LabelledFolder(ImageFolder):  # type: ignore[misc]
     """torchvision's `ImageFolder` without hidden files and folders, with pixels as `open_rgb` decodes them."""
 
     def __init__(self, root: str | os.PathLike[str], change: Callable[[Any], Tensor]) -> None:
-        """Find the images.
-
-        Args:
-            root: Holds the folders.
-            change: Makes a tensor of an RGB image.
+        """Find the images in the folders in `root`; `change` makes a tensor of an RGB image.
 
         Raises:
             InputError: There are no classes, or one of them has no image.

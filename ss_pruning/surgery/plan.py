@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ss_pruning._utils.copying import shell
+from ss_pruning._utils.memento import parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
@@ -21,7 +22,6 @@ from ss_pruning.graph.layers import is_depthwise, layer_type_of, width
 from ss_pruning.graph.refusals import check_whole
 from ss_pruning.surgery.cut import Cut, cut_layer, gather_, give_bias
 from ss_pruning.surgery.factors import Factor, multiply_
-from ss_pruning.surgery.module_tables import differing, take_values_, tie_
 
 #: Name under which a pruned model carries the plan that made it.
 PLAN_ATTRIBUTE = "ss_pruning_plan"
@@ -97,9 +97,9 @@ class Plan:
                 make_prunable_(small, holders.__contains__)
             self._check(small)
             self._cut_(small)
-            tie_(small, model)
+            _tie_(small, model)
             if values is not None:
-                take_values_(small, values)
+                _take_values_(small, values)
         return small
 
     def _cut_(self, model: nn.Module) -> None:
@@ -240,7 +240,7 @@ def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
     for path, module in modules_of(model).items():
         own = layer_type_of(module)
         sizes = _SIZES if own is None else own.sizes.values()
-        for table, now in differing(module, theirs[path], (*sizes, *numbers.get(path, ()))):
+        for table, now in _differing(module, theirs[path], (*sizes, *numbers.get(path, ()))):
             steps.append(partial(dict.update, table, now))
             before.append(dict(table))
         if type(theirs[path]) is not type(module):
@@ -321,3 +321,65 @@ def set_number(module: nn.Module, attribute: Attribute) -> None:
     changed = list(values)
     changed[attribute.position] = attribute.after
     setattr(module, attribute.name, type(values)(changed))
+
+
+def _tie_(small: nn.Module, model: nn.Module) -> None:
+    """Where a tensor that was cut stands in another place, too, let it do so in the cut model."""
+    theirs = modules_of(small)
+    places = [(tensor, vars(theirs[path])[table], name) for path, table, name, tensor in _held(model)]
+    cut = {id(tensor): table[name] for tensor, table, name in places if table[name] is not tensor}
+    for tensor, table, name in places:
+        table[name] = cut.get(id(tensor), table[name])
+
+
+def _take_values_(model: nn.Module, values: nn.Module) -> None:
+    """Give a model the tensors of another one, of the same shapes, where they differ."""
+    theirs = modules_of(values)
+    made: dict[int, Tensor] = {}  # by what it was made for: tied tensors stay tied
+    ours = modules_of(model)
+    for path, table, name, tensor in list(_held(model)):
+        value = vars(theirs[path])[table].get(name)
+        if value is not None:
+            vars(ours[path])[table][name] = made.setdefault(id(tensor), _with_values(tensor, value))
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Module path, table, name and tensor, each as often as it is held; those of TorchScript cannot be reached."""
+    for path, module in modules_of(model).items():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for table in ("_parameters", "_buffers"):
+                for name, tensor in vars(module)[table].items():
+                    if tensor is not None:
+                        yield path, table, name, tensor
+
+
+def _with_values(tensor: Tensor, values: Any) -> Any:
+    """A tensor of the same kind, type and place with other values; itself where they are its own."""
+    values = values.detach().to(tensor)
+    if torch.equal(tensor, values):
+        return tensor
+    if not isinstance(tensor, nn.Parameter):
+        return values
+    parameter = parameter_like(tensor, values)
+    parameter.grad = tensor.grad
+    return parameter
+
+
+def _differing(
+    module: nn.Module, other: nn.Module, names: Iterable[str]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Tables of a module, and what of them is something else in the other module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    sizes = {name: vars(other)[name] for name in names if name in vars(other)}
+    layers = {} if type(module) is type(other) else other._modules
+    pairs = (
+        (module._parameters, other._parameters),
+        (module._buffers, other._buffers),
+        (vars(module), sizes),
+        (module._modules, {name: layer for name, layer in layers.items() if name not in module._modules}),
+    )
+    for table, now in pairs:
+        changed = {name: value for name, value in now.items() if table.get(name, ...) is not value}
+        if changed:
+            yield table, changed

@@ -179,13 +179,7 @@ def _mostly_mixed(pulled: Sequence[Tensor], permuted: Ints) -> bool:
 
 
 def aligned_axis(pulled: Sequence[Tensor], permuted: Ints, *, shared: bool = False) -> int | None:
-    """The axis of a loose tensor along which each index belongs to one channel of its own, if there is one.
-
-    Args:
-        pulled: What three pulls left at the tensor.
-        permuted: The permuted labels.
-        shared: Several may belong to one.
-    """
+    """The axis of a loose tensor along which each index belongs to one channel, of its own unless it is `shared`."""
     if pulled[0].numel() > _LARGE and _mostly_mixed(pulled, permuted):
         return None
     channel, clean = Pulled(pulled, 0, permuted).decoded(

@@ -32,13 +32,9 @@ from ss_pruning.graph.probe.channel_labels import (
 def with_heads(
     arrival: Arrival, inflows: Sequence[Inflow], leaves: Sequence[Leaf], labels: Labels
 ) -> list[Inflow]:
-    """The same inflows, and those of tables by head, with the heads that they belong to, if there are any.
+    """The same inflows of what attention hands on, and those of tables by head, with the heads that they belong to.
 
-    Args:
-        arrival: Of attention's result at the layer that reads it.
-        inflows: What feeds it, channel by channel or mixed.
-        leaves: What it may come from; loose tensors among them may be tables.
-        labels: To pull with.
+    There may be none. Loose tensors among the leaves may be tables.
     """
     mixing = [inflow for inflow in inflows if _may_mix(inflow) and not inflow.resolved]
     sharing = _sharing(arrival, mixing, labels) if mixing else None

@@ -172,13 +172,7 @@ def stratified_normal(
     """Standard normal noise, along each channel one quantile from each of `n` strata of equal probability.
 
     All channels hold the same shuffled quantiles, each rotated by a random amount: as good as independent, and a
-    thousandth of the cost of shuffling each.
-
-    Args:
-        like: Gives shape and device.
-        axis: Where its channels lie.
-        generator: Source of randomness.
-        by_image: One quantile an image (axis 0) rather than one a value.
+    thousandth of the cost of shuffling each. With `by_image` there is one an image (axis 0), not one a value.
     """
     channels, images = like.shape[axis], like.shape[0]
     values = like.numel() // max(channels, 1)
