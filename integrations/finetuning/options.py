@@ -155,11 +155,6 @@ class Options(Sparsifying, Training, Task):
         """Whether the model becomes sparser or smaller in this run."""
         return self.cuts or bool(self.sparsity)
 
-    @property
-    def pruned_after(self) -> int:
-        """Epochs before that; -1 for never."""
-        return (self.prune_epoch or 0) if self.prunes else -1
-
     def recipe(self) -> dict[str, Any]:
         """The options that decide what comes out."""
         kept = {name: value for name, value in asdict(self).items() if name not in _ELSEWHERE}

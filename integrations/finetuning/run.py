@@ -312,9 +312,12 @@ def start(options: Options, accelerator: Accelerator) -> tuple[Run, DataLoader[A
 def run(options: Options, accelerator: Accelerator) -> list[dict[str, float]]:
     """Train through all epochs that are left; returns the log by epoch."""
     here, train, val = start(options, accelerator)
-    board = board_of(options, accelerator, len(here.log))
+    board: Any = None
+    if accelerator.is_main_process:
+        board = SummaryWriter(options.out / "tensorboard", purge_step=len(here.log) + 1)
     while len(here.log) < options.epochs:
-        if len(here.log) == options.pruned_after and not here.sparsified:
+        due = options.prunes and len(here.log) == (options.prune_epoch or 0)
+        if due and not here.sparsified:
             here.unwrap()
             here.sparsify()
             here.wrap()
@@ -335,13 +338,6 @@ def run(options: Options, accelerator: Accelerator) -> list[dict[str, float]]:
         here.on_first(lambda: ss_pruning.export(model, target, here.example.cpu(), options.export))
         here.say(f"exported: {target}")
     return here.log
-
-
-def board_of(options: Options, accelerator: Accelerator, done: int) -> Any:
-    """TensorBoard's writer in the first process, None in the others."""
-    if not accelerator.is_main_process:
-        return None
-    return SummaryWriter(options.out / "tensorboard", purge_step=done + 1)
 
 
 def finetune(options: Options) -> list[dict[str, float]]:

@@ -128,8 +128,10 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         if trainer.current_epoch == self.epoch and not self.pruned:
             self._prune(self._network(pl_module))
             _renew(trainer)
-        wanted = self.weight and not self.pruned
-        self._penalty = self._new_penalty(self._network(pl_module)) if wanted else None
+        self._penalty, network = None, self._network(pl_module)
+        if self.weight and not self.pruned:
+            inputs = moved_to(network, self.example_inputs)
+            self._penalty = StrengthPenalty(network, inputs, form=self.form)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Add the gradient of the penalty."""
@@ -160,9 +162,6 @@ class StrengthPruning(Callback):  # type: ignore[misc]
         network = self._network(pl_module)
         self.pruned, self.plan = saved["pruned"], Plan.from_json(saved["plan"])
         mask_(self.plan.apply_(network), saved["masks"])
-
-    def _new_penalty(self, network: nn.Module) -> StrengthPenalty:
-        return StrengthPenalty(network, moved_to(network, self.example_inputs), form=self.form)
 
     def _prune(self, network: nn.Module) -> None:
         """Mask the weakest synapses, cut channels; what is zero stays zero."""

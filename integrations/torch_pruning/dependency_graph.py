@@ -41,9 +41,8 @@ class ChannelGroup(tp.dependency.Group):  # type: ignore[misc]
     def __init__(self, graph: ChannelGraph, subgroups: Iterable[Subgroup]) -> None:
         super().__init__()
         self._DG, self.era, self.subgroups = graph, graph.latest, tuple(subgroups)
-        self.order = list(
-            range(sum(subgroup.size for subgroup in self.subgroups))
-        )  # channel sets by place in the root
+        # Channel sets by place in the root.
+        self.order = list(range(sum(subgroup.size for subgroup in self.subgroups)))
 
     def only(self, wanted: Callable[[Any], bool]) -> ChannelGroup | None:
         """The group with some of its items; None if its root is not among them."""

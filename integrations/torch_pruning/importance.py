@@ -58,7 +58,8 @@ class SynapticImportance(synaptic.SynapticImportance, tp.importance.Importance):
         connectivity = self._trace(graph.model, graph)
         numbers = checksums(self._read(graph.model, connectivity, group))
         now = self._round
-        if now is None or now.layers.connectivity is not connectivity or not now.goes_on(root, numbers):
+        seen = now is None or root in now.roots or not unchanged(numbers, now.numbers)
+        if now is None or seen or now.layers.connectivity is not connectivity:
             layers = self._layer_scores(graph.model, connectivity, numbers, partial(self._inputs, graph))
             now = self._round = _Round(layers, {m: path for path, m in modules_of(graph.model).items()})
         now.roots.add(root)
@@ -108,9 +109,6 @@ class _Round:
     paths: dict[nn.Module, str]
     numbers: dict[str, Tensor] = field(default_factory=dict)
     roots: set[tuple[nn.Module, int]] = field(default_factory=set)
-
-    def goes_on(self, root: tuple[nn.Module, int], numbers: Mapping[str, Tensor]) -> bool:
-        return root not in self.roots and unchanged(numbers, self.numbers)
 
     def path_of(self, module: nn.Module) -> str:
         if module not in self.paths:

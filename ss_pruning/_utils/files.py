@@ -44,9 +44,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(target)
     try:
         _sweep(target.parent)
-        temporary.touch(
-            exist_ok=False
-        )  # not tempfile: that would leave the result readable by its owner only
+        # Not tempfile: that would leave the result readable by its owner only.
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # writers may put a file of their own there, which is private

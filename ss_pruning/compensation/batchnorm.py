@@ -195,14 +195,10 @@ def _fitting(images: Batch) -> Batch:
 
 def _added(seen: list[_Sample], x: Tensor) -> _Sample:
     """Take note of what reaches a norm; returns all that has reached it."""
-    now = _sample(x)
+    mean, variance = mean_and_variance(x)
+    now = x.numel() // x.shape[1], mean.flatten().double(), variance.flatten().double()
     seen.append(_pooled(seen[-1], now) if seen else now)
     return seen[-1]
-
-
-def _sample(x: Tensor) -> _Sample:
-    mean, variance = mean_and_variance(x)
-    return x.numel() // x.shape[1], mean.flatten().double(), variance.flatten().double()
 
 
 def _pooled(a: _Sample, b: _Sample) -> _Sample:

@@ -215,9 +215,8 @@ def _puts_out_rows(module: nn.Module) -> bool:
     bias = made(by_group.shape[:2].numel()) * by_group[0, 0].numel() ** 0.5  # as much as the rest
     if isinstance(module, _ConvNd):
         seen = zip(module.kernel_size, module.dilation, module.stride, strict=True)
-        x = made(
-            1, module.in_channels, *(d * (k - 1) + s + 2 for k, d, s in seen)
-        )  # few positions: rows take memory
+        # Few positions: rows take memory.
+        x = made(1, module.in_channels, *(d * (k - 1) + s + 2 for k, d, s in seen))
     else:
         x = made(1, like.shape[1])
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):

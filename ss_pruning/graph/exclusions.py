@@ -136,35 +136,23 @@ def _untouchable(modules: Mapping[str, nn.Module], connectivity: Connectivity) -
     return reasons
 
 
-def channel_set_reasons(slots: Slots, channel_set: Ints, frozen: list[tuple[Ints, str]]) -> Ints:
-    """`[total]`, by channel set label: 0 for a channel set that may go, else the number of its reason."""
+def channel_set_reasons(
+    slots: Slots, channel_set: Ints, frozen: list[tuple[Ints, str]]
+) -> tuple[Ints, list[str]]:
+    """`[total]`, by channel set label: 0 for a channel set that may go, else the number of its reason; and reasons."""
+    texts = list(dict.fromkeys(["", *(text for _, text in reversed(frozen)), WHOLE_REASON]))
     reason = np.zeros(slots.total, dtype=np.int64)
     for numbers, text in reversed(frozen):
-        reason[channel_set[numbers]] = _REASONS.number(text)
+        reason[channel_set[numbers]] = texts.index(text)
     pairs, count = np.unique(channel_set * len(slots.keys) + slots.side_of, return_counts=True)
     widths = np.array([slots.widths[key] for key in slots.keys])
     whole = (pairs // len(slots.keys))[count >= widths[pairs % len(slots.keys)]]
-    reason[whole[reason[whole] == 0]] = _REASONS.number(WHOLE_REASON)
-    return reason
-
-
-class _Reasons:
-    """Numbers for reason texts, from 1."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = [""]
-
-    def number(self, text: str) -> int:
-        if text not in self.texts:
-            self.texts.append(text)
-        return self.texts.index(text)
-
-
-_REASONS = _Reasons()
+    reason[whole[reason[whole] == 0]] = texts.index(WHOLE_REASON)
+    return reason, texts
 
 
 def excluded_by_reason(
-    connectivity: Connectivity, slots: Slots, channel_set: Ints, reasons: Ints
+    connectivity: Connectivity, slots: Slots, channel_set: Ints, reasons: Ints, texts: list[str]
 ) -> tuple[Excluded, ...]:
     """One entry a reason: the synaptic layers of whose outputs some stay for it."""
     paths: dict[int, list[str]] = defaultdict(list)
@@ -177,4 +165,4 @@ def excluded_by_reason(
             if number:
                 paths[number].append(path)
                 channels[number] += count
-    return tuple(Excluded(tuple(paths[n]), channels[n], _REASONS.texts[n]) for n in sorted(paths))
+    return tuple(Excluded(tuple(paths[n]), channels[n], texts[n]) for n in sorted(paths))

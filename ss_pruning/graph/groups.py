@@ -182,10 +182,9 @@ def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, st
     if lone:
         channel_set = components(slots.total, np.concatenate([ties, *lone.values()]))
     frozen = frozen_slots(connectivity, slots, modules, ignore or {})
-    reasons = channel_set_reasons(slots, channel_set, frozen)
-    whole = excluded_by_reason(connectivity, slots, channel_set, reasons) + left_uncalled(
-        connectivity, modules
-    )
+    reasons, texts = channel_set_reasons(slots, channel_set, frozen)
+    whole = excluded_by_reason(connectivity, slots, channel_set, reasons, texts)
+    whole += left_uncalled(connectivity, modules)
     subgroups = _subgroups(connectivity, slots, modules, channel_set, reasons, lone)
     groups = _groups(subgroups, modules, connectivity)
     even = [_even(group, slots.widths, modules) for group in groups]

@@ -109,9 +109,8 @@ class BatchedAblation:
     def sensitivity(self, cuts: Sequence[Mapping[str, Ints]]) -> Floats:
         """`[cuts]`: the share of the output's variance that is lost with each."""
         paths = dict.fromkeys(path for cut in cuts for path in cut)
-        consumers = [
-            path for path in paths if is_output(path) or self.statistics[path].mean is not None
-        ]  # the others do not run
+        # Those without statistics do not run.
+        consumers = [path for path in paths if is_output(path) or self.statistics[path].mean is not None]
         strange = [path for path in map(_layer, consumers) if path not in self.fitted]
         if strange:
             raise ModelError(f"what '{strange[0]}' reads does not go by images; {OTHERWISE}")

@@ -127,9 +127,8 @@ def _handler(module: nn.Module | None, member: Member) -> Any:
             return None
         if is_depthwise(module):
             return tp.prune_depthwise_conv_out_channels if member.side == "out" else None
-        if (
-            module.transposed and module.groups > 1 and member.side == "out"
-        ):  # they index one group as if it were all
+        # Importances index one group as if it were all.
+        if module.transposed and module.groups > 1 and member.side == "out":
             return None
         return tp.prune_conv_in_channels if member.side == "in" else tp.prune_conv_out_channels
     if isinstance(module, nn.Linear):

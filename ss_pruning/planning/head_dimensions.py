@@ -52,7 +52,11 @@ class HeadDimensions:
 
     def of(self, heads: Subgroup) -> list[Dimensions]:
         """The kinds of dimensions of which each head has several, and as many as the others."""
-        apart = [self._kinds(heads, head) for head in range(heads.size)]
+        starts = [(self.slots.start[m.key], m.index) for m in heads.members]
+        apart = [
+            self._by_sides(np.concatenate([start + index[head] for start, index in starts]))
+            for head in range(heads.size)
+        ]
         behind = next((member for member in heads.members if member.side == "in"), None)
         if behind is None or any(kinds.keys() != apart[0].keys() for kinds in apart):
             return []
@@ -104,10 +108,6 @@ class HeadDimensions:
                 parts = np.split(own, np.flatnonzero(np.diff(own) != 1) + 1)
                 runs[head] += [part for part in parts if len(part) > 1]
         return [tie for own in runs.values() for tie in _in_the_same_place(own)]
-
-    def _kinds(self, heads: Subgroup, head: int) -> dict[tuple[int, ...], list[Ints]]:
-        numbers = [self.slots.start[m.key] + m.index[head] for m in heads.members]
-        return self._by_sides(np.concatenate(numbers))
 
     def _by_sides(self, numbers: Ints) -> dict[tuple[int, ...], list[Ints]]:
         """By the sides that they touch, the channel sets of a head, each as its slots."""

@@ -204,9 +204,8 @@ class Ranker:
         given: tuple[object, ...] = (config.allocation.max_ratio, config.compensation, self.effort)
         # All but reconstruct are measured again, beside what the other groups would lose.
         if not isinstance(config.compensation, Reconstruct):
-            asked = replace(
-                self.config.allocation, latency_inputs=None, budget_time=None
-            )  # says what competes
+            # What was asked for says what competes.
+            asked = replace(self.config.allocation, latency_inputs=None, budget_time=None)
             given = (*given, config.budget, asked, config.allocation.cost_exponent)
             if config.budget.kind == "latency" or config.allocation.round_to == "measured":
                 return None

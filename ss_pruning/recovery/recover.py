@@ -135,7 +135,7 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         check_finite(net)
     fresh = cut_like(model, dense)
     if not plan_of(model).cuts and all(
-        torch.equal(a, b) for a, b in zip(*map(_values, (model, dense)), strict=True)
+        torch.equal(a, b) for a, b in zip(tensors_of(model).values(), tensors_of(dense).values(), strict=True)
     ):
         raise InputError(
             "the model was not pruned: it is the same as dense, so that there is nothing to recover"
@@ -171,10 +171,6 @@ def _check_built(model: nn.Module, student: nn.Module) -> None:
             f"'{new[0]}' is made in the first forward pass, by chance: run both models once, and load their weights, "
             "before recovery"
         )
-
-
-def _values(model: nn.Module) -> list[Tensor]:
-    return list(tensors_of(model).values())
 
 
 def _inputs(images: Any, dense: nn.Module, example: Any) -> Batch:

@@ -198,13 +198,11 @@ class Training:
         state.history.append(Moment(state.step, loss, fidelity))
         if fidelity.error < state.after.error:
             state.best, state.best_step, state.after = _copies(state.weights), state.step, fidelity
-        elif not fidelity.error < state.before.error * self._allowed():
-            self._go_back()
+        else:
+            last_quarter = self.length.done(state.step, state.seconds) >= 0.75
+            if not fidelity.error < state.before.error * (1.0 if last_quarter else TOO_FAR):
+                self._go_back()
         self._end(loss)
-
-    def _allowed(self) -> float:
-        last_quarter = self.length.done(self.state.step, self.state.seconds) >= 0.75
-        return 1.0 if last_quarter else TOO_FAR
 
     @torch.no_grad()
     def _go_back(self) -> None:

@@ -320,9 +320,8 @@ class Report:
         Raises:
             FileFormatError: the file is missing, truncated or no report.
         """
-        if os.path.exists(path) and not os.path.isfile(
-            path
-        ):  # a FIFO would wait forever, /dev/zero fill the memory
+        # A FIFO would wait forever, /dev/zero fill the memory.
+        if os.path.exists(path) and not os.path.isfile(path):
             raise FileFormatError(f"cannot read the report {str(path)!r}: it is no regular file.")
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -182,10 +182,8 @@ def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
 
     _check_torchvision(name)
     takes = inspect.signature(models.get_model_builder(name)).parameters
-    defaults: dict[str, Any] = {
-        "weights": None,
-        "weights_backbone": None,
-    }  # detectors fetch a backbone by default
+    # Detectors fetch a backbone by default.
+    defaults: dict[str, Any] = {"weights": None, "weights_backbone": None}
     if name in ("googlenet", "inception_v3") and options.get("weights") is None:
         defaults["init_weights"] = True  # what they do anyway, after a warning
     given = {**defaults, **options}
@@ -298,9 +296,8 @@ def _import_file(path: Path) -> Any:
 def _call(spec: str, build: Callable[[], object], options: Mapping[str, Any]) -> nn.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # advice for the model's author; the user of a name cannot act on it
+            # Advice for the model's author; the user of a name cannot act on it.
+            warnings.simplefilter("ignore")
             model = build()
     except SSPruningError:
         raise

@@ -38,9 +38,8 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
     else:
         found = _of_the_model(found, wanted, path)
     _check_fit(found, wanted, path)
-    model.load_state_dict(
-        as_state_of(model, found), strict=False
-    )  # strict but for the counters that _check_fit allows to lack
+    # Not strict for the counters that _check_fit allows to lack.
+    model.load_state_dict(as_state_of(model, found), strict=False)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -85,9 +84,8 @@ def _read_torch(path: Path) -> object:
     from argparse import Namespace
 
     try:
-        with torch.serialization.safe_globals(
-            [Namespace]
-        ):  # training scripts keep their options; they are plain
+        # Training scripts keep their options; they are plain.
+        with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(

@@ -177,9 +177,8 @@ def _readers(connectivity: Connectivity, norm: str) -> Readers | None:
         channels = torch.cat([edge.pairs[:, 1] for edge in mine])
         others = [edge.pairs[:, 1] for edge in edges if edge.source != norm]
         shared = others and bool(torch.isin(channels, torch.cat(others)).any())
-        spread = any(
-            len(edge.broadcast) for edge in mine
-        )  # one value reaches several channels, as from a gate
+        # One value reaches several channels, as from a gate.
+        spread = any(len(edge.broadcast) for edge in mine)
         repeated = len(edges) != len({edge.source for edge in edges})
         if shared or spread or repeated or connectivity.layers[path].kind not in _SCALABLE:
             return None

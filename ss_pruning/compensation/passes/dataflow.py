@@ -98,9 +98,8 @@ class Dataflow:
                 needed |= event.read if needed & event.made else _NONE
             elif event.gave in self.ends:
                 found[event.gave] = bool(needed & event.made)
-                needed -= (
-                    event.made - event.read
-                )  # what was handed on as it came is read where it came from, too
+                # What was handed on as it came is read where it came from, too.
+                needed -= event.made - event.read
         return found
 
     def rewritten(self, times: Iterable[int]) -> set[Call]:

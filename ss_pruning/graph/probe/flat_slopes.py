@@ -25,9 +25,8 @@ class FlatSlopes(overrides.TorchFunctionMode):
         shares = _READ[func](*args, **kwargs) if func in _READ else ()
         if not shares:
             return func(*args, **kwargs)
-        if kwargs.get("inplace") or func.__name__.endswith(
-            "_"
-        ):  # which keeps what it puts out for its gradient
+        # Done in place, a function keeps what it puts out for its gradient.
+        if kwargs.get("inplace") or func.__name__.endswith("_"):
             return args[0].copy_(sum(shares, func(args[0].clone(), *args[1:], **kwargs)))
         result = func(*args, **kwargs)
         if isinstance(result, tuple):  # a maximum, and where it lies

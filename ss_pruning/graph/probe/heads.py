@@ -51,8 +51,11 @@ def with_heads(
         return list(inflows)  # a layer for each head, so that none could lose one
     if not any(_mixes(inflow, channels) for inflow in told):
         return list(inflows)  # copies of one channel, as of a stream that is concatenated twice
-    by_head = [found[id(table)] for table in tables if id(table) in found]
-    return told + [_as_table(inflow, channels) for inflow in by_head if not len(inflow.broadcast)]
+    for table in (found[id(table)] for table in tables if id(table) in found):
+        if not len(table.broadcast):
+            heads = Heads(channels, table.pairs)
+            told.append(replace(table, pairs=table.pairs[:0], broadcast=table.pairs[:, 0], heads=heads))
+    return told
 
 
 def with_one_head(arrival: Arrival, inflows: Sequence[Inflow]) -> list[Inflow]:
@@ -131,8 +134,3 @@ def _mixes(inflow: Inflow, channels: Tensor) -> bool:
         head_of = channels.flatten().argsort() // channels.shape[1]
         heads = torch.stack([inflow.pairs[:, 0], head_of[inflow.pairs[:, 1]]], 1).unique(dim=0)[:, 1]
     return len(heads.unique()) < len(heads)
-
-
-def _as_table(inflow: Inflow, channels: Tensor) -> Inflow:
-    entries = inflow.pairs[:, 0]
-    return replace(inflow, pairs=inflow.pairs[:0], broadcast=entries, heads=Heads(channels, inflow.pairs))

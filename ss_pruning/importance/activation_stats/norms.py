@@ -27,13 +27,10 @@ def norm_scales(model: nn.Module, connectivity: Connectivity) -> dict[str, Tenso
     for path, layer in connectivity.layers.items():
         if layer.kind == "norm":
             weight = getattr(modules[path], "weight", None)
-            scales[path] = torch.ones(layer.outputs) if weight is None else _single(weight).square().flatten()
+            weight = torch.ones(layer.outputs) if weight is None else weight
+            # In single precision at least: squares of small numbers vanish in half.
+            scales[path] = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().flatten()
     return scales
-
-
-def _single(scale: Tensor) -> Tensor:
-    """In single precision at least: squares of small numbers vanish in half."""
-    return scale.to(torch.promote_types(scale.dtype, torch.float32))
 
 
 def from_norms(connectivity: Connectivity, path: str, scales: dict[str, Tensor]) -> ActivationStatistics:
