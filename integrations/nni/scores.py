@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,6 @@ class Scores:
             path: synaptic_power(model.get_submodule(path), variance, weights.get(path))
             for path, variance in variances.items()
         }
-        self._delivered: dict[str, Tensor] | None = None
 
     def of(self, path: str, weight: Tensor, scaler: Any) -> Tensor:
         """Scores of the blocks of one weight, in the shape that NNI's scaler gives them."""
@@ -58,33 +58,27 @@ class Scores:
             return self.delivered[path].to(summed).reshape(summed.shape)
         return summed
 
-    @property
+    @cached_property
     def delivered(self) -> dict[str, Tensor]:
         """By layer, `[out]`: the shares that the layer's outputs have in what reads them, summed.
 
         Norms and depthwise layers pass on; what nothing reads (the model's output) is scored by its own strength,
         relative to the layer's largest.
         """
-        if self._delivered is None:
-            layers = self.connectivity.layers
-            device = device_of(self.model)
-            out = {path: torch.zeros(layer.outputs, device=device) for path, layer in layers.items()}
-            read = {
-                path: torch.zeros(layer.outputs, dtype=torch.bool, device=device)
-                for path, layer in layers.items()
-            }
-            for path in reversed(list(layers)):
-                reaches = self._at_inputs(path, out[path])
-                for edge in self.connectivity.edges[path]:
-                    if edge.source in out:
-                        pairs = edge.pairs.to(device)
-                        out[edge.source].index_add_(0, pairs[:, 0], reaches.to(out[edge.source])[pairs[:, 1]])
-                        read[edge.source][pairs[:, 0]] = True
-                if path in self.powers and not bool(read[path].all()):
-                    own = self.powers[path].sum(1).sqrt().to(out[path])
-                    out[path] = torch.where(read[path], out[path], own / own.max().clamp_min(1e-30))
-            self._delivered = out
-        return self._delivered
+        layers, device = self.connectivity.layers, device_of(self.model)
+        out = {path: torch.zeros(layer.outputs, device=device) for path, layer in layers.items()}
+        read = {path: torch.zeros_like(values, dtype=torch.bool) for path, values in out.items()}
+        for path in reversed(list(layers)):
+            reaches = self._at_inputs(path, out[path])
+            for edge in self.connectivity.edges[path]:
+                if edge.source in out:
+                    pairs = edge.pairs.to(device)
+                    out[edge.source].index_add_(0, pairs[:, 0], reaches.to(out[edge.source])[pairs[:, 1]])
+                    read[edge.source][pairs[:, 0]] = True
+            if path in self.powers and not bool(read[path].all()):
+                own = self.powers[path].sum(1).sqrt().to(out[path])
+                out[path] = torch.where(read[path], out[path], own / own.max().clamp_min(1e-30))
+        return out
 
     def _at_inputs(self, path: str, out: Tensor) -> Tensor:
         layer = self.connectivity.layers[path]

@@ -333,7 +333,7 @@ def _check_finite(batch: Batch, example: Any, where: str) -> None:
     examples, _ = _flat(example)
     entries, _ = _flat(batch.inputs)
     for entry, like in zip(entries, examples, strict=False):
-        infinite = any(bool(x.isinf().any()) for x in _each(like))
+        infinite = any(bool(x.isinf().any()) for _, x in _samples(like))
         for number, x in _samples(entry):
             if _is_sound(x, infinite):
                 continue
@@ -348,12 +348,6 @@ def _is_sound(x: Tensor, infinite: bool) -> bool:
         return True
     ends = torch.stack(x.aminmax())
     return not bool((ends.isnan() if infinite else ~ends.isfinite()).any())
-
-
-def _each(entry: Any) -> Iterator[Tensor]:
-    for item in entry if isinstance(entry, list) else [entry]:
-        if isinstance(item, Tensor) and item.is_floating_point():
-            yield item
 
 
 def _samples(entry: Any) -> Iterator[tuple[int | None, Tensor]]:

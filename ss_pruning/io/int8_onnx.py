@@ -19,7 +19,13 @@ from ss_pruning.importance.calibration import Batch
 from ss_pruning.io.writers import quiet
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_AT_ONCE = 8
+#: Calibration images that run at once.
+AT_ONCE = 8
+#: What is said of a model without layers.
+NO_LAYER = (
+    "the model has no layer with weights in float32, so that there is nothing to quantise; of one in half precision "
+    "give model.float()"
+)
 
 
 def quantise_file(source: Path, target: Path, images: Batch) -> None:
@@ -62,7 +68,7 @@ class _Reader:
 
     def __init__(self, name: str, images: Batch) -> None:
         self.name = name
-        self.parts: Iterator[Batch] = iter(images.split(_AT_ONCE))
+        self.parts: Iterator[Batch] = iter(images.split(AT_ONCE))
 
     def get_next(self) -> dict[str, Any] | None:
         part = next(self.parts, None)
@@ -88,10 +94,7 @@ def _decoding(graph: Any) -> list[str]:
         else:
             names.append(node.name)
     if len(names) == len(graph.node):
-        raise ModelError(
-            "the model has no layer with weights in float32, so that there is nothing to quantise; of one in half "
-            "precision give model.float()"
-        )
+        raise ModelError(NO_LAYER)
     return names
 
 

@@ -15,9 +15,9 @@ from ss_pruning._utils.running import call
 from ss_pruning.errors import ModelError, SSPruningError, first_line
 from ss_pruning.importance.calibration import Batch
 from ss_pruning.io.export import followed
+from ss_pruning.io.int8_onnx import AT_ONCE, NO_LAYER
 
 _LAYERS = ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d")
-_AT_ONCE = 8
 
 
 def quantised_program(model: nn.Module, images: Batch) -> ExportedProgram:
@@ -31,10 +31,7 @@ def quantised_program(model: nn.Module, images: Batch) -> ExportedProgram:
     traced = followed(model, example, strict=True).module()
     assert isinstance(traced, GraphModule)
     if not _layers(traced):
-        raise ModelError(
-            "the model has no layer with weights in float32, so that there is nothing to quantise; of one in half "
-            "precision give model.float()"
-        )
+        raise ModelError(NO_LAYER)
     try:
         quantised = _quantised(traced, images)
     except SSPruningError:
@@ -63,7 +60,7 @@ def _quantised(traced: GraphModule, images: Batch) -> GraphModule:
     recipe = Quantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     observed = prepare_pt2e(traced, recipe)
     with torch.no_grad():
-        for part in images.split(_AT_ONCE):
+        for part in images.split(AT_ONCE):
             call(observed, part.inputs)
     quantised: GraphModule = convert_pt2e(observed)
     _drop_unused(quantised)

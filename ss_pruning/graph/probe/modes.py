@@ -54,22 +54,13 @@ def _by_instance(
     return _normalised(input, running_mean, running_var, weight, bias, False, **more)
 
 
-def _of_torch(
-    input: Tensor,  # noqa: A002 - as torch names it
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *more: Any,
-) -> Tensor:
-    """`torch.batch_norm`, likewise; it knows of cuDNN, too."""
-    return _normalised(input, running_mean, running_var, weight, bias, *more[:3])
-
-
 _PLAIN: Mapping[Any, Callable[..., Any]] = {
     F.batch_norm: _normalised,
     F.instance_norm: _by_instance,
-    torch.batch_norm: _of_torch,
+    # It takes its statistics last, and knows of cuDNN, too.
+    torch.batch_norm: lambda input, weight, bias, running_mean, running_var, *more: (  # noqa: A006
+        _normalised(input, running_mean, running_var, weight, bias, *more[:3])
+    ),
 }
 _CASTS = frozenset((Tensor.float, Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16))
 
