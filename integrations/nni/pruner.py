@@ -1,9 +1,4 @@
-"""NNI 3.0: synaptic strength as a pruner, and from any NNI pruner's masks to a model that is really smaller.
-
-`SynapticStrengthPruner` takes the same config list as NNI's own pruners and hands out the same masks. `compact` takes
-masks of any NNI pruner, bakes them in and cuts what is dead; its result equals the masked model. `speedup` makes NNI's
-own `ModelSpeedup` run on today's PyTorch. Needs the extra `nni`.
-"""
+"""NNI 3.0: synaptic strength as a pruner, and from any NNI pruner's masks to a smaller model. Needs the extra `nni`."""
 
 from __future__ import annotations
 

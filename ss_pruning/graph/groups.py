@@ -167,12 +167,9 @@ class Coupling:
 
 
 def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:
-    """Derive channel sets, subgroups and groups from a connectivity.
+    """Derive channel sets, subgroups and groups from what `trace` found for a model, which is not changed.
 
-    Args:
-        connectivity: What `trace` found for `model`.
-        model: The traced model; looked at for groups and shared or parametrised weights, never changed.
-        ignore: Layer paths whose own channels (outputs) must stay, with the reason to report.
+    Of layers that `ignore` names, with the reason to report, the own channels (outputs) stay.
     """
     slots = Slots(connectivity)
     modules = modules_of(model)
@@ -253,11 +250,7 @@ def _subgroups(
 def _runs(index: Ints, sides: Ints, slots: Slots, connectivity: Connectivity) -> list[Subgroup]:
     """Split channel sets of one pattern where the first producer's channels stop being neighbours, here or on arrival.
 
-    Args:
-        index: `[channel sets, slots]`, channel of each slot.
-        sides: `[slots]`, layer side of each.
-        slots: Numbers of the sides.
-        connectivity: Who feeds whom.
+    `index` is `[channel sets, slots]`, the channel of each slot, and `sides` `[slots]`, its layer side.
     """
     members = []
     for s in np.unique(sides):

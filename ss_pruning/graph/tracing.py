@@ -3,10 +3,8 @@
 The model is run once with the output of every layer (convolution, linear, norm) cut loose: replaced by a fresh
 leaf tensor near a constant operating point. What lies between two layers (adds, concatenations, splits, shuffles,
 pools, gates, any functional code) is then a small differentiable function from the leaves to a layer's input.
-Propagating labels back through it says which leaf channel feeds which input channel: with a random cotangent `r` the
-gradient at a leaf element is `sum r J`, with `r * channel` it is `channel * sum r J` if just one input channel
-listens, so the ratio of the two *is* that channel; a third pull with permuted labels confirms it. Elements whose
-ratio is no channel number feed several channels at once (a broadcast gate, a softmax, attention).
+Propagating labels back through it says which leaf channel feeds which input channel, see `probe.channel_labels`.
+Elements whose ratio is no channel number feed several channels at once (a broadcast gate, a softmax, attention).
 
 The layers themselves run in their own precision, what lies between them in float64: sums that nearly cancel (a
 softmax over two alike branches) would else blur the ratios. No table of operators, no trace: the cost is one forward
@@ -84,10 +82,7 @@ def trace_outputs(
 ) -> dict[str, list[frozenset[Source]]]:
     """What the channels of modules' outputs are made from, by running `model` on labels; it is left as it was.
 
-    Args:
-        model: Any module.
-        example_inputs: What `forward` takes.
-        axes: By path of modules that run once, the axis of their output on which its channels lie.
+    `axes` say of modules that run once, by path, on which axis of their output its channels lie.
 
     Returns:
         By path, for each channel of the output the (layer path, output channel) pairs that feed it.

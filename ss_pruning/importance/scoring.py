@@ -154,11 +154,8 @@ def subgroup_scores(importance: Any, subgroups: Sequence[Subgroup], graph: Subgr
     Subgroups that differ only in their blocks (the groups of a grouped convolution, the parts of a split) are scored as
     one, so that an importance that normalises sees the whole layer.
 
-    Args:
-        importance: With a method `scorer`, as `SynapticImportance` has it; else a Torch-Pruning importance: a callable
-            that takes a Torch-Pruning group. Of a class that has both the one of the most derived class counts.
-        subgroups: What to score.
-        graph: The model that they are of.
+    The importance has a method `scorer`, as `SynapticImportance` has it, or is one of Torch-Pruning: a callable that
+    takes a Torch-Pruning group. Of a class that has both the one of the most derived class counts.
 
     Raises:
         InputError: The importance returns scores of the wrong length, NaN, or minus infinity. Infinity keeps a channel.

@@ -51,12 +51,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Hi
 
 
 def plan_of(history: History, model: nn.Module, example_inputs: Any) -> Plan:
-    """The plan that a history comes to.
+    """The plan that a history of Torch-Pruning's pruners or of `GraphPruner` comes to, for the dense model.
 
-    Args:
-        history: What `pruning_history()` of a Torch-Pruning pruner or of `GraphPruner` returned.
-        model: The dense model; not changed.
-        example_inputs: What `forward` takes; may be None for a history of `GraphPruner`, which holds plans.
+    One of `GraphPruner` holds plans, and needs no example inputs.
 
     Raises:
         InputError: Example inputs are needed.

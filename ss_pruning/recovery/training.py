@@ -74,15 +74,9 @@ class State:
     """All that changes in training.
 
     Attributes:
-        step: Steps done.
-        seconds: Time taken.
         weights: The parameters that are trained, by name; those of the model.
-        best: The best weights so far.
         best_step: When that was.
         first_loss: Before the first step; None until then.
-        before: Fidelity at first.
-        after: Fidelity of the best weights.
-        history: Its course.
         stopped: Why training has ended; None while it has not.
         turns: How often it went back, and on with smaller steps.
     """

@@ -21,12 +21,9 @@ TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar")
 
 
 def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) -> None:
-    """Load a file of weights into `model`; everything must fit, or nothing is changed.
+    """Load a file of weights, see `read_weights`, into `model`; everything must fit, or nothing is changed.
 
-    Args:
-        model: changed in place.
-        path: see `read_weights`.
-        by_order: match by order and shape, not by name: for files of the same architecture with other names.
+    `by_order` matches by order and shape, not by name: for files of the same architecture with other names.
 
     Raises:
         InputError: keys or shapes differ; the first few are named.
@@ -43,13 +40,10 @@ def load_weights(model: nn.Module, path: str | Path, *, by_order: bool = False) 
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read tensors by name, running no code from the file.
+    """Read tensors by name from safetensors, or what `torch.save` has written, running no code from the file.
 
     Nested checkpoints are opened: `state_dict`, `model`, or the only entry that holds tensors by name, whatever it is
     called. Averaged weights (`ema`, `model_ema`, `state_dict_ema`) are preferred.
-
-    Args:
-        path: `.safetensors`, or `.pth`, `.pt`, `.th`, `.bin` as `torch.save` writes them.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, or holds more than tensors.

@@ -1,9 +1,7 @@
 """From a masked model to a small one: channels that are dead are cut, and the output stays what it is.
 
-A mask leaves zeros: the model is as large as before. `compact_` finds, through the channel graph, the channels that
-nothing reads any more and those that hold a constant, moves the constants onto what stays
-(`ss_pruning.sparsity.constant_folding`), and cuts both physically. The masked model is the truth: the compacted one
-puts out the same, in eval mode, in float64.
+A mask leaves zeros: the model is as large as before. The masked model is the truth: the compacted one puts out the
+same, in eval mode, in float64. Constants move onto what stays (`ss_pruning.sparsity.constant_folding`).
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ Where the model decides on numbers (top-k, suppression), the cut model is held t
 long as it decides on the same (`ss_pruning.surgery.equivalence.decisions`).
 
 The copy is stirred first: tensors that are constant (fresh norms, zero gammas, layer scales of 1e-6) get noise, since
-a branch that contributes nothing would hide a wrong cut. What is not constant it shares with the model, and its
-parameters become float64 only while a layer reads them: a model is verified in little more memory than the cut one
-takes.
+a branch that contributes nothing would hide a wrong cut. It takes little more memory than the cut model
+(`ss_pruning.surgery.equivalence.precision`).
 """
 
 from __future__ import annotations

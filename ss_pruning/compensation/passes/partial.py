@@ -100,13 +100,10 @@ class Stops:
 
 
 class PartialPasses:
-    """Passes of a model that go on where they stopped.
+    """Passes of a model that go on where they stopped, and set tensors aside on the way.
 
-    Args:
-        calls: Of the model, in the mode in which it shall run; what passes change of it is not taken back here.
-        stops: Where they stop.
-        asides: Tensors to set aside on the way.
-        fill: What is written into tensors that nothing should read; nothing by default.
+    What they change of the model, which is in the mode in which it shall run, is not taken back here. `fill` is written
+    into tensors that nothing should read.
     """
 
     def __init__(self, calls: Calls, stops: Stops, asides: Asides, fill: float | None = None) -> None:
@@ -207,11 +204,7 @@ def _copied(value: Any, fill: float | None = None) -> Any:
 def tried(calls: Calls, stops: Stops, first: Any, second: Any) -> Stops:
     """These stops, without what is held at those where it does not do.
 
-    Args:
-        calls: Of the model, entered.
-        stops: Where passes shall stop.
-        first: Inputs, which the model runs on.
-        second: Other ones of the same form, run in turn: a module may remember what it saw last.
+    Both inputs, of one form, run in turn: a module may remember what it saw last.
     """
     wanted = _undisturbed(calls, stops, first)
     passes, one, two = PartialPasses(calls, stops, {}, fill=nan), Paused(), Paused()
