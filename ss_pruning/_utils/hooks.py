@@ -139,8 +139,9 @@ def find_weights_read_by_code(modules: Iterable[nn.Module], run: Callable[[], An
     names: set[object] = set()
 
     def product(name: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        names.add(name)
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        names.add(name)  # of products that could be taken
+        return y
 
     try:
         with _Products(product):

@@ -32,8 +32,7 @@ def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         ModelError: It is not finite: only NaN has no factor.
     """
     variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    share = max(_RIDGE, covariance.shape[-1] / max(rows, 1))
-    ridge = share * variance + torch.finfo(covariance.dtype).tiny
+    ridge = _share(covariance.shape[-1], rows) * variance + torch.finfo(covariance.dtype).tiny
     for _ in range(_TRIES):
         added = torch.diag_embed(ridge.expand(covariance.shape[:-1]))
         factor, failed = torch.linalg.cholesky_ex(covariance + added)
@@ -41,6 +40,10 @@ def ridged_factor(covariance: Tensor, rows: int) -> tuple[Tensor, Tensor]:
             return factor, ridge
         ridge = 10 * ridge
     raise ModelError("what a layer reads is not finite on the calibration inputs; check them")
+
+
+def _share(channels: int, rows: int) -> float:
+    return max(_RIDGE, channels / max(rows, 1))
 
 
 def blocks(covariance: Tensor, groups: int) -> Tensor:
