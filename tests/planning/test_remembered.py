@@ -138,7 +138,7 @@ def _written(path: Path) -> int:
 
 def test_scores_are_measured_once(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     first = widths()
-    monkeypatch.setattr(ranking, "subgroup_scores", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(ranking, "group_scores", lambda *_: pytest.fail("measured"))
     assert widths() == first
     assert widths(macs=0.8) != first
 
@@ -148,8 +148,8 @@ def test_importances_of_the_users_own_score_each_time(
 ) -> None:
     """Nobody knows what they depend on."""
     scored: list[int] = []
-    real = ranking.subgroup_scores
-    monkeypatch.setattr(ranking, "subgroup_scores", lambda *args: scored.append(1) or real(*args))
+    real = ranking.group_scores
+    monkeypatch.setattr(ranking, "group_scores", lambda *args: scored.append(1) or real(*args))
     widths(importance="magnitude")
     widths(importance="magnitude")
     assert len(scored) == 2
