@@ -104,11 +104,14 @@ class Memento:
         elif (undo := _undoing(thing)) is not None:
             self.undo.append(undo)
             self._follow(_held(thing), todo)
-        elif isinstance(thing, (*ATOMS, ModuleType)) or is_surrounding(thing) or _is_ours(thing):
+        elif isinstance(thing, (*ATOMS, ModuleType)) or is_surrounding(thing):
             return
         elif isinstance(thing, MutableMapping):
+            self.replaced = self.replaced or _is_ours(thing)  # a table that gives other tensors than it holds
             self._note_mapping(thing, todo)
             self._follow(_own(thing), todo)
+        elif _is_ours(thing):
+            return
         elif isinstance(thing, type):
             self._note_class(thing, todo)
         elif isinstance(thing, (*_FUNCTIONS, tuple, frozenset)):

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import hooked
@@ -16,28 +15,12 @@ from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.running import Training, output_of
 from ss_pruning.errors import VerificationError
 from ss_pruning.surgery.plan import set_number
-from ss_pruning.surgery.size_attributes import SizeAttributes, names_in
+from ss_pruning.surgery.size_attributes import SizeAttributes
 
 
 def to_meta(inputs: Any) -> Any:
     """Inputs without data."""
     return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
-
-
-def all_but_norms(module: nn.Module) -> bool:
-    """The train flag with which a model takes its branches of training; of norms, which refuse a single value, none."""
-    return not isinstance(module, _NormBase)
-
-
-def branches_in_training(model: nn.Module) -> bool:
-    """Whether code that is not torch's asks if it is in training."""
-    kinds = {base for m in modules_of(model).values() if all_but_norms(m) for base in type(m).__mro__}
-    return any(
-        "training" in names_in(method)
-        for kind in kinds
-        if not kind.__module__.startswith("torch.")
-        for method in vars(kind).values()
-    )
 
 
 def run_cut(

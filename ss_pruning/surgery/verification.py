@@ -39,8 +39,6 @@ from ss_pruning.graph.groups import PruningGroup, Selection
 from ss_pruning.graph.tracing import trace
 from ss_pruning.surgery.channel_order import reordered
 from ss_pruning.surgery.cut_pass import (
-    all_but_norms,
-    branches_in_training,
     let_follow,
     run_cut,
     to_meta,
@@ -68,6 +66,7 @@ from ss_pruning.surgery.size_attributes import (
     never_named,
     part_sizes,
 )
+from ss_pruning.surgery.training_pass import TrainingPass
 
 
 class Verifier:
@@ -116,7 +115,7 @@ class Verifier:
     def close(self) -> None:
         """Let go of the copies, which share tensors with the model: else all it loses in a cut would stay in memory."""
         del self.dense, self.twin
-        for name in ("ghost", "trainee"):
+        for name in ("ghost", "in_training"):
             vars(self).pop(name, None)
 
     def run(self) -> None:
@@ -184,7 +183,8 @@ class Verifier:
             match = compare(expected, found, self.tolerance, self.telling)
             by_decisions = certified(match, holding)
             worst = holding.error if by_decisions else match.error
-            self._train(plan, sizes_that_follow)
+            if self.in_training is not None:
+                self.in_training.check(plan, selection, self.connectivity, sizes_that_follow, self.tolerance)
             verified = _verified(plan, sizes_that_follow, worst, by_decisions)
             return replace(verified, precision=self.precision)
         except VerificationError as error:
@@ -218,23 +218,9 @@ class Verifier:
         return sizes_that_follow
 
     @cached_property
-    def trainee(self) -> tuple[nn.Module, Any] | None:
-        """A copy that runs in training, without data if it can, and what it runs on; None if none has to be seen to."""
-        if not branches_in_training(self.dense):
-            return None
-        twin = retyped(self.dense, lambda t: t.to("meta"))
-        for model, inputs in ((twin, to_meta(self.inputs)), (self.dense, self.inputs)):
-            with contextlib.suppress(Exception):  # it looks at values; or it wants targets, or a history
-                output_of(self.precise(model), inputs, training=all_but_norms)
-                return model, inputs
-        return None
-
-    def _train(self, plan: Plan, sizes_that_follow: SizeAttributes) -> None:
-        """See that the cut model runs in training, where code of the model's own may run that does not elsewhere."""
-        if self.trainee is not None:
-            twin, inputs = self.trainee
-            small = _cut(twin, replace(plan, factors=()))
-            run_cut(self.precise(small), inputs, sizes_that_follow, training=all_but_norms)
+    def in_training(self) -> TrainingPass | None:
+        """How the model runs in training; None if that need not be seen to."""
+        return TrainingPass.of(self.dense, self.inputs, self.precise)
 
     def holding(self, decisions: Sequence[Decision]) -> Callable[[], Holding]:
         """Makes what holds a pass of the cut model to the decisions of the masked one."""

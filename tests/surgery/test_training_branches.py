@@ -115,6 +115,45 @@ def test_a_net_is_not_cut_narrower_than_its_average() -> None:
     assert state_of(model) == before
 
 
+def test_verifying_in_training_moves_no_average_of_the_users() -> None:
+    """Copies share parameters with the model, and code that goes through tables writes into those."""
+
+    class Looking(Averaged):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.sum().isfinite().item()  # does not run without data
+            return super().forward(x)
+
+    model = Looking().eval()
+    nn.init.normal_(model.student[2].weight)
+    weights = [p.detach().clone() for p in model.teacher.parameters()]
+    with pytest.raises(NothingToPruneError, match="does not run in training"):
+        ss_pruning.plan(model, X, ratio=0.4, allocation="local", ignore="teacher.0")
+    assert all(torch.equal(*pair) for pair in zip(weights, model.teacher.parameters(), strict=True))
+
+
+def test_a_net_and_its_average_keep_the_same_channels() -> None:
+    """Cut alike in width alone, each would keep its own, and the average mix them from the first step on."""
+    torch.manual_seed(0)
+    model = Averaged().eval()
+    for net, order in ((model.student, range(8)), (model.teacher, range(7, -1, -1))):
+        with torch.no_grad():
+            for size, channel in enumerate(order):
+                net[0].weight[channel] *= 1 + size
+    before = state_of(model)
+    with pytest.raises(NothingToPruneError, match="does not run in training"):
+        ss_pruning.prune_(model, X, ratio=0.4, allocation="local")
+    assert state_of(model) == before
+
+
+def test_a_net_and_its_average_that_keep_the_same_are_cut() -> None:
+    torch.manual_seed(0)
+    model = Averaged().eval()
+    model.teacher.load_state_dict(model.student.state_dict())
+    ss_pruning.prune_(model, X, ratio=0.4, allocation="local")
+    assert model.student[0].out_channels == model.teacher[0].out_channels < 8
+    model.train()(X).sum().backward()
+
+
 def test_what_does_not_train_dense_is_cut_all_the_same() -> None:
     class Wanting(Written):
         def beside(self, features: Tensor) -> Tensor:
