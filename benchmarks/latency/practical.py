@@ -257,28 +257,37 @@ def page(result: dict[str, Any]) -> str:
     """docs/practical.md."""
     head, rule = " | ".join(STAGES), "---:|" * (len(STAGES) + 3)
     runs = result["runs"]
-    missing = [f"{net} {way}" for net in NETS for way in WAYS if way not in runs.get(net, {})]
+    missing = [net for net in NETS if "reconstruct" not in runs.get(net, {})]
     lines = [
         "# What pruning takes",
         "",
-        "Written by `python -m benchmarks.latency.practical --page` from `benchmarks/results/practical.json`; how it "
-        "is measured stands at the top of `benchmarks/latency/practical.py`.",
+        f"You get from this page how long `prune_(macs={MACS})` takes on one thread of a CPU, and how much memory. "
+        + slowest(runs),
         "",
         f"| net | compensation | images of pixels | {head} | CPU s | peak, MiB | made |",
         f"|---|---|---:|{rule}",
         *(row(net, way, runs[net][way]) for net in NETS for way in WAYS if way in runs.get(net, {})),
         "",
-        f"`prune_(macs={MACS})`, one thread. Columns of stages and *CPU s* are seconds of processor time, *peak* is "
-        "resident memory above what the process held before, the images that it was given among that. *Cut* is the "
-        "cut with its compensation. What was made earlier is of the code as it was then.",
+        "Columns of stages and *CPU s* are seconds of processor time, *peak* is resident memory above what the process "
+        "held before, the images that it was given among that. *Cut* is the cut with its compensation. What was made "
+        "earlier is of the code as it was then.",
         "",
         *expectations(runs),
         *interruptions(runs, result.get("killed", {})),
-        f"Made {made_on([result])}.",
-        "",
-        f"Not run yet: {', '.join(missing)}." if missing else "All was run.",
+        *([f"Not run with `reconstruct` yet: {', '.join(missing)}.", ""] if missing else ()),
+        f"Made by `python -m benchmarks.latency.practical --nets all`, then `--page`, {made_on([result])}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def slowest(runs: dict[str, Any]) -> str:
+    """The most that any net took, with compensation and without."""
+    sentences = []
+    for way, words in (("reconstruct", "A cut with `reconstruct` and its images"), ("none", "A plain cut")):
+        seconds = {net: ways[way]["cpu_seconds"] for net, ways in runs.items() if way in ways}
+        most = max(seconds, key=seconds.__getitem__)
+        sentences.append(f"{words} takes {min(seconds.values()):.0f} to {seconds[most]:.0f} s (`{most}`).")
+    return " ".join(sentences)
 
 
 def main() -> None:
