@@ -1,28 +1,40 @@
-"""Running a model so that nothing of it stays: its flags, its state, its users' hooks and the random numbers."""
+"""Running a model so that nothing of it stays, and nothing of earlier passes plays a part.
+
+Put back are its flags, its state, its users' hooks and the random numbers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.hooks import BACKWARD, FORWARD, hook_tables, without_leftovers
 from ss_pruning._utils.memento import Memento
-from ss_pruning._utils.modules import modules_of
+from ss_pruning._utils.modules import modules_of, parameters_of
 from ss_pruning.errors import ModelError
 
 #: The train flag that modules are given, or how it is decided for each.
 Training = bool | Callable[[nn.Module], bool]
+
+# No results: what modules of any kind hold, and the names under which old-style hooks lay weights.
+_OTHER = frozenset(vars(nn.Module())) | {"weight", "bias"}
+# What an enclosing block has looked at already, by `id`.
+_SEEN: ContextVar[frozenset[int]] = ContextVar("_SEEN", default=frozenset())
+# Passes that read a result and that make it anew differ by no more than this, relative to the largest number.
+_ROUNDING = 1e-4
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -147,7 +159,8 @@ def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
 
     Which do shows in one pass on the example inputs: they return something, write into a tensor that they are given or
     change their module. The others have run once then, as they would for a pass of the user's own. Nothing that an
-    interrupt leaves on the model outlives the block, see `without_leftovers`. Weights are read as in eval mode.
+    interrupt leaves on the model outlives the block, see `without_leftovers`. Weights are read as in eval mode. What
+    modules have kept from earlier passes is not there, see `without_kept_results`.
 
     Raises:
         ModelError: The model does not run on the example inputs.
@@ -160,7 +173,8 @@ def quiet_hooks(model: nn.Module, example_inputs: Any) -> Iterator[None]:
             for table in tables:
                 for number in [n for n in table if (id(table), n) in idle]:
                     del table[number]
-        yield
+        with without_kept_results(model, example_inputs):
+            yield
 
 
 @contextlib.contextmanager
@@ -207,3 +221,112 @@ def _listened(
     answer = hook(module, *args, **kwargs)
     ran[key] = ran.get(key, False) or answer is not None or state() != before
     return answer
+
+
+class Kept(NamedTuple):
+    """A tensor, or a dict of tensors, that hangs on a module and is no parameter and no buffer."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+    def forget(self) -> None:
+        """Let nothing stand there."""
+        vars(self.module)[self.name] = None if isinstance(self.value, Tensor) else type(self.value)()
+
+    def put_back(self) -> None:
+        """Let it stand there again."""
+        vars(self.module)[self.name] = self.value
+
+    def missing_in(self, module: nn.Module) -> bool:
+        """Whether nothing stands there in a module."""
+        now = vars(module).get(self.name)
+        return now is None or (isinstance(now, dict) and not now)
+
+
+def kept_by(module: nn.Module) -> list[Kept]:
+    """All that may be a result; torch's own modules keep none."""
+    if type(module).__module__.startswith("torch."):
+        return []
+    own = ((name, value) for name, value in vars(module).items() if name not in _OTHER)
+    return [Kept(module, name, value) for name, value in own if type(value) is Tensor or _is_table(value)]
+
+
+def _is_table(value: Any) -> bool:
+    return type(value) is dict and bool(value) and all(type(item) is Tensor for item in value.values())
+
+
+@contextlib.contextmanager
+def without_kept_results(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """Within, nothing is there that modules have kept from earlier passes and that the next pass makes anew.
+
+    Biases laid out once, grids, features for a loss: they have the old widths, and hide what they were made
+    from. Which they are shows in a pass without them, which puts out the same and leaves them there again. After the
+    block they are back, unless parameters have changed.
+    """
+    found = [kept for module in modules_of(model).values() for kept in kept_by(module)]
+    found = [kept for kept in found if id(kept.value) not in _SEEN.get()]
+    parameters, forgotten = _look_of_parameters(model), list[Kept]()
+    token = _SEEN.set(_SEEN.get() | {id(kept.value) for kept in found})
+    try:
+        if found:
+            forgotten = _made_anew(found, model, example_inputs)
+        for kept in forgotten:
+            kept.forget()
+        yield
+    finally:
+        _SEEN.reset(token)
+        if _look_of_parameters(model) == parameters:
+            for kept in forgotten:
+                kept.put_back()
+
+
+def _look_of_parameters(model: nn.Module) -> list[tuple[Any, ...]]:
+    tensors = parameters_of(model).values()
+    return [(id(t), t.shape, None if t.is_inference() else t._version) for t in tensors]
+
+
+def _made_anew(found: Sequence[Kept], model: nn.Module, example_inputs: Any) -> list[Kept]:
+    """Those that are results; modules of a class keep the same under the same name."""
+    alike = defaultdict[tuple[type, str], list[Kept]](list)
+    for kept in found:
+        alike[type(kept.module), kept.name].append(kept)
+    try:
+        expected = tensors_among(output_of(model, example_inputs))
+    except Exception:  # whoever runs it next says so
+        return []
+    return [
+        kept
+        for some in alike.values()
+        if _are_results(some, model, example_inputs, expected)
+        for kept in some
+    ]
+
+
+def _are_results(
+    some: Sequence[Kept], model: nn.Module, example_inputs: Any, expected: Sequence[Tensor]
+) -> bool:
+    there_again = False
+
+    @contextlib.contextmanager
+    def looking() -> Iterator[None]:
+        nonlocal there_again
+        for kept in some:
+            kept.forget()
+        yield
+        there_again = not any(kept.missing_in(kept.module) for kept in some)
+
+    try:
+        output = tensors_among(
+            output_of(model, example_inputs, looking())
+        )  # which takes back what is forgotten
+    except Exception:  # it is read, and not made
+        return False
+    return there_again and len(output) == len(expected) and all(map(_same, output, expected))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.is_floating_point():
+        return a.shape == b.shape and torch.equal(a, b)
+    largest = float(b.abs().nan_to_num().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=_ROUNDING, atol=_ROUNDING * largest, equal_nan=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ss_pruning._utils.copying import shell
 from ss_pruning._utils.memento import parameter_like
 from ss_pruning._utils.modules import modules_of, tensors_of
+from ss_pruning._utils.running import kept_by
 from ss_pruning.errors import InputError, PlanError
 from ss_pruning.graph.attention import make_prunable_
 from ss_pruning.graph.connectivity import Key, Side
@@ -240,7 +241,8 @@ def adopt_(model: nn.Module, small: nn.Module) -> nn.Module:
     for path, module in modules_of(model).items():
         own = layer_type_of(module)
         sizes = _SIZES if own is None else own.sizes.values()
-        for table, now in _differing(module, theirs[path], (*sizes, *numbers.get(path, ()))):
+        stale = [kept.name for kept in kept_by(module) if kept.missing_in(theirs[path])]
+        for table, now in _differing(module, theirs[path], (*sizes, *numbers.get(path, ()), *stale)):
             steps.append(partial(dict.update, table, now))
             before.append(dict(table))
         if type(theirs[path]) is not type(module):
