@@ -190,9 +190,13 @@ def _asked_kind(module: nn.Module, weight: Tensor) -> Kind | None:
 
 
 def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see."""
+    """What the module makes of `x` with other tensors: a question, not a run that anybody's hooks should see.
+
+    Nor what stands in the place of its forward for a while, which may ask as well.
+    """
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    vars(bare).pop("forward", None)
     with torch.no_grad():
         answer: Tensor = torch.func.functional_call(bare, tensors, (x,))
     return answer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_pruning import prune_, synaptic_strength
+from ss_pruning._utils.hooks import replaced_forward
 from ss_pruning.graph import trace
 from ss_pruning.graph.layers import channel_axis, is_norm, kind_of, mixes_channels
 from ss_pruning.surgery.verification import Verifier
@@ -131,6 +132,12 @@ def test_asking_a_norm_runs_no_hook() -> None:
     norm.register_forward_pre_hook(lambda *_: calls.append(1))
     assert channel_axis(norm, torch.randn(2, 6, 6, 5)) == 1
     assert calls == []
+
+
+def test_what_stands_in_for_a_forward_may_ask() -> None:
+    norm = MapNorm(6)
+    with replaced_forward(norm, lambda x: x.sum(channel_axis(norm, x))):
+        assert norm(torch.ones(2, 6, 6, 5)).shape == (2, 6, 5)
 
 
 class Attention(nn.Module):
