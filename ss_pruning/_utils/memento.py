@@ -25,6 +25,8 @@ _MANY = 4096
 _NO_CONTENT: tuple[Any, ...] = ()
 _OURS = __name__.partition(".")[0]
 _TABLES = (dict, OrderedDict)
+# Containers that are cleared where they were empty.
+_CLEARED = (*_TABLES, set)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 # Types of values that hold nothing, looked up by the thousand.
 _PLAIN = frozenset(
@@ -70,7 +72,7 @@ class Memento:
         self.alive: list[Any] = []  # so that no `id` is used twice
         self.undo: list[Undo] = []
         self.dicts: list[tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = []
-        self.empty: list[Any] = []  # tables of hooks, mostly
+        self.empty: list[Any] = []  # tables of hooks, mostly, and sets of names
         self.kinds: list[tuple[Any, type]] = []
         self.tensors: list[_Kept] = []
         todo: list[Any] = [model]
@@ -97,7 +99,9 @@ class Memento:
             return
         self.seen.add(id(thing))
         self.alive.append(thing)
-        if isinstance(thing, Tensor):
+        if type(thing) in _TABLES:  # most of all; the others are told apart one by one
+            self._note_mapping(thing, todo)
+        elif isinstance(thing, Tensor):
             self._note_tensor(thing, todo)
         elif isinstance(thing, nn.Module):
             self._note_instance(thing, todo)
@@ -128,9 +132,9 @@ class Memento:
             kind = type(value)
             if kind in _PLAIN:
                 continue
-            if kind in _TABLES and not value:
+            if kind in _CLEARED and not value:
                 self.empty.append(value)
-            else:
+            elif kind is not tuple or not _PLAIN.issuperset(map(type, value)):
                 todo.append(value)
 
     def _note_mapping(self, table: Any, todo: list[Any]) -> None:
