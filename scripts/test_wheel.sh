@@ -24,11 +24,13 @@ echo "== sdist, and the wheel from it"
 "$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 wheel=$(echo "$work"/dist/*.whl)
 
-# Everything that PyTorch needs, and nothing that an extra would add.
+# Everything that PyTorch needs, and nothing that an extra would add. Folders of the environment's own with a link for
+# each file: where an extra wants another version, pip replaces links; through a linked folder it would write to BORROW.
 borrowed() {
     "$python" - "$BORROW" "$1" <<'PYTHON'
 import os
 import re
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +54,10 @@ for name in wanted:
     for file in found[name].files or []:
         top = file.parts[0]
         if top not in ("..", "__pycache__") and (source / top).exists() and not (target / top).exists():
-            os.symlink(source / top, target / top)
+            if (source / top).is_dir():
+                shutil.copytree(source / top, target / top, copy_function=os.symlink)
+            else:
+                os.symlink(source / top, target / top)
 print("borrowed:", *sorted(wanted))
 PYTHON
 }
@@ -87,10 +92,10 @@ for extra in "$@"; do
     what=$wheel
     [ "$extra" = none ] || what="$wheel[$extra]"
     "$own" -m pip install --quiet --disable-pip-version-check "$what" pytest pytest-timeout hypothesis
-    # The tests alone, away from the checkout: the package must come from the wheel.
+    # All but the package, away from the checkout: that must come from the wheel.
     mkdir -p "$work/tests"
-    tar -C "$root" -cf - tests examples benchmarks scripts docs README.md CONTRIBUTING.md CITATION.cff pyproject.toml conftest.py |
-        tar -C "$work/tests" -xf -
+    git ls-files -z --cached --others --exclude-standard ':!ss_pruning' ':!integrations' |
+        tar --null -T - -cf - | tar -C "$work/tests" -xf -
     cd "$work/tests"
     "$own" - "$site" <<'PYTHON'
 import sys

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from benchmarks.latency import run as latency
 from benchmarks.latency.page import make_page
 from ss_pruning.planning.costs import Costs

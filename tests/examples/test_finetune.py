@@ -32,6 +32,8 @@ from ss_pruning.sparsity.masks import masks_of
 
 pytest.importorskip("accelerate", reason="an optional extra: pip install 'ss-pruning[train]'")
 pytest.importorskip("tensorboard", reason="an optional extra: pip install 'ss-pruning[train]'")
+pytest.importorskip("timm", reason="an optional extra: pip install 'ss-pruning[train]'")
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[train]'")
 
 from accelerate.state import AcceleratorState
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
 from ss_pruning.cli import bench as benching
 from ss_pruning.errors import InputError
 from ss_pruning.profiling import comparison

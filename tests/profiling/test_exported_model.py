@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("onnx", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
+pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
+
+import onnx
+
 from ss_pruning.cli.bench import _preprocess
 from ss_pruning.cli.request import Compared
 from ss_pruning.errors import FileFormatError, InputError
 from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.profiling.openvino_model import OpenVinoModel
-
-onnx = pytest.importorskip("onnx", reason="needs the extra: pip install 'ss-pruning[onnx]'")
-pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'ss-pruning[onnx]'")
 
 X = torch.randn(4, 3)
 
