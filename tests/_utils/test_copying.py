@@ -73,6 +73,14 @@ def test_a_shell_computes_the_same_and_can_be_changed(build: type[Tangled]) -> N
     assert torch.equal(model(x), expected)
 
 
+def test_features_that_a_training_step_left_are_copied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.features = [model(torch.ones(2, 4))]
+    (kept,) = shell(model).features
+    assert kept.equal(model.features[0])
+    assert kept.grad_fn is None
+
+
 def test_a_shell_shares_its_tensors() -> None:
     model = Tangled()
     assert [id(p) for p in shell(model).parameters()] == [id(p) for p in model.parameters()]

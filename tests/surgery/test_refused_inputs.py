@@ -15,6 +15,7 @@ from ss_pruning import Allocation, SynapticImportance, prune_
 from ss_pruning.errors import BudgetError, InputError, ModelError, NothingToPruneError
 from ss_pruning.graph import trace
 from ss_pruning.graph.exclusions import UNCALLED_REASON
+from ss_pruning.surgery.plan import plan_of
 from tests.support.snapshot import snapshot
 
 X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -79,11 +80,12 @@ def test_examples_without_values_are_refused(example: Any, message: str) -> None
     refused(net(), message, example)
 
 
-def test_any_mapping_is_a_dict_of_arguments() -> None:
+@pytest.mark.parametrize("example", [(X,), {"x": X}, UserDict(x=X)], ids=["tuple", "dict", "mapping"])
+def test_the_plan_does_not_depend_on_how_an_input_is_given(example: Any) -> None:
     first, second = net(), net()
-    prune_(first, UserDict(x=X), ratio=0.3)
-    prune_(second, {"x": X}, ratio=0.3)
-    assert first.conv1.weight.equal(second.conv1.weight)
+    prune_(first, X, ratio=0.3)
+    prune_(second, example, ratio=0.3)
+    assert plan_of(first) == plan_of(second)
 
 
 def test_a_boolean_is_no_budget() -> None:
