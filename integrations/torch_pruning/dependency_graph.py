@@ -7,6 +7,7 @@ verified on a copy first. Torch-Pruning's importances work on them as they are, 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -146,7 +147,9 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         connectivity = trace(self.model, self.example_inputs)
         coupling = couple(connectivity, self.model, self._ignored)
         tied = with_tied_heads(TracedModel(self.model, self.example_inputs, connectivity, coupling))
-        self.latest = Era(self.model, self.example_inputs, connectivity, tied.coupling)
+        whole = tuple(replace(group, tied=()) for group in tied.coupling.groups)  # they have names, and stay
+        tied_for_good = replace(tied.coupling, groups=whole)
+        self.latest = Era(self.model, self.example_inputs, connectivity, tied_for_good)
         self._stale = False
 
     @property

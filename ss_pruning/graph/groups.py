@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -102,11 +102,13 @@ class PruningGroup:
         subgroups: The subgroups.
         least: Steps that always stay.
         by_width: Sides of queries and keys whose products are divided by the root of their width: they make up for it.
+        tied: The groups that it was made of, if any: each may go by itself where together they cannot.
     """
 
     subgroups: tuple[Subgroup, ...]
     least: int = 1
     by_width: frozenset[Key] = frozenset()
+    tied: tuple[PruningGroup, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -161,9 +163,13 @@ class Coupling:
         return [subgroup for group in self.groups for subgroup in group.subgroups]
 
     def without(self, numbers: Collection[int], reasons: Iterable[Excluded]) -> Coupling:
-        """The same with some groups, by number, among what must stay."""
-        groups = tuple(group for number, group in enumerate(self.groups) if number not in numbers)
-        return replace(self, groups=groups, excluded=(*self.excluded, *reasons))
+        """The same with some groups, by number, among what must stay; of tied ones each is by itself then."""
+        groups = [
+            part
+            for number, group in enumerate(self.groups)
+            for part in (group.tied if number in numbers else (group,))
+        ]
+        return replace(self, groups=tuple(groups), excluded=(*self.excluded, *reasons))
 
 
 def couple(connectivity: Connectivity, model: nn.Module, ignore: Mapping[str, str] | None = None) -> Coupling:

@@ -1,5 +1,7 @@
 """Plan search: allocate the budget, verify on a copy, exclude the groups that fail, and allocate anew.
 
+Where heads were tied to their stream and the tie fails, each is tried by itself: the stream may go without them.
+
 What is allocated may depend on what else is cut. The plan that is found is therefore that of a model in which the
 groups that failed were ignored from the start.
 
@@ -85,11 +87,11 @@ def find_verified_plan(
 
 
 def _excluded(groups: Collection[PruningGroup], failed: dict[int, str]) -> tuple[Excluded, ...]:
-    """The groups that failed, by their numbers in the reasons."""
+    """The groups that failed, by their numbers in the reasons, but for ties."""
     return tuple(
         Excluded((group.name,), group.size, f"{FORWARD_REASON}: {failed[number]}")
         for number, group in enumerate(groups)
-        if number in failed
+        if number in failed and not group.tied
     )
 
 

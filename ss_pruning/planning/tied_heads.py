@@ -112,4 +112,4 @@ def _merged(groups: Sequence[PruningGroup]) -> PruningGroup:
     if len(groups) == 1:
         return groups[0]
     subgroups = tuple(subgroup for group in groups for subgroup in group.subgroups)
-    return PruningGroup(subgroups, max(group.least for group in groups))
+    return PruningGroup(subgroups, max(group.least for group in groups), tied=tuple(groups))

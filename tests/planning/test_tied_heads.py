@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ss_pruning import prune_
 from ss_pruning.graph.traced import TracedModel
@@ -75,6 +76,26 @@ def test_a_number_that_equals_a_width_by_chance() -> None:
     assert [len(group.subgroups) for group in groups if group.name == "embed"] == [2]
     report = prune_(model, images, ratio=0.5, allocation="local")
     assert (model.side, model.embed.out_channels, report.max_error < 1e-10) == (12, 6, True)
+
+
+class Deceiving(Proportional):
+    """On shapes heads go with the stream. In truth none may go, and the stream alone can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.split(x))
+        heads = y.shape[1]
+        assert heads == 4 or (x.is_meta and 3 * heads == x.shape[-1])
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def test_a_tie_that_fails_is_loosened() -> None:
+    torch.manual_seed(0)
+    model = Block(Deceiving()).eval()
+    assert tied(model) == [{"embed", "attn.qkv", "attn.proj", "fc2"}]
+    report = prune_(model, EXAMPLE, ratio=0.5, allocation="local")
+    assert (model.embed.out_channels, model.attn.qkv.in_features) == (6, 6)
+    assert model.attn.qkv.out_features == 36
+    assert any("attn.qkv" in entry.paths for entry in report.excluded)
 
 
 def test_the_model_is_left_as_it_was() -> None:
