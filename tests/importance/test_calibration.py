@@ -206,7 +206,7 @@ def test_frames_in_the_batch_are_calibrated_like_clips(method: str, scope: Any) 
         {"compensation": "linear", "calibration": IMAGES, "allocation": "global"},
         {"compensation": NoCompensation(recalibrate=True)},
     ],
-    ids=str,
+    ids=["default", "magnitude", "mean", "mean-images", "linear-images", "recalibrated"],
 )
 @pytest.mark.parametrize("kind", [OneImage, Unbatched])
 def test_a_model_for_one_image_is_pruned(kind: type[nn.Module], options: dict[str, Any]) -> None:
