@@ -24,6 +24,7 @@ from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.hooks import BACKWARD, FORWARD, hook_tables, without_leftovers
 from ss_pruning._utils.memento import Memento
 from ss_pruning._utils.modules import modules_of, parameters_of
+from ss_pruning._utils.outputs import tensors_in
 from ss_pruning.errors import ModelError
 
 #: The train flag that modules are given, or how it is decided for each.
@@ -260,9 +261,9 @@ def _is_table(value: Any) -> bool:
 def without_kept_results(model: nn.Module, example_inputs: Any) -> Iterator[None]:
     """Within, nothing is there that modules have kept from earlier passes and that the next pass makes anew.
 
-    Biases laid out once, grids, features for a loss: they have the old widths, and hide what they were made
-    from. Which they are shows in a pass without them, which puts out the same and leaves them there again. After the
-    block they are back, unless parameters have changed.
+    Biases laid out once, grids, features for a loss: they have the old widths, and hide what they were made from. Which
+    they are shows in a pass without them, which puts out the same and leaves them there again. After the block they are
+    back, unless parameters have changed.
     """
     found = [kept for module in modules_of(model).values() for kept in kept_by(module)]
     found = [kept for kept in found if id(kept.value) not in _SEEN.get()]
@@ -292,19 +293,15 @@ def _made_anew(found: Sequence[Kept], model: nn.Module, example_inputs: Any) -> 
     for kept in found:
         alike[type(kept.module), kept.name].append(kept)
     try:
-        expected = tensors_among(output_of(model, example_inputs))
+        expected = tensors_in(output_of(model, example_inputs))
     except Exception:  # whoever runs it next says so
         return []
-    return [
-        kept
-        for some in alike.values()
-        if _are_results(some, model, example_inputs, expected)
-        for kept in some
-    ]
+    results = (some for some in alike.values() if _are_results(some, model, example_inputs, expected))
+    return [kept for some in results for kept in some]
 
 
 def _are_results(
-    some: Sequence[Kept], model: nn.Module, example_inputs: Any, expected: Sequence[Tensor]
+    some: Sequence[Kept], model: nn.Module, example_inputs: Any, expected: Mapping[str, Tensor]
 ) -> bool:
     there_again = False
 
@@ -317,12 +314,11 @@ def _are_results(
         there_again = not any(kept.missing_in(kept.module) for kept in some)
 
     try:
-        output = tensors_among(
-            output_of(model, example_inputs, looking())
-        )  # which takes back what is forgotten
+        output = tensors_in(output_of(model, example_inputs, looking()))  # all is there again afterwards
     except Exception:  # it is read, and not made
         return False
-    return there_again and len(output) == len(expected) and all(map(_same, output, expected))
+    same = output.keys() == expected.keys() and all(_same(output[name], expected[name]) for name in output)
+    return there_again and same
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

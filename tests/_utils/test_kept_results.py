@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -126,8 +127,21 @@ class Stateful(nn.Module):
         return self.potential
 
 
-def test_state_is_no_result() -> None:
-    model, x = Stateful().eval(), torch.ones(2, 3)
+@dataclass
+class Potential:
+    """Wrapped, so that only who looks for it finds the tensor."""
+
+    value: Tensor
+
+
+class Wrapping(Stateful):
+    def forward(self, x: Tensor) -> Potential:  # type: ignore[override]
+        return Potential(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [Stateful, Wrapping])
+def test_state_is_no_result(kind: type[Stateful]) -> None:
+    model, x = kind().eval(), torch.ones(2, 3)
     with torch.no_grad():
         model(x)
     before = model.potential
