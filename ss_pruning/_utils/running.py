@@ -112,17 +112,43 @@ def output_of(
 @contextlib.contextmanager
 def same_random_numbers(model: nn.Module) -> Iterator[None]:
     """Whatever is drawn within, random numbers go on afterwards as if nothing had been."""
-    cuda = torch.cuda.is_initialized()
-    devices = sorted(
-        {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if cuda else ()
-    )
     python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models draw from
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=_gpus(model)):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numbers)  # noqa: NPY002
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    """Those that the model lies on, if CUDA is in use."""
+    if not torch.cuda.is_initialized():
+        return []
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def draws_of(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers are those of a seed within; afterwards they go on as if nothing had been."""
+    with same_random_numbers(model):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        for gpu in _gpus(model):
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
+
+
+def random_state(model: nn.Module) -> bytes:
+    """Where random numbers stand: the same again after a pass that draws none."""
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _gpus(model))]
+    plain = random.getstate(), *map(_bytes, np.random.get_state())  # noqa: NPY002
+    return b"".join([repr(plain).encode(), *(state.numpy().tobytes() for state in states)])
+
+
+def _bytes(part: Any) -> bytes:
+    return np.asarray(part).tobytes()
 
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"  # how it begins in every version

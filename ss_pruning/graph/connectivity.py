@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ss_pruning._utils.arrays import Ints
@@ -75,6 +76,16 @@ class Edge:
     broadcast: Tensor
     heads: Heads | None = None
 
+    def same_as(self, other: Edge) -> bool:
+        """Whether it ties the same channels in the same way."""
+        if (self.source, self.call, self.heads is None) != (other.source, other.call, other.heads is None):
+            return False
+        ours, theirs = ([edge.pairs, edge.broadcast] for edge in (self, other))
+        if self.heads is not None and other.heads is not None:
+            ours += [self.heads.channels, self.heads.pairs]
+            theirs += [other.heads.channels, other.heads.pairs]
+        return all(map(torch.equal, ours, theirs))
+
 
 @dataclass(frozen=True)
 class LooseTensor:
@@ -110,6 +121,19 @@ class Connectivity:
     def weighted(self) -> list[str]:
         """Paths of the convolutions (depthwise ones included) and linear layers, in the order in which they run."""
         return [path for path, layer in self.layers.items() if layer.kind in ("synaptic", "depthwise")]
+
+    def add_(self, other: Connectivity) -> None:
+        """Add what another pass has found: what either ties is tied."""
+        for path, layer in other.layers.items():
+            self.layers.setdefault(path, layer)
+        self.loose = other.loose | self.loose
+        self.single |= other.single
+        for path, edges in other.edges.items():
+            ours = self.edges.setdefault(path, [])
+            ours += [edge for edge in edges if not any(map(edge.same_as, ours))]
+        for source, reached in other.reaches_output.items():
+            ours_reached = self.reaches_output.get(source, reached)
+            self.reaches_output[source] = torch.cat([ours_reached, reached]).unique()
 
     def sources(self, path: str) -> list[list[tuple[str, int]]]:
         """The (layer path, output channel) pairs that feed each input channel of the layer `path`.

@@ -24,7 +24,7 @@ from torch import nn
 from ss_pruning._utils.hooks import find_weights_read_by_code, hooked
 from ss_pruning._utils.modules import modules_of
 from ss_pruning._utils.outputs import tensors_in
-from ss_pruning._utils.running import output_of, quiet_hooks
+from ss_pruning._utils.running import draws_of, output_of, quiet_hooks
 from ss_pruning.errors import InputError, ModelError
 from ss_pruning.graph.attention import PrunableAttention
 from ss_pruning.graph.connectivity import INPUT, Connectivity
@@ -36,13 +36,16 @@ from ss_pruning.graph.refusals import check_bare, usable_inputs
 
 #: The path of a layer (or the name of a loose tensor) and one of its channels.
 Source = tuple[str, int]
+#: Where evaluation draws random numbers it may take another way each time: it is traced with so many more draws.
+DRAWS = 8
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
     """Find which channels feed which, by running `model` on labels.
 
     The model is left as it was: no hook, flag, gradient, buffer or random state changes. It is run in eval mode;
-    layers that only run in training (auxiliary heads) are found by a second pass in train mode.
+    layers that only run in training (auxiliary heads) are found by a second pass in train mode. Where a pass draws
+    random numbers, what any of several draws ties is tied.
 
     Args:
         model: Any module.
@@ -60,7 +63,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Connectivity:
         paths = {module: name for name, module in modules_of(model).items() if kind_of(module) is not None}
         if not paths:
             raise ModelError("the model has no convolution or linear layer that could be pruned")
-        _probe(model, example_inputs, paths, connectivity, training=False)
+        if _probe(model, example_inputs, paths, connectivity, training=False):
+            for seed in range(DRAWS):
+                with draws_of(model, seed):
+                    _probe(model, example_inputs, paths, other := Connectivity(), training=False)
+                connectivity.add_(other)
         if any(not _read_alone(model, path) for path in set(paths.values()) - set(connectivity.layers)):
             # Auxiliary heads may refuse small inputs; then they stay unseen, and are listed as such.
             with contextlib.suppress(ModelError):
@@ -143,8 +150,8 @@ def _probe(
     connectivity: Connectivity,
     *,
     training: bool,
-) -> None:
-    """One labelled pass; adds what it finds to `connectivity`.
+) -> bool:
+    """One labelled pass; adds what it finds to `connectivity`. Whether the pass drew random numbers.
 
     Between layers that are known already, evaluation counts. What else feeds them in training, such as a branch that
     only runs there, is tied to what feeds them in evaluation: the same channels of both are cut.
@@ -170,3 +177,4 @@ def _probe(
             f"no gradient goes back through the model, along which channels could be told apart ({error}); it cannot "
             "be trained either: let forward make new tensors where it writes into those that are needed later"
         ) from error
+    return recorder.drew

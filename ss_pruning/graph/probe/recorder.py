@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ss_pruning._utils.hooks import given, hooked, is_read_by_code, replaced_forward
 from ss_pruning._utils.modules import modules_of, tensors_of
-from ss_pruning._utils.running import advice, as_arguments, preserved
+from ss_pruning._utils.running import advice, as_arguments, preserved, random_state
 from ss_pruning.errors import ModelError
 from ss_pruning.graph.attention import all_mixed
 from ss_pruning.graph.connectivity import INPUT, Layer
@@ -42,6 +42,7 @@ class Recorder:
         self.arrivals: list[Arrival] = []
         self.calls: Counter[str] = Counter()
         self.single: set[str] = set()
+        self.drew = False  # random numbers, on which its way may depend
         self.current: str | None = None
         self.generator = torch.Generator().manual_seed(SEED)
 
@@ -166,8 +167,11 @@ def _run(model: nn.Module, example_inputs: Any, recorder: Recorder, training: bo
             )
         inputs = pytree.tree_map_with_path(lambda at, t: _input_leaf(at, t, recorder), example_inputs)
         args, kwargs = as_arguments(inputs)
+        state = random_state(model)
         try:
-            return torch.func.functional_call(model, replaced, args, kwargs)
+            output = torch.func.functional_call(model, replaced, args, kwargs)
+            recorder.drew = random_state(model) != state
+            return output
         except ModelError:
             raise
         except Exception as error:
