@@ -52,7 +52,7 @@ class TrainingPass:
     Attributes:
         model: The dense model; without data where it runs so and nothing moves.
         inputs: What it runs on.
-        moved: Names of the tensors that a pass moves, by itself: averages of a net that is trained (EMA, MoCo).
+        moved: Names of the tensors that a pass moves, by itself: averages of a model that is trained (EMA, MoCo).
     """
 
     model: nn.Module
@@ -89,7 +89,7 @@ class TrainingPass:
     ) -> None:
         """See that the cut model runs in training, and moves the tensors of its layers as the masked one does.
 
-        Else a net and its average could be cut to the same width with other channels kept.
+        Else a model and its average could be cut to the same width with other channels kept.
 
         Raises:
             VerificationError: It does not.
