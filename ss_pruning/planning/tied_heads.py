@@ -86,7 +86,8 @@ class _Trials:
         groups = self.coupling.groups
         ties = [(a, b) for part in parts for a, streams in part.items() for b in streams]
         label = components(len(groups), np.array(ties, dtype=np.int64).reshape(-1, 2))
-        merged = [_merged([groups[i] for i in np.flatnonzero(label == n)]) for n in np.unique(label)]
+        parts_of = ([groups[i] for i in np.flatnonzero(label == n)] for n in np.unique(label))
+        merged = [group for together in parts_of for group in _tied(together)]
         coupling = replace(self.coupling, groups=tuple(merged))
         known = set(map(id, groups))
         changed = [number for number, group in enumerate(merged) if id(group) not in known]
@@ -106,6 +107,12 @@ class _Trials:
         )
         together.search([0])  # a number that happens to equal a width is told from one that follows
         return not together.failed
+
+
+def _tied(groups: list[PruningGroup]) -> list[PruningGroup]:
+    """In one group, unless that would have no step to lose: heads of several numbers need not have one in common."""
+    whole = _merged(groups)
+    return [whole] if whole.steps > whole.least else groups
 
 
 def _merged(groups: Sequence[PruningGroup]) -> PruningGroup:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ss_pruning import prune_
 from ss_pruning.graph.traced import TracedModel
-from ss_pruning.planning.tied_heads import with_tied_heads
+from ss_pruning.planning.tied_heads import _tied, with_tied_heads
 from tests.support.attention import ATTENTION, EXAMPLE, Block, Fixed, Proportional, block
 from tests.support.snapshot import snapshot
 
@@ -76,6 +76,18 @@ def test_a_number_that_equals_a_width_by_chance() -> None:
     assert [len(group.subgroups) for group in groups if group.name == "embed"] == [2]
     report = prune_(model, images, ratio=0.5, allocation="local")
     assert (model.side, model.embed.out_channels, report.max_error < 1e-10) == (12, 6, True)
+
+
+@pytest.mark.parametrize(("widths", "together"), [((4, 8), 1), ((3, 4), 2), ((2, 4), 1)])
+def test_what_has_no_step_in_common_is_not_tied(widths: tuple[int, int], together: int) -> None:
+    """Both would stay whole, and nothing would say why."""
+    first, second = widths
+    model = nn.Sequential(
+        nn.Linear(2, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 2)
+    )
+    groups = TracedModel.of(model.eval(), torch.randn(2, 2)).coupling.groups
+    assert [group.steps for group in groups] == [first, second]
+    assert len(_tied(list(groups))) == together
 
 
 class Deceiving(Proportional):
