@@ -30,8 +30,8 @@ from ss_pruning.errors import ModelError
 #: The train flag that modules are given, or how it is decided for each.
 Training = bool | Callable[[nn.Module], bool]
 
-# No results: what modules of any kind hold, and the names under which old-style hooks lay weights.
-_OTHER = frozenset(vars(nn.Module())) | {"weight", "bias"}
+# No results: what modules of any kind hold.
+_OTHER = frozenset(vars(nn.Module()))
 # What an enclosing block has looked at already, by `id`.
 _SEEN: ContextVar[frozenset[int]] = ContextVar("_SEEN", default=frozenset())
 # Passes that read a result and that make it anew differ by no more than this, relative to the largest number.
@@ -251,32 +251,29 @@ def _listened(
 
 
 class Kept(NamedTuple):
-    """A tensor, or a dict of tensors, that hangs on a module and is no parameter and no buffer."""
+    """A table of tensors, by name, that hangs on a module."""
 
     module: nn.Module
     name: str
-    value: Any
+    value: dict[Any, Tensor]
 
     def forget(self) -> None:
-        """Let nothing stand there."""
-        vars(self.module)[self.name] = None if isinstance(self.value, Tensor) else type(self.value)()
+        """Let it be empty."""
+        vars(self.module)[self.name] = {}
 
     def put_back(self) -> None:
-        """Let it stand there again."""
+        """Let it be what it was."""
         vars(self.module)[self.name] = self.value
 
     def missing_in(self, module: nn.Module) -> bool:
-        """Whether nothing stands there in a module."""
-        now = vars(module).get(self.name)
-        return now is None or (isinstance(now, dict) and not now)
+        """Whether a module's is empty."""
+        return not vars(module).get(self.name)
 
 
 def kept_by(module: nn.Module) -> list[Kept]:
-    """All that may be a result; torch's own modules keep none."""
-    if type(module).__module__.startswith("torch."):
-        return []
+    """All that may be results. A single tensor is left alone: code may rely on it, `to` of YOLO on its anchors."""
     own = ((name, value) for name, value in vars(module).items() if name not in _OTHER)
-    return [Kept(module, name, value) for name, value in own if type(value) is Tensor or _is_table(value)]
+    return [Kept(module, name, value) for name, value in own if _is_table(value)]
 
 
 def _is_table(value: Any) -> bool:
@@ -287,9 +284,9 @@ def _is_table(value: Any) -> bool:
 def without_kept_results(model: nn.Module, example_inputs: Any) -> Iterator[None]:
     """Within, nothing is there that modules have kept from earlier passes and that the next pass makes anew.
 
-    Biases laid out once, grids, features for a loss: they have the old widths, and hide what they were made from. Which
-    they are shows in a pass without them, which puts out the same and leaves them there again. After the block they are
-    back, unless parameters have changed.
+    Biases of attention laid out once a device, features by name: they have the old widths, and hide what they were made
+    from. Which they are shows in a pass without them, which puts out the same and leaves them there again. After the
+    block they are back, unless parameters have changed.
     """
     found = [kept for module in modules_of(model).values() for kept in kept_by(module)]
     found = [kept for kept in found if id(kept.value) not in _SEEN.get()]
