@@ -284,7 +284,9 @@ def slowest(runs: dict[str, Any]) -> str:
     """The most that any net took, with compensation and without."""
     sentences = []
     for way, words in (("reconstruct", "A cut with `reconstruct` and its images"), ("none", "A plain cut")):
-        seconds = {net: ways[way]["cpu_seconds"] for net, ways in runs.items() if way in ways}
+        seconds = {net: s for net, ways in runs.items() if (s := ways.get(way, {}).get("cpu_seconds"))}
+        if not seconds:
+            continue
         most = max(seconds, key=seconds.__getitem__)
         sentences.append(f"{words} takes {min(seconds.values()):.0f} to {seconds[most]:.0f} s (`{most}`).")
     return " ".join(sentences)

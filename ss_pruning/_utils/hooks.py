@@ -28,6 +28,8 @@ FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
 # What torch notes about hooks beside them.
 _NOTES = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+# By `id` of a module in whose place another forward stands: the one of its own, if it has any.
+_STOOD_IN_FOR: dict[int, dict[str, Any]] = {}
 
 
 @contextlib.contextmanager
@@ -174,12 +176,23 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """While a block runs, `forward` stands in the place of the module's own; hooks run around it as ever."""
     own = vars(module)
     before = {"forward": own["forward"]} if "forward" in own else {}
+    first = id(module) not in _STOOD_IN_FOR
+    _STOOD_IN_FOR.setdefault(id(module), before)
     own["forward"] = forward
     try:
         yield
     finally:
         own.pop("forward", None)
         own.update(before)
+        if first:
+            del _STOOD_IN_FOR[id(module)]
+
+
+def with_its_own_forward_(twin: nn.Module, module: nn.Module) -> None:
+    """Give a copy of a module the forward that another stands in for at present, if one does."""
+    if (before := _STOOD_IN_FOR.get(id(module))) is not None:
+        vars(twin).pop("forward", None)
+        vars(twin).update(before)
 
 
 def _first_name(module: nn.Module, kwargs: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ss_pruning._utils.hooks import with_its_own_forward_
 from ss_pruning.errors import InputError, ModelError
 
 Class = TypeVar("Class", bound=type)
@@ -196,7 +197,7 @@ def ask(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-    vars(bare).pop("forward", None)
+    with_its_own_forward_(bare, module)
     with torch.no_grad():
         answer: Tensor = torch.func.functional_call(bare, tensors, (x,))
     return answer

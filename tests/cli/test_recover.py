@@ -84,7 +84,7 @@ def test_it_is_said_how_an_interrupted_training_would_go_on(
     assert "with --checkpoint FILE it is" in invoke(*words, code=130)
     said = invoke(*words, "--checkpoint", checkpoint, code=130)
     assert "The same command goes on from" in said
-    assert "kept.safetensors" in said
+    assert "kept.safetensors" in "".join(said.split())  # the path may be long, and folded
     assert checkpoint.exists()
     assert not out.exists()
     monkeypatch.undo()
