@@ -357,6 +357,7 @@ def test_jobs_keep_the_seeds_of_a_criterion_together_and_start_with_the_longest(
     assert sorted(found[2:]) == [[("none", "FPGM", 0)], [("none", "LAMP", 0)]]
 
 
+@pytest.mark.slow
 def test_several_processes_do_what_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Real ones, on a few images and on no weights worth the name."""
     data = tiny_cifar(tmp_path)

@@ -476,8 +476,17 @@ def pruned_by(importance: Any, library: str, name: str, x: Tensor, **options: An
     return model
 
 
+# Several seconds each, and like others in how they hang together.
+LARGE = {"densenet121", "resnet50", "googlenet", "regnet_y_400mf", "selecsls42b", "hrnet_w18_small"}
+
+
 @pytest.mark.parametrize(
-    ("library", "name"), [("torchvision", name) for name in TORCHVISION] + [("timm", name) for name in TIMM]
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=[pytest.mark.slow] * (name in LARGE))
+        for library, names in (("torchvision", TORCHVISION), ("timm", TIMM))
+        for name in names
+    ],
 )
 def test_replaces_group_magnitude_on_real_nets(library: str, name: str) -> None:
     """Where Torch-Pruning itself can: the same widths at a local ratio, and global pruning runs as well."""

@@ -70,7 +70,10 @@ def test_there_and_back_computes_the_same(name: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg16_bn", "densenet121"))],
+)
 def test_real_nets_go_there_and_back(name: str) -> None:
     import torchvision
 
