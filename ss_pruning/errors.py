@@ -5,6 +5,7 @@ Each message says what failed, where (the module path) and what to do about it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 
 
@@ -59,3 +60,18 @@ class FileFormatError(SSPruningError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without what it tells its own developers in further lines."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Refuse unless the packages are there that `what` needs.
+
+    Raises:
+        InputError: Names the extra.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(
+                f"{what} needs a package that is not installed ({error.name}): pip install 'ss-pruning[{extra}]'"
+            ) from error

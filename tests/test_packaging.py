@@ -141,6 +141,7 @@ def test_the_command_says_in_a_sentence_what_it_lacks() -> None:
 
 
 def test_other_missing_packages_are_not_laid_to_the_command_line() -> None:
+    pytest.importorskip("typer", reason="an optional extra: pip install 'ss-pruning[cli]'")
     code = "import sys\nsys.modules['ss_pruning.cli.options'] = None\nfrom ss_pruning.cli.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "ModuleNotFoundError" in done.stderr

@@ -16,10 +16,9 @@ from ss_pruning._utils.arrays import tensors_among
 from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_writable, replacing
 from ss_pruning._utils.running import as_arguments, call, preserved, quiet_hooks
-from ss_pruning.errors import InputError, ModelError, VerificationError, first_line
+from ss_pruning.errors import InputError, ModelError, VerificationError, first_line, require
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.io.writers import WRITERS, Format, Runner, quiet
-from ss_pruning.profiling.exported_model import require
 
 #: Largest difference between what the file and the model put out, relative to the largest output.
 TOLERANCE = 1e-4

@@ -20,14 +20,13 @@ from ss_pruning._utils.copying import copied
 from ss_pruning._utils.files import check_apart, check_writable, replacing
 from ss_pruning._utils.running import preserved, quiet_hooks
 from ss_pruning.compensation.fidelity import Reference, held_out
-from ss_pruning.errors import InputError, VerificationError
+from ss_pruning.errors import InputError, VerificationError, require
 from ss_pruning.graph.refusals import check_module
 from ss_pruning.importance.calibration import Batch, gather
 from ss_pruning.io.export import check_ending, export
 from ss_pruning.io.int8_onnx import quantise_file
 from ss_pruning.io.int8_program import quantised_program
 from ss_pruning.io.writers import quiet, write_program
-from ss_pruning.profiling.exported_model import require
 from ss_pruning.profiling.onnx_model import OnnxModel
 from ss_pruning.report.formatting import percent
 from ss_pruning.report.records import Fidelity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -120,18 +119,3 @@ class ExportedModel(nn.Module):
                 "what makes that of them"
             )
         return [torch.from_numpy(output) for output in outputs]
-
-
-def require(what: str, extra: str, *packages: str) -> None:
-    """Refuse unless the packages are there that `what` needs.
-
-    Raises:
-        InputError: Names the extra.
-    """
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise InputError(
-                f"{what} needs a package that is not installed ({error.name}): pip install 'ss-pruning[{extra}]'"
-            ) from error

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ss_pruning.errors import FileFormatError, first_line
-from ss_pruning.profiling.exported_model import ExportedModel, require
+from ss_pruning.errors import FileFormatError, first_line, require
+from ss_pruning.profiling.exported_model import ExportedModel
 
 
 class OpenVinoModel(ExportedModel):

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ss_pruning.errors import InputError
+from ss_pruning.errors import InputError, require
 from ss_pruning.report.formatting import (
     aligned,
     count,
@@ -110,7 +110,12 @@ class Comparison:
         return f"{sum(pair.a != pair.b for pair in self.layers)} of {len(self.layers)} layers differ in width"
 
     def table(self) -> Table:
-        """Return the headline as a `rich` table, with the number of layers that differ below."""
+        """Return the headline as a `rich` table, with the number of layers that differ below.
+
+        Raises:
+            InputError: `rich` is not installed; `str` does without.
+        """
+        require("a table for the terminal", "cli", "rich")
         from rich.box import SIMPLE_HEAD
 
         title, columns = plain("\n".join(self.titles())), ("", *_COLUMNS)

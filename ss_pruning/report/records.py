@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ss_pruning._utils.files import write_text
-from ss_pruning.errors import FileFormatError
+from ss_pruning.errors import FileFormatError, require
 from ss_pruning.graph.exclusions import Excluded
 from ss_pruning.report.formatting import (
     aligned,
@@ -231,7 +231,12 @@ class Report:
         return render_fragment(title, ("dense", "pruned", "kept"), self.headline(), [self.verification()])
 
     def table(self) -> Table:
-        """Return the headline figures as a `rich` table."""
+        """Return the headline figures as a `rich` table.
+
+        Raises:
+            InputError: `rich` is not installed; `str` does without.
+        """
+        require("a table for the terminal", "cli", "rich")
         title, columns = f"{plain(self.model)}, pruned", ("", "dense", "pruned", "kept")
         return rich_table(title, columns, self.headline(), caption=self.verification())
 

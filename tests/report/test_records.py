@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
@@ -734,3 +735,10 @@ def test_reports_with_any_field_of_another_type_are_refused_or_render(value: Any
 def test_the_test_of_types_can_fail() -> None:
     with pytest.raises(FileFormatError, match="the report is damaged: macs_after is 'x', not int"):
         Report.from_dict({**example().to_dict(), "macs_after": "x"})
+
+
+def test_a_table_without_rich_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(InputError, match=r"pip install 'ss-pruning\[cli\]'"):
+        example().table()
+    assert str(example())
