@@ -106,9 +106,9 @@ class TrainingPass:
         with masked(self.model, selection, connectivity):
             output_of(self.model, self.inputs, expected, training=all_but_norms)
         for name in sorted(names & expected.state.keys() & after.state.keys()):
-            found = after.state[name]
-            error = difference(expected.state[name], found)
-            if error is None or not error <= max(tolerance, _ROUNDING * torch.finfo(found.dtype).eps):
+            error = difference(expected.state[name], found := after.state[name])
+            rounding = _ROUNDING * torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+            if error is None or not error <= max(tolerance, rounding):
                 raise VerificationError(
                     f"in training the cut model makes another '{name}' than the masked one: what it is made from keeps "
                     "other channels"

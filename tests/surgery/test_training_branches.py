@@ -154,6 +154,23 @@ def test_a_net_and_its_average_that_keep_the_same_are_cut() -> None:
     model.train()(X).sum().backward()
 
 
+def test_a_layer_that_counts_its_passes_in_training_is_cut() -> None:
+    class Counting(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 3)
+            self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.passes += 1
+            return super().forward(x)
+
+    model = nn.Sequential(Counting(), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    ss_pruning.prune_(model, X, ratio=0.4, allocation="local")
+    assert model[0].out_channels < 8
+    assert model[0].passes == 0
+
+
 def test_what_does_not_train_dense_is_cut_all_the_same() -> None:
     class Wanting(Written):
         def beside(self, features: Tensor) -> Tensor:
